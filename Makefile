@@ -1,0 +1,58 @@
+# The commands of this repository. Each sets itself up: all that is needed is make and a Python from 3.11 on.
+#
+#   make tour     see it work: the whole story on real image files, in a temporary folder
+#   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
+#   make lint     style, format and types
+#   make bench    Lamina beside qemu-img, one table   (make bench ARGS='--only start-up'; see benchmarks/README.md)
+#   make clean    remove what the others made
+#   make help     print this
+
+.PHONY: help tour test lint bench clean
+.DEFAULT_GOAL := help
+
+# The virtual environment that everything runs in, and its programs.
+VENV := .venv
+PIP  := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
+
+help:
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+
+tour: $(VENV)/.run
+	$(VENV)/bin/python tour/tour.py $(ARGS)
+
+# Two workers, and each file of tests stays on one of them: its fixtures are made once.
+test: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.run
+	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Three stamps inside the environment, each made from the one before: the bare environment, Lamina with what it needs
+# to run, and with what it is developed with. A change of pyproject.toml makes all three anew.
+$(VENV)/.made: pyproject.toml
+	@for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "making $(VENV) with $$($$python --version)"; \
+	        $$python -m venv --clear $(VENV) || { echo "no virtual environment: install python3-venv" >&2; exit 1; }; \
+	        touch $@; exit 0; \
+	    fi; \
+	done; echo "no Python from 3.11 on was found: install python3.11 or newer" >&2; exit 1
+
+$(VENV)/.run: $(VENV)/.made
+	@echo "installing Lamina"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the tools of development"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@
