@@ -1,0 +1,108 @@
+"""Lamina: the block layer for Python.
+
+Virtual disk images as a graph of small nodes (storage, formats, filters), exact about what every byte is and where it came
+from. `open` and `create` are where to start; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .api import open, probe
+    from .create import create
+    from .errors import (
+        BlockIOError,
+        Cancelled,
+        Closed,
+        CorruptImage,
+        FormatError,
+        LaminaError,
+        LimitExceeded,
+        Locked,
+        NotFound,
+        NotSupported,
+        OptionError,
+        OutOfRange,
+        PolicyError,
+        ReadOnly,
+        UnsupportedFeature,
+    )
+    from .extents import Extent, Extents
+    from .image import Image
+    from .limits import Budget, Limits
+    from .policy import Policy
+
+_HOME = {
+    **dict.fromkeys(("open", "probe"), "api"),
+    "create": "create",
+    **dict.fromkeys(("Extent", "Extents"), "extents"),
+    "Image": "image",
+    "Policy": "policy",
+    **dict.fromkeys(("Budget", "Limits"), "limits"),
+    **dict.fromkeys(
+        (
+            "BlockIOError",
+            "Cancelled",
+            "Closed",
+            "CorruptImage",
+            "FormatError",
+            "LaminaError",
+            "LimitExceeded",
+            "Locked",
+            "NotFound",
+            "NotSupported",
+            "OptionError",
+            "OutOfRange",
+            "PolicyError",
+            "ReadOnly",
+            "UnsupportedFeature",
+        ),
+        "errors",
+    ),
+}
+
+__all__ = [  # noqa: PLE0604 - the names of _HOME, spelled out for tools that read this list
+    "BlockIOError",
+    "Budget",
+    "Cancelled",
+    "Closed",
+    "CorruptImage",
+    "Extent",
+    "Extents",
+    "FormatError",
+    "Image",
+    "LaminaError",
+    "LimitExceeded",
+    "Limits",
+    "Locked",
+    "NotFound",
+    "NotSupported",
+    "OptionError",
+    "OutOfRange",
+    "Policy",
+    "PolicyError",
+    "ReadOnly",
+    "UnsupportedFeature",
+    "__version__",
+    "create",
+    "open",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

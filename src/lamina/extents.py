@@ -1,0 +1,499 @@
+"""Extents: what the bytes of a disk are and where they lie, held in columns, with the algebra that composes them.
+
+Every read, map, copy, commit and NBD block status is an `Extents` on its way through this module. A format answers a
+query with one batch of columns; `over` lays it over its backing layer, `clip` and `shift` carry it through filters, and
+`align` rounds it for a consumer that asks for a granularity. Inside the library the answer is exact, in bytes; rounding
+comes once, at the edge. Content (data, zero, compressed, where) and ownership (present, depth) are two questions.
+
+All operations are pure functions of immutable values, so any number of threads may share them. They are vectorised: a
+few passes over the columns, never a Python loop over rows. Offsets and lengths are bytes, from 0 to 2**63 - 1. This is
+the ground floor: it imports nothing but numpy and its neighbours, and touches no file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import OutOfRange
+from .limits import MAX_SIZE, is_power_of_two
+
+#: Bits of the column `flags`. DATA: bytes are stored somewhere. ZERO: they read as zeros. PRESENT: a layer owns
+#: them, so none below it counts. COMPRESSED: they are stored, but not as they read (and so without a host offset).
+DATA, ZERO, PRESENT, COMPRESSED = 1, 2, 4, 8
+
+#: Rows that iteration turns into objects at a time: few enough for the cache, enough to forget the cost of numpy.
+_CHUNK = 4096
+
+Int64s: TypeAlias = NDArray[np.int64]
+Int32s: TypeAlias = NDArray[np.int32]
+Bytes: TypeAlias = NDArray[np.uint8]
+Bools: TypeAlias = NDArray[np.bool_]
+
+
+class HostFile(Protocol):
+    """The file that a host offset counts in. Two are the same if they are the same object (a node of the graph)."""
+
+    @property
+    def filename(self) -> str: ...
+
+
+class Extent(NamedTuple):
+    """`length` bytes from `start` with one answer; the other fields mean what the columns of `Extents` do."""
+
+    start: int
+    length: int
+    data: bool = False
+    zero: bool = False
+    present: bool = False
+    depth: int = 0
+    compressed: bool = False
+    file: HostFile | None = None
+    offset: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Totals(NamedTuple):
+    """Bytes in all extents, and in those that are data, zero, present and compressed; and the number of extents."""
+
+    length: int
+    data: int
+    zero: int
+    present: int
+    compressed: int
+    extents: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Extents:
+    """An immutable, ordered sequence of extents that do not overlap, one row each, in columns of equal length.
+
+    As an answer to a query they are *contiguous*: each starts where the one before it ended. `where`, `intersect` and
+    `diff` may leave gaps; what cannot work with gaps (`over`, `align`) raises ValueError for them. Neighbours may be
+    equal until `coalesce`. Build one with the class methods: calling the class itself checks nothing.
+    """
+
+    begin: int  #: where the first extent starts; also known if there is none
+    start: Int64s  #: increasing
+    length: Int64s  #: bytes, above 0
+    flags: Bytes  #: DATA, ZERO, PRESENT, COMPRESSED
+    depth: Int32s  #: the layer that decides, 0 is the top; the bottom layer where none owns the bytes
+    file: Int32s  #: index into `files` of the file that holds the bytes as they read, or -1
+    offset: Int64s  #: where in that file the extent starts, or -1
+    files: tuple[HostFile, ...] = ()
+
+    def __post_init__(self) -> None:
+        for column in (self.start, self.length, self.flags, self.depth, self.file, self.offset):
+            column.setflags(write=False)
+
+    @classmethod
+    def single(
+        cls,
+        start: int,
+        length: int,
+        *,
+        data: bool = False,
+        zero: bool = False,
+        present: bool = False,
+        depth: int = 0,
+        compressed: bool = False,
+        file: HostFile | None = None,
+        offset: int | None = None,
+    ) -> Extents:
+        """One extent of `length` > 0 bytes; `file` and `offset` are given both or not at all."""
+        flags = DATA * data | ZERO * zero | PRESENT * present | COMPRESSED * compressed
+        number, files = (-1, ()) if file is None else (0, (file,))
+        column = None if offset is None else [offset]
+        return cls.from_columns([start], length, flags, depth=depth, file=[number], offset=column, files=files)
+
+    @classmethod
+    def empty(cls, begin: int, files: tuple[HostFile, ...] = ()) -> Extents:
+        """No extents, at `begin`: the answer to a query of length 0."""
+        _check_range(begin, begin)
+        none, few = np.empty(0, np.int64), np.empty(0, np.int32)
+        return cls(begin, none, none, np.empty(0, np.uint8), few, few, none, files)
+
+    @classmethod
+    def from_columns(
+        cls,
+        start: ArrayLike,
+        length: ArrayLike,
+        flags: ArrayLike,
+        *,
+        depth: ArrayLike | None = None,
+        file: ArrayLike | None = None,
+        offset: ArrayLike | None = None,
+        files: tuple[HostFile, ...] = (),
+    ) -> Extents:
+        """Extents of columns of n rows, taken without a copy if their types fit: do not change them afterwards.
+
+        `start` has n rows; each other column may be a number that holds for all. `depth` is 0 if not given. `offset` -1
+        means none. `file` as one number (0 if not given) is meant for the rows that have an offset; as a column it must
+        be -1 where `offset` is. Raises ValueError (OutOfRange for numbers) if a promise of this class is broken.
+        """
+        if len(set(files)) != len(files):
+            raise ValueError("a host file is named twice in `files`")
+        starts: Int64s = _column(start, np.int64, np.size(start))
+        count = len(starts)
+        lengths: Int64s = _column(length, np.int64, count)
+        bits: Bytes = _column(flags, np.uint8, count)
+        depths: Int32s = _column(0 if depth is None else depth, np.int32, count)
+        offsets: Int64s = _column(-1 if offset is None else offset, np.int64, count)
+        indexes: Int32s = _column(0 if file is None else file, np.int32, count)
+        if file is None or np.ndim(file) == 0:
+            indexes[offsets < 0] = -1
+        if not count:
+            return cls.empty(0, files)
+        # A sum that passes 2**63 - 1 wraps to a negative one, so the smallest tells of them all.
+        ends = starts + lengths
+        if starts[0] < 0 or lengths.min() < 1 or ends.min() < 1 or offsets.min() < -1 or (offsets + lengths).min() < 0:
+            raise OutOfRange("an extent is empty, or outside 0 to 2**63 - 1 (in the disk or its host file)")
+        if (starts[1:] < ends[:-1]).any():
+            raise ValueError("extents overlap or are not in order")
+        if bits.max() >= 2 * COMPRESSED or depths.min() < 0 or indexes.min() < -1 or indexes.max() >= len(files):
+            raise OutOfRange("an extent has unknown flags, a negative depth, or a file that is not in `files`")
+        if ((indexes < 0) != (offsets < 0)).any():
+            raise ValueError("an extent has a host file without an offset, or an offset without a file")
+        return cls(int(starts[0]), starts, lengths, bits, depths, indexes, offsets, files)
+
+    @classmethod
+    def from_extents(cls, extents: Iterable[Extent]) -> Extents:
+        """The columns of some objects, in order; for none of them, `empty(0)`."""
+        rows = list(extents)
+        if not rows:
+            return cls.empty(0)
+        start, length, data, zero, present, depth, compressed, file, offset = zip(*rows, strict=True)
+        known: dict[HostFile, int] = {}
+        flags = np.packbits(np.array([data, zero, present, compressed], np.bool_), axis=0, bitorder="little")[0]
+        indexes = [-1 if one is None else known.setdefault(one, len(known)) for one in file]
+        offsets = [-1 if one is None else one for one in offset]
+        return cls.from_columns(start, length, flags, depth=depth, file=indexes, offset=offsets, files=tuple(known))
+
+    @classmethod
+    def concat(cls, pieces: Sequence[Extents]) -> Extents:
+        """One or more pieces, each of which begins where the one before it ends; equal neighbours stay two."""
+        if not pieces:
+            raise ValueError("nothing to concatenate")
+        if any(left.end != right.begin for left, right in itertools.pairwise(pieces)):
+            raise ValueError("a piece does not begin where the one before it ends")
+        return pieces[0] if len(pieces) == 1 else cls._joined(pieces)
+
+    @property
+    def data(self) -> Bools:
+        return (self.flags & DATA).astype(np.bool_)
+
+    @property
+    def zero(self) -> Bools:
+        return (self.flags & ZERO).astype(np.bool_)
+
+    @property
+    def present(self) -> Bools:
+        return (self.flags & PRESENT).astype(np.bool_)
+
+    @property
+    def compressed(self) -> Bools:
+        return (self.flags & COMPRESSED).astype(np.bool_)
+
+    @property
+    def end(self) -> int:
+        """Where the last extent ends; `begin` if there is none."""
+        return int(self.start[-1]) + int(self.length[-1]) if len(self.start) else self.begin
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether every byte from `begin` to `end` is in exactly one extent."""
+        return bool((self.start[1:] == self._ends()[:-1]).all())
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __iter__(self) -> Iterator[Extent]:
+        for first in range(0, len(self), _CHUNK):
+            yield from self._objects(slice(first, first + _CHUNK))
+
+    def __getitem__(self, index: int) -> Extent:
+        """The extent number `index`; negative numbers count from the end."""
+        number = range(len(self))[operator.index(index)]
+        return next(self._objects(slice(number, number + 1)))
+
+    def at(self, position: int) -> Extent:
+        """The extent that holds the byte at `position`; OutOfRange if none does."""
+        if self.begin <= position < self.end:
+            extent = self[int(np.searchsorted(self.start, position, "right")) - 1]
+            if position < extent.end:
+                return extent
+        raise OutOfRange("no extent holds this byte", offset=position)
+
+    def totals(self) -> Totals:
+        """Bytes by attribute, and the number of extents."""
+        masks = (self.data, self.zero, self.present, self.compressed)
+        data, zero, present, compressed = (int(self.length[mask].sum()) for mask in masks)
+        return Totals(int(self.length.sum()), data, zero, present, compressed, len(self))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same rows (not only the same meaning: see `coalesce`), in the same files."""
+        if not isinstance(other, Extents):
+            return NotImplemented
+        if self.begin != other.begin or len(self) != len(other):
+            return False
+        files = tuple(dict.fromkeys(self.files + other.files))
+        names = ("start", "length", "flags", "depth", "offset")
+        columns = [(getattr(self, name), getattr(other, name)) for name in names]
+        return all(np.array_equal(*pair) for pair in [*columns, (self._file_in(files), other._file_in(files))])
+
+    def __repr__(self) -> str:
+        more = len(self) - 8
+        rows = ", ".join(map(repr, self._objects(slice(0, 8)))) + (f", and {more} more" if more > 0 else "")
+        return f"<Extents [{self.begin}, {self.end}): {rows}>"
+
+    def clip(self, begin: int, end: int) -> Extents:
+        """The part inside [begin, end); host offsets follow the cut. If nothing is: empty, at the nearest point."""
+        if begin > end:
+            raise ValueError(f"a range cannot end at {end} before it begins at {begin}")
+        low, high = max(begin, self.begin), min(end, self.end)
+        if low >= high:
+            return Extents.empty(min(low, self.end), self.files)
+        if (low, high) == (self.begin, self.end):
+            return self
+        first = int(np.searchsorted(self.start, low, "right")) - 1
+        first += self[first].end <= low  # it begins in a gap
+        last = int(np.searchsorted(self.start, high, "left"))
+        if first == last:
+            return Extents.empty(low, self.files)
+        start = self.start[first:last].copy()
+        stop = start + self.length[first:last]
+        start[0], stop[-1] = max(int(start[0]), low), min(int(stop[-1]), high)
+        return self._cut(slice(first, last), start, stop)
+
+    def shift(self, delta: int) -> Extents:
+        """The same extents `delta` bytes further (or nearer, if negative); host offsets stay."""
+        _check_range(self.begin + delta, self.end + delta)
+        return replace(self, begin=self.begin + delta, start=self.start + delta)
+
+    def deepen(self, layers: int) -> Extents:
+        """The same extents seen from `layers` layers further up the chain."""
+        return replace(self, depth=self.depth + np.int32(layers))
+
+    def pad_zero(self, end: int, depth: int = 0) -> Extents:
+        """With zeros up to `end` that layer `depth` owns without storing them: what a shorter backing file answers."""
+        return self._padded(end, ZERO | PRESENT, depth)
+
+    def over(self, below: Extents) -> Extents:
+        """Self where it is present, else what `below`, the next layer, answers for the same range, one layer deeper.
+
+        A stretch that no layer owns is answered by `below` too, so its depth counts down to the bottom of the chain.
+        """
+        if self.begin != below.begin or self.end != below.end:
+            raise ValueError(f"[{self.begin}, {self.end}) cannot lie over [{below.begin}, {below.end})")
+        self._need_contiguous()
+        below._need_contiguous()
+        own = self.where(present=True)
+        if len(own) == len(self):
+            return self
+        seen = below.deepen(1)
+        return own._merge(seen.intersect(self.where(present=False))) if own else seen
+
+    def coalesce(self) -> Extents:
+        """The shortest answer that says the same: equal neighbours are joined.
+
+        Equal are those that touch, with the same flags and depth, and both without an offset or contiguous in a file.
+        """
+        last, this = slice(None, -1), slice(1, None)
+        joins = self.flags[this] == self.flags[last]
+        joins &= self.depth[this] == self.depth[last]
+        joins &= self.start[this] == self._ends()[last]
+        joins &= (self.file[this] < 0) & (self.file[last] < 0) | self._follows()
+        if not joins.any():
+            return self
+        heads = np.flatnonzero(np.concatenate(([True], ~joins)))
+        tails = np.append(heads[1:], len(self)) - 1
+        return self._cut(heads, self.start[heads], self._ends()[tails])
+
+    def align(self, alignment: int, end: int | None = None) -> Extents:
+        """Rounded for a consumer that sees blocks of `alignment` bytes, a power of two up to 2**62; coalesced.
+
+        Blocks lie on the absolute grid of multiples of `alignment`; the first begins at `begin`, the last ends at
+        `end`, where the consumer's view ends. An `end` past our own adds padding: zero, not data, not present, without
+        an offset, at the depth of the last extent. A block that several extents touch is data, present or compressed if
+        any of them is, and zero if all are; it keeps an offset only if all follow each other in one file; its depth is
+        the smallest of those present, or of all if none is. A block inside one extent keeps its answer.
+
+        To round a long disk in batches, cut the batches at multiples of `alignment`. Raises ValueError for extents with
+        gaps, for an `alignment` that is none, and for an `end` before our own or beyond 2**63 - 1.
+        """
+        if not is_power_of_two(alignment) or alignment > 1 << 62:
+            raise ValueError(f"alignment {alignment} is not a power of two up to 2**62")
+        self._need_contiguous()
+        whole = self if end is None else self._padded(end, ZERO, int(self.depth[-1]) if self else 0)
+        return whole._round(alignment).coalesce()
+
+    def intersect(self, ranges: Extents) -> Extents:
+        """The parts of self that lie inside extents of `ranges` (whatever these say), cut where those begin and end."""
+        mine, _, start, stop = self._overlaps(ranges)
+        return self._cut(mine, start, stop)
+
+    def where(
+        self,
+        *,
+        data: bool | None = None,
+        zero: bool | None = None,
+        present: bool | None = None,
+        compressed: bool | None = None,
+        depth: int | None = None,
+    ) -> Extents:
+        """The extents with all the attributes that are given; the others become gaps."""
+        asked = ((DATA, data), (ZERO, zero), (PRESENT, present), (COMPRESSED, compressed))
+        mask = sum(bit for bit, wanted in asked if wanted is not None)
+        keep = (self.flags & mask) == sum(bit for bit, wanted in asked if wanted)
+        if depth is not None:
+            keep &= self.depth == depth
+        return self if keep.all() else self._take(np.flatnonzero(keep))
+
+    def diff(self, other: Extents) -> Extents:
+        """Where both have an answer but differ about content (data or zero): self's answers there, coalesced."""
+        mine, theirs, start, stop = self._overlaps(other)
+        differs = ((self.flags[mine] ^ other.flags[theirs]) & (DATA | ZERO)) != 0
+        return self._cut(mine[differs], start[differs], stop[differs]).coalesce()
+
+    def _ends(self) -> Int64s:
+        return self.start + self.length
+
+    def _objects(self, rows: slice) -> Iterator[Extent]:
+        flags = self.flags[rows, None] & np.array([DATA, ZERO, PRESENT, COMPRESSED], np.uint8)
+        data, zero, present, compressed = flags.astype(np.bool_).T.tolist()
+        start, length, depth = self.start[rows].tolist(), self.length[rows].tolist(), self.depth[rows].tolist()
+        files = (*self.files, None)  # index -1 finds the None
+        file = [files[index] for index in self.file[rows].tolist()]
+        offset = [None if number < 0 else number for number in self.offset[rows].tolist()]
+        columns = (start, length, data, zero, present, depth, compressed, file, offset)
+        return map(Extent._make, zip(*columns, strict=True))
+
+    def _need_contiguous(self) -> None:
+        if not self.contiguous:
+            raise ValueError(f"the extents from {self.begin} to {self.end} have gaps")
+
+    def _take(self, rows: Any) -> Extents:
+        """These rows, by a slice or by increasing numbers."""
+        start = self.start[rows]
+        begin = int(start[0]) if len(start) else self.begin
+        length, flags, depth = self.length[rows], self.flags[rows], self.depth[rows]
+        return Extents(begin, start, length, flags, depth, self.file[rows], self.offset[rows], self.files)
+
+    def _cut(self, rows: Any, start: Int64s, stop: Int64s) -> Extents:
+        """These rows with new bounds; host offsets follow the start."""
+        file, offset = self.file[rows], self.offset[rows] + (start - self.start[rows])
+        offset[file < 0] = -1
+        begin = int(start[0]) if len(start) else self.begin
+        return Extents(begin, start, stop - start, self.flags[rows], self.depth[rows], file, offset, self.files)
+
+    def _file_in(self, files: tuple[HostFile, ...]) -> Int32s:
+        """The column `file` as indexes into `files`, which has all of ours."""
+        if self.files == files[: len(self.files)]:
+            return self.file
+        number = {file: index for index, file in enumerate(files)}
+        table = np.array([*(number[file] for file in self.files), -1], np.int32)  # index -1 finds the -1
+        return table[self.file]
+
+    @classmethod
+    def _joined(cls, pieces: Sequence[Extents]) -> Extents:
+        """The rows of all pieces, one piece after the other, in the files of all."""
+        files = tuple(dict.fromkeys(itertools.chain.from_iterable(dict.fromkeys(piece.files for piece in pieces))))
+
+        def joined(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(piece, name) for piece in pieces])
+
+        file: Int32s = np.concatenate([piece._file_in(files) for piece in pieces])
+        start, length, flags, depth, offset = map(joined, ("start", "length", "flags", "depth", "offset"))
+        return cls(pieces[0].begin, start, length, flags, depth, file, offset, files)
+
+    def _merge(self, other: Extents) -> Extents:
+        """The rows of both, which do not overlap, in order."""
+        both = Extents._joined([self, other])
+        return both._take(np.argsort(both.start, kind="stable"))  # two sorted runs: the stable sort merges them
+
+    def _padded(self, end: int, flags: int, depth: int) -> Extents:
+        if end < self.end:
+            raise ValueError(f"cannot pad to {end}: the extents end at {self.end} (clip them first)")
+        _check_range(self.begin, end)
+        if end == self.end:
+            return self
+        return Extents._joined([self, Extents.from_columns([self.end], end - self.end, flags, depth=depth)])
+
+    def _overlaps(self, other: Extents) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+        """Each pair of rows (ours, theirs) that share bytes, in order, with where these bytes begin and end."""
+        ends, other_ends = self._ends(), other._ends()
+        first = np.searchsorted(other_ends, self.start, "right")
+        count = np.searchsorted(other.start, ends, "left") - first
+        mine = np.repeat(np.arange(len(self)), count)
+        theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(count) - count), count)
+        begin = np.maximum(self.start[mine], other.start[theirs])
+        return mine, theirs, begin, np.minimum(ends[mine], other_ends[theirs])
+
+    def _follows(self) -> Bools:
+        """For each row but the first, whether its bytes follow those of the row before it in the same host file."""
+        follows: Bools = self.offset[1:] == self.offset[:-1] + self.length[:-1]  # no -1 follows another
+        follows &= self.file[1:] == self.file[:-1]
+        return follows
+
+    def _round(self, alignment: int) -> Extents:
+        """`align` without its checks. Only blocks with the start of an extent inside them change: the *mixed* ones."""
+        inner = np.flatnonzero(self.start[1:] & (alignment - 1)) + 1  # the rows that start inside a block
+        if not len(inner):
+            return self
+        base = self.start[inner] & -alignment
+        # Not base + alignment: the end of the last block of the number line does not fit into 64 bits.
+        top = base + np.minimum(self.end - base, alignment)
+        bottom = np.maximum(base, self.begin)
+
+        heads = np.flatnonzero(np.concatenate(([True], base[1:] != base[:-1])))  # in `inner`, the first of each block
+        tails = np.append(heads[1:], len(inner)) - 1
+        first, last = inner[heads] - 1, inner[tails]  # the rows that touch a block, two or more
+        # A row may close one block and open the next, so the groups overlap. Of the pairs first, last + 1, first, ...
+        # that reduceat takes, every other result is a group; those between are of no use.
+        bounds = np.column_stack((first, last + 1)).ravel()
+        bounds = bounds[bounds < len(self)]  # the last group ends with the rows
+        # ZERO is flipped before and after, so that "or" is "and" for it. An absent row's depth gets more added than any
+        # depth, so that it counts only if no present row is there; then the mask takes it off again.
+        flags = (np.bitwise_or.reduceat(self.flags ^ ZERO, bounds)[::2] ^ ZERO).astype(np.uint8)
+        ranks = self.depth + np.where(self.present, 0, 1 << 32)
+        depth = (np.minimum.reduceat(ranks, bounds)[::2] & 0xFFFFFFFF).astype(np.int32)
+        breaks = np.concatenate(([0], np.cumsum(~self._follows())))
+        kept = breaks[first] == breaks[last]
+        file = np.where(kept, self.file[first], np.int32(-1))
+        offset = np.where(kept, self.offset[first] + (bottom[heads] - self.start[first]), -1)
+        start = bottom[heads]
+        mixed = Extents(int(start[0]), start, top[heads] - start, flags, depth, file, offset, self.files)
+
+        # What the mixed blocks leave of each row; rows that lie wholly inside them end up with no length.
+        start, stop = self.start.copy(), self._ends()
+        start[inner] = top
+        stop[inner - 1] = bottom
+        rows = np.flatnonzero(stop > start)
+        return mixed._merge(self._cut(rows, start[rows], stop[rows])) if len(rows) else mixed
+
+
+def _column(values: ArrayLike, dtype: Any, count: int) -> NDArray[Any]:
+    """`values` as a column of its own (a view where that is enough); a number is repeated `count` times."""
+    try:
+        column = np.asarray(values, dtype)
+    except OverflowError as error:
+        raise OutOfRange(f"a number does not fit into a column of {np.dtype(dtype)}") from error
+    if column.ndim == 0:
+        return np.full(count, column, dtype)
+    if column.shape != (count,):
+        raise ValueError(f"a column has the shape {column.shape} and not {(count,)}")
+    return column.view()
+
+
+def _check_range(begin: int, end: int) -> None:
+    if begin < 0 or end > MAX_SIZE:
+        raise OutOfRange("extents lie between 0 and 2**63 - 1", offset=begin, length=end - begin)

@@ -1,0 +1,88 @@
+"""Limits: what a node can take in one request, and what a file may make us allocate.
+
+Two small records without I/O. `Limits` is declared by drivers and enforced above them by the request path (`request.py`):
+no driver rounds or splits. `Budget` bounds every allocation whose size a file or a peer names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import LimitExceeded
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+#: No offset, length or size may pass this: it is what a signed 64-bit file offset can hold.
+MAX_SIZE = (1 << 63) - 1
+
+#: The largest single transfer the request path passes to a driver that declares no limit of its own.
+MAX_TRANSFER = 1 * GIB
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def align_down(value: int, alignment: int) -> int:
+    return value - value % alignment
+
+
+def align_up(value: int, alignment: int) -> int:
+    return value + -value % alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a node asks of the requests it receives. All in bytes; 0 means "no limit of its own".
+
+    A request's offset is a multiple of `request_alignment`, and so is its end, unless it ends exactly at the node's size:
+    the end of a node always counts as aligned. The same holds for the zero and discard alignments.
+    """
+
+    #: Reads and writes start and end on multiples of this power of two.
+    request_alignment: int = 1
+    #: The largest read or write.
+    max_transfer: int = 0
+    #: A hint for callers that may choose: the transfer size that works best.
+    optimal_transfer: int = 0
+    #: `zero` gets whole multiples of this; what is left at head and tail is written.
+    zero_alignment: int = 1
+    max_zero: int = 0
+    #: `discard` gets whole multiples of this; what is left at head and tail is kept.
+    discard_alignment: int = 1
+    max_discard: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_power_of_two(self.request_alignment):
+            raise ValueError(f"request alignment {self.request_alignment} is not a power of two")
+        if self.zero_alignment < 1 or self.discard_alignment < 1:
+            raise ValueError("zero and discard alignments are at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper bounds on what an image may cost before a byte of it is trusted.
+
+    `check` is called with every length that comes from a file, before anything of that length is allocated.
+    """
+
+    #: The deepest chain of backing files.
+    chain_depth: int = 64
+    #: A table (L1, refcount table, ...) is never larger than this, whatever the format allows.
+    table_bytes: int = 32 * MIB
+    #: The metadata cache of one image.
+    cache_bytes: int = 16 * MIB
+
+    @staticmethod
+    def check(value: int, maximum: int, what: str, *, path: str | None = None) -> int:
+        """`value` if it is at most `maximum`; else LimitExceeded that names `what`."""
+        if value > maximum:
+            raise LimitExceeded(f"{what} is {value}, above the limit of {maximum}", path=path)
+        return value
+
+
+#: The default bounds; strict enough for files that nobody vouches for.
+DEFAULT_BUDGET = Budget()

@@ -1,0 +1,416 @@
+"""What a name found inside an image may open.
+
+A backing file's name, a data file's name, a parent locator: each is data that somebody else wrote. It becomes an open
+file only here, in `Policy.open_reference`, and only when the policy that the image was opened with grants it.
+`graph.py` calls it for every such name and keeps a `Trail` of the files above, so that a chain that loops or never
+ends is found.
+
+Ground floor; POSIX. Opening is free of races: the name is first resolved to a path without symlinks, that path is
+judged, and then exactly that path is opened, one directory at a time, without following links. Whoever swaps a file or
+directory for a symlink in between makes the open fail, and cannot make it lead elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from .errors import (
+    BlockIOError,
+    CorruptImage,
+    LaminaError,
+    LimitExceeded,
+    NotFound,
+    OptionError,
+    PolicyError,
+    printable,
+)
+from .limits import DEFAULT_BUDGET, Budget
+
+Kind = Literal["none", "beneath", "listed", "any"]
+
+#: The longest name (bytes, as the file system spells it) that is looked at: PATH_MAX of Linux.
+MAX_NAME = 4096
+#: The longest name (characters) that a message repeats in full: more than qcow2 can hold.
+MAX_SHOWN = 1024
+#: Symlinks followed while one name is resolved; the limit of the Linux kernel.
+MAX_LINKS = 40
+
+_ALLOW = "to allow it, give --references any (in Python: Policy.any())"
+_SPELLINGS = "use none, same-dir, beneath:DIRECTORY, list:FILE:FILE... or any"
+# O_PATH needs only the right to search a directory, as an ordinary open of a path does; elsewhere it must be readable.
+_DIRECTORY_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Reference(NamedTuple):
+    """A file that a name inside an image led to: its path without symlinks, and a descriptor for its owner to close."""
+
+    path: str
+    fd: int
+
+
+class Trail(NamedTuple):
+    """The files opened on the way from the top of a chain down to here; immutable, so siblings can share their parents.
+
+    `limit` is the number of files allowed below the top.
+    """
+
+    limit: int = DEFAULT_BUDGET.chain_depth
+    visited: tuple[tuple[int, int, str], ...] = ()
+
+    def enter(self, dev: int, ino: int, path: str) -> Trail:
+        """The trail that also holds the file with the identity (`dev`, `ino`), as `os.fstat` gives them.
+
+        Raises CorruptImage if that file is already on the trail, LimitExceeded if it lies more than `limit` files below
+        the top.
+        """
+        for level, (seen_dev, seen_ino, seen) in enumerate(self.visited):
+            if (seen_dev, seen_ino) == (dev, ino):
+                above = len(self.visited) - level
+                raise CorruptImage(
+                    "the backing chain contains itself: this file is already open "
+                    f'{above} {"level" if above == 1 else "levels"} above, as "{printable(seen)}"',
+                    path=path,
+                    hint="give the image another backing file",
+                )
+        if len(self.visited) > self.limit:
+            raise LimitExceeded(
+                f"the backing chain is deeper than the limit of {self.limit} files",
+                path=path,
+                hint="flatten the chain, or raise chain_depth",
+            )
+        return Trail(self.limit, (*self.visited, (dev, ino, path)))
+
+
+class Policy:
+    """An immutable rule for names found inside images. Made by `none`, `beneath`, `listed`, `any` or `parse`.
+
+    `budget` bounds what the same images may make us allocate; `chain_depth` is the part of it that bounds chains. May
+    be shared between threads and images. Equal policies compare and hash equal; `str` gives what `parse` takes.
+    """
+
+    __slots__ = ("_budget", "_directory", "_kind", "_paths")
+
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        directory: str | None = None,
+        paths: tuple[str, ...] = (),
+        chain_depth: int | None = None,
+        budget: Budget = DEFAULT_BUDGET,
+    ) -> None:
+        if chain_depth is not None:
+            from dataclasses import replace
+
+            budget = replace(budget, chain_depth=chain_depth)
+        self._kind: Kind = kind
+        self._directory = directory
+        self._paths = paths
+        self._budget = budget
+
+    @classmethod
+    def none(cls, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
+        """No name found inside an image opens anything."""
+        return cls("none", chain_depth=chain_depth, budget=budget)
+
+    @classmethod
+    def beneath(
+        cls,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        chain_depth: int | None = None,
+        budget: Budget = DEFAULT_BUDGET,
+    ) -> Policy:
+        """Regular files below `directory`, at any depth; None is the directory of the image that holds the name.
+
+        Symlinks may lead anywhere below it, and nowhere else. `directory` is resolved now, not at each use. The default
+        of library and command line is `Policy.beneath()`.
+        """
+        resolved = None if directory is None else os.path.realpath(directory)
+        return cls("beneath", directory=resolved, chain_depth=chain_depth, budget=budget)
+
+    @classmethod
+    def listed(
+        cls,
+        paths: Iterable[str | os.PathLike[str]],
+        *,
+        chain_depth: int | None = None,
+        budget: Budget = DEFAULT_BUDGET,
+    ) -> Policy:
+        """Exactly these files and block devices. Symlinks in `paths` are resolved now, not at each use."""
+        if isinstance(paths, (str, bytes)):
+            raise OptionError("a list of paths is needed, not a single path")
+        resolved = tuple(sorted({os.path.realpath(path) for path in paths}))
+        return cls("listed", paths=resolved, chain_depth=chain_depth, budget=budget)
+
+    @classmethod
+    def any(cls, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
+        """Every regular file and block device that this process can open: only for images from trusted hands."""
+        return cls("any", chain_depth=chain_depth, budget=budget)
+
+    @classmethod
+    def parse(cls, text: str, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
+        r"""The policy of a command line: `none`, `same-dir`, `beneath:DIR`, `list:A:B` or `any`.
+
+        In a list, `\:` and `\\` stand for a colon and a backslash inside a path. Raises OptionError.
+        """
+        word, colon, rest = text.partition(":")
+        if not colon and word in ("none", "any"):
+            return cls("none" if word == "none" else "any", chain_depth=chain_depth, budget=budget)
+        if not colon and word == "same-dir":
+            return cls.beneath(chain_depth=chain_depth, budget=budget)
+        if word == "beneath" and rest:
+            return cls.beneath(rest, chain_depth=chain_depth, budget=budget)
+        if word == "list" and rest:
+            return cls.listed(_split_list(rest), chain_depth=chain_depth, budget=budget)
+        raise OptionError(f'"{printable(text)}" is not a policy for references', hint=_SPELLINGS)
+
+    @property
+    def kind(self) -> Kind:
+        return self._kind
+
+    @property
+    def directory(self) -> str | None:
+        """What `beneath` grants, without symlinks; None for the directory of each image, and for the other kinds."""
+        return self._directory
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What `listed` grants, without symlinks, sorted."""
+        return self._paths
+
+    @property
+    def budget(self) -> Budget:
+        return self._budget
+
+    @property
+    def chain_depth(self) -> int:
+        return self._budget.chain_depth
+
+    def trail(self) -> Trail:
+        """An empty trail with this policy's limit; the first file to enter it is the top of the chain."""
+        return Trail(self.chain_depth)
+
+    def __str__(self) -> str:
+        if self._kind == "beneath":
+            return "same-dir" if self._directory is None else f"beneath:{self._directory}"
+        if self._kind == "listed":
+            return ":".join(["list", *(path.replace("\\", r"\\").replace(":", r"\:") for path in self._paths)])
+        return self._kind
+
+    def __repr__(self) -> str:
+        return f"<Policy {printable(str(self))} chain_depth={self.chain_depth}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self._fields() == other._fields()
+
+    def __hash__(self) -> int:
+        return hash(self._fields())
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self._kind, self._directory, self._paths, self._budget)
+
+    def open_reference(
+        self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
+    ) -> Reference:
+        """Open the file that `name` means, if this policy grants it. The receiver owns and closes `Reference.fd`.
+
+        `name` stands in the image `referrer` (its real path) and is relative to that image's directory. It is a path
+        and nothing else: `json:`, URLs and option strings are refused, `file:` has no meaning. `what` says in messages
+        what the name is for. The file is opened for reading, with `writable` also for writing; this never blocks, and
+        never opens anything but a regular file or, where listed or with `any`, a block device.
+
+        Raises PolicyError if the policy does not grant it, NotFound if it is granted but does not exist, BlockIOError
+        if the system refuses to open it. Whether a file that is not granted exists cannot be told from the error.
+        """
+        case = _Case(self, name, referrer, what)
+        case.judge_name()
+        try:
+            home = os.path.dirname(referrer if referrer.startswith("/") else os.path.join(os.getcwd(), referrer))
+            path = _resolve(os.path.join(home, name))
+            root = self._directory or (_resolve(home) if self._kind == "beneath" else None)
+        except OSError as error:
+            raise case.refusal("where it leads cannot be told", None) from error
+        case.judge_path(path, root)
+        try:
+            return Reference(path, case.open(path, os.O_RDWR if writable else os.O_RDONLY))
+        except OSError as error:
+            if isinstance(error, LaminaError):
+                raise
+            raise case.failure(error, path) from error
+
+
+class _Case:
+    """One name before one policy: what is asked, and the words for saying no."""
+
+    __slots__ = ("name", "policy", "referrer", "what")
+
+    def __init__(self, policy: Policy, name: str, referrer: str, what: str) -> None:
+        self.policy = policy
+        self.name = name
+        self.referrer = referrer
+        self.what = what
+
+    def title(self) -> str:
+        name = self.name if len(self.name) <= MAX_SHOWN else self.name[:64] + "..."
+        return f'{self.what} "{name}"'
+
+    def refusal(self, reason: str, hint: str | None = _ALLOW) -> PolicyError:
+        text = printable(f"{self.title()} is refused: {reason} (policy for references: {self.policy})")
+        return PolicyError(text, path=self.referrer, operation="open", hint=hint)
+
+    def failure(self, error: OSError, path: str) -> LaminaError:
+        if error.errno == errno.ELOOP:
+            # `path` had no links when it was judged.
+            return self.refusal("it changed while it was being opened", "try again, if that was meant")
+        if error.errno == errno.ENOENT:
+            return NotFound(printable(f"{self.title()} does not exist ({path})"), path=self.referrer, operation="open")
+        message = printable(f"cannot open {self.title()} ({path})")
+        return BlockIOError.from_os(error, message, path=self.referrer, operation="open")
+
+    def judge_name(self) -> None:
+        """Refuse what can be refused without looking at any file."""
+        if self.policy.kind == "none":
+            raise self.refusal(
+                "no name found inside an image is opened",
+                "to allow it, give --references same-dir or any (in Python: Policy.beneath() or Policy.any())",
+            )
+        if not self.name:
+            raise self.refusal("the name is empty", None)
+        if "\0" in self.name:
+            raise self.refusal("the name holds a NUL", None)
+        try:
+            length = len(os.fsencode(self.name))
+        except UnicodeEncodeError as error:
+            raise self.refusal("the name cannot be spelt in this file system", None) from error
+        if length > MAX_NAME:
+            raise self.refusal(f"the name has {length} bytes, above the limit of {MAX_NAME}", None)
+        if _looks_like_protocol(self.name):
+            raise self.refusal(
+                "a name inside an image is only ever a path, and this looks like a URL or options",
+                "to use it, name that child explicitly when opening; a file of that name is spelt with ./ before it",
+            )
+
+    def judge_path(self, path: str, root: str | None) -> None:
+        """Refuse `path` (absolute, no symlinks in it) unless the policy grants it."""
+        kind = self.policy.kind
+        if path == "/proc" or path.startswith("/proc/"):
+            # Also what a link of the process itself, such as /dev/stdin, comes to: see _resolve.
+            raise self.refusal("it leads into /proc", None)
+        if kind == "listed" and path not in self.policy.paths:
+            raise self.refusal("it is not in the list")
+        if kind == "beneath":
+            assert root is not None
+            if not path.startswith(root.rstrip("/") + "/"):
+                raise self.refusal(f"it leads outside of {root}")
+
+    def judge_type(self, mode: int) -> None:
+        if stat.S_ISREG(mode):
+            return
+        if stat.S_ISBLK(mode):
+            if self.policy.kind in ("listed", "any"):
+                return
+            raise self.refusal(
+                "it is a block device",
+                "to allow it, give --references list:DEVICE or any (in Python: Policy.listed([...]) or Policy.any())",
+            )
+        if stat.S_ISLNK(mode):
+            raise self.refusal("it changed while it was being opened", "try again, if that was meant")
+        raise self.refusal(
+            f"it is {_TYPES.get(stat.S_IFMT(mode), 'not a file')}, and only regular files are opened", None
+        )
+
+    def open(self, path: str, access: int) -> int:
+        """A descriptor of exactly `path`: each step from the root refuses symlinks. Raises OSError."""
+        *parents, last = path.split("/")[1:]
+        last = last or "."
+        directory = os.open("/", _DIRECTORY_FLAGS)
+        try:
+            for part in parents:
+                below = os.open(part, _DIRECTORY_FLAGS, dir_fd=directory)
+                os.close(directory)
+                directory = below
+            # Looked at before it is opened, because opening a device or a FIFO has effects of its own.
+            self.judge_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode)
+            fd = os.open(last, access | _FILE_FLAGS, dir_fd=directory)
+        finally:
+            os.close(directory)
+        try:
+            self.judge_type(os.fstat(fd).st_mode)
+            os.set_blocking(fd, True)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+_TYPES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+}
+
+
+def _looks_like_protocol(name: str) -> bool:
+    """Whether `name` starts like `nbd:`, `json:` or `https:`; `file:` does not count, it is part of a path here."""
+    scheme, colon, _ = name.partition(":")
+    if not colon or not scheme.isascii() or not scheme[:1].isalpha() or scheme.lower() == "file":
+        return False
+    return scheme.translate(_SCHEME_MARKS).isalnum()
+
+
+_SCHEME_MARKS = dict.fromkeys(map(ord, "+-._"))
+
+
+def _resolve(path: str) -> str:
+    """The absolute `path` with every symlink replaced by what it says, as far as its parts exist; nothing is opened.
+
+    Stops at /proc, whose links do not say where they lead. Raises OSError when there are too many links.
+    """
+    at = ""
+    links = 0
+    pending = path.split("/")[::-1]
+    while pending:
+        part = pending.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            at = at.rpartition("/")[0]
+            continue
+        at = f"{at}/{part}"
+        if at == "/proc":
+            return at
+        try:
+            target = os.readlink(at)
+        except OSError:
+            # Not a link, or not there: opening it will say which.
+            continue
+        links += 1
+        if links > MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        at = "" if target.startswith("/") else at.rpartition("/")[0]
+        pending += target.split("/")[::-1]
+    return at or "/"
+
+
+def _split_list(text: str) -> list[str]:
+    r"""`text` cut at its colons; `\:` and `\\` are a plain colon and backslash. OptionError for an empty path."""
+    paths = [""]
+    letters = iter(text)
+    for letter in letters:
+        if letter == "\\":
+            following = next(letters, "")
+            paths[-1] += following if following in (":", "\\") else letter + following
+        elif letter == ":":
+            paths.append("")
+        else:
+            paths[-1] += letter
+    if "" in paths:
+        raise OptionError(f'"list:{printable(text)}" holds an empty path', hint=_SPELLINGS)
+    return paths

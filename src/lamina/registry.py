@@ -1,0 +1,166 @@
+"""Drivers by name.
+
+A table from the name of a storage, format or filter to the class that implements it, as text: "module:Class". Nothing
+is imported before it is looked up, so that a command pays only for what it uses. Ground floor; storage, formats and
+filters never import one another, they meet through `lookup`.
+
+Users add drivers with `register`, or by installing a package with an entry point in the group "lamina.drivers" whose
+name is the kind, a dot and the driver's name:
+
+    [project.entry-points."lamina.drivers"]
+    "filter.slow" = "example.slow:Slow"
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from . import detect
+from .errors import OptionError, UnsupportedFeature, printable
+
+Kind = Literal["storage", "format", "filter"]
+
+KINDS: tuple[Kind, ...] = ("storage", "format", "filter")
+ENTRY_POINTS = "lamina.drivers"
+
+# Distributions that are not called like the module they bring.
+_DISTRIBUTIONS = {"backports": "backports.zstd", "zlib_ng": "zlib-ng"}
+
+
+class Entry(NamedTuple):
+    """One driver: its name, its kind, where its class is ("module:Class"), one line about it, and its other names."""
+
+    name: str
+    kind: Kind
+    target: str
+    summary: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def probed(self) -> bool:
+        """Whether `detect` can recognise it in a file."""
+        return self.name in detect.FORMATS
+
+
+_TABLE = (
+    Entry("file", "storage", "lamina.storage.file:FileStorage", "a file or block device", ("host_device",)),
+    Entry("memory", "storage", "lamina.storage.memory:MemoryStorage", "bytes in memory, gone when closed"),
+    Entry("null", "storage", "lamina.storage.null:NullStorage", "keeps nothing, reads zeros", ("null-co", "null-aio")),
+    Entry("raw", "format", "lamina.formats.raw:Raw", "the bytes as they are"),
+    Entry("qcow2", "format", "lamina.formats.qcow2.driver:Qcow2", "QEMU copy-on-write, versions 2 and 3"),
+    Entry("blkdebug", "filter", "lamina.filters.blkdebug:Blkdebug", "makes chosen requests fail"),
+)
+
+_entries: dict[str, Entry] = {entry.name: entry for entry in _TABLE}
+_aliases: dict[str, str] = {alias: entry.name for entry in _TABLE for alias in entry.aliases}
+
+
+def names(kind: Kind | None = None) -> tuple[str, ...]:
+    """The names of all drivers in the table, or of one kind, in its order and without aliases."""
+    return tuple(name for name, entry in _entries.items() if kind is None or entry.kind == kind)
+
+
+def entry(name: str, kind: Kind | None = None) -> Entry:
+    """The entry that `name`, or an alias, means; nothing of the driver is imported.
+
+    With `kind`, one of that kind is needed: whoever got `name` out of an image says so, lest the image pick a filter.
+    Raises UnsupportedFeature for a format that is known but has no driver, OptionError for any other name.
+    """
+    found = _entries.get(_aliases.get(name, name)) or _installed(name)
+    if found is None:
+        raise _unknown(name, kind)
+    if kind is not None and found.kind != kind:
+        raise OptionError(f'"{printable(name)}" is a {found.kind}, and a {kind} is needed here')
+    return found
+
+
+def lookup(name: str, kind: Kind | None = None) -> type[Any]:
+    """The class of the driver that `name`, or an alias, means; imports it.
+
+    Raises what `entry` raises, and UnsupportedFeature if a package that the driver needs is not installed.
+    """
+    return _load(entry(name, kind))
+
+
+def register(name: str, kind: Kind, target: str, summary: str, aliases: tuple[str, ...] = ()) -> Entry:
+    """Add a driver; `target` is "module:Class". Raises OptionError if the name is taken or a value is not well formed.
+
+    Registering the same again changes nothing. A driver cannot replace another: names mean the same in a whole process.
+    """
+    new = Entry(name, kind, target, summary, tuple(aliases))
+    if _entries.get(name) == new:
+        return new
+    if kind not in KINDS:
+        raise OptionError(f'"{printable(str(kind))}" is not a kind of driver', hint=f"use one of {', '.join(KINDS)}")
+    module, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise OptionError(f'"{printable(target)}" does not name a class', hint="write it as package.module:Class")
+    for word in (name, *new.aliases):
+        if not word or not word.isprintable() or any(mark in word for mark in " .,:=/"):
+            raise OptionError(f'"{printable(word)}" cannot be the name of a driver')
+        if word in _entries or word in _aliases:
+            raise OptionError(f'there is already a driver with the name "{word}"')
+    _entries[name] = new
+    _aliases.update(dict.fromkeys(new.aliases, name))
+    return new
+
+
+def _load(found: Entry) -> type[Any]:
+    from importlib import import_module
+
+    module, _, attribute = found.target.partition(":")
+    try:
+        driver = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise _not_importable(found, module, error) from error
+    if not isinstance(driver, type):
+        raise OptionError(f'the {found.kind} driver "{found.name}" is not a class: {found.target}')
+    return driver
+
+
+def _not_importable(found: Entry, module: str, error: ImportError) -> UnsupportedFeature:
+    title = f'the {found.kind} driver "{found.name}"'
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if not missing:
+        return UnsupportedFeature(f"{title} cannot be imported: {printable(str(error))}")
+    if module == missing or module.startswith(missing + "."):
+        return UnsupportedFeature(f"{title} is not part of this installation: there is no module {missing}")
+    top = missing.partition(".")[0]
+    return UnsupportedFeature(
+        f"{title} needs the Python module {missing}, which is not installed",
+        hint=f"install it, for example: python -m pip install {_DISTRIBUTIONS.get(top, top)}",
+    )
+
+
+def _installed(name: str) -> Entry | None:
+    """The driver of that name that an installed package offers, added to the table; None if there is none."""
+    from importlib.metadata import entry_points
+
+    offers = {
+        (kind, point.value)
+        for point in entry_points(group=ENTRY_POINTS)
+        for kind in KINDS
+        if point.name == f"{kind}.{name}"
+    }
+    if not offers:
+        return None
+    if len(offers) > 1:
+        targets = ", ".join(sorted(target for _, target in offers))
+        raise OptionError(f'several installed packages offer a driver with the name "{printable(name)}": {targets}')
+    ((kind, target),) = offers
+    return register(name, kind, target, "from an installed package")
+
+
+def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:
+    known = detect.canonical(name)
+    if known in detect.FORMATS and kind in (None, "format"):
+        return UnsupportedFeature(
+            f"the format {known} ({detect.FORMATS[known].summary}) is known, but there is no driver for it",
+            hint=f"formats with a driver: {', '.join(names('format'))}",
+        )
+    from difflib import get_close_matches
+
+    choices = [*names(kind), *(alias for alias, of in _aliases.items() if kind in (None, _entries[of].kind))]
+    near = get_close_matches(name[:64], choices, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names(kind))}"
+    return OptionError(f'there is no {kind or "driver"} with the name "{printable(name[:64])}"', hint=hint)

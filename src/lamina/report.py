@@ -1,0 +1,49 @@
+"""What a check of an image found: findings are returned, never raised, however broken the image is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+#: At most this many findings are kept with their text; all are counted.
+MAX_FINDINGS = 1000
+
+ERROR = "error"  #: the image contradicts itself: data may be wrong, or may be lost by writing
+LEAK = "leak"  #: space is accounted for that nobody uses; harmless
+UNREADABLE = "unreadable"  #: a part could not be examined
+
+
+class Finding(NamedTuple):
+    kind: str  #: ERROR, LEAK or UNREADABLE
+    message: str  #: one line: what, where
+    offset: int | None = None  #: byte in the image file where the contradiction lies
+
+
+@dataclass
+class CheckReport:
+    """The answer of `check`. Counts are of findings; clusters are counted as the format names its allocation unit."""
+
+    findings: list[Finding] = field(default_factory=list)
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not (self.corruptions or self.leaks or self.check_errors)
+
+    def add(self, kind: str, message: str, offset: int | None = None, count: int = 1) -> None:
+        """Count `count` findings of `kind` and keep their text, up to MAX_FINDINGS."""
+        if kind == LEAK:
+            self.leaks += count
+        elif kind == ERROR:
+            self.corruptions += count
+        else:
+            self.check_errors += count
+        if len(self.findings) < MAX_FINDINGS:
+            self.findings.append(Finding(kind, message, offset))
