@@ -1,0 +1,60 @@
+"""The functions that users call first: `open` and `probe`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .graph import Opener, open_graph
+from .graph import probe as _probe
+from .image import Image
+from .limits import DEFAULT_BUDGET, Budget
+from .options import parse_name
+from .policy import Policy
+from .request import Child
+
+
+def open(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+) -> Image:
+    """Open a disk image.
+
+    `source` is a path, a name with a prefix (`json:{...}`, `blkdebug::disk.qcow2`), or nested options
+    (`{"driver": "blkdebug", "align": 4096, "image": {...}}`). `format` names the driver that lies over a plain path; it is
+    never guessed unless asked for with "probe", since the content of a raw disk belongs to its guest. Images open read-only
+    unless told otherwise, and so does every backing file, always.
+
+    `references` decides which files may be opened because an image names them: by default those beneath the directory of the
+    image itself. `budget` bounds what opening may allocate. `force_share` reads beside a program that has the image open for
+    writing: what is read may then be inconsistent.
+
+    Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
+    """
+    node = open_graph(
+        os.fspath(source) if isinstance(source, os.PathLike) else source,
+        format=format,
+        read_only=read_only,
+        policy=references,
+        budget=budget,
+        force_share=force_share,
+    )
+    return Image(node)
+
+
+def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
+    """The format that the magic in a file says it has: "qcow2", "vmdk", ...; "raw" if there is none.
+
+    Raises FormatError if it could be several. A guess is no proof: a guest can write any magic into its raw disk.
+    """
+    storage = Child(Opener(force_share=force_share).open(parse_name(os.fspath(source)), storage=True), "file")
+    try:
+        return _probe(storage).format
+    finally:
+        storage.close()

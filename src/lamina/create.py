@@ -1,0 +1,108 @@
+"""New images: made aside under another name and renamed when they are whole, so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import registry
+from .errors import BlockIOError, OptionError, UnsupportedFeature
+from .graph import Opener
+from .policy import Policy
+from .request import Child
+
+if TYPE_CHECKING:
+    from .node import Node
+
+
+class Aside:
+    """A file that is written beside its final name. Use as a context manager: `path` is where to write; leaving without an
+    error renames it to `target`, an error removes it. A block device, and any other target that is not a regular file, is
+    written in place, since it cannot be replaced. An existing file is replaced, and keeps its permissions."""
+
+    def __init__(self, target: str) -> None:
+        self.target = os.path.realpath(target)
+        self.in_place = False
+        try:
+            status = os.stat(self.target)
+        except FileNotFoundError:
+            self._mode: int | None = None
+        except OSError as error:
+            raise BlockIOError.from_os(error, "cannot create the image", path=target) from error
+        else:
+            if stat.S_ISDIR(status.st_mode):
+                raise BlockIOError("it is a directory", errno=21, path=target, hint="name a file in it")
+            self.in_place = not stat.S_ISREG(status.st_mode)
+            self._mode = stat.S_IMODE(status.st_mode)
+        self.path = self.target
+        if self.in_place:
+            return
+        if self._mode is not None:
+            self._refuse_locked()
+        try:
+            fd, self.path = tempfile.mkstemp(prefix=".lamina-", dir=os.path.dirname(self.target))
+        except OSError as error:
+            raise BlockIOError.from_os(error, "cannot create a file there", path=target) from error
+        if self._mode is None:
+            mask = os.umask(0)
+            os.umask(mask)
+            self._mode = 0o666 & ~mask
+        os.fchmod(fd, self._mode)
+        os.close(fd)
+
+    def _refuse_locked(self) -> None:
+        """What another program has open for writing is not replaced under it."""
+        Opener(read_only=False).open({"driver": "file", "filename": self.target}).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.in_place:
+            return
+        if kind is None:
+            os.replace(self.path, self.target)
+        else:
+            os.unlink(self.path)
+
+
+def create_driver(name: str) -> type[Node]:
+    """The format driver `name`, if it can make images."""
+    kind: type[Node] = registry.lookup(name)
+    if not hasattr(kind, "create"):
+        raise UnsupportedFeature(f"images of format {name} cannot be created", hint="try qcow2 or raw")
+    return kind
+
+
+def create(path: str | os.PathLike[str], format: str, size: int | None = None, **options: Any) -> None:
+    """Make a new image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
+    `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them.
+
+    The file appears under its name only when it is whole; a file that is there already is replaced, unless another program
+    has it open. Raises OptionError, LimitExceeded, Locked, BlockIOError.
+    """
+    kind: Any = create_driver(format)
+    values = kind.create_schema.parse({**options, **({} if size is None else {"size": size})})
+    prepare = getattr(kind, "prepare_create", None)
+    target = os.fspath(path)
+    if prepare is not None:
+        prepare(values, target)
+    if values.get("size") is None:
+        raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
+    with Aside(target) as aside:
+        write_image(kind, aside.path, values)
+
+
+def write_image(kind: Any, path: str, values: Mapping[str, Any]) -> None:
+    """Lay an image out in the file at `path`, which exists. `values` as parsed by `kind.create_schema`."""
+    node = Opener(read_only=False, policy=Policy.none()).open({"driver": "file", "filename": path})
+    storage = Child(node, "file", grows=True)
+    try:
+        kind.create(storage, values["size"], values)
+        storage.flush()
+    finally:
+        storage.close()

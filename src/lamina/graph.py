@@ -1,0 +1,215 @@
+"""From options to opened nodes: drivers are looked up, children opened, references inside images asked of the policy.
+
+`open_graph` is the one way in. A driver's `open` receives an `Opener`, which opens its children and knows for what use the
+graph is opened; whatever it opened is closed again if a later step fails.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from . import detect, registry
+from .errors import FormatError, LaminaError, OptionError, PolicyError
+from .limits import DEFAULT_BUDGET, Budget
+from .node import Node, StorageNode
+from .options import parse_name
+from .policy import Policy, Trail
+from .request import Child
+
+#: Options that every node takes, besides those of its driver.
+COMMON = ("node-name", "read-only", "force-share")
+
+#: The roles whose child is storage: without a driver they name a file, and are never probed.
+STORAGE_ROLES = ("file", "data-file")
+
+Spec = Mapping[str, Any] | str
+
+
+@dataclass
+class Opener:
+    """How the nodes of one graph are opened. Given to every driver's `open`.
+
+    `read_only`: the node is opened for reading. `force_share`: no locks are taken, and others' are ignored. `probe`: where
+    no format is given, it may be found by its magic. `fd`: a descriptor that is open already; storage takes a copy of it.
+    """
+
+    policy: Policy = field(default_factory=Policy.beneath)
+    budget: Budget = DEFAULT_BUDGET
+    read_only: bool = True
+    force_share: bool = False
+    probe: bool = False
+    #: Open no reference found inside the image: what `info` needs, and all it may do.
+    no_references: bool = False
+    fd: int | None = None
+    name: str | None = None
+    trail: Trail | None = None
+    _opened: list[Child] = field(default_factory=list)
+
+    def open(self, spec: Spec, *, storage: bool = False) -> Node:
+        """The node that `spec` describes. `storage`: without a driver it names a file, not an image to be probed."""
+        options = dict(parse_name(spec) if isinstance(spec, str) else spec)
+        inner = replace(self, _opened=[], name=None)
+        for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
+            if key == "node-name":
+                inner.name = str(value)
+            elif _switch(key, value):
+                setattr(inner, key.replace("-", "_"), True)
+        try:
+            if "driver" not in options:
+                if not storage:
+                    return inner._probe(options)
+                options["driver"] = "file"
+            name = options.pop("driver")
+            if not isinstance(name, str):
+                raise OptionError(f"driver is {name!r}, not a name")
+            kind = registry.lookup(name)
+            if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
+                options["file"] = {"driver": "file", "filename": options.pop("filename")}
+            return cast(Node, kind.open(kind.schema.parse(options), inner))
+        except BaseException:
+            inner.close()
+            raise
+
+    def child(self, role: str, spec: Spec, *, grows: bool = False, read_only: bool = False) -> Child:
+        """An edge to a new child. `grows` as in `request.Child`; `read_only` True where the child is only ever read."""
+        # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
+        fd = self.fd if role in STORAGE_ROLES else None
+        opener = replace(self, read_only=self.read_only or read_only, fd=fd)
+        node = opener.open(spec, storage=role in STORAGE_ROLES)
+        return self._keep(Child(node, role, grows=grows))
+
+    def reference(self, image: Child, name: str, *, what: str, format: str | None, options: Mapping[str, Any]) -> Child:
+        """The child that `name`, found inside the image in `image`, refers to, if the policy grants it. `format`: what the
+        image says its format is; `options`: what the user gave for it, which wins."""
+        base = image.node.host_base
+        host = base[0] if base else None
+        if not isinstance(host, StorageNode) or host.path is None or host.identity is None:
+            raise PolicyError(
+                f"the {what} {name!r} is named inside an image that is not a file",
+                path=image.node.filename,
+                hint="name it in the options (backing.file.filename=...)",
+            )
+        path = host.path
+        driver = options.get("driver", format)
+        if driver is None:
+            raise FormatError(
+                f"the format of the {what} {name!r} is not stored in the image, and is never guessed",
+                path=path,
+                hint="give it (backing.driver=raw, or store it with create -F)",
+            )
+        # An image may ask for a format only: never for a filter, nor for storage of its own choice.
+        registry.lookup(driver, "format")
+        trail = self.trail or self.policy.trail().enter(*host.identity, path)
+        found = self.policy.open_reference(name, referrer=path, what=what)
+        fd = found.fd
+        try:
+            status = os.fstat(fd)
+            inner = replace(self, read_only=True, trail=trail.enter(status.st_dev, status.st_ino, found.path), fd=fd)
+            spec = {**options, "driver": driver, "file": {"driver": "file", "filename": found.path}}
+            node = inner.open(spec)
+        except LaminaError as error:
+            error.path = error.path or found.path
+            raise
+        finally:
+            os.close(fd)  # the storage has a copy
+        return self._keep(Child(node, "backing"))
+
+    def close(self) -> None:
+        """Close what was opened for a node that then failed to open."""
+        for child in reversed(self._opened):
+            child.close()
+        self._opened.clear()
+
+    def _keep(self, child: Child) -> Child:
+        self._opened.append(child)
+        return child
+
+    def _probe(self, options: dict[str, Any]) -> Node:
+        """Open what no driver was named for: its format is found by its magic, where that is allowed."""
+        where = options.get("filename") or options.get("file")
+        if not self.probe:
+            raise _format_missing(where if isinstance(where, str) else None)
+        file = options.pop("file", None)
+        if file is None:
+            file = {
+                key: options.pop(key) for key in list(options) if key.split(".")[0] in ("filename", "locking", "cache")
+            }
+        storage = self.child("file", file, grows=True)
+        found = probe(storage)
+        if not self.read_only:
+            detect.refuse_probed_raw(found, storage.node.filename)
+        kind = registry.lookup(found.format, "format")
+        return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
+
+
+def probe(storage: Child) -> detect.Detection:
+    """What lies in `storage`, by its magic: the first and last bytes are read, and nothing is opened."""
+    size = storage.node.size
+    head = bytearray(min(size, detect.HEAD_BYTES))
+    tail = bytearray(min(size, detect.TAIL_BYTES))
+    storage.read_into(0, memoryview(head))
+    storage.read_into(size - len(tail), memoryview(tail))
+    return detect.detect(bytes(head), bytes(tail), size, path=storage.node.filename)
+
+
+def open_graph(
+    source: Spec,
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    policy: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+    no_references: bool = False,
+) -> Node:
+    """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
+
+    `format`: the driver that lies over it, or "probe" to find it by its magic (refused for writing where that finds
+    nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
+    is `Policy.beneath()`: only files beneath the directory of the image that names them. The caller closes the node.
+    """
+    options = parse_name(source) if isinstance(source, str) else dict(source)
+    # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
+    named = isinstance(source, str) and not source.startswith("json:")
+    driver = options.get("driver")
+    if format is None or format == "probe":
+        if named and format is None and driver is not None:
+            raise _format_missing(str(source))
+        if named:
+            options = {"file": options}
+    elif driver is None:
+        options["driver"] = format
+    elif registry.entry(driver).name != registry.entry(format).name:
+        if registry.entry(driver).kind == "format":
+            raise OptionError(
+                f"the options say driver {driver}, and the format is given as {format}", hint="say it once"
+            )
+        options = {"driver": format, "file": options}
+    opener = Opener(
+        policy=policy or Policy.beneath(),
+        budget=budget,
+        read_only=read_only,
+        force_share=force_share,
+        probe=format == "probe",
+        no_references=no_references,
+    )
+    return opener.open(options)
+
+
+def _format_missing(where: str | None) -> OptionError:
+    return OptionError(
+        "the format is not given, and is not guessed",
+        path=where,
+        hint='give it (format="qcow2", driver=..., -f), or ask for a guess with format="probe"',
+    )
+
+
+def _switch(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("on", "off"):
+        return bool(value == "on")
+    raise OptionError(f"{key} is {value!r}, not on or off")

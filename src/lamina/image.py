@@ -1,0 +1,173 @@
+"""What users hold: an opened image, read and written by byte, with its exact status.
+
+An `Image` is the root edge of a graph. Everything it does passes the request path; it adds only the conveniences of Python:
+buffers of any kind, `bytes` as results, context management, and a file-like view.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any, Self
+
+from .errors import Closed
+from .node import FUA, MAY_UNMAP, NO_FALLBACK, Node
+from .request import Child
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
+
+    from .extents import Extents
+
+
+class Image:
+    """A virtual disk. Offsets and lengths are bytes; sizes are exact. Safe for any number of threads, except `close`.
+
+    Errors are `LaminaError`s: OutOfRange for a request outside the disk, ReadOnly, BlockIOError (an OSError with errno) from
+    storage, CorruptImage where a format's tables contradict themselves.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._root: Child | None = Child(node, "root")
+
+    @property
+    def root(self) -> Child:
+        if self._root is None:
+            raise Closed("this image was closed")
+        return self._root
+
+    @property
+    def node(self) -> Node:
+        """The node on top of the graph."""
+        return self.root.node
+
+    @property
+    def size(self) -> int:
+        """The length of the disk in bytes."""
+        return self.root.node.size
+
+    @property
+    def filename(self) -> str:
+        return self.root.node.filename
+
+    @property
+    def format(self) -> str:
+        """The name of the driver on top."""
+        return self.root.node.driver
+
+    @property
+    def read_only(self) -> bool:
+        return self.root.node.read_only
+
+    @property
+    def alignment(self) -> int:
+        """The request alignment that the top node declares: what `map` rounds to."""
+        return self.root.node.limits.request_alignment
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The `length` bytes at `offset`."""
+        buffer = bytearray(length)
+        self.root.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        """Fill `buffer` (any writable contiguous buffer) with the bytes at `offset`."""
+        self.root.read_into(offset, _view(buffer))
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Make the bytes at `offset` equal to `data`; with `fua` on stable storage before it returns."""
+        self.root.write(offset, _view(data), FUA if fua else 0)
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False) -> None:
+        """Make the bytes read as zero. `unmap`: their storage may be given back. `fast`: raise NotSupported, with nothing
+        changed, rather than write zeros."""
+        flags = (MAY_UNMAP if unmap else 0) | (NO_FALLBACK if fast else 0) | (FUA if fua else 0)
+        self.root.zero(offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        """The bytes are no longer needed; whole blocks of them may be given back. What they read as then is the format's
+        choice, but never another file's or an older layer's bytes."""
+        self.root.discard(offset, length)
+
+    def flush(self) -> None:
+        """Everything written before is on stable storage when this returns."""
+        self.root.flush()
+
+    def truncate(self, size: int) -> None:
+        """Change the size of the disk. What is added reads as zero; what is cut off is gone."""
+        self.root.truncate(size)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Extents:
+        """The exact status of these bytes (to the end by default), as columns; see `lamina.extents.Extents`. Round it with
+        `.align(A)` where a consumer needs a granularity."""
+        if length is None:
+            length = max(self.size - offset, 0)
+        return self.root.extents(offset, length)
+
+    def as_file(self) -> io.RawIOBase:
+        """A seekable raw file over this image, with a position of its own. Closing it leaves the image open."""
+        return _RawView(self)
+
+    def close(self) -> None:
+        """Flush what this image holds back, and give every file back. Calling it again does nothing."""
+        root, self._root = self._root, None
+        if root is not None:
+            root.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Image {self._root.node!r}>" if self._root else "<Image closed>"
+
+
+def _view(buffer: Any) -> memoryview:
+    view = buffer if type(buffer) is memoryview else memoryview(buffer)
+    return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
+
+
+class _RawView(io.RawIOBase):
+    """`Image` as the standard library's raw file: reads stop at the end of the disk, writes past it are refused."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return not self._image.read_only
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}, before the start")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = _view(buffer)
+        count = min(len(view), max(self._image.size - self._at, 0))
+        self._image.read_into(self._at, view[:count])
+        self._at += count
+        return count
+
+    def write(self, data: Any) -> int:
+        view = _view(data)
+        self._image.write(self._at, view)
+        self._at += len(view)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._at if size is None else size
+        self._image.truncate(size)
+        return size

@@ -1,0 +1,345 @@
+"""The request path: the rules that stand between any two nodes, written once.
+
+A `Child` is an edge of the graph: the way in which one node, or a user, reaches another. Every request passes one, and there
+bounds, read-only, alignment (read-modify-write), splitting to limits, fallbacks and the order of overlapping requests are
+settled, so that no driver below has to. What a driver may rely on in turn is said in `node.py`.
+
+A request whose range is aligned and within the limits goes straight to the driver: that is the fast path, and the first
+lines of each method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .errors import NotSupported, OutOfRange
+from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up
+from .node import FUA, NO_FALLBACK, Node, fill_zero, require_writable
+
+if TYPE_CHECKING:
+    from .extents import Extents
+    from .ranges import Hold
+
+#: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
+_BOUNCE = 1 << 20
+_ZEROS = memoryview(bytes(_BOUNCE))
+
+
+class Child:
+    """An edge to `node`. `grows`: requests may pass the node's end if it is growable (a format's storage, a filter's child);
+    a user's edge and an edge to a backing node never do. Safe for any number of threads."""
+
+    __slots__ = (
+        "_align",
+        "_discard_align",
+        "_max_discard",
+        "_max_transfer",
+        "_max_zero",
+        "_order",
+        "_reads_wait",
+        "_zero_align",
+        "grows",
+        "node",
+        "role",
+    )
+
+    def __init__(self, node: Node, role: str, *, grows: bool = False) -> None:
+        self.node = node
+        self.role = role
+        self.grows = grows
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the node's limits again (they are frozen while requests run)."""
+        limits = self.node.limits
+        align = limits.request_alignment
+        self._align = align
+        self._max_transfer = max(align_down(limits.max_transfer or MAX_TRANSFER, align), align)
+        self._zero_align = max(limits.zero_alignment, align)
+        self._max_zero = max(align_down(limits.max_zero or MAX_SIZE, self._zero_align), self._zero_align)
+        self._discard_align = max(limits.discard_alignment, align)
+        self._max_discard = max(align_down(limits.max_discard or MAX_SIZE, self._discard_align), self._discard_align)
+        # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
+        self._reads_wait = self.node.serialise > 0
+        # Read-modify-write and widened zeroes touch whole blocks, so holds are rounded to a multiple of all three.
+        unit = math.lcm(self.node.serialise or 1, align, self._zero_align)
+        self._order = unit if unit > 1 else 0
+
+    @property
+    def size(self) -> int:
+        return self.node.size
+
+    # -- the operations
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes at `offset`; past the end of growable storage they are zeros."""
+        node = self.node
+        length = len(view)
+        end = offset + length
+        if offset < 0 or end > node.size:
+            inside = self._bound(offset, end, "read", grows=self.grows)
+            fill_zero(view[inside:])
+            view = view[:inside]
+            length, end = inside, offset + inside
+        if not length:
+            return
+        align = self._align
+        aligned = align == 1 or not ((offset | end) & (align - 1)) or (end == node.size and not offset & (align - 1))
+        if aligned and length <= self._max_transfer:
+            if not self._reads_wait:
+                node.read_into(offset, view)
+                return
+            held = node.ranges.acquire(offset, end, False)
+            try:
+                node.read_into(offset, view)
+            finally:
+                node.ranges.release(held)
+            return
+        hold = self._hold(offset, end, exclusive=False) if self._reads_wait else None
+        try:
+            self._read_unaligned(offset, view)
+        finally:
+            self._release(hold)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        """Make the bytes at `offset` equal to `view`. `flags`: FUA."""
+        node = self.node
+        end = offset + len(view)
+        if node.read_only:
+            require_writable(node, "write")
+        if offset < 0 or end > node.size:
+            self._bound(offset, end, "write", grows=self.grows and node.growable)
+        if not len(view):
+            return
+        align = self._align
+        rmw = align != 1 and bool(offset & (align - 1) or (end & (align - 1) and end != node.size))
+        hold = self._hold(offset, end, exclusive=rmw or self._reads_wait) if self._order else None
+        try:
+            passed = flags & node.supported_flags
+            if rmw:
+                self._write_unaligned(offset, view, passed)
+            else:
+                self._write_aligned(offset, view, passed)
+        finally:
+            self._release(hold)
+        if flags & ~passed & FUA:
+            node.flush()
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make the bytes read as zero. Head and tail that are not aligned are zeroed with their block where the rest of it
+        reads as zero already, else written; what the driver cannot zero is written. With NO_FALLBACK nothing is written:
+        NotSupported is raised before a byte is touched."""
+        node = self.node
+        end = offset + length
+        if node.read_only:
+            require_writable(node, "zero")
+        if length < 0 or offset < 0 or end > node.size:
+            self._bound(offset, end, "zero", grows=self.grows and node.growable)
+        if not length:
+            return
+        hold = self._hold(offset, end, exclusive=True) if self._order else None
+        try:
+            passed = flags & (node.supported_flags | ~FUA)
+            pieces = list(self._blocks(offset, end, self._zero_align))
+            widened = [self._widen(lo, hi) for lo, hi in pieces]
+            if flags & NO_FALLBACK and None in widened:
+                raise NotSupported("not aligned for a fast zero", node=node.name, operation="zero", offset=offset)
+            for (lo, hi), wide in zip(pieces, widened, strict=True):
+                if wide is None:
+                    self._write_zeros(lo, hi, passed & FUA)
+                else:
+                    self._zero_aligned(*wide, passed)
+                passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
+        finally:
+            self._release(hold)
+        if flags & ~passed & FUA:
+            node.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """These bytes are no longer needed. Only whole blocks are given back; a driver that cannot is no failure."""
+        node = self.node
+        end = offset + length
+        if node.read_only:
+            require_writable(node, "discard")
+        if length < 0 or offset < 0 or end > node.size:
+            self._bound(offset, end, "discard", grows=False)
+        align = self._discard_align
+        first = align_up(offset, align)
+        last = end if end == node.size else align_down(end, align)
+        if first >= last:
+            return
+        hold = self._hold(first, last, exclusive=True) if self._order else None
+        try:
+            for lo in range(first, last, self._max_discard):
+                node.discard(lo, min(self._max_discard, last - lo))
+        except NotSupported:
+            pass  # a discard is advice
+        finally:
+            self._release(hold)
+
+    def flush(self) -> None:
+        """Everything written before this call is on stable storage when it returns."""
+        self.node.flush()
+
+    def truncate(self, size: int) -> None:
+        """Make the node `size` bytes long; what is added reads as zero."""
+        require_writable(self.node, "truncate")
+        if not 0 <= size <= MAX_SIZE:
+            raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
+        # No other request runs beside a change of size.
+        hold = self.node.ranges.acquire(0, MAX_SIZE, True)
+        try:
+            self.node.truncate(size)
+        finally:
+            self.node.ranges.release(hold)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """The exact status of these bytes; see `extents.Extents`."""
+        if length < 0 or offset < 0 or offset + length > self.node.size:
+            self._bound(offset, offset + length, "extents", grows=False)
+        if not length:
+            from .extents import Extents
+
+            return Extents.empty(offset)
+        return self.node.extents(offset, length)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether these bytes are known to read as zero. May miss, never invents."""
+        inside = min(offset + length, self.node.size) - offset
+        return inside <= 0 or self.node.reads_zero(offset, inside)
+
+    def close(self) -> None:
+        self.node.close()
+
+    # -- how it is done
+
+    def _bound(self, offset: int, end: int, operation: str, *, grows: bool) -> int:
+        """How many bytes of the request lie inside the node; raises OutOfRange if the rest may not be."""
+        size = self.node.size
+        if 0 <= offset <= end <= MAX_SIZE and grows:
+            return max(min(end, size) - offset, 0)
+        raise OutOfRange(
+            f"the request is not inside the {size} bytes of this node",
+            path=self.node.filename,
+            operation=operation,
+            offset=offset,
+            length=end - offset,
+        )
+
+    def _hold(self, offset: int, end: int, *, exclusive: bool) -> Hold:
+        unit = self._order
+        return self.node.ranges.acquire(align_down(offset, unit), align_up(end, unit), exclusive)
+
+    def _release(self, hold: Hold | None) -> None:
+        if hold is not None:
+            self.node.ranges.release(hold)
+
+    def _blocks(self, offset: int, end: int, align: int) -> Iterator[tuple[int, int]]:
+        """The request cut at the first and the last multiple of `align` inside it: head, whole blocks, tail."""
+        first = min(align_up(offset, align), end)
+        last = max(align_down(end, align), first)
+        if offset < first:
+            yield offset, first
+        if first < last:
+            yield first, last
+        if last < end:
+            yield last, end
+
+    def _block_end(self, end: int) -> int:
+        """Where the block around `end` stops: a multiple of the alignment, or the node's own end. Past the end of growing
+        storage only the multiple counts."""
+        up = align_up(end, self._align)
+        size = self.node.size
+        return size if end <= size < up else up
+
+    def _read_aligned(self, offset: int, view: memoryview) -> None:
+        step = self._max_transfer
+        for at in range(0, len(view), step):
+            self.node.read_into(offset + at, view[at : at + step])
+
+    def _read_block(self, lo: int) -> memoryview:
+        """One aligned block, zeros past the end of the node. Nothing uninitialised is ever in it."""
+        block = memoryview(bytearray(self._align))
+        inside = min(self._align, max(self.node.size - lo, 0))
+        if inside:
+            self._read_aligned(lo, block[:inside])
+        return block
+
+    def _read_unaligned(self, offset: int, view: memoryview) -> None:
+        align = self._align
+        end = offset + len(view)
+        for lo, hi in self._blocks(offset, end, align):
+            part = view[lo - offset : hi - offset]
+            if lo % align == 0 and (hi % align == 0 or hi == self.node.size):
+                self._read_aligned(lo, part)
+            else:
+                start = align_down(lo, align)
+                part[:] = self._read_block(start)[lo - start : hi - start]
+
+    def _write_aligned(self, offset: int, view: memoryview, flags: int) -> None:
+        step = self._max_transfer
+        if len(view) <= step:
+            self.node.write(offset, view, flags)
+            return
+        for at in range(0, len(view), step):
+            self.node.write(offset + at, view[at : at + step], flags)
+
+    def _write_unaligned(self, offset: int, view: memoryview, flags: int) -> None:
+        """Read-modify-write. Both edge blocks are read before anything is written: a read that fails fails the write, and
+        every neighbour stays as it was."""
+        align = self._align
+        end = offset + len(view)
+        lo, hi = align_down(offset, align), self._block_end(end)
+        head = self._read_block(lo)[: offset - lo] if offset > lo else _ZEROS[:0]
+        tail = _ZEROS[:0]
+        if hi > end:
+            start = align_down(end, align)
+            tail = self._read_block(start)[end - start : hi - start]
+        first = lo + align if head else lo
+        last = align_down(end, align) if tail else hi
+        if hi - lo <= _BOUNCE or first >= last:
+            self._write_aligned(lo, memoryview(b"".join((head, view, tail))), flags)
+            return
+        if head:
+            self._write_aligned(lo, memoryview(b"".join((head, view[: first - offset]))), flags)
+        self._write_aligned(first, view[first - offset : last - offset], flags)
+        if tail:
+            self._write_aligned(last, memoryview(b"".join((view[last - offset :], tail))), flags)
+
+    def _widen(self, lo: int, hi: int) -> tuple[int, int] | None:
+        """The aligned range to zero for [lo, hi): itself, or its whole block where the rest of that already reads as zero
+        (so that zeroing a corner of an empty cluster stores nothing); None if it must be written."""
+        align, size = self._zero_align, self.node.size
+        start, stop = align_down(lo, align), align_up(hi, align)
+        if stop > size >= hi:
+            stop = size
+        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked.
+        if start < lo and not self.reads_zero(start, lo - start):
+            return None
+        if hi < stop and not self.reads_zero(hi, stop - hi):
+            return None
+        return start, stop
+
+    def _zero_aligned(self, lo: int, hi: int, flags: int) -> None:
+        for at in range(lo, hi, self._max_zero):
+            stop = min(at + self._max_zero, hi)
+            try:
+                self.node.zero(at, stop - at, flags)
+            except NotSupported:
+                if flags & NO_FALLBACK:
+                    raise
+                self._write_zeros(at, stop, flags & FUA)
+            flags &= ~NO_FALLBACK
+
+    def _write_zeros(self, lo: int, hi: int, flags: int) -> None:
+        # The range is held already: straight to the driver, not through `write`.
+        align = self._align
+        for at in range(lo, hi, _BOUNCE):
+            part = _ZEROS[: min(_BOUNCE, hi - at)]
+            stop = at + len(part)
+            if (at % align) or (stop % align and stop != self.node.size):
+                self._write_unaligned(at, part, flags)
+            else:
+                self._write_aligned(at, part, flags)
