@@ -1,0 +1,263 @@
+"""Checking a qcow2 image: every reference is counted anew and held against the counts that the image stores.
+
+`references` walks the tables; here its result is compared, in windows of clusters so that memory stays bounded: the
+stored reference counts, the COPIED flags, and clusters that are used in two ways at once. Neither part uses code or
+caches of the driver. After "Host cluster management" of the published specification "Qcow2 Image File Format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UnsupportedFeature
+from ...report import ERROR, LEAK, MAX_FINDINGS, UNREADABLE, CheckReport
+from . import layout as q
+from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use
+
+if TYPE_CHECKING:
+    from ...request import Child
+    from .header import Header
+
+#: Clusters that are held against their counts at a time.
+_WINDOW: Final = 1 << 22
+
+
+def check(storage: Child, header: Header) -> CheckReport:
+    """Hold the structures of the image in `storage` against one another, changing nothing.
+
+    `header` is the checked header of that image. Findings are returned, never raised, however broken the tables are; a
+    part that cannot be read is reported as UNREADABLE and the rest is checked all the same. UnsupportedFeature is
+    raised if the image uses a feature whose references this cannot count, since every verdict would be wrong. Nothing
+    else may write to the image meanwhile. Memory is in proportion to the tables that are stored; offsets beyond the
+    file cost nothing.
+    """
+    unknown = []
+    if header.incompatible_features & q.EXTENDED_L2:
+        unknown.append("extended L2 entries")
+    if header.incompatible_features & q.DATA_FILE:
+        unknown.append("an external data file")
+    if header.extension(q.EXT_BITMAPS) is not None:
+        unknown.append("persistent bitmaps")
+    if q.INCOMPATIBLE.unknown(header.incompatible_features):
+        unknown.append("unknown incompatible features")
+    if unknown:
+        raise UnsupportedFeature(
+            f"an image with {' and '.join(unknown)} cannot be checked", path=storage.node.filename, operation="check"
+        )
+    references = References(storage, header)
+    references.walk()
+    comparison = _Comparison(references)
+    comparison.compare()
+    comparison.copied_outside()
+    return references.report
+
+
+class _Comparison:
+    def __init__(self, found: References) -> None:
+        self.found = found
+        self.report = found.report
+        self.order = found.header.refcount_order
+        self.bits = found.bits
+        self.clusters = found.clusters
+        self.refcount_table = found.refcount_table
+        #: Clusters that one refcount block describes.
+        self.block_entries = found.cluster * 8 >> self.order
+
+    def block_part(self, index: int, start: int, length: int) -> bytearray | None:
+        """`length` bytes of refcount block `index` from byte `start`. Zeros if it is not there; None if it cannot be
+        read."""
+        offset = int(self.refcount_table[index]) if index < len(self.refcount_table) else 0
+        if not offset:
+            return bytearray(length)
+        if offset % self.found.cluster or offset >> 63:
+            return None
+        data, failed = self.found.read(offset + start, length, "refcount block")
+        return None if failed else data
+
+    def stored(self, lo: int, hi: int) -> tuple[NDArray[Any], Mask | None]:
+        """The counts that are stored for clusters [lo, hi), and which of them are unknown (None: all are known). `lo`
+        is a multiple of a window."""
+        order = self.order
+        span = min(self.block_entries, _WINDOW)
+        raw = bytearray()
+        unknown: Mask | None = None
+        for at in range(lo, hi, span):
+            index, start = divmod(at, self.block_entries)
+            part = self.block_part(index, start << order >> 3, span << order >> 3)
+            if part is None:
+                unknown = np.zeros(hi - lo, np.bool_) if unknown is None else unknown
+                unknown[at - lo : at - lo + span] = True
+                part = bytearray(span << order >> 3)
+                lost = min(at + span, self.clusters, hi) - at
+                if lost > 0:
+                    text = f"the reference counts of clusters {at} to {at + lost - 1} are unknown: no refcount block"
+                    self.report.add(UNREADABLE, text, count=lost)
+            raw += part
+        return _decode(raw, order)[: hi - lo], unknown
+
+    def windows(self, lists: dict[Use, Clusters]) -> Iterator[tuple[int, int]]:
+        """Ranges of clusters, ascending, in which there is anything to compare."""
+        end = self.clusters + 1
+        if end <= _WINDOW:
+            yield 0, end
+            return
+        found = {0}
+        for clusters in lists.values():
+            found.update(np.unique(clusters // _WINDOW).tolist())
+        for index in np.flatnonzero(self.refcount_table).tolist():
+            offset, first = int(self.refcount_table[index]), index * self.block_entries
+            if first >= end or (offset < self.found.size and self.found.storage.reads_zero(offset, self.found.cluster)):
+                continue
+            last = min(first + self.block_entries, end) - 1
+            found.update(range(first // _WINDOW, last // _WINDOW + 1))
+        for window in sorted(found):
+            yield window * _WINDOW, min((window + 1) * _WINDOW, end)
+
+    def compare(self) -> None:
+        """Hold the references that were found against the counts that are stored, window by window."""
+        lists = {use: np.concatenate(parts) for use, parts in self.found.uses.items()}
+        self.found.uses.clear()
+        whole = self.clusters < _WINDOW
+        if not whole:
+            for clusters in lists.values():
+                clusters.sort()
+        highest = 0
+        for lo, hi in self.windows(lists):
+            inside = {}
+            for use, clusters in lists.items():
+                part = clusters if whole else clusters[slice(*np.searchsorted(clusters, (lo, hi)))] - lo
+                if len(part):
+                    inside[use] = part
+            highest = max(highest, self.compare_window(lo, hi, inside))
+        self.report.image_end_offset = (highest + 1) << self.bits
+
+    def compare_window(self, lo: int, hi: int, lists: dict[Use, Clusters]) -> int:
+        """Clusters [lo, hi). `lists` holds indices from `lo`. Returns the highest cluster that is in use."""
+        counts, unknown = self.stored(lo, hi)
+        references = np.zeros(hi - lo, np.int64)
+        kinds = np.zeros(hi - lo, np.uint16)
+        settled = np.zeros(hi - lo, np.bool_)  # what some finding tells already
+        maximum = (1 << (1 << self.order)) - 1
+        for use, clusters in lists.items():
+            kinds[clusters] |= use.kind
+            if use.kind != REFCOUNT_BLOCK:
+                _count(references, clusters, use.weight)
+            if use.looks:
+                wrong = (counts[clusters] == 1) != use.copied
+                if unknown is not None:
+                    wrong &= ~unknown[clusters]
+                self.copied(use, clusters[wrong] + lo)
+        blocks = lists.get(Use(REFCOUNT_BLOCK))
+        if blocks is not None:
+            named = np.bincount(blocks, minlength=hi - lo)
+            # Each name of a block is one too many that comes to a cluster which is in use already. A count of one bit
+            # cannot tell: there the reference does not fit, which is found below.
+            surplus = np.flatnonzero((named > 1) | ((named > 0) & (references > 0))) if maximum > 1 else named[:0]
+            for at in surplus.tolist():
+                times = int(named[at]) - (0 if references[at] else 1)
+                text = f"the refcount block at cluster {at + lo} is not the only use of it"
+                self.report.add(ERROR, text, (at + lo) << self.bits, times)
+            settled[surplus] = True
+            references += named
+        if self.order < 6:
+            for at in np.flatnonzero(references > maximum).tolist():
+                text = f"cluster {at + lo} has {references[at]} references, and its count ends at {maximum}"
+                self.report.add(ERROR, text, (at + lo) << self.bits, int(references[at]) - maximum)
+                settled[at] = True
+            np.minimum(references, maximum, out=references)
+        if hi > self.clusters and not references[-1]:
+            counts[-1] = 0  # not a cluster of the file, and nobody refers to it
+        wanted = references.astype(counts.dtype)
+        used = np.flatnonzero((counts != 0) | (references != 0))
+        if unknown is not None:
+            counts[unknown] = wanted[unknown]
+        self.runs(ERROR, np.flatnonzero(counts < wanted), counts, references, lo)
+        self.runs(LEAK, np.flatnonzero(counts > wanted), counts, references, lo)
+        settled |= counts < wanted
+        self.overlaps(np.flatnonzero((kinds & (kinds - np.uint16(1)) != 0) & ~settled), kinds, lo)
+        return int(used[-1]) + lo if len(used) else 0
+
+    def runs(self, kind: str, clusters: Clusters, counts: NDArray[Any], references: Clusters, lo: int) -> None:
+        """Clusters whose counts are wrong; neighbours that are wrong in the same way make one finding."""
+        if not len(clusters):
+            return
+        have, found = counts[clusters], references[clusters]
+        edges = (np.diff(clusters) != 1) | (have[1:] != have[:-1]) | (found[1:] != found[:-1])
+        starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
+        room = max(MAX_FINDINGS - len(self.report.findings), 0)
+        ends = np.append(starts[1:], len(clusters))
+        for start, end in zip(starts[:room].tolist(), ends[:room].tolist(), strict=True):
+            at = int(clusters[start]) + lo
+            what = f"cluster {at}" if end - start == 1 else f"clusters {at} to {at + end - start - 1}"
+            text = f"{what}: the count is {have[start]}, the references are {found[start]}"
+            self.report.add(kind, text, at << self.bits, end - start)
+        if len(starts) > room:
+            rest = len(clusters) - int(starts[room])
+            self.report.add(kind, f"{rest} more clusters with wrong counts", None, rest)
+
+    def overlaps(self, clusters: Clusters, kinds: NDArray[np.uint16], lo: int) -> None:
+        """Clusters that are used in two ways at once, though the count agrees."""
+        for at in clusters.tolist():
+            names = " and ".join(name for kind, name in NAMES.items() if int(kinds[at]) & kind)
+            self.report.add(ERROR, f"cluster {at + lo} is used as {names}", (at + lo) << self.bits)
+
+    def copied(self, use: Use, clusters: Clusters) -> None:
+        """The COPIED flag of entries that point to these clusters is not what the stored count asks for."""
+        flag, other = ("set", "not 1") if use.copied else ("clear", "1")
+        name = NAMES[use.kind]
+        self.found.each(
+            ERROR,
+            lambda at: f"COPIED is {flag} where {name} in cluster {at} is pointed to, and its count is {other}",
+            clusters,
+            use.looks,
+            shift=self.bits,
+        )
+
+    def copied_outside(self) -> None:
+        """The COPIED flags of entries that point beyond the file: they too should agree with a stored count, 0 if
+        none."""
+        for use, parts in self.found.outside.items():
+            if not use.looks:
+                continue
+            clusters = np.concatenate(parts)
+            indices = clusters // self.block_entries
+            single = np.zeros(len(clusters), np.bool_)
+            known = np.ones(len(clusters), np.bool_)
+            listed = np.flatnonzero(indices < len(self.refcount_table))
+            blocks = self.refcount_table[indices[listed]]
+            # By the place of the block: a table whose entries all name one block has it read once.
+            order = listed[np.argsort(blocks, kind="stable")]
+            places = self.refcount_table[indices[order]]
+            for group in np.split(order, np.flatnonzero(places[1:] != places[:-1]) + 1):
+                if not len(group):
+                    continue
+                raw = self.block_part(int(indices[group[0]]), 0, self.found.cluster)
+                if raw is None:
+                    known[group] = False
+                else:
+                    counts = _decode(raw, self.order)
+                    single[group] = counts[clusters[group] % self.block_entries] == 1
+            self.copied(use, clusters[known & (single != use.copied)])
+
+
+def _count(references: Clusters, clusters: Clusters, weight: int) -> None:
+    """Add `weight` for every occurrence of a cluster."""
+    if len(clusters) * 8 > len(references):
+        references += np.bincount(clusters, minlength=len(references)) * weight
+    else:
+        np.add.at(references, clusters, weight)
+
+
+def _decode(raw: bytes | bytearray, order: int) -> NDArray[Any]:
+    """The reference counts of `1 << order` bits in the bytes of refcount blocks; below a byte, the lowest bits come
+    first."""
+    if order >= 3:
+        width = 1 << order - 3
+        return np.frombuffer(raw, f">u{width}").astype(f"u{width}")
+    shifts = np.arange(0, 8, 1 << order, dtype=np.uint8)
+    spread = np.frombuffer(raw, np.uint8)[:, None] >> shifts
+    return (spread & np.uint8((1 << (1 << order)) - 1)).reshape(-1)

@@ -1,0 +1,161 @@
+"""New qcow2 images, and what the header of one says to a person."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ...errors import LaminaError, LimitExceeded, OptionError
+from ...limits import KIB, MIB, is_power_of_two
+from ...options import Option, Schema
+from . import layout as q
+from .header import Header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ...request import Child
+
+SCHEMA = Schema(
+    "qcow2",
+    [
+        Option("size", "size", "size of the virtual disk"),
+        Option(
+            "cluster_size", "size", "unit of allocation, a power of two", default=64 * KIB, minimum=512, maximum=2 * MIB
+        ),
+        Option("compat", "enum", "version: 0.10 (v2) or 1.1 (v3)", default="1.1", choices=("0.10", "1.1", "v2", "v3")),
+        Option("refcount_bits", "int", "width of a reference count: 1, 2, 4 ... 64", default=16, minimum=1, maximum=64),
+        Option("backing_file", "str", "the layer below: a path, relative to the new image's directory"),
+        Option("backing_fmt", "str", "format of the backing file; never guessed"),
+        Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
+    ],
+)
+
+
+def prepare(values: dict[str, Any], target: str) -> None:
+    """Check what concerns more than one option, and the backing file, before anything is made. Completes `values`."""
+    if not is_power_of_two(values["cluster_size"]):
+        raise OptionError(f"cluster_size {values['cluster_size']} is not a power of two", path=target)
+    if not is_power_of_two(values["refcount_bits"]):
+        raise OptionError(f"refcount_bits {values['refcount_bits']} is not a power of two", path=target)
+    if _version(values) == 2 and values["refcount_bits"] != 16:
+        raise OptionError(
+            "version 2 (compat 0.10) has reference counts of 16 bits only", path=target, hint="use compat=1.1"
+        )
+    name = values.get("backing_file")
+    if not name:
+        if values.get("backing_fmt"):
+            raise OptionError("a backing format is given, but no backing file", path=target)
+        return
+    if len(name.encode("utf-8", "surrogateescape")) > q.MAX_BACKING_NAME:
+        raise LimitExceeded(f"the name of the backing file is longer than {q.MAX_BACKING_NAME} bytes", path=target)
+    if not values.get("backing_fmt"):
+        raise OptionError(
+            f"the format of the backing file {name} is not given", path=target, hint="give it (-F qcow2, -F raw)"
+        )
+    if not values.get("backing_unchecked"):
+        _check_backing(values, name, target)
+
+
+def _check_backing(values: dict[str, Any], name: str, target: str) -> None:
+    from ...graph import open_graph
+
+    if os.path.realpath(target) == os.path.realpath(os.path.join(os.path.dirname(target), name)):
+        raise OptionError("the backing file is the new image itself", path=target)
+    where = os.path.join(os.path.dirname(os.path.abspath(target)), name)
+    # The user names this file, now: it may lie anywhere. Its own backing file is not needed to know its size.
+    try:
+        node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, no_references=True)
+    except LaminaError as error:
+        error.hint = error.hint or "use -u to name a backing file without opening it"
+        raise
+    try:
+        if values.get("size") is None:
+            values["size"] = node.size
+    finally:
+        node.close()
+
+
+def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
+    """Lay a new image of `size` bytes out in `storage`, which is empty. `values` as parsed by SCHEMA."""
+    from .driver import Qcow2
+
+    cluster_size = values["cluster_size"]
+    bits = cluster_size.bit_length() - 1
+    if q.l1_entries(size, bits) * 8 > q.MAX_L1_BYTES:
+        raise LimitExceeded(
+            f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes",
+            hint="use a larger cluster_size",
+        )
+    version = _version(values)
+    header = Header(
+        version=version,
+        cluster_bits=bits,
+        size=0,
+        l1_size=0,
+        l1_table_offset=0,
+        refcount_table_offset=cluster_size,
+        refcount_table_clusters=1,
+        refcount_order=values["refcount_bits"].bit_length() - 1,
+        header_length=q.HEADER_V2.size if version == 2 else q.COMPRESSION_TYPE_OFFSET + 8,
+        backing_file=values.get("backing_file") or None,
+    )
+    if values.get("backing_fmt"):
+        header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
+    storage.truncate(0)
+    # An empty disk first: header, a refcount table, and one refcount block that counts these three clusters.
+    first = bytearray(3 * cluster_size)
+    whole = header.to_bytes()
+    first[: len(whole)] = whole
+    first[cluster_size : cluster_size + 8] = (2 * cluster_size).to_bytes(8, "big")
+    counts = _three_used(header.refcount_bits)
+    first[2 * cluster_size : 2 * cluster_size + len(counts)] = counts
+    storage.write(0, memoryview(first))
+    node = Qcow2(storage, header, read_only=False, cache_bytes=MIB, name="new image")
+    try:
+        node.truncate(size)
+        node.flush()
+    finally:
+        node.children.clear()  # the storage is the caller's
+
+
+def _three_used(refcount_bits: int) -> bytes:
+    """The first bytes of a refcount block whose first three counts are 1."""
+    if refcount_bits >= 8:
+        return (1).to_bytes(refcount_bits // 8, "big") * 3
+    packed = sum(1 << at * refcount_bits for at in range(3))
+    return packed.to_bytes(2, "little")
+
+
+def _version(values: Mapping[str, Any]) -> int:
+    return 2 if values["compat"] in ("0.10", "v2") else 3
+
+
+def describe(header: Header) -> dict[str, Any]:
+    """What `lamina info` says, by the names that the peers use; see `FormatNode.inspect`."""
+    found: dict[str, Any] = {
+        "virtual-size": header.size,
+        "cluster-size": header.cluster_size,
+        "dirty-flag": bool(header.incompatible_features & q.DIRTY),
+    }
+    if header.backing_file is not None:
+        found["backing-filename"] = header.backing_file
+        if header.backing_format is not None:
+            found["backing-filename-format"] = header.backing_format
+    data: dict[str, Any] = {
+        "compat": "0.10" if header.version == 2 else "1.1",
+        "compression-type": {0: "zlib", 1: "zstd"}.get(header.compression_type, str(header.compression_type)),
+        "refcount-bits": header.refcount_bits,
+    }
+    if header.version > 2:
+        data["lazy-refcounts"] = bool(header.compatible_features & q.LAZY_REFCOUNTS)
+        data["corrupt"] = bool(header.incompatible_features & q.CORRUPT)
+        data["extended-l2"] = bool(header.incompatible_features & q.EXTENDED_L2)
+        if header.data_file is not None:
+            data["data-file"] = header.data_file
+    if header.nb_snapshots:
+        data["snapshots"] = header.nb_snapshots
+    found["format-specific"] = {"type": "qcow2", "data": data}
+    if missing := header.unsupported():
+        found["unsupported"] = missing
+    return found

@@ -1,0 +1,449 @@
+"""The qcow2 node: the mapping of `mapping.py` and the counts of `refcounts.py`, and the order in which they reach the disk.
+
+What a write changes in the tables stays in memory until a flush, and a flush writes in an order that leaves the image whole
+wherever the power is cut (see `Qcow2.flush`). Overwriting a cluster that is this image's own goes straight to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ...errors import CorruptImage, LaminaError, NotSupported, UnsupportedFeature
+from ...limits import Limits, align_up
+from ...node import MAY_UNMAP, FormatNode, Mapping, Reservation
+from ...options import Option, Schema
+from ...request import Child
+from . import create as _create
+from . import layout as q
+from .header import Header
+from .mapping import Mappings, Table
+from .refcounts import Refcounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from ...extents import Extents
+    from ...graph import Opener
+    from ...report import CheckReport
+
+
+#: Stretches that wait to be freed before the tables are written out early.
+_MAX_UNLINKED = 4096
+
+
+class Qcow2(FormatNode):
+    """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
+
+    driver: ClassVar[str] = "qcow2"
+    schema: ClassVar[Schema] = Schema(
+        "qcow2",
+        [
+            Option("file", "node", "where the image lies", required=True),
+            Option("backing", "node", "the layer below, instead of the one that the image names"),
+        ],
+    )
+    create_schema: ClassVar[Schema] = _create.SCHEMA
+    create = staticmethod(_create.create)
+    prepare_create = staticmethod(_create.prepare)
+
+    def __init__(
+        self, file: Child, header: Header, *, read_only: bool, cache_bytes: int, name: str | None = None
+    ) -> None:
+        super().__init__(name=name, read_only=read_only)
+        self.children["file"] = file
+        self.header = header
+        self._cluster_size = header.cluster_size
+        self._cluster_bits = header.cluster_bits
+        # Around all tables, in memory and on their way to the disk; never held while guest data is read or written.
+        self._lock = threading.RLock()
+        self._changing = _Changing(self)
+        self._mappings = Mappings(file, header, cache_bytes // 2)
+        self._cache_bytes = cache_bytes
+        self._refcounts_: Refcounts | None = None
+        # Clusters that lost a reference: first until that is durable, then until a discard of them is, too.
+        self._unlinked: list[tuple[int, int]] = []
+        self._discarded: list[tuple[int, int]] = []
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        file = options["file"]
+        if not isinstance(file, Child):
+            file = opener.child("file", file, grows=True)
+        header = Header.read(file)
+        path = file.node.filename
+        if missing := header.unsupported():
+            raise UnsupportedFeature(
+                f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
+            )
+        if not opener.read_only:
+            _require_consistent(header, path)
+        node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.budget.cache_bytes, name=opener.name)
+        if not opener.no_references:
+            node._open_backing(options.get("backing", {}), opener)
+        if not opener.read_only and header.autoclear_features:
+            # They promise that a writer kept something up to date which this one does not know.
+            header.autoclear_features = 0
+            header.store(file, "autoclear_features")
+        return node
+
+    def _open_backing(self, given: dict[str, Any] | str | None, opener: Opener) -> None:
+        """The layer below: what the user gave; else what the image names, with the user's options for it (its format);
+        none where the user gave None."""
+        named = self.header.backing_file
+        if given is None or (not given and named is None):
+            return
+        if isinstance(given, str) or named is None or "file" in given or "filename" in given or "image" in given:
+            self.children["backing"] = opener.child("backing", given, read_only=True)
+        else:
+            self.children["backing"] = opener.reference(
+                self.file, named, what="backing file", format=self.header.backing_format, options=given
+            )
+
+    @classmethod
+    def inspect(cls, storage: Child) -> dict[str, Any]:
+        return _create.describe(Header.read(storage))
+
+    def check(self) -> CheckReport:
+        from .check import check
+
+        if not self.read_only:
+            self.flush()
+        return check(self.file, self.header)
+
+    # -- what it is
+
+    @property
+    def size(self) -> int:
+        return self.header.size
+
+    @property
+    def serialise(self) -> int:
+        return self._cluster_size
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(zero_alignment=self._cluster_size, discard_alignment=self._cluster_size)
+
+    @property
+    def _refcounts(self) -> Refcounts:
+        """Loaded at the first change: reading needs no counts."""
+        if self._refcounts_ is None:
+            counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
+            counts.protect(
+                self.header.l1_table_offset, align_up(self.header.l1_size * 8, self._cluster_size) >> self._cluster_bits
+            )
+            counts.metadata.update(
+                (e & q.OFFSET_MASK) >> self._cluster_bits for e in self._mappings.l1 if e & q.OFFSET_MASK
+            )
+            self._refcounts_ = counts
+        return self._refcounts_
+
+    # -- the mapping
+
+    def map(self, offset: int, length: int) -> Mapping:
+        with self._lock:
+            return self._mappings.map(offset, length)
+
+    def map_columns(self, offset: int, length: int) -> Extents:
+        with self._lock:
+            start, size, flags, host = self._mappings.map_columns(offset, length)
+        return self.columns(start, size, flags, host).coalesce()
+
+    def reserve(self, offset: int, length: int) -> Reservation:
+        with self._changing:
+            return self._reserve(offset, length)
+
+    def _reserve(self, offset: int, length: int) -> Reservation:
+        bits, cluster_size = self._cluster_bits, self._cluster_size
+        within = offset & cluster_size - 1
+        cluster = offset >> bits
+        which, index = divmod(cluster, self._mappings.per_table)
+        # No further than the last cluster of this request, and of this L2 table.
+        stop = min(index + (within + length - 1 >> bits) + 1, self._mappings.per_table)
+        table = self._own_table(which)
+        entries = table.entries
+        entry = entries[index]
+        host = entry & q.OFFSET_MASK
+        if entry & q.COMPRESSED:
+            raise self._compressed(offset)
+        if host and entry & q.COPIED:
+            self._require_data(host, table, index)
+            if entry & q.ZERO:  # a place is kept for it, with anything in it: filled like a new one
+                room = self._room(offset, length, host, 1)
+                room.token = (which, index, host, 1, False)
+                return room
+            run = 1
+            while index + run < stop and entries[index + run] == entry + run * cluster_size:
+                self._require_data(host + run * cluster_size, table, index + run)
+                run += 1
+            return Reservation(offset, min(length, run * cluster_size - within), host + within)
+        run = 1
+        while index + run < stop and not entries[index + run] & (q.COPIED | q.COMPRESSED):
+            run += 1
+        host, run, blank = self._refcounts.allocate(run)
+        room = self._room(offset, length, host, run)
+        room.blank = blank
+        room.token = (which, index, host, run, True)
+        return room
+
+    def _room(self, offset: int, length: int, host: int, clusters: int) -> Reservation:
+        within = offset & self._cluster_size - 1
+        length = min(length, (clusters << self._cluster_bits) - within)
+        tail = -(within + length) & self._cluster_size - 1
+        return Reservation(offset, length, host + within, new=True, head=within, tail=tail)
+
+    def commit(self, reservation: Reservation) -> None:
+        if reservation.token is None:
+            return
+        which, index, host, clusters, _ = reservation.token
+        with self._changing:
+            entries = self._own_table(which).entries
+            for at in range(clusters):
+                old = entries[index + at] & q.OFFSET_MASK
+                place = host + (at << self._cluster_bits)
+                if old and old != place:
+                    self._unlink(old)
+                self._mappings.set(which, index + at, place | q.COPIED)
+            if self._mappings.pressure:
+                self._write_out()
+
+    def abandon(self, reservation: Reservation) -> None:
+        if reservation.token is None:
+            return
+        _, _, host, clusters, allocated = reservation.token
+        if allocated:
+            with self._changing:
+                self._refcounts.lower(host, clusters)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        with self._changing:
+            if self.header.version < 3:
+                self._zero_without_flag(offset, length)
+                return
+            for which, index, entry in self._entries(offset, length):
+                host = entry & q.OFFSET_MASK
+                if entry & q.COMPRESSED:
+                    raise self._compressed(offset)
+                if host and flags & MAY_UNMAP:
+                    self._drop(which, index, host, q.ZERO)
+                elif not entry & q.ZERO:
+                    self._mappings.set(which, index, entry | q.ZERO)
+
+    def _zero_without_flag(self, offset: int, length: int) -> None:
+        """Version 2 has no way to say zero: without a backing file a cluster can be dropped, otherwise zeros are written."""
+        if self.backing is not None:
+            raise NotSupported("version 2 has no zero clusters", node=self.name, operation="zero", offset=offset)
+        self.discard(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        with self._changing:
+            v3, backed = self.header.version >= 3, self.backing is not None
+            if not v3 and backed:
+                # Dropping the cluster would bring back what the backing file holds.
+                raise NotSupported("version 2 cannot discard over a backing file", node=self.name, operation="discard")
+            for which, index, entry in self._entries(offset, length, make=backed):
+                host = entry & q.OFFSET_MASK
+                if entry & q.COMPRESSED:
+                    raise self._compressed(offset)
+                if host:
+                    self._drop(which, index, host, q.ZERO if v3 else 0)
+                elif backed and not entry & q.ZERO:
+                    self._mappings.set(which, index, q.ZERO)
+
+    def truncate(self, size: int) -> None:
+        from .resize import resize
+
+        resize(self, size)
+
+    def replace_l1(self, entries: int) -> None:
+        """Make the L1 table `entries` long: a copy elsewhere, which takes its place at the next flush."""
+        with self._changing:
+            header, counts = self.header, self._refcounts
+            clusters = align_up(entries * 8, self._cluster_size) >> self._cluster_bits
+            offset, _, _ = counts.allocate(clusters, whole=True)
+            counts.protect(offset, clusters)
+            if header.l1_size:
+                old = align_up(header.l1_size * 8, self._cluster_size) >> self._cluster_bits
+                self._unlinked.append((header.l1_table_offset, old))
+            header.l1_table_offset, header.l1_size = offset, entries
+            self._mappings.move_l1(entries)
+
+    def cut_off(self, start: int, end: int) -> None:
+        """Free the clusters of [start, end), which is past the end of the disk; both are multiples of the cluster size, or
+        the end that the disk had."""
+        if start >= end:
+            return
+        with self._changing:
+            for which, index, entry in self._entries(start, end - start, make=False):
+                if entry & q.COMPRESSED:
+                    raise self._compressed(start)
+                if entry & q.OFFSET_MASK:
+                    self._unlink(entry & q.OFFSET_MASK)
+                if entry:
+                    self._mappings.set(which, index, 0)
+
+    def _entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
+        """(L1 index, L2 index, entry) of each cluster of this aligned stretch; without `make`, tables that do not exist are
+        passed over. Between two entries what changed is written out if too much waits in memory."""
+        per_table = self._mappings.per_table
+        first, last = offset >> self._cluster_bits, offset + length - 1 >> self._cluster_bits
+        for which in range(first // per_table, last // per_table + 1):
+            if not make and not self._mappings.l1[which] & q.OFFSET_MASK:
+                continue
+            entries = self._own_table(which).entries
+            low, high = max(first - which * per_table, 0), min(last - which * per_table, per_table - 1)
+            for index in range(low, high + 1):
+                yield which, index, entries[index]
+            if self._mappings.pressure or len(self._unlinked) > _MAX_UNLINKED:
+                self._write_out()
+
+    def _own_table(self, which: int) -> Table:
+        """The L2 table of this L1 entry, for changing: made if there is none, copied if it is not this image's alone."""
+        mappings = self._mappings
+        pointer = mappings.l1[which]
+        table = mappings.table(which)
+        if table is not None and pointer & q.COPIED:
+            return table
+        offset, _, _ = self._refcounts.allocate(1)
+        self._refcounts.protect(offset, 1)
+        entries = array("Q", bytes(self._cluster_size)) if table is None else table.entries[:]
+        if table is not None:
+            self._unlink(table.offset, data=False)
+        table = Table(offset, entries, new=True)
+        mappings.link_table(which, table)
+        return table
+
+    def _drop(self, which: int, index: int, host: int, entry: int) -> None:
+        self._unlink(host)
+        self._mappings.set(which, index, entry)
+
+    def _unlink(self, host: int, *, data: bool = True) -> None:
+        """A reference to this cluster goes away; the cluster is free once that is durable."""
+        if data:
+            self._require_data(host)
+        unlinked = self._unlinked
+        if unlinked and unlinked[-1][0] + (unlinked[-1][1] << self._cluster_bits) == host:
+            unlinked[-1] = (unlinked[-1][0], unlinked[-1][1] + 1)
+        else:
+            unlinked.append((host, 1))
+
+    def _require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
+        """A cluster that an L2 entry names as data is aligned and holds no metadata: else writing would destroy the image."""
+        if host & self._cluster_size - 1 or host >> self._cluster_bits in self._refcounts.metadata:
+            raise CorruptImage(
+                f"a cluster of data is said to lie at {host:#x}, which holds metadata or is misaligned",
+                path=self.filename,
+                offset=None if table is None else table.offset + 8 * index,
+                hint="check the image; nothing was written",
+            )
+
+    def _compressed(self, offset: int) -> UnsupportedFeature:
+        return UnsupportedFeature("changing compressed clusters", path=self.filename, offset=offset)
+
+    def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
+        raise UnsupportedFeature(
+            "the image uses compressed clusters", path=self.filename, operation="read", offset=offset
+        )
+
+    # -- to disk
+
+    def flush(self) -> None:
+        """Everything written before this call is on stable storage when it returns.
+
+        The order, each step behind a flush of the file: (1) guest data, counts that rose, and tables that nothing points to
+        yet; (2) pointers to new refcount blocks; (3) mappings: L2 entries, L1 entries. Only then do counts fall. Cut
+        anywhere, a cluster may be counted and not used (a leak), never used and not counted.
+        """
+        with self._changing:
+            if not self._write_out():
+                self.file.flush()
+
+    def _write_out(self) -> bool:
+        """Bring the tables to disk; False if there was nothing to do, and so nothing was flushed."""
+        mappings, file = self._mappings, self.file
+        counted = self._refcounts_ is not None and (self._refcounts_.dirty or self._refcounts_.links_dirty)
+        if not (counted or mappings.dirty or self._unlinked or self._discarded):
+            return False
+        counts = self._refcounts
+        counts.write_counts()
+        mappings.write_tables()
+        file.flush()
+        if counts.links_dirty:
+            replaced = counts.write_links()
+            file.flush()
+            if replaced is not None:
+                self._unlinked.append(replaced)
+        if mappings.dirty:
+            mappings.write_links()
+            if mappings.l1_moved:
+                self.header.store(file, "l1_size", "l1_table_offset")
+            file.flush()
+            mappings.written()
+        # A flush has passed since these were discarded: a late discard can no longer hit what is stored there next.
+        for offset, clusters in self._discarded:
+            counts.lower(offset, clusters)
+        self._discarded, self._unlinked = self._unlinked, []
+        for offset, clusters in self._discarded:
+            file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
+        return True
+
+    def _settle(self) -> None:
+        """At the end: what is free is counted as free."""
+        self._write_out()
+        if self._discarded:
+            self._write_out()
+        if self._refcounts_ is not None and self._refcounts_.dirty:
+            self._refcounts_.write_counts()
+
+    def mark_corrupt(self) -> None:
+        """Say in the header that the image is corrupt, so that no other program writes to it, and stop writing ourselves."""
+        self.read_only = True
+        if self.header.version >= 3:
+            self.header.incompatible_features |= q.CORRUPT
+            try:
+                self.header.store(self.file, "incompatible_features")
+            except LaminaError as error:
+                raise CorruptImage("the image is corrupt, and cannot be marked so", path=self.filename) from error
+
+    def close(self) -> None:
+        try:
+            if not self.read_only:
+                with self._changing:
+                    self._settle()
+        finally:
+            super().close()
+
+
+def _require_consistent(header: Header, path: str) -> None:
+    if header.incompatible_features & q.CORRUPT:
+        raise CorruptImage(
+            "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
+        )
+    if header.incompatible_features & q.DIRTY:
+        raise UnsupportedFeature(
+            "the image was not closed cleanly, and its reference counts must be repaired before writing",
+            path=path,
+            hint="open it read-only, or repair it (qemu-img check -r all)",
+        )
+
+
+class _Changing:
+    """Holds the lock of an image while its tables change; where they turn out to be corrupt, the image is marked so."""
+
+    __slots__ = ("_node",)
+
+    def __init__(self, node: Qcow2) -> None:
+        self._node = node
+
+    def __enter__(self) -> None:
+        self._node._lock.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is not None and issubclass(kind, CorruptImage) and not self._node.read_only:
+                self._node.mark_corrupt()
+        finally:
+            self._node._lock.release()

@@ -1,0 +1,240 @@
+"""Reading and writing the qcow2 header: each field is checked against its limit before anything uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CorruptImage, FormatError, LimitExceeded, UnsupportedFeature
+from ...limits import MAX_SIZE, align_up
+from . import layout as q
+
+if TYPE_CHECKING:
+    from ...layout import Structure
+    from ...request import Child
+
+
+@dataclass
+class Header:
+    """What the header of an image says, checked. Units are bytes. Change a field, then `store` it."""
+
+    version: int
+    cluster_bits: int
+    size: int
+    l1_size: int
+    l1_table_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    refcount_order: int = 4
+    header_length: int = 72
+    crypt_method: int = 0
+    nb_snapshots: int = 0
+    snapshots_offset: int = 0
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    compression_type: int = 0
+    backing_file: str | None = None
+    #: (type, data) of every extension, in their order, those that we do not know included.
+    extensions: list[tuple[int, bytes]] = field(default_factory=list)
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def refcount_bits(self) -> int:
+        return 1 << self.refcount_order
+
+    def extension(self, kind: int) -> bytes | None:
+        """The data of the first extension of this type."""
+        return next((data for type_, data in self.extensions if type_ == kind), None)
+
+    @property
+    def backing_format(self) -> str | None:
+        data = self.extension(q.EXT_BACKING_FORMAT)
+        return None if data is None else data.decode("utf-8", "surrogateescape")
+
+    @property
+    def data_file(self) -> str | None:
+        data = self.extension(q.EXT_DATA_FILE)
+        return None if data is None else data.decode("utf-8", "surrogateescape")
+
+    def unsupported(self) -> list[str]:
+        """The features that this image uses and that this version of Lamina does not have, by name."""
+        found = []
+        if self.crypt_method:
+            found.append({1: "AES encryption", 2: "LUKS encryption"}.get(self.crypt_method, "unknown encryption"))
+        if self.nb_snapshots:
+            found.append("internal snapshots")
+        if self.incompatible_features & q.DATA_FILE:
+            found.append("external data file")
+        if self.incompatible_features & q.COMPRESSION_TYPE:
+            found.append("zstd compression" if self.compression_type == 1 else "unknown compression type")
+        if self.incompatible_features & q.EXTENDED_L2:
+            found.append("extended L2 entries")
+        if self.extension(q.EXT_BITMAPS) is not None:
+            found.append("persistent bitmaps")
+        unknown = q.INCOMPATIBLE.unknown(self.incompatible_features)
+        names = self._feature_names() if unknown else {}
+        found += [names.get((0, bit), f"unknown incompatible feature {bit}") for bit in range(64) if unknown >> bit & 1]
+        return found
+
+    def _feature_names(self) -> dict[tuple[int, int], str]:
+        table = self.extension(q.EXT_FEATURE_NAMES) or b""
+        names = {}
+        for at in range(0, len(table) - q.FEATURE_NAME_SIZE + 1, q.FEATURE_NAME_SIZE):
+            name = table[at + 2 : at + q.FEATURE_NAME_SIZE].rstrip(b"\0").decode("utf-8", "replace")
+            names[(table[at], table[at + 1])] = name
+        return names
+
+    # -- reading
+
+    @classmethod
+    def read(cls, storage: Child) -> Header:
+        """The header of the image in `storage`. Raises FormatError, CorruptImage, LimitExceeded or UnsupportedFeature that
+        name the field; never because of features that `unsupported` lists."""
+        try:
+            return cls._parse(storage)
+        except FormatError as error:
+            error.path = error.path or storage.node.filename
+            raise
+
+    @classmethod
+    def _parse(cls, storage: Child) -> Header:
+        file_size = storage.node.size
+        first = bytearray(min(file_size, 1 << q.MIN_CLUSTER_BITS))
+        storage.read_into(0, memoryview(first))
+        if bytes(first[:4]) != q.MAGIC:
+            raise FormatError("this is not a qcow2 image: its magic is missing", hint="check the format (-f)")
+        raw = q.HEADER_V2.unpack(first)
+        if raw.version not in (2, 3):
+            raise UnsupportedFeature(f"qcow2 version {raw.version}; versions 2 and 3 exist here")
+        _within("cluster_bits", raw.cluster_bits, q.MIN_CLUSTER_BITS, q.MAX_CLUSTER_BITS)
+        cluster_size = 1 << raw.cluster_bits
+        values: dict[str, Any] = raw._asdict()
+        if raw.version == 3:
+            values = q.HEADER_V3.unpack(first)._asdict()
+            _within("header_length", values["header_length"], q.HEADER_V3.size, cluster_size)
+            if values["header_length"] % 8:
+                raise CorruptImage(f"header_length {values['header_length']} is not a multiple of 8")
+            _within("refcount_order", values["refcount_order"], 0, q.MAX_REFCOUNT_ORDER)
+        else:
+            values["header_length"] = q.HEADER_V2.size
+        del values["magic"]
+        name_at, name_size = values.pop("backing_file_offset"), values.pop("backing_file_size")
+        header = cls(**values)
+        cluster = bytearray(min(file_size, cluster_size))
+        storage.read_into(0, memoryview(cluster))
+        if header.header_length > q.COMPRESSION_TYPE_OFFSET:
+            header.compression_type = cluster[q.COMPRESSION_TYPE_OFFSET]
+        if bool(header.incompatible_features & q.COMPRESSION_TYPE) != bool(header.compression_type):
+            raise CorruptImage(f"compression_type {header.compression_type} and its feature bit contradict each other")
+        end = cluster_size
+        if name_at:
+            if name_size > q.MAX_BACKING_NAME:
+                raise LimitExceeded(f"backing_file_size is {name_size}, above the limit of {q.MAX_BACKING_NAME}")
+            if name_at < header.header_length or name_at + name_size > min(cluster_size, file_size):
+                raise CorruptImage("the name of the backing file is not inside the first cluster", offset=name_at)
+            header.backing_file = cluster[name_at : name_at + name_size].decode("utf-8", "surrogateescape") or None
+            end = name_at
+        header.extensions = _extensions(cluster, header.header_length, min(end, len(cluster)))
+        header._check_tables(file_size)
+        return header
+
+    def _check_tables(self, file_size: int) -> None:
+        if self.size > MAX_SIZE:
+            raise LimitExceeded(f"size is {self.size}, above the limit of {MAX_SIZE}")
+        if self.l1_size * 8 > q.MAX_L1_BYTES:
+            raise LimitExceeded(f"l1_size is {self.l1_size}, above the limit of {q.MAX_L1_BYTES // 8}")
+        needed = q.l1_entries(self.size, self.cluster_bits)
+        if needed > self.l1_size:
+            raise CorruptImage(f"l1_size is {self.l1_size}, too small for a disk of {self.size} bytes")
+        self._check_place("l1_table_offset", self.l1_table_offset, self.l1_size * 8, file_size)
+        if not self.refcount_table_clusters:
+            raise CorruptImage("refcount_table_clusters is 0")
+        limit = q.MAX_REFTABLE_BYTES >> self.cluster_bits
+        if self.refcount_table_clusters > max(limit, 1):
+            raise LimitExceeded(
+                f"refcount_table_clusters is {self.refcount_table_clusters}, above the limit of {limit}"
+            )
+        self._check_place(
+            "refcount_table_offset",
+            self.refcount_table_offset,
+            self.refcount_table_clusters << self.cluster_bits,
+            file_size,
+        )
+        if self.nb_snapshots > q.MAX_SNAPSHOTS:
+            raise LimitExceeded(f"nb_snapshots is {self.nb_snapshots}, above the limit of {q.MAX_SNAPSHOTS}")
+        if self.nb_snapshots:
+            self._check_place("snapshots_offset", self.snapshots_offset, 40 * self.nb_snapshots, file_size)
+
+    def _check_place(self, name: str, offset: int, length: int, file_size: int) -> None:
+        """A table begins on a cluster, not in the header, and lies inside the file (whose last cluster may be short)."""
+        if not length:
+            return
+        if offset % self.cluster_size:
+            raise CorruptImage(f"{name} {offset:#x} is not a multiple of the cluster size {self.cluster_size}")
+        if not offset:
+            raise CorruptImage(f"{name} is 0: the table would lie over the header")
+        if offset + length > align_up(file_size, self.cluster_size):
+            raise CorruptImage(f"{name} {offset:#x}: the table of {length} bytes is not inside the file")
+
+    # -- writing
+
+    def to_bytes(self) -> bytes:
+        """The first bytes of the image: header, extensions, name of the backing file. LimitExceeded if a cluster is too
+        small for them."""
+        extensions = b"".join(
+            q.EXTENSION.pack(type=kind, length=len(data)) + data.ljust(align_up(len(data), 8), b"\0")
+            for kind, data in self.extensions
+        ) + q.EXTENSION.pack(type=q.EXT_END, length=0)
+        name = (self.backing_file or "").encode("utf-8", "surrogateescape")
+        name_at = self.header_length + len(extensions) if name else 0
+        values = {f.name: getattr(self, f.name) for f in self._structure.fields if hasattr(self, f.name)}
+        values |= {"backing_file_offset": name_at, "backing_file_size": len(name)}
+        fixed: bytes = self._structure.pack(**values)
+        if self.header_length > q.COMPRESSION_TYPE_OFFSET:
+            fixed += bytes([self.compression_type])
+        whole = fixed.ljust(self.header_length, b"\0") + extensions + name
+        if len(whole) > self.cluster_size:
+            raise LimitExceeded(
+                f"header and backing file name need {len(whole)} bytes, a cluster has {self.cluster_size}",
+                hint="use a shorter name or larger clusters",
+            )
+        return whole
+
+    @property
+    def _structure(self) -> Structure:
+        return q.HEADER_V2 if self.version == 2 else q.HEADER_V3
+
+    def store(self, storage: Child, *names: str) -> None:
+        """Write these fields, which are neighbours in the header, in one request of less than a sector."""
+        places = sorted((self._structure[name].offset, name) for name in names)
+        packed = b"".join(self._structure.pack_field(name, getattr(self, name)) for _, name in places)
+        storage.write(places[0][0], memoryview(packed))
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if value < low:
+        raise FormatError(f"{name} is {value}, below the minimum of {low}")
+    if value > high:
+        raise LimitExceeded(f"{name} is {value}, above the limit of {high}")
+
+
+def _extensions(cluster: bytearray, at: int, end: int) -> list[tuple[int, bytes]]:
+    found: list[tuple[int, bytes]] = []
+    while at + q.EXTENSION.size <= end:
+        head = q.EXTENSION.unpack(cluster, at)
+        at += q.EXTENSION.size
+        if head.type == q.EXT_END:
+            break
+        if head.length > end - at:
+            raise CorruptImage(
+                f"header extension {head.type:#010x} of {head.length} bytes passes the end of the header"
+            )
+        if len(found) == q.MAX_EXTENSIONS:
+            raise LimitExceeded(f"more than {q.MAX_EXTENSIONS} header extensions")
+        found.append((head.type, bytes(cluster[at : at + head.length])))
+        at += align_up(head.length, 8)
+    return found

@@ -1,0 +1,142 @@
+"""The structures of a qcow2 image, as tables: header, header extensions, and the bits of table entries.
+
+After the published specification "Qcow2 Image File Format". All numbers are big-endian, all offsets are bytes in the image
+file.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ...layout import Field, Flags, Structure
+
+MAGIC: Final = b"QFI\xfb"
+
+INCOMPATIBLE = Flags(
+    {
+        0: ("dirty", "reference counts may be inconsistent"),
+        1: ("corrupt", "a structure is corrupt: not to be written to"),
+        2: ("external data file", "guest data lies in another file"),
+        3: ("compression type", "compressed clusters are not deflate"),
+        4: ("extended L2 entries", "clusters are allocated in 32 subclusters"),
+    },
+)
+COMPATIBLE = Flags({0: ("lazy refcounts", "reference counts may be updated late")})
+AUTOCLEAR = Flags(
+    {
+        0: ("bitmaps", "the bitmaps extension is consistent"),
+        1: ("raw external data", "the external data file can be read as a raw image"),
+    },
+)
+
+HEADER_V2 = Structure(
+    "qcow2 header, version 2",
+    ">",
+    [
+        Field("magic", "4s", 'the bytes "QFI\\xfb"', default=MAGIC),
+        Field("version", "u32", "2 or 3"),
+        Field(
+            "backing_file_offset", "u64", "where the name of the backing file is stored; 0: there is none", default=0
+        ),
+        Field("backing_file_size", "u32", "length of that name in bytes, at most 1023", default=0),
+        Field("cluster_bits", "u32", "a cluster is 1 << cluster_bits bytes"),
+        Field("size", "u64", "size of the virtual disk in bytes"),
+        Field("crypt_method", "u32", "how guest data is encrypted", default=0, values={0: "none", 1: "AES", 2: "LUKS"}),
+        Field("l1_size", "u32", "entries of the active L1 table"),
+        Field("l1_table_offset", "u64", "where the active L1 table starts"),
+        Field("refcount_table_offset", "u64", "where the refcount table starts"),
+        Field("refcount_table_clusters", "u32", "clusters that the refcount table occupies"),
+        Field("nb_snapshots", "u32", "internal snapshots in the image", default=0),
+        Field("snapshots_offset", "u64", "where the snapshot table starts", default=0),
+    ],
+    doc="The first 72 bytes of every image, and all of the header in version 2.",
+)
+
+HEADER_V3 = HEADER_V2.extend(
+    "qcow2 header, version 3",
+    [
+        Field(
+            "incompatible_features",
+            "u64",
+            "bits that a reader must know, or refuse the image",
+            default=0,
+            flags=INCOMPATIBLE,
+        ),
+        Field("compatible_features", "u64", "bits that a reader may ignore", default=0, flags=COMPATIBLE),
+        Field(
+            "autoclear_features",
+            "u64",
+            "bits that a writer which does not know them must clear",
+            default=0,
+            flags=AUTOCLEAR,
+        ),
+        Field("refcount_order", "u32", "a reference count is 1 << refcount_order bits wide", default=4),
+        Field("header_length", "u32", "bytes of the header, a multiple of 8", default=104),
+    ],
+    doc="Version 3 adds feature bits and the width of reference counts.",
+)
+
+#: Where the byte compression_type lies, if header_length passes it.
+COMPRESSION_TYPE_OFFSET: Final = 104
+
+DIRTY: Final = 1 << 0
+CORRUPT: Final = 1 << 1
+DATA_FILE: Final = 1 << 2
+COMPRESSION_TYPE: Final = 1 << 3
+EXTENDED_L2: Final = 1 << 4
+
+LAZY_REFCOUNTS: Final = 1 << 0
+
+EXTENSION = Structure(
+    "header extension",
+    ">",
+    [
+        Field("type", "u32", "what the extension is; 0 ends the list"),
+        Field("length", "u32", "bytes of data that follow, padded to a multiple of 8"),
+    ],
+    doc="Follows the header, any number of times.",
+)
+
+EXT_END: Final = 0
+EXT_BACKING_FORMAT: Final = 0xE2792ACA
+EXT_FEATURE_NAMES: Final = 0x6803F857
+EXT_BITMAPS: Final = 0x23852875
+EXT_ENCRYPTION: Final = 0x0537BE77
+EXT_DATA_FILE: Final = 0x44415441
+
+#: Size of one entry of the feature name table: type, bit, name.
+FEATURE_NAME_SIZE: Final = 48
+
+# Entries of the L1 table and of L2 tables.
+COPIED: Final = 1 << 63  #: the reference count of what is pointed to is exactly one
+COMPRESSED: Final = 1 << 62  #: L2 only
+ZERO: Final = 1  #: L2 only: the cluster reads as zeros
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  #: bits 9 to 55
+
+#: Entries of the refcount table: bits 9 to 63.
+REFBLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
+
+# Limits. Those of the format's reference implementation, so that each opens what the other makes.
+MIN_CLUSTER_BITS: Final = 9
+MAX_CLUSTER_BITS: Final = 21
+MAX_L1_BYTES: Final = 32 << 20
+MAX_REFTABLE_BYTES: Final = 8 << 20
+MAX_REFCOUNT_ORDER: Final = 6
+MAX_SNAPSHOTS: Final = 65536
+MAX_BACKING_NAME: Final = 1023
+MAX_EXTENSIONS: Final = 256
+MAX_HOST_OFFSET: Final = 1 << 56
+
+
+def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """(offset, length in bytes) of the compressed data that an L2 entry describes: up to the end of its last sector."""
+    x = 62 - (cluster_bits - 8)
+    offset = entry & ((1 << min(x, 56)) - 1)
+    sectors = ((entry >> x) & ((1 << (cluster_bits - 8)) - 1)) + 1
+    return offset, sectors * 512 - offset % 512
+
+
+def l1_entries(size: int, cluster_bits: int) -> int:
+    """How many L1 entries a disk of `size` bytes needs."""
+    covered = 2 * cluster_bits - 3  # an L2 table of one cluster holds cluster_size / 8 entries
+    return -(-size >> covered) if size >= 0 else 0

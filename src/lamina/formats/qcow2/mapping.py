@@ -1,0 +1,343 @@
+"""Cluster mapping: the L1 and L2 tables of an image, and what they say about a stretch of the disk.
+
+Tables are cached and changed in memory; when they reach the disk is the driver's decision (see `driver.Qcow2.flush`):
+
+1. `write_tables`: whole new L2 tables, which nothing points to yet;
+2. `write_links`, after a flush: entries of tables that are in place, the L1 entries of the new ones.
+
+`map` answers for one small request in plain Python, `map_columns` for a whole stretch in numpy; both read the same entries.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...errors import CorruptImage
+from ...limits import align_up
+from ...node import BELOW, COMPRESSED, DATA, ZERO, Mapping
+from . import layout as q
+
+if TYPE_CHECKING:
+    from ...request import Child
+    from .header import Header
+
+_SWAP = sys.byteorder == "little"
+#: L2 tables that `map_columns` looks at in one go: bytes of them, which bounds its memory.
+_BATCH = 4 << 20
+
+
+class Table:
+    """One L2 table: its entries, where it lies, and what of it is not on disk."""
+
+    __slots__ = ("entries", "high", "low", "new", "offset")
+
+    def __init__(self, offset: int, entries: array[int], *, new: bool = False) -> None:
+        self.offset = offset
+        self.entries = entries
+        self.new = new  # nothing on disk points to it
+        self.low, self.high = len(entries), 0  # the entries that are not on disk yet
+
+
+class Mappings:
+    """The L1 table and the L2 tables of one image. Not thread-safe: the driver holds its lock around every call."""
+
+    def __init__(self, file: Child, header: Header, cache_bytes: int) -> None:
+        self._file = file
+        self._header = header
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self.per_table = header.cluster_size // 8
+        self._table_bits = header.cluster_bits - 3
+        self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
+        self._tables: dict[int, Table] = {}  # by L1 index, the first loaded first
+        self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk
+        self._l1_dirty: set[int] = set()
+        self.l1_moved = False  # the L1 table in memory lies elsewhere than the header on disk says
+        self.l1 = _load(file, header.l1_table_offset, header.l1_size)
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._dirty or self._l1_dirty or self.l1_moved)
+
+    @property
+    def dirty_tables(self) -> int:
+        return len(self._dirty)
+
+    @property
+    def pressure(self) -> bool:
+        """Whether so much waits in memory that it should be written out."""
+        return len(self._dirty) > self._max_tables // 2
+
+    # -- reading
+
+    def map(self, offset: int, length: int) -> Mapping:
+        """As `FormatNode.map`."""
+        bits = self._cluster_bits
+        cluster = offset >> bits
+        within = offset & self._cluster_size - 1
+        last = offset + length - 1 >> bits  # index of the last cluster asked about
+        which, index = cluster >> self._table_bits, cluster & self.per_table - 1
+        table = self.table(which)
+        if table is None:
+            while which < last >> self._table_bits and not self.l1[which + 1] & q.OFFSET_MASK:
+                which += 1
+            run = (which + 1 << self._table_bits + bits) - offset
+            return Mapping(BELOW, min(run, length))
+        entries = table.entries
+        entry = entries[index]
+        stop = min(self.per_table, index + last - cluster + 1)
+        index += 1
+        host = entry & q.OFFSET_MASK
+        if entry & q.COMPRESSED:
+            return Mapping(COMPRESSED, min(self._cluster_size - within, length), q.compressed_place(entry, bits)[0])
+        if host & self._cluster_size - 1:
+            self._misaligned(host, table, index - 1)
+        begin = index
+        if host:
+            flag = entry & q.ZERO
+            expected = host + self._cluster_size
+            while index < stop:
+                entry = entries[index]
+                if entry & q.OFFSET_MASK != expected or entry & q.COMPRESSED or entry & q.ZERO != flag:
+                    break
+                expected += self._cluster_size
+                index += 1
+            place = host + within
+            kind = ZERO if flag else DATA
+        else:
+            place = -1
+            kind = ZERO if entry & q.ZERO else BELOW
+            unlike = q.OFFSET_MASK | q.COMPRESSED | q.ZERO
+            alike = entry & unlike
+            while index < stop and entries[index] & unlike == alike:
+                index += 1
+        run = (index - begin + 1 << bits) - within
+        return Mapping(kind, min(run, length), place)
+
+    def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
+        """Columns (start, length, flags, host offset or -1) for the whole stretch, equal neighbours joined per batch of
+        tables; rows of flags 0 belong to the layer below."""
+        import numpy as np
+
+        bits, table_bits = self._cluster_bits, self._table_bits
+        first, last = offset >> bits, offset + length - 1 >> bits
+        l1_first, l1_last = first >> table_bits, last >> table_bits
+        pointers = np.frombuffer(self.l1, dtype=np.uint64, count=l1_last - l1_first + 1, offset=8 * l1_first)
+        there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
+        edges = np.flatnonzero(there[1:] != there[:-1]) + 1
+        starts, lengths, flags, hosts = [], [], [], []
+        step = max(_BATCH >> bits, 1)
+        bounds = [0, *edges.tolist(), len(there)]
+        for lo, hi in pairwise(bounds):
+            if not there[lo]:
+                starts.append(np.array([l1_first + lo << table_bits], dtype=np.int64))
+                lengths.append(np.array([hi - lo << table_bits], dtype=np.int64))
+                flags.append(np.zeros(1, dtype=np.uint8))
+                hosts.append(np.full(1, -1, dtype=np.int64))
+                continue
+            for at in range(lo, hi, step):
+                entries = self._batch(l1_first + at, min(step, hi - at))
+                base = l1_first + at << table_bits
+                # Only the clusters that were asked about: entries past the end of the disk mean nothing.
+                low, high = max(first - base, 0), min(last + 1 - base, len(entries))
+                start, count, flag, host = self._rows(entries[low:high])
+                starts.append(start + (base + low))
+                lengths.append(count)
+                flags.append(flag)
+                hosts.append(host)
+        start = np.concatenate(starts) << bits
+        size = np.concatenate(lengths) << bits
+        host = np.concatenate(hosts)
+        end = np.minimum(start + size, offset + length)
+        cut = np.maximum(offset - start, 0)
+        host = np.where(host >= 0, host + cut, -1)
+        start = start + cut
+        return start, end - start, np.concatenate(flags), host
+
+    def _rows(self, entries: Any) -> tuple[Any, Any, Any, Any]:
+        """Entries of consecutive clusters as rows (cluster, clusters, flags, host), equal and contiguous ones joined."""
+        import numpy as np
+
+        from ...extents import COMPRESSED as PACKED
+        from ...extents import DATA as STORED
+        from ...extents import PRESENT
+        from ...extents import ZERO as ZEROED
+
+        packed = (entries & np.uint64(q.COMPRESSED)) != 0
+        zero = ((entries & np.uint64(q.ZERO)) != 0) & ~packed
+        host = (entries & np.uint64(q.OFFSET_MASK)).astype(np.int64)
+        host[packed] = 0
+        if (host & (self._cluster_size - 1)).any():
+            self._misaligned(int(host[np.flatnonzero(host & (self._cluster_size - 1))[0]]))
+        stored = host != 0
+        flags = np.zeros(len(entries), dtype=np.uint8)
+        flags[stored] = STORED | PRESENT
+        flags[zero] = ZEROED | PRESENT
+        flags[packed] = STORED | PRESENT | PACKED
+        next_to = stored[:-1] & (host[1:] == host[:-1] + self._cluster_size)
+        follows = np.where(stored[1:], next_to, ~stored[:-1])
+        joins = follows & (flags[1:] == flags[:-1])
+        begin = np.concatenate(([0], np.flatnonzero(~joins) + 1))
+        count = np.diff(begin, append=len(entries))
+        host[~stored] = -1
+        return begin, count, flags[begin], host[begin]
+
+    def _batch(self, which: int, count: int) -> Any:
+        """The entries of `count` consecutive L2 tables, all of which exist, as one column."""
+        import numpy as np
+
+        raw = np.empty((count, self.per_table), dtype=">u8")
+        view = raw.view(np.uint8).reshape(-1).data
+        at = 0
+        while at < count:
+            table = self._tables.get(which + at)
+            if table is not None:
+                raw[at] = np.frombuffer(table.entries, dtype=np.uint64)
+                at += 1
+                continue
+            # Tables that lie one after the other are read in one request.
+            offset = self._place(which + at)
+            run = 1
+            while (
+                at + run < count
+                and which + at + run not in self._tables
+                and self.l1[which + at + run] & q.OFFSET_MASK == offset + run * self._cluster_size
+                and offset + (run + 1) * self._cluster_size <= self._file.node.size
+            ):
+                run += 1
+            self._file.read_into(offset, view[at << self._cluster_bits : at + run << self._cluster_bits])
+            at += run
+        return raw.reshape(-1).astype(np.uint64)
+
+    def table(self, which: int) -> Table | None:
+        """The L2 table of this L1 entry, or None if there is none."""
+        table = self._tables.get(which)
+        if table is not None:
+            return table
+        if not self.l1[which] & q.OFFSET_MASK:
+            return None
+        table = Table(offset := self._place(which), _load(self._file, offset, self.per_table))
+        self._keep(which, table)
+        return table
+
+    def _place(self, which: int) -> int:
+        offset = self.l1[which] & q.OFFSET_MASK
+        if offset & self._cluster_size - 1 or offset + self._cluster_size > align_up(
+            self._file.node.size, self._cluster_size
+        ):
+            raise CorruptImage(
+                f"L2 table {which} is said to lie at {offset:#x}, which cannot be",
+                path=self._file.node.filename,
+                offset=self._header.l1_table_offset + 8 * which,
+                hint="check the image",
+            )
+        return offset
+
+    def _misaligned(self, host: int, table: Table | None = None, index: int = 0) -> NoReturn:
+        raise CorruptImage(
+            f"a cluster is said to lie at {host:#x}, which is not a multiple of the cluster size",
+            path=self._file.node.filename,
+            offset=None if table is None else table.offset + 8 * index,
+            hint="check the image",
+        )
+
+    # -- changing
+
+    def link_table(self, which: int, table: Table) -> None:
+        """From now on `table`, which is new, is the L2 table of this L1 entry."""
+        self.l1[which] = table.offset | q.COPIED
+        self._l1_dirty.add(which)
+        self._keep(which, table)
+        self._dirty.add(which)
+
+    def set(self, which: int, index: int, entry: int) -> None:
+        """Change one entry of a table that exists."""
+        table = self._tables[which]
+        table.entries[index] = entry
+        table.low = min(table.low, index)
+        table.high = max(table.high, index + 1)
+        self._dirty.add(which)
+
+    def move_l1(self, entries: int) -> None:
+        """Make the L1 table `entries` long, at the new place that the header in memory says already."""
+        self.l1.frombytes(bytes(8 * (entries - len(self.l1))))
+        self.l1_moved = True
+
+    # -- to disk, in the order that the driver decides
+
+    def write_tables(self) -> None:
+        """Write what nothing on disk points to: new L2 tables, and an L1 table that moved."""
+        for which in sorted(self._dirty):
+            table = self._tables[which]
+            if table.new:
+                self._file.write(table.offset, memoryview(_big_endian(table.entries)))
+        if self.l1_moved:
+            self._file.write(self._header.l1_table_offset, memoryview(_big_endian(self.l1)))
+
+    def write_links(self) -> None:
+        """Publish: entries of the tables in place, then L1 entries. Everything they point to is durable."""
+        for which in sorted(self._dirty):
+            table = self._tables[which]
+            if not table.new and table.low < table.high:
+                # Whole sectors of entries: a sector is what a disk writes at once.
+                low, high = table.low & ~63, min(align_up(table.high, 64), self.per_table)
+                self._file.write(table.offset + 8 * low, memoryview(_big_endian(table.entries[low:high])))
+        if not self.l1_moved:
+            self._write_l1()
+
+    def _write_l1(self) -> None:
+        for low, high in _runs(sorted(self._l1_dirty)):
+            self._file.write(self._header.l1_table_offset + 8 * low, memoryview(_big_endian(self.l1[low:high])))
+
+    def written(self) -> None:
+        """Everything is on disk."""
+        for which in self._dirty:
+            table = self._tables[which]
+            table.new = False
+            table.low, table.high = self.per_table, 0
+        self._dirty.clear()
+        self._l1_dirty.clear()
+        self.l1_moved = False
+        self._evict()
+
+    def _keep(self, which: int, table: Table) -> None:
+        self._tables[which] = table
+        if len(self._tables) > self._max_tables:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Forget the oldest clean tables when there are too many; dirty ones wait for the driver."""
+        surplus = len(self._tables) - self._max_tables
+        if surplus > 0:
+            clean = [which for which in self._tables if which not in self._dirty]
+            for which in clean[: surplus + self._max_tables // 8]:
+                del self._tables[which]
+
+
+def _load(file: Child, offset: int, count: int) -> array[int]:
+    entries = array("Q", bytes(8 * count))
+    file.read_into(offset, memoryview(entries).cast("B"))
+    if _SWAP:
+        entries.byteswap()
+    return entries
+
+
+def _big_endian(entries: array[int]) -> bytes:
+    copy = entries[:]
+    if _SWAP:
+        copy.byteswap()
+    return copy.tobytes()
+
+
+def _runs(indexes: list[int]) -> list[tuple[int, int]]:
+    """Consecutive indexes as half-open ranges."""
+    runs: list[tuple[int, int]] = []
+    for index in indexes:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs

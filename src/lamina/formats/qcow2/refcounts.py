@@ -1,0 +1,369 @@
+"""Host cluster management: reference counts, and which cluster is given out next.
+
+The refcount table points to refcount blocks, each a cluster of counts. Blocks are cached and changed in memory; nothing here
+decides when they reach the disk: the driver writes them in the order that keeps an image whole (see `driver.Qcow2.flush`):
+
+1. `write_counts`: counts that rose, and whole new blocks and tables that nothing points to yet;
+2. `write_links`, after a flush: the entries, or the header fields, that point to the new blocks and tables.
+
+A count is lowered (`lower`) only when the reference is durably gone, so a crash leaks clusters and never loses one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BlockIOError, CorruptImage, LimitExceeded
+from ...limits import align_up
+from . import layout as q
+
+if TYPE_CHECKING:
+    from ...request import Child
+    from .header import Header
+
+_TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+_ENOSPC = 28
+
+
+class WideBlock:
+    """A refcount block of 8, 16, 32 or 64 bits a count, in the order of this machine."""
+
+    __slots__ = ("counts", "high", "low")
+
+    def __init__(self, raw: bytes | bytearray, bits: int) -> None:
+        self.counts: array[int] = array(_TYPECODES[bits], bytes(raw))
+        if sys.byteorder == "little":
+            self.counts.byteswap()
+        self.low, self.high = len(raw), 0  # the bytes that are not on disk yet
+
+    def get(self, index: int) -> int:
+        return self.counts[index]
+
+    def set(self, index: int, count: int) -> None:
+        self.counts[index] = count
+        width = self.counts.itemsize
+        self.low = min(self.low, index * width)
+        self.high = max(self.high, (index + 1) * width)
+
+    def find_free(self, start: int) -> int:
+        """The first index from `start` whose count is 0, or -1."""
+        try:
+            return self.counts.index(0, start)
+        except ValueError:
+            return -1
+
+    def raw(self, low: int, high: int) -> bytes:
+        width = self.counts.itemsize
+        part = self.counts[low // width : -(-high // width)]
+        if sys.byteorder == "little":
+            part.byteswap()
+        return part.tobytes()
+
+
+class NarrowBlock:
+    """A refcount block of 1, 2 or 4 bits a count; the lowest bits of a byte come first."""
+
+    __slots__ = ("_bits", "_has_free", "_per_byte", "bytes", "high", "low")
+
+    def __init__(self, raw: bytes | bytearray, bits: int) -> None:
+        self.bytes = bytearray(raw)
+        self._bits = bits
+        self._per_byte = 8 // bits
+        mask = (1 << bits) - 1
+        free = [byte for byte in range(256) if any(not byte >> at & mask for at in range(0, 8, bits))]
+        self._has_free = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in free) + b"]")
+        self.low, self.high = len(raw), 0
+
+    def get(self, index: int) -> int:
+        byte, at = divmod(index, self._per_byte)
+        return self.bytes[byte] >> at * self._bits & (1 << self._bits) - 1
+
+    def set(self, index: int, count: int) -> None:
+        byte, at = divmod(index, self._per_byte)
+        mask = (1 << self._bits) - 1
+        self.bytes[byte] = self.bytes[byte] & ~(mask << at * self._bits) | count << at * self._bits
+        self.low = min(self.low, byte)
+        self.high = max(self.high, byte + 1)
+
+    def find_free(self, start: int) -> int:
+        """The first index from `start` whose count is 0, or -1."""
+        per_byte = self._per_byte
+        while start % per_byte:
+            if not self.get(start):
+                return start
+            start += 1
+        found = self._has_free.search(self.bytes, start // per_byte)
+        if found is None:
+            return -1
+        index = found.start() * per_byte
+        while self.get(index):
+            index += 1
+        return index
+
+    def raw(self, low: int, high: int) -> bytes:
+        return bytes(self.bytes[low:high])
+
+
+Block = WideBlock | NarrowBlock
+
+
+class Refcounts:
+    """The counts of one image. Not thread-safe: the driver holds its lock around every call."""
+
+    def __init__(self, file: Child, header: Header, cache_bytes: int) -> None:
+        self._file = file
+        self._header = header
+        self._cache_bytes = cache_bytes
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._max_count = (1 << header.refcount_bits) - 1
+        self.per_block = header.cluster_size * 8 // header.refcount_bits
+        self._blocks: dict[int, Block] = {}
+        self._changed: set[int] = set()  # blocks with counts that are not on disk
+        self._unlinked: set[int] = set()  # new blocks that no table on disk points to
+        self._moved: tuple[int, int] | None = None  # (offset, clusters) of the table on disk that a larger one replaces
+        self._next = 0  # no cluster below this index is free
+        #: Host offset from which on no byte was ever written: what is given out there reads as zero.
+        self.blank_from = align_up(file.node.size, header.cluster_size)
+        #: Clusters that hold metadata, which must never be given out, nor written as data.
+        self.metadata: set[int] = set()
+        self.table = array("Q", bytes(header.refcount_table_clusters << header.cluster_bits))
+        file.read_into(header.refcount_table_offset, memoryview(self.table).cast("B"))
+        if sys.byteorder == "little":
+            self.table.byteswap()
+        self.protect(0, 1)
+        self.protect(header.refcount_table_offset, header.refcount_table_clusters)
+        self.metadata.update((entry & q.REFBLOCK_MASK) >> self._cluster_bits for entry in self.table if entry)
+
+    def protect(self, offset: int, clusters: int) -> None:
+        """These clusters hold metadata from now on."""
+        first = offset >> self._cluster_bits
+        self.metadata.update(range(first, first + clusters))
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._changed)
+
+    @property
+    def links_dirty(self) -> bool:
+        """Whether a new block or table waits for `write_links`."""
+        return bool(self._unlinked) or self._moved is not None
+
+    def get(self, cluster: int) -> int:
+        """The count of the host cluster with this index."""
+        which, index = divmod(cluster, self.per_block)
+        block = self._block(which)
+        return 0 if block is None else block.get(index)
+
+    def allocate(self, count: int, *, whole: bool = False) -> tuple[int, int, bool]:
+        """(host offset, clusters, blank): the first free run of up to `count` clusters, of exactly `count` if `whole`; each
+        is counted once from now on. `blank`: the room is known to read as zero. Raises BlockIOError (ENOSPC) or
+        LimitExceeded when there is no more room, CorruptImage where what is counted as free is not."""
+        while True:
+            start = self._find_free(self._next)
+            if not whole:
+                self._next = start
+            run = self._run(start, count)
+            while whole and run < count:
+                start = self._find_free(start + run + 1)
+                run = self._run(start, count)
+            # Blocks that will count these clusters must exist; a new one takes the first cluster that it counts itself.
+            needed = range(start // self.per_block, (start + run - 1) // self.per_block + 1)
+            missing = next((which for which in needed if not self._has(which)), None)
+            if missing is None:
+                break
+            self._add_block(missing, max(start, missing * self.per_block))
+        self._refuse_metadata(start, run)
+        offset = start << self._cluster_bits
+        end = offset + (run << self._cluster_bits)
+        if end > q.MAX_HOST_OFFSET:
+            raise LimitExceeded("the image file has reached the largest size that qcow2 can address")
+        if end > self._file.node.size and not self._file.node.growable:
+            raise BlockIOError("no space is left in the storage", errno=_ENOSPC, path=self._file.node.filename)
+        for cluster in range(start, start + run):
+            self._set(cluster, 1)
+        if not whole:
+            self._next = start + run
+        return offset, run, self._take_blank(offset, end)
+
+    def _take_blank(self, offset: int, end: int) -> bool:
+        """Whether this room was never written; from now on it counts as written."""
+        blank = offset >= self.blank_from
+        self.blank_from = max(self.blank_from, end)
+        return blank
+
+    def _refuse_metadata(self, start: int, run: int) -> None:
+        for cluster in range(start, start + run):
+            if cluster in self.metadata:
+                raise CorruptImage(
+                    "a cluster that holds metadata is counted as free",
+                    path=self._file.node.filename,
+                    offset=cluster << self._cluster_bits,
+                    hint="check the image; it was not written to",
+                )
+
+    def lower(self, offset: int, clusters: int = 1) -> bool:
+        """Take one reference away from each of these clusters; True if that left the first of them free."""
+        first = offset >> self._cluster_bits
+        for cluster in range(first, first + clusters):
+            count = self.get(cluster)
+            if not count:
+                raise CorruptImage(
+                    "a cluster that was in use is counted as free",
+                    path=self._file.node.filename,
+                    offset=cluster << self._cluster_bits,
+                    hint="check the image",
+                )
+            self._set(cluster, count - 1)
+            if count == 1:
+                self._next = min(self._next, cluster)
+                self.metadata.discard(cluster)
+        return not self.get(first)
+
+    # -- to disk, in the order that the driver decides
+
+    def write_counts(self) -> None:
+        """Write what changed: safe before anything refers to it. New tables too: nothing points to them yet."""
+        for which in sorted(self._changed):
+            block = self._blocks[which]
+            low, high = (0, self._cluster_size) if which in self._unlinked else (block.low, block.high)
+            # Whole sectors: a sector is what a disk writes at once.
+            low, high = low - low % 512, min(align_up(high, 512), self._cluster_size)
+            self._file.write((self.table[which] & q.REFBLOCK_MASK) + low, memoryview(block.raw(low, high)))
+            block.low, block.high = self._cluster_size, 0
+            self._changed.discard(which)
+        if self._moved is not None:
+            self._file.write(self._header.refcount_table_offset, memoryview(_big_endian(self.table)))
+        self._evict()
+
+    def write_links(self) -> tuple[int, int] | None:
+        """Point to the new blocks, which are durable by now. Returns (offset, clusters) of a table that was replaced."""
+        moved = self._moved
+        if moved is not None:
+            self._header.store(self._file, "refcount_table_offset", "refcount_table_clusters")
+            self._moved = None
+        else:
+            for which in sorted(self._unlinked):
+                entry = memoryview(_big_endian(self.table[which : which + 1]))
+                self._file.write(self._header.refcount_table_offset + 8 * which, entry)
+        self._unlinked.clear()
+        return moved
+
+    # -- inside
+
+    def _has(self, which: int) -> bool:
+        return which < len(self.table) and bool(self.table[which] & q.REFBLOCK_MASK)
+
+    def _block(self, which: int) -> Block | None:
+        """Block number `which`, or None if all its counts are 0 because there is none."""
+        block = self._blocks.get(which)
+        if block is not None or not self._has(which):
+            return block
+        offset = self.table[which] & q.REFBLOCK_MASK
+        if offset % self._cluster_size or offset >= self._file.node.size:
+            raise CorruptImage(
+                f"refcount block {which} is said to lie at {offset:#x}, which cannot be",
+                path=self._file.node.filename,
+                offset=self._header.refcount_table_offset + 8 * which,
+                hint="check the image",
+            )
+        raw = bytearray(self._cluster_size)
+        self._file.read_into(offset, memoryview(raw))
+        block = self._make(raw)
+        self._blocks[which] = block
+        return block
+
+    def _make(self, raw: bytearray) -> Block:
+        bits = self._header.refcount_bits
+        return WideBlock(raw, bits) if bits >= 8 else NarrowBlock(raw, bits)
+
+    def _set(self, cluster: int, count: int) -> None:
+        which, index = divmod(cluster, self.per_block)
+        block = self._block(which)
+        assert block is not None, "counted only where a block exists"
+        block.set(index, count)
+        self._changed.add(which)
+
+    def _find_free(self, start: int) -> int:
+        which, index = divmod(start, self.per_block)
+        while True:
+            block = self._block(which)
+            found = index if block is None else block.find_free(index)
+            if found >= 0:
+                return which * self.per_block + found
+            which, index = which + 1, 0
+
+    def _run(self, start: int, count: int) -> int:
+        """How many clusters are free from `start` on, up to `count`."""
+        run = 1
+        while run < count and not self.get(start + run):
+            run += 1
+        return run
+
+    def _add_block(self, which: int, cluster: int) -> None:
+        """A new refcount block in `cluster`, which is free and is the first that the block counts as used: itself."""
+        if which >= len(self.table):
+            self._grow_table(which + 1)
+            if self._has(which):
+                return  # the larger table needed this block already
+        offset = cluster << self._cluster_bits
+        self._refuse_metadata(cluster, 1)
+        block = self._make(bytearray(self._cluster_size))
+        self.table[which] = offset
+        self._blocks[which] = block
+        self._unlinked.add(which)
+        self._set(cluster, 1)
+        self.metadata.add(cluster)
+        self._take_blank(offset, offset + self._cluster_size)
+
+    def _grow_table(self, entries: int) -> None:
+        """Make room for more blocks: a larger table, in new clusters, that takes the place of this one at `write_links`."""
+        size = align_up((entries + entries // 2 + 16) * 8, self._cluster_size)
+        size = min(size, max(q.MAX_REFTABLE_BYTES, self._cluster_size))
+        if size < entries * 8:
+            raise BlockIOError(
+                "the image file is as large as its refcount table can count",
+                errno=_ENOSPC,
+                path=self._file.node.filename,
+                hint="use larger clusters",
+            )
+        header = self._header
+        old = (header.refcount_table_offset, header.refcount_table_clusters)
+        self.table.extend([0] * (size // 8 - len(self.table)))
+        clusters = size >> self._cluster_bits
+        try:
+            offset, _, _ = self.allocate(clusters, whole=True)
+        except BaseException:
+            self._shrink_table(old[1] * self._cluster_size // 8)
+            raise
+        self.protect(offset, clusters)
+        if self._moved is None:
+            self._moved = old
+        else:
+            self.lower(*old)  # that table never reached the disk
+        header.refcount_table_offset, header.refcount_table_clusters = offset, clusters
+
+    def _shrink_table(self, entries: int) -> None:
+        """Undo a growth that failed: blocks that only the larger table could point to are gone with it."""
+        for which in [w for w in self._unlinked if w >= entries]:
+            self.metadata.discard(self.table[which] >> self._cluster_bits)
+            self._unlinked.discard(which)
+            self._changed.discard(which)
+            del self._blocks[which]
+        del self.table[entries:]
+
+    def _evict(self) -> None:
+        """Forget clean blocks when there are too many."""
+        if len(self._blocks) * self._cluster_size > self._cache_bytes:
+            for which in [w for w in self._blocks if w not in self._changed and w not in self._unlinked]:
+                del self._blocks[which]
+
+
+def _big_endian(values: array[Any]) -> bytes:
+    copy = values[:]
+    if sys.byteorder == "little":
+        copy.byteswap()
+    return copy.tobytes()

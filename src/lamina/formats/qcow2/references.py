@@ -1,0 +1,403 @@
+"""Who refers to which cluster of a qcow2 image: the walk through its tables, for `check`.
+
+It reads the image file itself and shares neither cache nor code with the driver, only the constants of `layout`, so
+that it can find the driver's bugs. After "Host cluster management", "Cluster mapping" and "Snapshots" of the published
+specification "Qcow2 Image File Format".
+
+References are collected as arrays of cluster indices, so the memory needed depends on the tables that the file really
+holds and not on the offsets that they name. Each table is read once however many entries point to it; what it says then
+counts that many times.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import LaminaError
+from ...layout import Field, Structure
+from ...report import ERROR, MAX_FINDINGS, UNREADABLE, CheckReport
+from . import layout as q
+
+if TYPE_CHECKING:
+    from ...request import Child
+    from .header import Header
+
+Clusters = NDArray[np.int64]
+Entries = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+
+# What a cluster is used as. One bit each: a cluster with two bits is used twice in ways that exclude each other.
+HEADER: Final = 1
+L1_TABLE: Final = 2
+L2_TABLE: Final = 4
+REFCOUNT_TABLE: Final = 8
+REFCOUNT_BLOCK: Final = 16
+SNAPSHOT_TABLE: Final = 32
+SNAPSHOT_L1: Final = 64
+ENCRYPTION: Final = 128
+DATA: Final = 256
+
+NAMES: Final = {
+    HEADER: "header",
+    L1_TABLE: "L1 table",
+    L2_TABLE: "L2 table",
+    REFCOUNT_TABLE: "refcount table",
+    REFCOUNT_BLOCK: "refcount block",
+    SNAPSHOT_TABLE: "snapshot table",
+    SNAPSHOT_L1: "L1 table of a snapshot",
+    ENCRYPTION: "encryption header",
+    DATA: "guest data",
+}
+
+#: Bytes of L2 tables that are looked at in one go.
+_BATCH: Final = 4 << 20
+#: Beyond twice the file's size, tables lie over one another again and again; no more than this much then is walked.
+_SLACK: Final = 64 << 20
+#: From this size on it pays to ask whether a table lies in a hole of the file before it is read.
+_HOLE: Final = 64 << 10
+#: Extra data of a snapshot is 24 bytes today. QEMU refuses more than this, and so do we.
+_MAX_EXTRA: Final = 1024
+
+_SNAPSHOT: Final = Structure(
+    "snapshot table entry",
+    ">",
+    [
+        Field("l1_table_offset", "u64", "where the L1 table of the snapshot starts"),
+        Field("l1_size", "u32", "its entries"),
+        Field("id_size", "u16", "length of the unique identifier"),
+        Field("name_size", "u16", "length of the name"),
+        Field("date_sec", "u32", "when it was taken: seconds since 1970"),
+        Field("date_nsec", "u32", "and nanoseconds"),
+        Field("vm_clock_nsec", "u64", "for how long the guest had run"),
+        Field("vm_state_size", "u32", "bytes of state of the machine"),
+        Field("extra_data_size", "u32", "bytes of extra data that follow"),
+    ],
+    doc="Followed by extra data, identifier and name, and padding to a multiple of 8.",
+)
+_LUKS_POINTER: Final = Structure(
+    "encryption header pointer",
+    ">",
+    [Field("offset", "u64", "where the encryption header starts"), Field("length", "u64", "its length in bytes")],
+)
+
+
+class Use(NamedTuple):
+    """What a list of references has in common."""
+
+    kind: int
+    #: How often each counts.
+    weight: int = 1
+    #: COPIED as it stands in the entries, and how often that is looked at (in the active tables only); None: not at
+    #: all.
+    copied: bool | None = None
+    looks: int = 0
+
+
+class References:
+    """The references of one image: call `walk` once, then read `uses`, `outside` and `refcount_table`."""
+
+    def __init__(self, storage: Child, header: Header) -> None:
+        self.storage = storage
+        self.header = header
+        self.bits = header.cluster_bits
+        self.cluster = header.cluster_size
+        self.size = storage.node.size
+        #: Clusters of the file. A reference may run into the next one (compressed data at the end): that is index
+        #: `clusters`.
+        self.clusters = -(-self.size >> self.bits)
+        self.block_entries = self.cluster * 8 >> header.refcount_order
+        self.report = CheckReport(total_clusters=-(-header.size >> self.bits))
+        self.uses: dict[Use, list[Clusters]] = defaultdict(list)
+        #: Entries that point beyond the file: their COPIED flag still has a count to agree with.
+        self.outside: dict[Use, list[Clusters]] = defaultdict(list)
+        self.to_walk = 2 * self.size + _SLACK
+        self.refcount_table: Entries = np.zeros(0, np.uint64)
+
+    def walk(self) -> None:
+        """Collect every reference, and report what is wrong with the entries themselves."""
+        header = self.header
+        self.region(HEADER, 0, self.cluster)
+        self.region(L1_TABLE, header.l1_table_offset, header.l1_size * 8)
+        tables = [self.l1_table(header.l1_table_offset, header.l1_size, active=True, weight=1)]
+        tables += self.snapshots()
+        self.l2_tables([table for table in tables if table is not None])
+        self.encryption()
+        self.region(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * self.cluster)
+        self.refcount_blocks()
+
+    # -- findings
+
+    def each(
+        self, kind: str, message: Callable[[int], str], where: NDArray[Any], count: int = 1, *, shift: int = 0
+    ) -> None:
+        """A finding of `kind` for every element of `where`, each worth `count`; `message` makes the text of one.
+        Elements are table entries, or clusters with the `shift` that makes them offsets."""
+        room = max(MAX_FINDINGS - len(self.report.findings), 0)
+        for value in where[:room].tolist():
+            self.report.add(kind, message(value), self.offset_of(value << shift), count)
+        rest = len(where) - room
+        if rest > 0:
+            self.report.add(kind, f"and {rest} more of this kind", None, rest * count)
+
+    def offset_of(self, entry: int) -> int | None:
+        """The byte that an entry points to, if it is inside the file."""
+        offset = entry & q.OFFSET_MASK
+        return offset if offset < self.size else None
+
+    def read(self, offset: int, length: int, what: str) -> tuple[bytearray, list[tuple[int, int]]]:
+        """The bytes, and the (position, length) of the parts that could not be read. Those and what is beyond the file
+        are zeros. A failing read is tried again cluster by cluster, so that no more than necessary is lost."""
+        data = bytearray(length)
+        inside = min(max(self.size - offset, 0), length)
+        if not inside:
+            return data, []
+        view = memoryview(data)
+        try:
+            self.storage.read_into(offset, view[:inside])
+            return data, []
+        except LaminaError as error:
+            if inside <= self.cluster:
+                view[:] = bytes(length)
+                self.report.add(UNREADABLE, f"{what} at {offset:#x}: {error.message}", offset)
+                return data, [(0, length)]
+        lost = []
+        for at in range(0, inside, self.cluster):
+            part, failed = self.read(offset + at, min(self.cluster, inside - at), what)
+            view[at : at + len(part)] = part
+            lost += [(at + position, span) for position, span in failed]
+        return data, lost
+
+    def entries(self, offset: int, count: int, what: str) -> Entries:
+        """`count` table entries at `offset`; fewer if the file ends before."""
+        count = min(count, max(-(-(self.size - offset) // 8), 0))
+        return np.frombuffer(self.read(offset, count * 8, what)[0], ">u8").astype(np.uint64)
+
+    def may_walk(self, length: int, what: str) -> bool:
+        """Whether another `length` bytes of tables may be walked: tables that overlap could make a small file
+        endless."""
+        if length > self.to_walk:
+            self.report.add(UNREADABLE, f"{what}: the tables overlap so often that the rest of them is not examined")
+            self.to_walk = 0
+            return False
+        self.to_walk -= length
+        return True
+
+    # -- references
+
+    def region(self, kind: int, offset: int, length: int) -> None:
+        """A structure that lies at these bytes. It may end in the cluster that the end of the file cuts, not after
+        it."""
+        if not length:
+            return
+        if offset + length - self.size >= self.cluster:
+            self.report.add(ERROR, f"{NAMES[kind]} of {length} bytes at {offset:#x} passes the end of the file")
+            return
+        last = offset + length - 1 >> self.bits
+        self.uses[Use(kind)].append(np.arange(offset >> self.bits, last + 1, dtype=np.int64))
+
+    def point(self, use: Use, offsets: Entries, what: str) -> Mask:
+        """Entries that each point to one cluster. Those that are misaligned or outside are findings. Which are
+        inside."""
+        astray = offsets & np.uint64(self.cluster - 1)
+        inside: Mask = offsets < np.uint64(self.size)
+        crooked = offsets[astray != 0]
+        if len(crooked):
+            self.each(ERROR, lambda at: f"{what} at {at:#x} is not on a cluster boundary", crooked, use.weight)
+            # It lies in two clusters. Only that of its first byte has to agree with COPIED.
+            second = offsets[(astray != 0) & inside] + np.uint64(self.cluster - 1) >> np.uint64(self.bits)
+            self.uses[Use(use.kind, use.weight)].append(second.astype(np.int64))
+        clusters = (offsets >> np.uint64(self.bits)).astype(np.int64)
+        if not inside.all():
+            self.each(
+                ERROR, lambda at: f"{what} at {at:#x} is beyond the end of the file", offsets[~inside], use.weight
+            )
+            self.outside[use].append(clusters[~inside])
+            clusters = clusters[inside]
+        self.uses[use].append(clusters)
+        return inside
+
+    # -- tables
+
+    def l1_table(self, offset: int, count: int, *, active: bool, weight: int) -> tuple[Entries, int, bool] | None:
+        """What an L1 table refers to. Returns (offsets of its L2 tables, weight, active), or None if it may not be
+        walked."""
+        if not active and not self.may_walk(count * 8, "L1 table of a snapshot"):
+            return None
+        entries = self.entries(offset, count, "L1 table")
+        entries = entries[entries != 0]
+        reserved = entries[entries & np.uint64(~(q.COPIED | q.OFFSET_MASK) & (1 << 64) - 1) != 0]
+        self.each(ERROR, lambda entry: f"L1 entry {entry:#018x} has reserved bits set", reserved, weight)
+        copied = entries & np.uint64(q.COPIED) != 0
+        offsets = entries & np.uint64(q.OFFSET_MASK)
+        if not active:
+            inside = self.point(Use(L2_TABLE, weight), offsets, "L2 table")
+            return offsets[inside], weight, active
+        found = []
+        for flag, chosen in ((True, offsets[copied]), (False, offsets[~copied])):
+            if len(chosen):
+                found.append(chosen[self.point(Use(L2_TABLE, weight, flag, weight), chosen, "L2 table")])
+        return (np.concatenate(found) if found else offsets), weight, active
+
+    def snapshots(self) -> list[tuple[Entries, int, bool] | None]:
+        """The snapshot table, and the L1 tables that it names."""
+        header, at = self.header, self.header.snapshots_offset
+        l1_tables: dict[tuple[int, int], int] = {}
+        for index in range(header.nb_snapshots):
+            if at + _SNAPSHOT.size > self.size:
+                self.report.add(UNREADABLE, f"the snapshot table ends in entry {index} of {header.nb_snapshots}", at)
+                break
+            raw, failed = self.read(at, _SNAPSHOT.size, "snapshot table")
+            if failed:
+                break
+            entry = _SNAPSHOT.unpack(raw)
+            if entry.extra_data_size > _MAX_EXTRA:
+                text = f"snapshot {index} has {entry.extra_data_size} bytes of extra data; the rest is not examined"
+                self.report.add(UNREADABLE, text, at)
+                break
+            if header.version >= 3 and entry.extra_data_size < 16:
+                self.report.add(ERROR, f"snapshot {index} is incomplete: it has no size of the disk", at)
+            at += -(-(_SNAPSHOT.size + entry.extra_data_size + entry.id_size + entry.name_size) // 8) * 8
+            place = entry.l1_table_offset, entry.l1_size
+            if place[0] % self.cluster:
+                self.report.add(
+                    ERROR, f"the L1 table of snapshot {index} at {place[0]:#x} is not on a cluster boundary"
+                )
+            elif place[1] * 8 > q.MAX_L1_BYTES:
+                self.report.add(ERROR, f"the L1 table of snapshot {index} has {place[1]} entries, more than can be")
+            else:
+                self.region(SNAPSHOT_L1, place[0], place[1] * 8)
+                l1_tables[place] = l1_tables.get(place, 0) + 1
+        if header.nb_snapshots:
+            self.region(SNAPSHOT_TABLE, header.snapshots_offset, at - header.snapshots_offset)
+        return [self.l1_table(*place, active=False, weight=weight) for place, weight in l1_tables.items()]
+
+    def l2_tables(self, found: list[tuple[Entries, int, bool]]) -> None:
+        """Walk every L2 table once, whatever number of L1 entries point to it."""
+        offsets, which = np.unique(np.concatenate([table for table, _, _ in found]), return_inverse=True)
+        active = np.zeros(len(offsets), np.int64)
+        total = np.zeros(len(offsets), np.int64)
+        at = 0
+        for table, weight, is_active in found:
+            times = np.bincount(which[at : at + len(table)], minlength=len(offsets)) * weight
+            total += times
+            if is_active:
+                active += times
+            at += len(table)
+        order = np.lexsort((offsets, active, total))
+        offsets, active, total = offsets[order], active[order], total[order]
+        edges = np.flatnonzero((np.diff(active) != 0) | (np.diff(total) != 0)) + 1
+        for group in np.split(np.arange(len(offsets)), edges):
+            if not len(group):
+                continue
+            looks, weight = int(active[group[0]]), int(total[group[0]])
+            for tables in self.l2_batches(offsets[group].tolist()):
+                self.l2_entries(tables, weight, looks)
+
+    def l2_batches(self, offsets: list[int]) -> Iterator[Entries]:
+        """The entries of the tables at these ascending offsets, some tables at a time, one to a row. Neighbours are
+        read together, and tables in holes of the file are left out."""
+        size = self.cluster
+        if size >= _HOLE:
+            offsets = [at for at in offsets if not self.storage.reads_zero(at, size)]
+        step = max(_BATCH // size, 1)
+        for start in range(0, len(offsets), step):
+            batch = offsets[start : start + step]
+            if not self.may_walk(len(batch) * size, "L2 tables"):
+                return
+            parts = []
+            first = 0
+            for index in range(1, len(batch) + 1):
+                if index == len(batch) or batch[index] != batch[index - 1] + size:
+                    parts.append(self.read(batch[first], (index - first) * size, "L2 table")[0])
+                    first = index
+            raw = parts[0] if len(parts) == 1 else b"".join(parts)
+            yield np.frombuffer(raw, ">u8").astype(np.uint64).reshape(len(batch), size // 8)
+
+    def l2_entries(self, tables: Entries, weight: int, looks: int) -> None:
+        """What the entries of these tables refer to. Each counts `weight` times, and `looks` times as an active one."""
+        report = self.report
+        flat = tables.reshape(-1)
+        places = np.flatnonzero(flat)
+        entries = flat[places]
+        rows = places // tables.shape[1]
+        packed = entries & np.uint64(q.COMPRESSED) != 0
+        if packed.any():
+            self.compressed(entries[packed], weight)
+            report.compressed_clusters += looks * int(packed.sum())
+            report.fragmented_clusters += looks * int(packed.sum())
+            report.allocated_clusters += looks * int(packed.sum())
+            entries, rows = entries[~packed], rows[~packed]
+        allowed = q.COPIED | q.OFFSET_MASK | q.ZERO
+        reserved = entries[entries & np.uint64(~allowed & (1 << 64) - 1) != 0]
+        self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} has reserved bits set", reserved, weight)
+        if self.header.version < 3:
+            zero = entries[entries & np.uint64(q.ZERO) != 0]
+            self.each(
+                ERROR, lambda entry: f"L2 entry {entry:#018x} has the zero flag, unknown in version 2", zero, weight
+            )
+        offsets = entries & np.uint64(q.OFFSET_MASK)
+        copied = entries & np.uint64(q.COPIED) != 0
+        nowhere = offsets == 0
+        if nowhere.any():
+            stray = entries[nowhere & copied]
+            self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} is marked COPIED but points nowhere", stray, weight)
+            offsets, copied, rows = offsets[~nowhere], copied[~nowhere], rows[~nowhere]
+        if looks and len(offsets):
+            report.allocated_clusters += looks * len(offsets)
+            jumps = (np.diff(offsets) != np.uint64(self.cluster)) & (np.diff(rows) == 0)
+            report.fragmented_clusters += looks * int(jumps.sum())
+        if not looks:
+            self.point(Use(DATA, weight), offsets, "data cluster")
+            return
+        for flag, chosen in ((True, offsets[copied]), (False, offsets[~copied])):
+            if len(chosen):
+                self.point(Use(DATA, weight, flag, looks), chosen, "data cluster")
+
+    def compressed(self, entries: Entries, weight: int) -> None:
+        """Compressed data counts in every cluster that its sectors touch: at most three."""
+        x = 62 - (self.bits - 8)
+        stray = entries[entries & np.uint64(q.COPIED) != 0]
+        self.each(
+            ERROR, lambda entry: f"L2 entry {entry:#018x} of a compressed cluster is marked COPIED", stray, weight
+        )
+        start = entries & np.uint64((1 << x) - 1)
+        sectors = (entries >> np.uint64(x) & np.uint64((1 << self.bits - 8) - 1)) + np.uint64(1)
+        end = (start & np.uint64(~511 & (1 << 64) - 1)) + sectors * np.uint64(512)
+        beyond = end >= np.uint64(self.size + self.cluster)
+        self.each(ERROR, lambda at: f"compressed data at {at:#x} passes the end of the file", start[beyond], weight)
+        first = (start[~beyond] >> np.uint64(self.bits)).astype(np.int64)
+        last = (end[~beyond] - np.uint64(1) >> np.uint64(self.bits)).astype(np.int64)
+        for step in range(3):
+            self.uses[Use(DATA, weight)].append((first + step)[first + step <= last])
+
+    def encryption(self) -> None:
+        """Where a LUKS header is, the clusters that it occupies."""
+        pointer = self.header.extension(q.EXT_ENCRYPTION) or b""
+        if self.header.crypt_method == 2 and len(pointer) >= _LUKS_POINTER.size:
+            place = _LUKS_POINTER.unpack(pointer)
+            self.region(ENCRYPTION, place.offset, place.length)
+
+    # -- reference counts
+
+    def refcount_blocks(self) -> None:
+        """The refcount table, and the blocks that it names."""
+        header = self.header
+        count = header.refcount_table_clusters * self.cluster // 8
+        table = self.entries(header.refcount_table_offset, count, "refcount table")
+        self.refcount_table = table & np.uint64(q.REFBLOCK_MASK)
+        used = np.flatnonzero(table)
+        entries = table[used]
+        reserved = entries != self.refcount_table[used]
+        self.each(ERROR, lambda e: f"refcount table entry {e:#018x} has reserved bits set", entries[reserved])
+        entries = entries[~reserved]
+        crooked = entries & np.uint64(self.cluster - 1) != 0
+        self.each(ERROR, lambda at: f"refcount block at {at:#x} is not on a cluster boundary", entries[crooked])
+        entries = entries[~crooked]
+        beyond = entries >= np.uint64(self.size)
+        self.each(ERROR, lambda at: f"refcount block at {at:#x} is beyond the end of the file", entries[beyond])
+        self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(np.int64))

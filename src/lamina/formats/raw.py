@@ -1,0 +1,132 @@
+"""The format `raw`: the disk is the bytes of its storage, or of a window in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import NotSupported, OptionError
+from ..limits import Limits
+from ..node import FUA, Node
+from ..options import Option, Schema
+from ..request import Child
+
+if TYPE_CHECKING:
+    from ..extents import Extents, HostFile
+    from ..graph import Opener
+
+
+class Raw(Node):
+    """Byte `x` of the disk is byte `offset + x` of the child `file`. With a `size` the disk is that long and cannot be
+    resized; else it ends where the file does. It holds no state, so whatever the storage allows may run
+    concurrently."""
+
+    driver: ClassVar[str] = "raw"
+    schema: ClassVar[Schema] = Schema(
+        "raw",
+        [
+            Option("file", "node", "the storage", required=True),
+            Option("offset", "size", "where in the file the disk begins, in bytes", default=0),
+            Option("size", "size", "how long the disk is, in bytes; to the end of the file if not given"),
+        ],
+    )
+    create_schema: ClassVar[Schema] = Schema("raw", [Option("size", "size", "the length of the disk in bytes")])
+    # The edge below emulates it where the storage has none.
+    supported_flags = FUA
+
+    def __init__(
+        self, file: Child, *, offset: int = 0, size: int | None = None, name: str | None = None, read_only: bool = False
+    ) -> None:
+        """The disk in `file`, whose owner this node becomes. OptionError if the window is not inside it."""
+        super().__init__(name=name, read_only=read_only)
+        available = file.size
+        if offset > available:
+            raise OptionError(
+                f"the disk would begin at {offset}, past the end of its file at {available}",
+                path=file.node.filename,
+                hint="choose a smaller offset",
+            )
+        if size is not None and size > available - offset:
+            raise OptionError(
+                f"{size} bytes from {offset} reach past the end of its file at {available}",
+                path=file.node.filename,
+                hint=f"choose a size of at most {available - offset}, or leave it out",
+            )
+        self.file = file
+        self.children = {"file": file}
+        self._offset = offset
+        self._window = size
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        spec, offset, size = options["file"], options.get("offset") or 0, options.get("size")
+        grows = not offset and size is None
+        child = spec if isinstance(spec, Child) else opener.child("file", spec, grows=grows)
+        if child.grows != grows:
+            child = Child(child.node, "file", grows=grows)
+        return cls(child, offset=offset, size=size, name=opener.name, read_only=opener.read_only)
+
+    @classmethod
+    def create(cls, storage: Child, size: int, options: dict[str, Any]) -> None:
+        """Make `storage` a raw disk of `size` bytes that reads as zeros where the storage was empty. A device, which
+        cannot change its length, is left as it is if it is long enough, else OptionError."""
+        if storage.node.growable:
+            storage.truncate(size)
+        elif size > storage.size:
+            raise OptionError(
+                f"a disk of {size} bytes does not fit into {storage.size}",
+                path=storage.node.filename,
+                hint="choose a smaller size",
+            )
+
+    @property
+    def size(self) -> int:
+        # A file that was cut after it was opened has no negative length.
+        return max(self.file.node.size - self._offset, 0) if self._window is None else self._window
+
+    @property
+    def limits(self) -> Limits:
+        """The storage's, as far as the window keeps them aligned; what it does not, the edge below aligns."""
+        below, offset = self.file.node.limits, self._offset
+        if not offset:
+            return below
+        return replace(
+            below,
+            request_alignment=1 if offset % below.request_alignment else below.request_alignment,
+            zero_alignment=1 if offset % below.zero_alignment else below.zero_alignment,
+            discard_alignment=1 if offset % below.discard_alignment else below.discard_alignment,
+        )
+
+    @property
+    def host_base(self) -> tuple[HostFile, int] | None:
+        base = self.file.node.host_base
+        return None if base is None else (base[0], base[1] + self._offset)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.file.read_into(self._offset + offset, view)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.file.write(self._offset + offset, view, flags)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.file.zero(self._offset + offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.file.discard(self._offset + offset, length)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def truncate(self, size: int) -> None:
+        if self._window is not None:
+            raise NotSupported(
+                "its size is fixed by the option size", path=self.filename, operation="truncate", hint="open it without"
+            )
+        self.file.truncate(self._offset + size)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        found = self.file.extents(self._offset + offset, length)
+        return found.shift(-self._offset) if self._offset else found
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        return self.file.reads_zero(self._offset + offset, length)

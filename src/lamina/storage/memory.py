@@ -1,0 +1,149 @@
+"""The driver `memory`: bytes in memory, gone when the node is closed. Only pages that were written take up room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import Closed
+from ..node import FUA, StorageNode, fill_zero
+from ..options import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents
+    from ..graph import Opener
+
+PAGE = 1 << 16
+
+
+class MemoryStorage(StorageNode):
+    """A sparse store of `PAGE`-sized pages that grows with what is written; a page that is not there reads as zeros, so
+    a node of 1 TiB costs nothing. Safe for any number of threads: one operation runs at a time. Nothing survives, so a
+    flush has nothing to do, and every write is as stable as it can be."""
+
+    driver: ClassVar[str] = "memory"
+    schema: ClassVar[Schema] = Schema("memory", [Option("size", "size", "its length at first, in bytes", default=0)])
+    supported_flags = FUA
+
+    def __init__(self, size: int = 0, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(name=name, read_only=read_only)
+        self._size = size
+        self._pages: dict[int, bytearray] | None = {}  # no byte past the size is ever other than zero
+        self._mutex = threading.Lock()
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        return cls(options["size"], name=opener.name, read_only=opener.read_only)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def growable(self) -> bool:
+        return True
+
+    @property
+    def allocated(self) -> int:
+        """The bytes of memory that its pages take up."""
+        with self._mutex:
+            return len(self._there("stat")) * PAGE
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        with self._mutex:
+            pages = self._there("read")
+            for number, lo, hi, at in _parts(offset, len(view)):
+                page = pages.get(number)
+                if page is None:
+                    fill_zero(view[at : at + hi - lo])
+                else:
+                    view[at : at + hi - lo] = memoryview(page)[lo:hi]
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        with self._mutex:
+            pages = self._there("write")
+            for number, lo, hi, at in _parts(offset, len(view)):
+                page = pages.get(number)
+                if page is None:
+                    page = pages[number] = bytearray(PAGE)
+                page[lo:hi] = view[at : at + hi - lo]
+            self._size = max(self._size, offset + len(view))
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        """Whole pages are dropped, with or without MAY_UNMAP: there is nothing to gain by keeping them."""
+        with self._mutex:
+            self._clear(self._there("zero"), offset, offset + length)
+            self._size = max(self._size, offset + length)
+
+    def discard(self, offset: int, length: int) -> None:
+        with self._mutex:
+            self._clear(self._there("discard"), offset, offset + length)
+
+    def truncate(self, size: int) -> None:
+        with self._mutex:
+            pages = self._there("truncate")
+            if size < self._size:
+                self._clear(pages, size, self._size)
+            self._size = size
+
+    def extents(self, offset: int, length: int) -> Extents:
+        import numpy as np
+
+        from ..extents import DATA, PRESENT, ZERO, Extents
+
+        first, last = offset // PAGE, -(-(offset + length) // PAGE)
+        with self._mutex:
+            numbers = np.array(sorted(_within(self._there("extents"), first, last)), np.int64)
+        # Runs of pages that follow one another are one extent, what lies between two runs is another.
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        heads, tails = numbers[np.append(0, breaks)[: len(numbers)]], numbers[np.append(breaks - 1, -1)[: len(numbers)]]
+        inner = np.column_stack((heads, tails + 1)).ravel() * PAGE
+        edges = np.clip(np.concatenate(([offset], inner, [offset + length])), offset, offset + length)
+        flags = np.full(len(edges) - 1, ZERO | PRESENT, np.uint8)
+        flags[1::2] = DATA | PRESENT
+        lengths = np.diff(edges)
+        rows = np.flatnonzero(lengths)
+        start = edges[rows]
+        return Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        with self._mutex:
+            return next(_within(self._there("read"), offset // PAGE, -(-(offset + length) // PAGE)), None) is None
+
+    def close(self) -> None:
+        with self._mutex:
+            self._pages = None
+
+    def _there(self, operation: str) -> dict[int, bytearray]:
+        if self._pages is None:
+            raise Closed("this node was closed", node=self.name, operation=operation)
+        return self._pages
+
+    def _clear(self, pages: dict[int, bytearray], start: int, end: int) -> None:
+        """Make [start, end) read as zeros; a page is dropped if nothing else is in it, up to the size."""
+        first, last = start // PAGE, -(-end // PAGE)
+        for number in list(_within(pages, first, last)):
+            lo, hi = max(start - number * PAGE, 0), min(end - number * PAGE, PAGE)
+            if lo == 0 and (hi == PAGE or end >= self._size):
+                del pages[number]
+            else:
+                pages[number][lo:hi] = bytes(hi - lo)
+
+
+def _parts(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    """The pages of a range: number, where in the page it starts and ends, and how far into the range that is."""
+    end = offset + length
+    at = offset
+    while at < end:
+        number, lo = divmod(at, PAGE)
+        hi = min(PAGE, lo + end - at)
+        yield number, lo, hi, at - offset
+        at += hi - lo
+
+
+def _within(pages: dict[int, bytearray], first: int, last: int) -> Iterator[int]:
+    """The numbers, from `first` up to but not `last`, of pages that are there; the shorter of both lists is walked."""
+    if last - first < len(pages):
+        return (number for number in range(first, last) if number in pages)
+    return (number for number in pages if first <= number < last)
