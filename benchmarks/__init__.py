@@ -1,0 +1,1 @@
+"""Lamina beside its peers: `python -m benchmarks.run` measures both in the same run and prints one table."""

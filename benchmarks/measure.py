@@ -1,0 +1,107 @@
+"""Runs commands that do the same work, in turn, and says what each needed: seconds on the clock, of CPU, and memory.
+
+CPU time and peak memory are the kernel's own figures for that one child (`wait4`). The kernel counts a child's peak
+from the moment it was forked, so no child reads less than the process that measures: `floor` says how much that is, and
+this module and its callers import little and never Lamina.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Failed(Exception):
+    """A command failed, or its result was wrong. The text is one line."""
+
+
+@dataclass
+class Figures:
+    """Seconds on the clock, seconds of CPU (user and system), bytes of peak memory."""
+
+    wall: float
+    cpu: float
+    memory: int
+
+
+def anything(_stdout: Path) -> None:
+    """The check of a command whose exit status says enough."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command of one program.
+
+    `check` gets the file of the command's standard output and raises Failed if the result is wrong. `makes` names the
+    file that the command writes, removed after each run.
+    """
+
+    program: str
+    command: Sequence[str]
+    check: Callable[[Path], None] = anything
+    makes: Path | None = None
+
+
+def run_once(command: Sequence[str], stdout: Path) -> Figures:
+    """Run `command`, its standard output into the file `stdout`. Raises Failed with the last line of its complaint."""
+    with stdout.open("wb") as out, tempfile.TemporaryFile() as complaint:
+        began = time.perf_counter()
+        try:
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=complaint)
+        except OSError as error:
+            raise Failed(str(error)) from error
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - began
+        child.returncode = os.waitstatus_to_exitcode(status)  # or Popen would look for the child again
+        if child.returncode:
+            complaint.seek(0)
+            lines = complaint.read().decode(errors="replace").strip().splitlines()
+            raise Failed(lines[-1] if lines else f"exit status {child.returncode}")
+    return Figures(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figures | Failed]:
+    """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and does not count.
+
+    Returns for each program the least of its times and the largest of its peaks, or how it failed. Taking turns lets a
+    noisy minute of the machine hit all programs alike.
+    """
+    found: dict[str, Figures | Failed] = {}
+    stdout = folder / "stdout"
+    for number in range(rounds + 1):
+        for task in tasks:
+            before = found.get(task.program)
+            if isinstance(before, Failed):
+                continue
+            os.sync()  # what the program before this one left to be written shall not be written on this one's time
+            try:
+                now = run_once(task.command, stdout)
+                if number == 0:
+                    task.check(stdout)
+                elif before is None:
+                    found[task.program] = now
+                else:
+                    found[task.program] = Figures(
+                        min(before.wall, now.wall), min(before.cpu, now.cpu), max(before.memory, now.memory)
+                    )
+            except Failed as failure:
+                found[task.program] = failure
+            finally:
+                if task.makes:
+                    task.makes.unlink(missing_ok=True)
+    stdout.unlink(missing_ok=True)
+    return found
+
+
+def floor(folder: Path) -> int:
+    """The peak memory, in bytes, that a child reads which does nothing at all."""
+    stdout = folder / "stdout"
+    figures = run_once([sys.executable, "--version"], stdout)
+    stdout.unlink()
+    return figures.memory

@@ -1,0 +1,390 @@
+"""The house keeps its shape: imports point down, files stay short and say what they are, the README's map is true.
+
+All of it is read from the source with `ast`; nothing of Lamina is imported. Each rule is a function of plain values,
+and a test beside it shows that it can fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HOUSE = ROOT / "src" / "lamina"
+
+#: From the lowest to the highest. An import may point to its own floor or below, never above.
+FLOORS = [
+    {"errors"},
+    {
+        "codecs",
+        "detect",
+        "extents",
+        "layout",
+        "limits",
+        "options",
+        "policy",
+        "registry",
+        "report",
+        "version",
+    },
+    {"api", "create", "graph", "image", "node", "ranges", "request"},
+    {"filters", "formats", "storage"},
+    {"jobs", "nbd"},
+    {"cli", "testing"},
+    {"", "__main__"},  # the package's own __init__ gives the public names of every floor, on demand
+]
+#: These never import one another, though they share a floor: the registry finds each by its name.
+SIBLINGS = {"filters", "formats", "storage"}
+
+LONGEST = 500
+LONGER = "Longer than 500 lines:"
+VAGUE = {"common", "helper", "helpers", "misc", "util", "utils"}
+# Folders and hosts of one machine: none of them means anything on another.
+OF_A_MACHINE = re.compile(
+    r"""(?<![\w.$)}~/-])/(?:work|root|tmp/venv|var/cache|opt)/
+    |(?:--|_)(?:extra-)?index-url|INDEX_URL
+    |://[^/\s"']*(?:artifactory|nexus|mirror|registry|proxy)[^/\s"']*
+    |(?<![\d.])(?:10\.\d+|192\.168)\.\d+\.\d+(?![\d.])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """`formats.qcow2.header` for that file below the house; "" for the house's own `__init__`."""
+    parts = file.relative_to(HOUSE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int | None:
+    room = module.split(".")[0]
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """All import statements at any depth, except those that only the type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and is_type_checking(node.test):
+            for other in node.orelse:
+                yield from imports(ast.Module([other], []))
+        else:
+            yield from imports(node)
+
+
+def imported(source: str, module: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
+    """The modules of the house that `source`, the text of `module`, imports: line and name, as in `module_name`.
+
+    `known` holds all modules of the house: `from . import x` means the module x if there is one, else a name in the
+    package.
+    """
+    for node in imports(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "lamina" or alias.name.startswith("lamina."):
+                    yield node.lineno, alias.name.removeprefix("lamina").removeprefix(".")
+            continue
+        if node.level:
+            here = module.split(".") if module else []
+            up = node.level - (1 if is_package else 0)
+            base = here[: len(here) - up] + (node.module.split(".") if node.module else [])
+        elif node.module and node.module.split(".")[0] == "lamina":
+            base = node.module.split(".")[1:]
+        else:
+            continue
+        for alias in node.names:
+            inner = ".".join([*base, alias.name])
+            yield node.lineno, inner if inner in known else ".".join(base)
+
+
+def upward(module: str, target: str) -> str | None:
+    """Why `module` may not import `target`, or None if it may."""
+    below, above = floor_of(module), floor_of(target)
+    if above is None:
+        return f"{target} is on no floor: add it to FLOORS"
+    if below is None:
+        return f"{module} is on no floor: add it to FLOORS"
+    if above > below:
+        return f"lamina.{target} is above lamina.{module}".replace("lamina. ", "lamina ")
+    rooms = {module.split(".")[0], target.split(".")[0]}
+    if len(rooms) == 2 and rooms <= SIBLINGS:
+        return f"{module} and {target} are siblings: let the registry find it by name"
+    return None
+
+
+HOUSE_FILES = sources("src/lamina")
+ALL_FILES = sources("src", "tests", "benchmarks", "tour", "docs")
+MODULES = {module_name(file) for file in HOUSE_FILES}
+
+
+def from_root(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+# Floors
+
+
+def test_no_import_points_upward() -> None:
+    wrong = []
+    for file in HOUSE_FILES:
+        module = module_name(file)
+        for line, target in imported(file.read_text(), module, file.name == "__init__.py", MODULES):
+            if reason := upward(module, target):
+                wrong.append(f"{from_root(file)}:{line}: {reason}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_is_on_a_floor() -> None:
+    homeless = sorted({module.split(".")[0] for module in MODULES if floor_of(module) is None})
+    assert not homeless, f"put into FLOORS, as low as it can be: {', '.join(homeless)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "is_package", "source", "target"),
+    [
+        ("node", False, "from .graph import x", "graph"),
+        ("node", False, "from . import graph", "graph"),
+        ("node", False, "from . import open", ""),
+        ("node", False, "import lamina.cli.main", "cli.main"),
+        ("node", False, "import lamina", ""),
+        ("node", False, "from lamina.cli import main", "cli.main"),
+        ("node", False, "def f():\n    from .cli import main", "cli.main"),
+        ("node", False, "try:\n    from .cli.main import run\nexcept ImportError:\n    raise", "cli.main"),
+        ("node", False, "if TYPE_CHECKING:\n    pass\nelse:\n    from .cli import main", "cli.main"),
+        ("cli.main", False, "from ..filters import blkdebug", "filters"),
+        ("cli", True, "from .main import run", "cli.main"),
+        ("cli", True, "from .. import graph", "graph"),
+        ("", True, "from .cli import main", "cli.main"),
+    ],
+)
+def test_imports_are_resolved(module: str, is_package: bool, source: str, target: str) -> None:
+    known = {"", "node", "graph", "cli", "cli.main", "filters"}
+    assert [name for _, name in imported(source, module, is_package, known)] == [target]
+
+
+def test_imports_for_the_type_checker_are_free() -> None:
+    source = (
+        "if TYPE_CHECKING:\n    from .cli import main\nif typing.TYPE_CHECKING:\n    import lamina.cli\nimport numpy"
+    )
+    assert list(imported(source, "node", False, {"", "cli"})) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("errors", "limits"),
+        ("extents", "node"),
+        ("graph", "formats.raw"),
+        ("formats.raw", "filters.blkdebug"),
+        ("storage.file", "formats"),
+        ("formats.qcow2.header", "jobs.check"),
+        ("jobs.convert", "cli.main"),
+        ("cli.main", ""),
+        ("cli.main", "attic"),
+        ("attic", "errors"),
+    ],
+)
+def test_upward_is_refused(module: str, target: str) -> None:
+    assert upward(module, target)
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("limits", "errors"),
+        ("limits", "extents"),
+        ("formats.qcow2.header", "formats.qcow2.layout"),
+        ("filters.blkdebug", "node"),
+        ("cli.main", "jobs.convert"),
+        ("", "cli.main"),
+    ],
+)
+def test_downward_is_granted(module: str, target: str) -> None:
+    assert upward(module, target) is None
+
+
+# Each file
+
+
+def too_long(source: str) -> bool:
+    lines = len(source.splitlines())
+    return lines > LONGEST and LONGER not in (ast.get_docstring(ast.parse(source)) or "")
+
+
+def says_what_it_is(source: str) -> bool:
+    """Whether the docstring of a module holds a sentence: some words and a full stop."""
+    return bool(re.search(r"\w+\W+\w+\W.*[.!?:](\s|$)", ast.get_docstring(ast.parse(source)) or "", re.DOTALL))
+
+
+@pytest.mark.parametrize("file", ALL_FILES, ids=from_root)
+def test_file_is_short_and_says_what_it_is(file: Path) -> None:
+    source = file.read_text()
+    if file.name == "__init__.py" and not source and not file.is_relative_to(HOUSE):
+        return  # folders of tests are packages only so that two test files may have one name
+    assert not too_long(source), f"more than {LONGEST} lines: find the second subject, or say {LONGER!r} and why"
+    assert says_what_it_is(source), "the docstring says in a sentence what this is and where it stands"
+    assert file.stem not in VAGUE, "a name that says nothing: name the subject"
+    assert not VAGUE & set(file.relative_to(ROOT).parts), "a folder whose name says nothing: name the subject"
+
+
+def test_every_folder_of_the_house_is_a_package() -> None:
+    bare = {from_root(file.parent) for file in HOUSE_FILES if not (file.parent / "__init__.py").exists()}
+    assert not bare, f"no __init__.py that says what lives there: {', '.join(sorted(bare))}"
+
+
+def test_the_rules_for_a_file_can_fail() -> None:
+    assert too_long('"""Long."""\n' + "x = 1\n" * LONGEST)
+    assert not too_long('"""Long.\n\nLonger than 500 lines: one table."""\n' + "x = 1\n" * LONGEST)
+    assert not too_long("x = 1\n" * LONGEST)
+    assert not says_what_it_is("x = 1")
+    assert not says_what_it_is('"""Formats."""')
+    assert says_what_it_is('"""Formats: one module each."""')
+
+
+# Nothing of one machine
+
+
+def committed() -> list[Path]:
+    """What is in the repository or would be at the next commit; in an unpacked archive, every file."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [ROOT / name for name in told.split("\0") if name and (ROOT / name).is_file()]
+    hidden = {".venv", ".git", "__pycache__"}
+    return [file for file in ROOT.rglob("*") if file.is_file() and not hidden & set(file.relative_to(ROOT).parts)]
+
+
+def test_nothing_names_one_machine() -> None:
+    found = []
+    for file in committed():
+        try:
+            text = file.read_text()
+        except UnicodeDecodeError:
+            continue  # an image or a picture
+        for number, line in enumerate(text.splitlines(), 1):
+            if OF_A_MACHINE.search(line) and file != Path(__file__).resolve():
+                found.append(f"{from_root(file)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("cd /work/main", True),
+        ('open("/root/disk.qcow2")', True),
+        ("PATH=/var/cache/peers/bin", True),
+        ("pip install --index-url x", True),
+        ("http://mirror.example.org/simple", True),
+        ("http://192.168.1.7/simple", True),
+        ("src/work/main", False),
+        ("$(ROOT)/work/", False),
+        ("https://www.apache.org/licenses/", False),
+        ("/usr/share/misc", False),
+        ("version 1.192.168.10.20", False),
+    ],
+)
+def test_what_names_one_machine(text: str, named: bool) -> None:
+    assert bool(OF_A_MACHINE.search(text)) is named
+
+
+# The README's map
+
+README = ROOT / "README.md"
+
+
+def house_map(text: str) -> str:
+    """The fenced block of a Markdown text whose first line begins with `src/lamina/`; "" if it has none."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return next((block for block in blocks if block.startswith("src/lamina/")), "")
+
+
+def named_in(block: str) -> set[str]:
+    """The paths from the repository's root that the map names.
+
+    A line that is indented speaks of what lies in `src/lamina/`, any other of the repository. Words that end in `/` or
+    `.py` are paths. If the line's first word is a folder, the others lie in it; `qcow2/{layout,header}` names two
+    modules of a folder (an ending `...` says that there are more). All other words are prose.
+    """
+    found: set[str] = set()
+    for line in block.splitlines():
+        base = "src/lamina/" if line.startswith(" ") else ""
+        words = re.findall(r"[\w./-]+/\{[^}]*\}|[\w./-]+/(?![\w{])|[\w./-]+\.py\b", line)
+        for number, word in enumerate(words):
+            if "{" in word:
+                folder, _, inside = word.partition("{")
+                found.add(base + folder)
+                names = (name.strip() for name in inside.rstrip("}").split(","))
+                found |= {f"{base}{folder}{name}.py" for name in names if name.strip(".")}
+            else:
+                found.add(base + word)
+            if number == 0 and word.endswith("/") and line.split()[0] == word:
+                base += word
+    return found
+
+
+def in_the_house() -> set[str]:
+    """What the map must name: every package at any depth, every module that lies directly in the house."""
+    packages = {from_root(file.parent) + "/" for file in HOUSE_FILES if file.name == "__init__.py"}
+    return packages | {from_root(file) for file in HOUSE_FILES if file.parent == HOUSE and file.name != "__main__.py"}
+
+
+def test_the_map_in_the_readme_is_true() -> None:
+    block = house_map(README.read_text())
+    assert block, "the README has a fenced block that begins with src/lamina/"
+    named = named_in(block)
+    gone = sorted(name for name in named if not (ROOT / name).exists())
+    assert not gone, f"named in the map but not there: {', '.join(gone)}"
+    missing = sorted(in_the_house() - named)
+    assert not missing, f"there but not named in the map: {', '.join(missing)}"
+
+
+def test_how_the_map_is_read() -> None:
+    text = """Words.
+
+```
+make tour
+```
+
+```
+src/lamina/
+  __init__.py     the public names, read/write, loaded lazily
+  errors.py  limits.py      ground floor; and/or
+  request.py      the request path (idea 3);  ranges.py  locks on byte ranges
+  formats/        raw  qcow2/{header, mapping,...}
+  cli/            main, one module per command, io/ (the shell)
+tests/            unit  conformance/
+```
+"""
+    assert named_in(house_map(text)) == {
+        "src/lamina/",
+        "src/lamina/__init__.py",
+        "src/lamina/errors.py",
+        "src/lamina/limits.py",
+        "src/lamina/request.py",
+        "src/lamina/ranges.py",
+        "src/lamina/formats/",
+        "src/lamina/formats/qcow2/",
+        "src/lamina/formats/qcow2/header.py",
+        "src/lamina/formats/qcow2/mapping.py",
+        "src/lamina/cli/",
+        "src/lamina/cli/io/",
+        "tests/",
+        "tests/conformance/",
+    }
+    assert house_map("```\nlamina/\n```") == ""
