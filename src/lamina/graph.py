@@ -76,7 +76,7 @@ class Opener:
     def child(self, role: str, spec: Spec, *, grows: bool = False, read_only: bool = False) -> Child:
         """An edge to a new child. `grows` as in `request.Child`; `read_only` True where the child is only ever read."""
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
-        fd = self.fd if role in STORAGE_ROLES else None
+        fd = self.fd if role == "file" else None
         opener = replace(self, read_only=self.read_only or read_only, fd=fd)
         node = opener.open(spec, storage=role in STORAGE_ROLES)
         return self._keep(Child(node, role, grows=grows))

@@ -174,6 +174,9 @@ class FilterNode(Node):
     """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
     an operation that it does not know may pass too, since passing cannot corrupt."""
 
+    # The edge to the child does what the child cannot.
+    supported_flags = FUA
+
     @property
     def image(self) -> Child:
         return self.children["image"]

@@ -57,9 +57,9 @@ class Child:
         align = limits.request_alignment
         self._align = align
         self._max_transfer = max(align_down(limits.max_transfer or MAX_TRANSFER, align), align)
-        self._zero_align = max(limits.zero_alignment, align)
+        self._zero_align = math.lcm(limits.zero_alignment, align)
         self._max_zero = max(align_down(limits.max_zero or MAX_SIZE, self._zero_align), self._zero_align)
-        self._discard_align = max(limits.discard_alignment, align)
+        self._discard_align = math.lcm(limits.discard_alignment, align)
         self._max_discard = max(align_down(limits.max_discard or MAX_SIZE, self._discard_align), self._discard_align)
         # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
         self._reads_wait = self.node.serialise > 0
@@ -188,7 +188,7 @@ class Child:
         require_writable(self.node, "truncate")
         if not 0 <= size <= MAX_SIZE:
             raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
-        # No other request runs beside a change of size.
+        # No request of a node that orders its requests runs beside a change of size; storage minds that itself.
         hold = self.node.ranges.acquire(0, MAX_SIZE, True)
         try:
             self.node.truncate(size)

@@ -138,8 +138,8 @@ class Twins:
         with lamina.open(self.ours, format="qcow2") as ours, lamina.open(self.theirs, format="qcow2") as theirs:
             same = ours.read(0, ours.size) == theirs.read(0, theirs.size)
             mine, yours = _rows(ours), _rows(theirs)
-            # assert ours.node.check().clean, f"our check of ours: {ours.node.check().findings}\n{about}"
-            # assert theirs.node.check().clean, f"our check of theirs: {theirs.node.check().findings}\n{about}"
+            assert ours.node.check().clean, f"our check of ours: {ours.node.check().findings}\n{about}"
+            assert theirs.node.check().clean, f"our check of theirs: {theirs.node.check().findings}\n{about}"
         assert same, f"the bytes differ\n{about}"
         assert mine == yours, f"our maps of both differ\nours   {mine}\ntheirs {yours}\n{about}"
         status, report = self.qemu.check(self.ours)

@@ -64,6 +64,7 @@ class _Comparison:
         self.bits = found.bits
         self.clusters = found.clusters
         self.refcount_table = found.refcount_table
+        self.incomplete = found.incomplete
         #: Clusters that one refcount block describes.
         self.block_entries = found.cluster * 8 >> self.order
 
@@ -156,12 +157,12 @@ class _Comparison:
             named = np.bincount(blocks, minlength=hi - lo)
             # Each name of a block is one too many that comes to a cluster which is in use already. A count of one bit
             # cannot tell: there the reference does not fit, which is found below.
-            surplus = np.flatnonzero((named > 1) | ((named > 0) & (references > 0))) if maximum > 1 else named[:0]
-            for at in surplus.tolist():
+            twice = np.flatnonzero((named > 1) | ((named > 0) & (references > 0))) if maximum > 1 else named[:0]
+            for at in twice.tolist():
                 times = int(named[at]) - (0 if references[at] else 1)
                 text = f"the refcount block at cluster {at + lo} is not the only use of it"
                 self.report.add(ERROR, text, (at + lo) << self.bits, times)
-            settled[surplus] = True
+            settled[twice] = True
             references += named
         if self.order < 6:
             for at in np.flatnonzero(references > maximum).tolist():
@@ -176,7 +177,13 @@ class _Comparison:
         if unknown is not None:
             counts[unknown] = wanted[unknown]
         self.runs(ERROR, np.flatnonzero(counts < wanted), counts, references, lo)
-        self.runs(LEAK, np.flatnonzero(counts > wanted), counts, references, lo)
+        surplus = np.flatnonzero(counts > wanted)
+        if self.incomplete and len(surplus):
+            # Whoever frees leaks must not be told of these: what could not be read may refer to them.
+            text = f"{len(surplus)} clusters may have leaked, or be used by what could not be read"
+            self.report.add(UNREADABLE, text, (int(surplus[0]) + lo) << self.bits)
+        else:
+            self.runs(LEAK, surplus, counts, references, lo)
         settled |= counts < wanted
         self.overlaps(np.flatnonzero((kinds & (kinds - np.uint16(1)) != 0) & ~settled), kinds, lo)
         return int(used[-1]) + lo if len(used) else 0

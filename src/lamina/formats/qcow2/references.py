@@ -117,6 +117,8 @@ class References:
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
         self.to_walk = 2 * self.size + _SLACK
         self.refcount_table: Entries = np.zeros(0, np.uint64)
+        #: Some table could not be read whole: clusters may have more references than were found.
+        self.incomplete = False
 
     def walk(self) -> None:
         """Collect every reference, and report what is wrong with the entries themselves."""
@@ -164,6 +166,7 @@ class References:
             if inside <= self.cluster:
                 view[:] = bytes(length)
                 self.report.add(UNREADABLE, f"{what} at {offset:#x}: {error.message}", offset)
+                self.incomplete = True
                 return data, [(0, length)]
         lost = []
         for at in range(0, inside, self.cluster):
@@ -183,6 +186,7 @@ class References:
         if length > self.to_walk:
             self.report.add(UNREADABLE, f"{what}: the tables overlap so often that the rest of them is not examined")
             self.to_walk = 0
+            self.incomplete = True
             return False
         self.to_walk -= length
         return True
@@ -250,6 +254,7 @@ class References:
         for index in range(header.nb_snapshots):
             if at + _SNAPSHOT.size > self.size:
                 self.report.add(UNREADABLE, f"the snapshot table ends in entry {index} of {header.nb_snapshots}", at)
+                self.incomplete = True
                 break
             raw, failed = self.read(at, _SNAPSHOT.size, "snapshot table")
             if failed:
@@ -258,6 +263,7 @@ class References:
             if entry.extra_data_size > _MAX_EXTRA:
                 text = f"snapshot {index} has {entry.extra_data_size} bytes of extra data; the rest is not examined"
                 self.report.add(UNREADABLE, text, at)
+                self.incomplete = True
                 break
             if header.version >= 3 and entry.extra_data_size < 16:
                 self.report.add(ERROR, f"snapshot {index} is incomplete: it has no size of the disk", at)
