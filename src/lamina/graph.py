@@ -51,6 +51,8 @@ class Opener:
     def open(self, spec: Spec, *, storage: bool = False) -> Node:
         """The node that `spec` describes. `storage`: without a driver it names a file, not an image to be probed."""
         options = dict(parse_name(spec) if isinstance(spec, str) else spec)
+        if isinstance(spec, str) and not storage and _names_storage(spec, options):
+            options = {"file": options}  # a bare name says where the image is, not what it is
         inner = replace(self, _opened=[], name=None)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
@@ -173,7 +175,7 @@ def open_graph(
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
-    named = isinstance(source, str) and not source.startswith("json:")
+    named = isinstance(source, str) and not _is_json(source)
     driver = options.get("driver")
     if format is None or format == "probe":
         if named and format is None and driver is not None:
@@ -197,6 +199,14 @@ def open_graph(
         no_references=no_references,
     )
     return opener.open(options)
+
+
+def _is_json(name: str) -> bool:
+    return name.startswith("json:")
+
+
+def _names_storage(name: str, options: dict[str, Any]) -> bool:
+    return not _is_json(name) and registry.entry(options["driver"]).kind == "storage"
 
 
 def _format_missing(where: str | None) -> OptionError:

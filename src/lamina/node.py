@@ -413,24 +413,20 @@ class FormatNode(Node):
         return True
 
     def columns(self, start: Any, length: Any, flags: Any, host: Any) -> Extents:
-        """Columns of this layer; `host` is the place in the child `file`, -1 where there is none."""
+        """Columns of this layer, which become the answer's own; `host` is the place in the child `file`, -1 where there is
+        none. The rows are contiguous, and not checked again."""
         import numpy as np
 
         from .extents import Extents
 
         base = self.file.node.host_base
         if base is None:
-            return Extents.from_columns(start, length, flags)
-        file, shift = base
-        stored = host >= 0
-        return Extents.from_columns(
-            start,
-            length,
-            flags,
-            file=np.where(stored, 0, -1).astype(np.int32),
-            offset=np.where(stored, host + shift, -1),
-            files=(file,),
-        )
+            host = np.full(len(start), -1, dtype=np.int64)
+        elif base[1]:
+            host = np.where(host >= 0, host + base[1], -1)
+        files = () if base is None else (base[0],)
+        file = (host >> 63).astype(np.int32)  # 0, the only one, or -1
+        return Extents(int(start[0]), start, length, flags, np.zeros(len(start), np.int32), file, host, files)
 
 
 def _nobody_below(own: Extents) -> Extents:
@@ -440,9 +436,7 @@ def _nobody_below(own: Extents) -> Extents:
     from .extents import ZERO, Extents
 
     flags = np.where(own.present, own.flags, np.uint8(ZERO))
-    return Extents.from_columns(
-        own.start, own.length, flags, depth=own.depth, file=own.file, offset=own.offset, files=own.files
-    )
+    return Extents(own.begin, own.start, own.length, flags, own.depth, own.file, own.offset, own.files)
 
 
 def _status_below(backing: Child, offset: int, length: int) -> Extents:

@@ -307,10 +307,10 @@ class Option:
         return value
 
     def _read_bool(self, value: Any, where: str) -> bool:
-        value = _BOOLS.get(value) if isinstance(value, str) else value
-        if not isinstance(value, bool):
+        truth = _BOOLS.get(value) if isinstance(value, str) else value
+        if not isinstance(truth, bool):
             raise self._wrong(value, where)
-        return value
+        return truth
 
     def _read_node(self, value: Any, where: str) -> Any:
         if value is None or value == "":
@@ -318,9 +318,10 @@ class Option:
         if isinstance(value, Mapping):
             return dict(value)
         if isinstance(value, os.PathLike):
-            return _file("file", os.fsdecode(value))
+            return {"filename": os.fsdecode(value)}
         if isinstance(value, str):
-            return self._from_text(parse_name, value, where)
+            self._from_text(parse_name, value, where)
+            return value
         if isinstance(value, int | float | bytes | Sequence):
             raise self._wrong(value, where)
         return value

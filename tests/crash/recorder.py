@@ -93,7 +93,7 @@ def apply(content: bytearray, record: Record) -> None:
 def torn(record: Record, rng: random.Random) -> Record:
     """The record with only its first sectors on disk."""
     first = SECTOR - record.offset % SECTOR
-    cuts = [cut for cut in range(first, len(record.data), SECTOR)]
+    cuts = range(first, len(record.data), SECTOR)
     return Record("write", record.offset, record.data[: rng.choice(cuts)]) if cuts else record
 
 

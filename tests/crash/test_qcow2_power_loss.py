@@ -127,6 +127,11 @@ def test_any_power_cut_leaves_a_whole_image(number: int, seed: int, tmp_path: Pa
     print(f"workload {number}: {options}, {len(seen)} states")
 
 
+def examine_all(work: Workload, rng: random.Random) -> None:
+    for content, begun, synced in crash_states(work.start, work.node.log, rng):
+        examine(work, content, begun, synced)
+
+
 def examine(work: Workload, content: bytes, begun: int, synced: int) -> None:
     where = f"after operation {begun}, flushed up to {synced}"
     with open_on(Recorder(content), read_only=True) as image:
@@ -158,8 +163,7 @@ def test_the_harness_notices_a_mapping_published_too_early(seed: int, monkeypatc
     monkeypatch.setattr(Qcow2, "_write_out", write_out)
     work.run(30)
     with pytest.raises(AssertionError):
-        for content, begun, synced in crash_states(work.start, work.node.log, rng):
-            examine(work, content, begun, synced)
+        examine_all(work, rng)
 
 
 def test_create_over_the_recorder_is_clean() -> None:

@@ -132,12 +132,14 @@ class Qcow2(FormatNode):
         """Loaded at the first change: reading needs no counts."""
         if self._refcounts_ is None:
             counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
-            counts.protect(
-                self.header.l1_table_offset, align_up(self.header.l1_size * 8, self._cluster_size) >> self._cluster_bits
-            )
-            counts.metadata.update(
-                (e & q.OFFSET_MASK) >> self._cluster_bits for e in self._mappings.l1 if e & q.OFFSET_MASK
-            )
+            first = self.header.l1_table_offset >> self._cluster_bits
+            counts.claim(range(first, first + -(-self.header.l1_size * 8 >> self._cluster_bits)))
+            # Entries without COPIED may name one table together: whoever changes it takes a copy.
+            pointers = self._mappings.l1
+            copied = [(e & q.OFFSET_MASK) >> self._cluster_bits for e in pointers if e & q.COPIED and e & q.OFFSET_MASK]
+            shared = {(e & q.OFFSET_MASK) >> self._cluster_bits for e in pointers if not e & q.COPIED}
+            counts.claim(copied)
+            counts.claim(shared - {0})
             self._refcounts_ = counts
         return self._refcounts_
 
@@ -150,7 +152,7 @@ class Qcow2(FormatNode):
     def map_columns(self, offset: int, length: int) -> Extents:
         with self._lock:
             start, size, flags, host = self._mappings.map_columns(offset, length)
-        return self.columns(start, size, flags, host).coalesce()
+        return self.columns(start, size, flags, host)
 
     def reserve(self, offset: int, length: int) -> Reservation:
         with self._changing:
@@ -331,10 +333,15 @@ class Qcow2(FormatNode):
             unlinked.append((host, 1))
 
     def _require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
-        """A cluster that an L2 entry names as data is aligned and holds no metadata: else writing would destroy the image."""
-        if host & self._cluster_size - 1 or host >> self._cluster_bits in self._refcounts.metadata:
+        """A cluster that an L2 entry names as data is aligned, inside the file, and holds no metadata: else writing would
+        destroy the image, or make its file as long as the entry says."""
+        if (
+            host & self._cluster_size - 1
+            or host >= self.file.node.size
+            or host >> self._cluster_bits in self._refcounts.metadata
+        ):
             raise CorruptImage(
-                f"a cluster of data is said to lie at {host:#x}, which holds metadata or is misaligned",
+                f"a cluster of data is said to lie at {host:#x}, which holds metadata, is misaligned or outside the file",
                 path=self.filename,
                 offset=None if table is None else table.offset + 8 * index,
                 hint="check the image; nothing was written",
@@ -367,6 +374,13 @@ class Qcow2(FormatNode):
         counted = self._refcounts_ is not None and (self._refcounts_.dirty or self._refcounts_.links_dirty)
         if not (counted or mappings.dirty or self._unlinked or self._discarded):
             return False
+        if self.read_only:
+            raise CorruptImage(
+                "the image was found corrupt since it was last flushed: what was changed since then is lost",
+                path=self.filename,
+                operation="flush",
+                hint="check the image",
+            )
         counts = self._refcounts
         counts.write_counts()
         mappings.write_tables()

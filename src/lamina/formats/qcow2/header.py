@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CorruptImage, FormatError, LimitExceeded, UnsupportedFeature
+from ...errors import CorruptImage, FormatError, LimitExceeded, UnsupportedFeature, printable
 from ...limits import MAX_SIZE, align_up
 from . import layout as q
 
@@ -85,7 +85,7 @@ class Header:
         names = {}
         for at in range(0, len(table) - q.FEATURE_NAME_SIZE + 1, q.FEATURE_NAME_SIZE):
             name = table[at + 2 : at + q.FEATURE_NAME_SIZE].rstrip(b"\0").decode("utf-8", "replace")
-            names[(table[at], table[at + 1])] = name
+            names[(table[at], table[at + 1])] = printable(name)  # shown in messages, and written by the image's author
         return names
 
     # -- reading
@@ -116,6 +116,8 @@ class Header:
         if raw.version == 3:
             values = q.HEADER_V3.unpack(first)._asdict()
             _within("header_length", values["header_length"], q.HEADER_V3.size, cluster_size)
+            if values["header_length"] > file_size:
+                raise CorruptImage(f"header_length is {values['header_length']}, and the file ends at {file_size}")
             if values["header_length"] % 8:
                 raise CorruptImage(f"header_length {values['header_length']} is not a multiple of 8")
             _within("refcount_order", values["refcount_order"], 0, q.MAX_REFCOUNT_ORDER)

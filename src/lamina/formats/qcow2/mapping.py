@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .header import Header
 
 _SWAP = sys.byteorder == "little"
-#: L2 tables that `map_columns` looks at in one go: bytes of them, which bounds its memory.
-_BATCH = 4 << 20
+#: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
+_BATCH = 1 << 20
 
 
 class Table:
@@ -118,8 +118,8 @@ class Mappings:
         return Mapping(kind, min(run, length), place)
 
     def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
-        """Columns (start, length, flags, host offset or -1) for the whole stretch, equal neighbours joined per batch of
-        tables; rows of flags 0 belong to the layer below."""
+        """Columns (start, length, flags, host offset or -1) for the whole stretch, equal and contiguous neighbours joined;
+        rows of flags 0 belong to the layer below."""
         import numpy as np
 
         bits, table_bits = self._cluster_bits, self._table_bits
@@ -128,37 +128,38 @@ class Mappings:
         pointers = np.frombuffer(self.l1, dtype=np.uint64, count=l1_last - l1_first + 1, offset=8 * l1_first)
         there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
         edges = np.flatnonzero(there[1:] != there[:-1]) + 1
-        starts, lengths, flags, hosts = [], [], [], []
         step = max(_BATCH >> bits, 1)
-        bounds = [0, *edges.tolist(), len(there)]
-        for lo, hi in pairwise(bounds):
-            if not there[lo]:
-                starts.append(np.array([l1_first + lo << table_bits], dtype=np.int64))
-                lengths.append(np.array([hi - lo << table_bits], dtype=np.int64))
-                flags.append(np.zeros(1, dtype=np.uint8))
-                hosts.append(np.full(1, -1, dtype=np.int64))
-                continue
-            for at in range(lo, hi, step):
-                entries = self._batch(l1_first + at, min(step, hi - at))
+        starts, flags, hosts = [], [], []
+        for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
+            for at in range(lo, hi, step) if there[lo] else (lo,):
                 base = l1_first + at << table_bits
-                # Only the clusters that were asked about: entries past the end of the disk mean nothing.
-                low, high = max(first - base, 0), min(last + 1 - base, len(entries))
-                start, count, flag, host = self._rows(entries[low:high])
-                starts.append(start + (base + low))
-                lengths.append(count)
-                flags.append(flag)
-                hosts.append(host)
-        start = np.concatenate(starts) << bits
-        size = np.concatenate(lengths) << bits
+                if there[lo]:
+                    entries = self._batch(l1_first + at, min(step, hi - at))
+                    # Only the clusters that were asked about: entries past the end of the disk mean nothing.
+                    low, high = max(first - base, 0), min(last + 1 - base, len(entries))
+                    start, flag, host = self._rows(entries[low:high])
+                    start += base + low
+                else:
+                    start, flag, host = np.array([max(base, first)]), np.zeros(1, np.uint8), np.array([-1])
+                # A row goes on across the seam of two batches where it is alike and contiguous.
+                if starts and flag[0] == flags[-1][-1]:
+                    run = int(start[0] - starts[-1][-1]) << bits
+                    if host[0] == (hosts[-1][-1] + run if hosts[-1][-1] >= 0 else -1):
+                        start, flag, host = start[1:], flag[1:], host[1:]
+                if len(start):
+                    starts.append(start)
+                    flags.append(flag)
+                    hosts.append(host)
+        begin = np.concatenate(starts)
+        begin <<= bits
         host = np.concatenate(hosts)
-        end = np.minimum(start + size, offset + length)
-        cut = np.maximum(offset - start, 0)
-        host = np.where(host >= 0, host + cut, -1)
-        start = start + cut
-        return start, end - start, np.concatenate(flags), host
+        if host[0] >= 0:
+            host[0] += offset - begin[0]
+        begin[0] = offset
+        return begin, np.diff(begin, append=offset + length), np.concatenate(flags), host
 
-    def _rows(self, entries: Any) -> tuple[Any, Any, Any, Any]:
-        """Entries of consecutive clusters as rows (cluster, clusters, flags, host), equal and contiguous ones joined."""
+    def _rows(self, entries: Any) -> tuple[Any, Any, Any]:
+        """Entries of consecutive clusters as rows (first cluster, flags, host), equal and contiguous ones joined."""
         import numpy as np
 
         from ...extents import COMPRESSED as PACKED
@@ -181,9 +182,8 @@ class Mappings:
         follows = np.where(stored[1:], next_to, ~stored[:-1])
         joins = follows & (flags[1:] == flags[:-1])
         begin = np.concatenate(([0], np.flatnonzero(~joins) + 1))
-        count = np.diff(begin, append=len(entries))
         host[~stored] = -1
-        return begin, count, flags[begin], host[begin]
+        return begin, flags[begin], host[begin]
 
     def _batch(self, which: int, count: int) -> Any:
         """The entries of `count` consecutive L2 tables, all of which exist, as one column."""

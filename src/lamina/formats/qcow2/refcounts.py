@@ -21,6 +21,8 @@ from ...limits import align_up
 from . import layout as q
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from ...request import Child
     from .header import Header
 
@@ -134,14 +136,27 @@ class Refcounts:
         file.read_into(header.refcount_table_offset, memoryview(self.table).cast("B"))
         if sys.byteorder == "little":
             self.table.byteswap()
-        self.protect(0, 1)
-        self.protect(header.refcount_table_offset, header.refcount_table_clusters)
-        self.metadata.update((entry & q.REFBLOCK_MASK) >> self._cluster_bits for entry in self.table if entry)
+        self.claim(range(1))
+        first = header.refcount_table_offset >> self._cluster_bits
+        self.claim(range(first, first + header.refcount_table_clusters))
+        self.claim([(e & q.REFBLOCK_MASK) >> self._cluster_bits for e in self.table if e & q.REFBLOCK_MASK])
 
     def protect(self, offset: int, clusters: int) -> None:
         """These clusters hold metadata from now on."""
         first = offset >> self._cluster_bits
         self.metadata.update(range(first, first + clusters))
+
+    def claim(self, clusters: Collection[int]) -> None:
+        """These clusters hold a structure of the image as it was found. CorruptImage if another one, or the same, holds one
+        of them: writing to the one would destroy the other."""
+        before = len(self.metadata)
+        self.metadata.update(clusters)
+        if len(self.metadata) != before + len(clusters):
+            raise CorruptImage(
+                "structures of the image lie over one another",
+                path=self._file.node.filename,
+                hint="check the image; it was not written to",
+            )
 
     @property
     def dirty(self) -> bool:
@@ -272,6 +287,7 @@ class Refcounts:
             )
         raw = bytearray(self._cluster_size)
         self._file.read_into(offset, memoryview(raw))
+        self._evict()
         block = self._make(raw)
         self._blocks[which] = block
         return block

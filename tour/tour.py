@@ -1,0 +1,137 @@
+"""The main job, end to end, on real files in a temporary folder: every command is printed before its output.
+
+Two images are made, one over the other, and two patterns written. Then the question that this project is about: which bytes
+are stored, which read as zero, which layer are they from, and where do they lie? It is asked of the images alone and through
+a filter that declares a request alignment of 4096; the patterns are read back through that filter, and the image is copied
+through it. Where qemu-img is installed, its answer stands beside ours. An answer that is not the right one ends the tour with
+exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+FILTER = "driver=blkdebug,image.driver=qcow2,image.file.driver=file,image.file.filename={},align=4k"
+MIB100 = 100 << 20
+
+Rows = list[dict[str, Any]]
+
+
+def data(start: int, length: int, depth: int, offset: int | None = None) -> dict[str, Any]:
+    row: dict[str, Any] = {"start": start, "length": length, "depth": depth, "zero": False, "data": True}
+    return row if offset is None else {**row, "offset": offset}
+
+
+def zero(start: int, length: int, depth: int) -> dict[str, Any]:
+    return {"start": start, "length": length, "depth": depth, "zero": True, "data": False}
+
+
+def exact(depth: int) -> Rows:
+    """The four extents that the two patterns leave in the lower image, as seen from `depth` layers above it."""
+    return [
+        data(0, 512, depth, 27648),
+        zero(512, 512, depth),
+        data(1024, 512, depth, 28160),
+        zero(1536, MIB100 - 1536, depth),
+    ]
+
+
+def rounded(depth: int) -> Rows:
+    return [data(0, 4096, depth), zero(4096, MIB100 - 4096, depth)]
+
+
+class Tour:
+    """Runs commands in one folder, and counts the answers that are not right."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.qemu_img = shutil.which("qemu-img")
+        self.wrong = 0
+
+    def say(self, text: str) -> None:
+        print(f"\n# {text}", flush=True)
+
+    def run(self, *command: str) -> str:
+        """Print and run one `lamina` command; its output is printed and returned."""
+        print(f"$ lamina {shlex.join(command)}", flush=True)
+        return self._output([sys.executable, "-m", "lamina", *command], must=True)
+
+    def map(self, right: Rows, *arguments: str, beside: bool = True) -> None:
+        """Map, hold the rows against the right ones, and show what qemu-img says to the same arguments."""
+        rows = json.loads(self.run("map", "--output=json", *arguments))
+        self.expect([{key: value for key, value in row.items() if key in KEYS} for row in rows] == right)
+        if self.qemu_img and beside:
+            print(f"  beside it: qemu-img {shlex.join(['map', '--output=json', *arguments])}", flush=True)
+            self._output([self.qemu_img, "map", "--output=json", *arguments], indent="  | ")
+
+    def expect(self, right: bool) -> None:
+        print("  -> as it must be" if right else "  -> WRONG", flush=True)
+        self.wrong += not right
+
+    def _output(self, command: list[str], *, must: bool = False, indent: str = "") -> str:
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+        print("".join(f"{indent}{line}\n" for line in (done.stdout + done.stderr).splitlines()), end="", flush=True)
+        if must and done.returncode:
+            self.expect(False)
+        return done.stdout
+
+
+#: What the answers are held to; whether a row is present or compressed is shown, too.
+KEYS = {"start", "length", "depth", "zero", "data", "offset"}
+
+
+def tour(here: Tour) -> None:
+    here.say("Two images: 512-byte clusters below, 1 MiB clusters above. Two patterns go into the lower one.")
+    here.run("create", "-f", "qcow2", "-o", "cluster_size=512", "back.qcow2", "100M")
+    here.run("io", "-c", "w -P1 0 512", "-c", "w -P1 1k 512", "-f", "qcow2", "back.qcow2")
+    here.run("create", "-f", "qcow2", "-F", "qcow2", "-b", "back.qcow2", "-o", "cluster_size=1M", "top.qcow2")
+    here.run("info", "top.qcow2")
+
+    through = FILTER.format("top.qcow2")
+    here.say("1. The image alone: four exact extents, stored one layer down.")
+    here.map(exact(1), "-f", "qcow2", "top.qcow2")
+    here.say("2. Behind a filter that declares 4096-byte requests: rounded to what it declares, and nothing lost.")
+    here.map(rounded(1), "--image-opts", through)
+    here.say("3. The same, exact: a filter that leaves bytes alone never changes the exact answer.")
+    here.map(exact(1), "--exact", "--image-opts", through, beside=False)
+    here.say("4. The lower image alone behind the filter.")
+    here.map(rounded(0), "--image-opts", FILTER.format("back.qcow2"))
+
+    here.say("Read the patterns back through the filter (a pattern that differs would fail the command).")
+    patterns = ["-c", "read -P1 0 512", "-c", "read -P0 512 512", "-c", "read -P1 1k 512", "-c", "read -P0 1536 2560"]
+    here.run("io", "-r", *patterns, "--image-opts", through)
+
+    here.say("Copy the image through the filter to raw, and hold every byte against the original.")
+    here.run("convert", "-O", "raw", "--image-opts", through, "copy.raw")
+    here.run("compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2")
+    status = os.stat(os.path.join(here.folder, "copy.raw"))
+    print(f"  copy.raw: {status.st_size} bytes long, {status.st_blocks * 512} bytes on disk", flush=True)
+    here.expect(status.st_size == MIB100)
+    if here.qemu_img:
+        print("  beside it: qemu-img compare -f raw -F qcow2 copy.raw top.qcow2", flush=True)
+        said = here._output([here.qemu_img, "compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2"], indent="  | ")
+        here.expect(said.strip() == "Images are identical.")
+
+    here.say("And both images are whole.")
+    for image in ("back.qcow2", "top.qcow2"):
+        here.run("check", "-f", "qcow2", image)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="lamina-tour-") as folder:
+        here = Tour(folder)
+        tour(here)
+        beside = "" if here.qemu_img else " (qemu-img is not installed: nothing stands beside our answers)"
+        print(f"\n{'Not one byte is lost' if not here.wrong else f'{here.wrong} answers are wrong'}{beside}.")
+        return int(here.wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
