@@ -64,7 +64,7 @@ _HOME = {
     ),
 }
 
-__all__ = [  # noqa: PLE0604 - the names of _HOME, spelled out for tools that read this list
+__all__ = [
     "BlockIOError",
     "Budget",
     "Cancelled",

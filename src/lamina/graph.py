@@ -75,8 +75,11 @@ class Opener:
             inner.close()
             raise
 
-    def child(self, role: str, spec: Spec, *, grows: bool = False, read_only: bool = False) -> Child:
-        """An edge to a new child. `grows` as in `request.Child`; `read_only` True where the child is only ever read."""
+    def child(self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False) -> Child:
+        """An edge to a new child, or the one that is open already. `grows` as in `request.Child`; `read_only` where the
+        child is only ever read."""
+        if isinstance(spec, Child):
+            return spec
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None
         opener = replace(self, read_only=self.read_only or read_only, fd=fd)

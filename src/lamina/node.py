@@ -28,9 +28,9 @@ from .ranges import RangeLock
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
     from .graph import Opener
-    from .options import Schema
     from .report import CheckReport
     from .request import Child
+    from .schema import Schema
 
 #: Flags of `write` and `zero`.
 FUA = 1  #: the operation returns only when its bytes are on stable storage
@@ -153,7 +153,7 @@ class Node:
 
 
 class StorageNode(Node):
-    """Where bytes lie. It is its own host file."""
+    """Where bytes lie. It is its own host file; what is added when it grows reads as zero."""
 
     #: The path it was opened by, where it is a file: names inside images are relative to its directory.
     path: str | None = None
@@ -164,11 +164,6 @@ class StorageNode(Node):
     def host_base(self) -> tuple[HostFile, int] | None:
         return (self, 0)
 
-    @property
-    def zero_past_end(self) -> bool:
-        """Whether what is added when the node grows is known to read as zero."""
-        return True
-
 
 class FilterNode(Node):
     """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
@@ -176,6 +171,17 @@ class FilterNode(Node):
 
     # The edge to the child does what the child cannot.
     supported_flags = FUA
+
+    def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(name=name, read_only=read_only)
+        self.children["image"] = image
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        """Opens `image`; the other options become keyword arguments of the class."""
+        rest = {key.replace("-", "_"): value for key, value in options.items() if key != "image"}
+        image = opener.child("image", options["image"], grows=True)
+        return cls(image, name=opener.name, read_only=opener.read_only, **rest)
 
     @property
     def image(self) -> Child:
@@ -448,7 +454,8 @@ def _status_below(backing: Child, offset: int, length: int) -> Extents:
     if not inside:
         return Extents.single(offset, length, zero=True, present=True)
     below = backing.extents(offset, inside)
-    return below if inside == length else below.pad_zero(offset + length)
+    # What is added may be like what the layer below ends with.
+    return below if inside == length else below.pad_zero(offset + length).coalesce()
 
 
 _ZEROS = bytes(1 << 16)

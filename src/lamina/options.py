@@ -1,15 +1,14 @@
-"""How users name a graph of nodes: names, option lists, and the typed options of each driver. Ground floor: no I/O.
+"""How users name a graph of nodes: names and option lists. Ground floor: no I/O.
 
 Every spelling becomes one thing, the *nested options*: a dict of str to values, where a value may be such a dict or a
 list. `parse_name` reads what stands where a file name can (a path, `json:{...}`, `blkdebug:CONFIG:IMAGE`, `nbd://...`),
-`parse_keyval` reads `driver=qcow2,file.filename=disk.qcow2`. What a driver accepts is a `Schema`, which makes typed
-values of nested options and prints `-o help`. All errors are `OptionError`; all functions may run in many threads.
+`parse_keyval` reads `driver=qcow2,file.filename=disk.qcow2`. What a driver accepts of them is in its `schema.Schema`.
+All errors are `OptionError`; all functions may run in many threads.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import OptionError
@@ -20,12 +19,9 @@ MAX_DEPTH = 32
 MAX_TEXT = 1 << 20
 
 _SIZE = r"\s*\+?(?:0x([0-9a-f]+)|([0-9]*)\.?([0-9]*)([bkmgtpe]?))"
-_INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: it means octal to some programs
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
+SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE_HINT = "write bytes, alone or with k, M, G, T, P or E for powers of 1024 (512, 64k, 1.5G), or hex (0x200)"
-_TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name, or options"}
 _ABSENT: Any = object()
-_BOOLS = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 
 def parse_size(text: str, *, exact: bool = True) -> int:
@@ -38,17 +34,17 @@ def parse_size(text: str, *, exact: bool = True) -> int:
 
     found = re.fullmatch(_SIZE, text, re.IGNORECASE | re.ASCII) if len(text) <= 64 else None
     if found is None or not (found[1] or found[2] or found[3]):
-        raise OptionError(f"{_shown(text)} is not a size", hint=_SIZE_HINT)
+        raise OptionError(f"{shown(text)} is not a size", hint=_SIZE_HINT)
     if found[1]:
         size = int(found[1], 16)
     else:
-        unit, divisor = _UNITS[found[4].lower()], 10 ** len(found[3])
+        unit, divisor = SIZE_UNITS[found[4].lower()], 10 ** len(found[3])
         size, rest = divmod(int(found[2] + found[3]) * unit, divisor)
         if rest and (exact or unit == 1):
-            raise OptionError(f"the size {_shown(text)} is not a whole number of bytes", hint="write the bytes in full")
+            raise OptionError(f"the size {shown(text)} is not a whole number of bytes", hint="write the bytes in full")
         size += 2 * rest >= divisor
     if size > MAX_SIZE:
-        raise OptionError(f"the size {_shown(text)} is too large", hint=f"the largest is {MAX_SIZE}, or 8E - 1")
+        raise OptionError(f"the size {shown(text)} is too large", hint=f"the largest is {MAX_SIZE}, or 8E - 1")
     return size
 
 
@@ -87,11 +83,11 @@ def parse_keyval(text: str, *, implied: str | None = None, last_wins: bool = Fal
     for key, value in _items(text):
         if key is None:
             if implied is None:
-                raise OptionError(f"{_shown(value)} has no value", hint="write key=value; ,, is a comma in a value")
+                raise OptionError(f"{shown(value)} has no value", hint="write key=value; ,, is a comma in a value")
             key = implied
         implied = None
         if key in values and not last_wins:
-            raise OptionError(f"{_shown(key)} is given twice", hint="give it once")
+            raise OptionError(f"{shown(key)} is given twice", hint="give it once")
         values[key] = value
     return _build((_split(key), value) for key, value in values.items())
 
@@ -109,7 +105,7 @@ def to_keyval(options: Mapping[str, Any]) -> str:
         if isinstance(value, int):
             value = str(value) if not isinstance(value, bool) else "on" if value else "off"
         if not isinstance(value, str) or "," in key or "=" in key:
-            raise OptionError(f"{_shown(key)} = {_shown(value)} cannot be key=value", hint="write it as json:{...}")
+            raise OptionError(f"{shown(key)} = {shown(value)} cannot be key=value", hint="write it as json:{...}")
         words.append(f"{key}={value.replace(',', ',,')}")
     return ",".join(words)
 
@@ -149,7 +145,7 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
         first, colon, image = rest.partition(":")
         if not colon:
             hint = "blkdebug:CONFIG:IMAGE, where CONFIG may be empty" if prefix == "blkdebug" else "blkverify:RAW:IMAGE"
-            raise OptionError(f"{_shown(text)} lacks a second colon before the image", hint=f"write {hint}")
+            raise OptionError(f"{shown(text)} lacks a second colon before the image", hint=f"write {hint}")
         inner = _parse_name(image, depth + 1)
         if prefix == "blkverify":
             return {"driver": prefix, "raw": _parse_name(first, depth + 1), "test": inner}
@@ -159,15 +155,15 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
     if prefix in ("null", "null-co", "null-aio"):
         query = rest.removeprefix("//")
         if query and not query.startswith("?size="):
-            raise OptionError(f"a null device has no {_shown(rest)}", hint="write null-co:// or null:?size=1G")
+            raise OptionError(f"a null device has no {shown(rest)}", hint="write null-co:// or null:?size=1G")
         return {"driver": "null", **({"size": query.removeprefix("?size=")} if query else {})}
     hint = "for a file of that name write ./NAME or file:NAME; the format is a separate option"
-    raise OptionError(f"{_shown(text)} names the protocol {_shown(prefix)}, which is not there", hint=hint)
+    raise OptionError(f"{shown(text)} names the protocol {shown(prefix)}, which is not there", hint=hint)
 
 
 def _file(driver: str, path: str) -> dict[str, Any]:
     if not path or "\0" in path:
-        raise OptionError(f"the file name {_shown(path)} is empty, or holds a NUL character", hint="name a file")
+        raise OptionError(f"the file name {shown(path)} is empty, or holds a NUL character", hint="name a file")
     return {"driver": driver, "filename": path}
 
 
@@ -187,9 +183,9 @@ def _json_name(text: str) -> dict[str, Any]:
         options = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         hint = "strings are written in double quotes" if "'" in text else "write json:{...}, one JSON object"
-        raise OptionError(f"the options after json: cannot be read: {_clip(str(error))}", hint=hint) from error
+        raise OptionError(f"the options after json: cannot be read: {clip(str(error))}", hint=hint) from error
     if not isinstance(options, dict):
-        raise OptionError(f"after json: stands {_shown(options)}, not an object", hint='write json:{"driver": ...}')
+        raise OptionError(f"after json: stands {shown(options)}, not an object", hint='write json:{"driver": ...}')
     return nest(options)
 
 
@@ -205,210 +201,8 @@ def _nbd_name(text: str, prefix: str, rest: str) -> dict[str, Any]:
         server = {"type": "inet", "host": kind, "port": path}
     if prefix != "nbd" or not all(server.values()) or ":" in server.get("port", ""):
         hint = "write nbd:unix:PATH or nbd:HOST:PORT, either with :exportname=NAME after it, or a URI such as nbd://HOST/NAME"
-        raise OptionError(f"{_shown(text)} is not the address of an NBD server", hint=hint)
+        raise OptionError(f"{shown(text)} is not the address of an NBD server", hint=hint)
     return {"driver": "nbd", "server": server, **({"export": export} if colon else {})}
-
-
-class Option:
-    """One option of a driver.
-
-    `type` is one of: `str`, `int`, `size` (bytes), `bool`, `enum` (a str of `choices`), `node` (a child: nested
-    options, or a str that `parse_name` reads, or null or "" for none; any other object passes as an open node), `list`
-    (of `items`: an Option, or a Schema for dicts), `dict` (by the Schema `items`), `any`. Values come as JSON types, or
-    as the text a user wrote. `minimum` and `maximum` (both included) and `choices` also bound numbers.
-    """
-
-    __slots__ = ("aliases", "choices", "default", "doc", "items", "maximum", "minimum", "name", "required", "type")
-
-    def __init__(
-        self,
-        name: str,
-        type: str,
-        doc: str,
-        *,
-        default: Any = None,
-        choices: Sequence[Any] = (),
-        required: bool = False,
-        minimum: int | None = None,
-        maximum: int | None = None,
-        aliases: Sequence[str] = (),
-        items: Schema | Option | None = None,
-    ) -> None:
-        incomplete = (type == "enum" and not choices) or (type in ("dict", "list") and items is None)
-        if incomplete or not hasattr(Option, f"_read_{type}"):
-            raise ValueError(f"option {name}: the type {type!r} is unknown, or lacks its choices or items")
-        self.name, self.type, self.doc, self.default = name, type, doc, default
-        self.choices, self.required, self.aliases = tuple(choices), required, tuple(aliases)
-        self.minimum, self.maximum, self.items = minimum, maximum, items
-
-    def parse(self, value: Any, where: str | None = None) -> Any:
-        """The typed value; OptionError with the option's dotted name (`where`), the value, and what it takes."""
-        where = where or self.name
-        parsed = getattr(self, f"_read_{self.type}")(value, where)
-        low, high = self.minimum, self.maximum
-        outside = (low is not None and parsed < low) or (high is not None and parsed > high)
-        if outside or (self.choices and parsed not in self.choices):
-            raise self._wrong(value, where)
-        return parsed
-
-    def takes(self) -> str:
-        """What may be given, in a few words: `a size from 512 to 2M`, `one of off, metadata, full`."""
-        if self.choices:
-            return "one of " + ", ".join(map(self.spell, self.choices))
-        text = _TAKES.get(self.type, f"a {self.type}")
-        for word, bound in (("from", self.minimum), ("to", self.maximum)):
-            text += "" if bound is None else f" {word} {self.spell(bound)}"
-        return text
-
-    def spell(self, value: Any) -> str:
-        """A typed value as a user would write it, exactly: sizes with a suffix, bools as on and off."""
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        if self.type == "size" and isinstance(value, int) and value > 0:
-            suffix = next((s for s in "EPTGMk" if value % _UNITS[s.lower()] == 0), "")
-            return f"{value // _UNITS[suffix.lower()]}{suffix}"
-        return str(value)
-
-    def _wrong(self, value: Any, where: str) -> OptionError:
-        return OptionError(f"{where} is {_shown(value)}", hint=f"it takes {self.takes()}")
-
-    def _from_text(self, parser: Callable[[str], Any], text: str, where: str) -> Any:
-        try:
-            return parser(text)
-        except OptionError as error:
-            raise OptionError(f"{where}: {error.message}", hint=error.hint) from error
-
-    def _read_str(self, value: Any, where: str) -> str:
-        if isinstance(value, os.PathLike):
-            return os.fsdecode(value)
-        if not isinstance(value, str):
-            raise self._wrong(value, where)
-        return value
-
-    _read_enum = _read_str
-
-    def _read_any(self, value: Any, where: str) -> Any:
-        return value
-
-    def _read_int(self, value: Any, where: str) -> int:
-        import re
-
-        if isinstance(value, str) and re.fullmatch(_INT, value):
-            return int(value, 0)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(value, where)
-        return value
-
-    def _read_size(self, value: Any, where: str) -> Any:
-        if isinstance(value, str):
-            return self._from_text(parse_size, value, where)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
-            raise self._wrong(value, where)
-        return value
-
-    def _read_bool(self, value: Any, where: str) -> bool:
-        truth = _BOOLS.get(value) if isinstance(value, str) else value
-        if not isinstance(truth, bool):
-            raise self._wrong(value, where)
-        return truth
-
-    def _read_node(self, value: Any, where: str) -> Any:
-        if value is None or value == "":
-            return None
-        if isinstance(value, Mapping):
-            return dict(value)
-        if isinstance(value, os.PathLike):
-            return {"filename": os.fsdecode(value)}
-        if isinstance(value, str):
-            self._from_text(parse_name, value, where)
-            return value
-        if isinstance(value, int | float | bytes | Sequence):
-            raise self._wrong(value, where)
-        return value
-
-    def _read_list(self, value: Any, where: str) -> list[Any]:
-        if isinstance(value, str | bytes) or not isinstance(value, Sequence) or self.items is None:
-            raise self._wrong(value, where)
-        return [self.items.parse(item, f"{where}.{number}") for number, item in enumerate(value)]
-
-    def _read_dict(self, value: Any, where: str) -> Any:
-        return self.items.parse(value, where) if self.items else value
-
-
-class Schema:
-    """The options that a driver (or one group inside its options) accepts, in the order of their help."""
-
-    __slots__ = ("_by_name", "driver", "options")
-
-    def __init__(self, driver: str, options: Iterable[Option]) -> None:
-        self.driver = driver
-        self.options = tuple(options)
-        self._by_name: dict[str, Option] = {}
-        for option in self.options:
-            for name in (option.name, *option.aliases):
-                if "." in name or self._by_name.setdefault(name, option) is not option:
-                    raise ValueError(f"{driver}: the option name {name!r} is taken, or has a dot")
-
-    def extend(self, driver: str, options: Iterable[Option]) -> Schema:
-        """The schema of `driver` that takes these options and those of this schema after them."""
-        return Schema(driver, (*options, *self.options))
-
-    def __getitem__(self, name: str) -> Option:
-        return self._by_name[name]
-
-    def parse(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """Typed values by the options' own names (never an alias); dotted keys nest first.
-
-        The result has every option: one that is absent, or null, has its default, and a list without one is empty. Only
-        nodes differ, since "no child" is not "not said": an absent node without a default is left out, null stays None.
-        A key `driver` may repeat the driver's name. OptionError: unknown, missing, given twice or ill-typed.
-        """
-        if not isinstance(options, Mapping):
-            raise OptionError(f"{where or self.driver} is {_shown(options)}", hint="it takes a group of options")
-        if any(isinstance(key, str) and "." in key for key in options):
-            options = nest(options)
-        prefix = where and f"{where}."
-        given: dict[str, Any] = {}
-        for key, value in options.items():
-            option = self._by_name.get(key)
-            if option is None:
-                if key == "driver" and value == self.driver:
-                    continue
-                raise self._unknown(key, where)
-            if option.name in given:
-                raise OptionError(f"{prefix}{option.name} is given twice, once as {_shown(key)}", hint="give it once")
-            if value is not None or option.type in ("node", "any"):
-                given[option.name] = option.parse(value, prefix + option.name)
-        result: dict[str, Any] = {}
-        for option in self.options:
-            if option.required and given.get(option.name) is None:
-                raise OptionError(f"{prefix}{option.name} is missing", hint=f"give it: {option.takes()}")
-            if option.name in given:
-                result[option.name] = given[option.name]
-            elif option.type == "list":
-                result[option.name] = list(option.default or ())
-            elif option.type != "node" or option.default is not None:
-                result[option.name] = option.default
-        return result
-
-    def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
-        """Rows for documentation and `-o help`: dotted name, type, default (`required` if there is none), meaning."""
-        rows = []
-        for option in self.options:
-            kind = "|".join(map(option.spell, option.choices)) or {"bool": "on|off"}.get(option.type, option.type)
-            default = "" if option.default is None else option.spell(option.default)
-            rows.append((prefix + option.name, kind, "required" if option.required else default, option.doc))
-            if isinstance(option.items, Schema):
-                rows += option.items.help(f"{prefix}{option.name}.{'N.' if option.type == 'list' else ''}")
-        return rows
-
-    def _unknown(self, key: Any, where: str) -> OptionError:
-        from difflib import get_close_matches
-
-        near = [f"did you mean {name}? " for name in get_close_matches(_clip(str(key)), self._by_name, 1)]
-        hint = "".join(near) + "it takes: " + (", ".join(option.name for option in self.options) or "no options")
-        inside = f" in {where}" if where else ""
-        return OptionError(f"{self.driver} has no option {_shown(key)}{inside}", hint=hint)
 
 
 def _items(text: str) -> Iterator[tuple[str | None, str]]:
@@ -436,14 +230,14 @@ def _items(text: str) -> Iterator[tuple[str | None, str]]:
 def _split(key: Any) -> tuple[str, ...]:
     parts = tuple(key.split(".", MAX_DEPTH)) if isinstance(key, str) else ("",)
     if not all(parts) or len(parts) > MAX_DEPTH:
-        raise OptionError(f"the option name {_shown(key)} has an empty part, or too many", hint="write file.filename")
+        raise OptionError(f"the option name {shown(key)} has an empty part, or too many", hint="write file.filename")
     return parts
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value that is not a group, with its path; dots in keys count as levels. Empty groups are values."""
     if len(path) > MAX_DEPTH:
-        raise OptionError(f"{_shown('.'.join(path))} is nested too deeply", hint=f"the limit is {MAX_DEPTH} levels")
+        raise OptionError(f"{shown('.'.join(path))} is nested too deeply", hint=f"the limit is {MAX_DEPTH} levels")
     if isinstance(value, Mapping) and (value or not path):
         for key, item in value.items():
             yield from _leaves(item, path + _split(key))
@@ -480,20 +274,20 @@ def _with_lists(value: Any, path: tuple[str, ...]) -> Any:
         return group
     items = [group.get(str(number), _ABSENT) for number in range(len(group))]
     if _ABSENT in items:
-        missing = f"{_shown('.'.join(path))} has no item {items.index(_ABSENT)}"
+        missing = f"{shown('.'.join(path))} has no item {items.index(_ABSENT)}"
         raise OptionError(f"the list {missing}", hint="items are numbered 0, 1, 2, ...")
     return items
 
 
 def _conflict(path: tuple[str, ...], part: str) -> OptionError:
-    where, name = _shown(".".join(path)), _shown(part)
+    where, name = shown(".".join(path)), shown(part)
     return OptionError(f"{where} is given twice, or {name} is both a value and a group", hint="give each option once")
 
 
-def _clip(text: str) -> str:
+def clip(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` for an error message: quoted, control characters escaped, short."""
-    return _clip(repr(value[:100] if isinstance(value, str) else value))
+    return clip(repr(value[:100] if isinstance(value, str) else value))

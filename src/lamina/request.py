@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
+#: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
+_ATOM = 512
 
 
 class Child:
@@ -56,7 +58,8 @@ class Child:
         limits = self.node.limits
         align = limits.request_alignment
         self._align = align
-        self._max_transfer = max(align_down(limits.max_transfer or MAX_TRANSFER, align), align)
+        most = limits.max_transfer or MAX_TRANSFER
+        self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)
         self._zero_align = math.lcm(limits.zero_alignment, align)
         self._max_zero = max(align_down(limits.max_zero or MAX_SIZE, self._zero_align), self._zero_align)
         self._discard_align = math.lcm(limits.discard_alignment, align)
@@ -283,8 +286,12 @@ class Child:
         if len(view) <= step:
             self.node.write(offset, view, flags)
             return
-        for at in range(0, len(view), step):
-            self.node.write(offset + at, view[at : at + step], flags)
+        # Cut at multiples of `step`, which is one of _ATOM: no block is in two parts.
+        at = 0
+        while at < len(view):
+            stop = min(at + step - (offset + at) % step, len(view))
+            self.node.write(offset + at, view[at:stop], flags)
+            at = stop
 
     def _write_unaligned(self, offset: int, view: memoryview, flags: int) -> None:
         """Read-modify-write. Both edge blocks are read before anything is written: a read that fails fails the write, and

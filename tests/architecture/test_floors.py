@@ -30,6 +30,7 @@ FLOORS = [
         "options",
         "policy",
         "registry",
+        "schema",
         "report",
         "version",
     },

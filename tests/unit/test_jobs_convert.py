@@ -65,7 +65,7 @@ def test_runs_hold_every_byte_that_is_not_zero(
     for lo, hi in runs:
         assert end <= lo < hi
         # Between two runs lies a hole worth having, of whole blocks of the disk's grid.
-        if 0 < end:
+        if end > 0:
             assert lo - end >= max(smallest, granule)
             assert (at + end) % granule == 0 == (at + lo) % granule
         rebuilt[lo:hi] = content[lo:hi]
@@ -297,8 +297,6 @@ def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.raw").write_bytes(b"x" * (20 * MIB))
     told: list[tuple[int, int]] = []
     with lamina.open(tmp_path / "a.raw", format="raw") as source:
-        convert_to_file(
-            source, str(tmp_path / "b.raw"), "raw", {}, monitor=Monitor(lambda *at: told.append(at))
-        )
+        convert_to_file(source, str(tmp_path / "b.raw"), "raw", {}, monitor=Monitor(lambda *at: told.append(at)))
     assert told == sorted(told)
     assert told[-1] == (20 * MIB, 20 * MIB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def test_windows_cover_the_range_once_and_meet_on_the_grid(
         assert len(pieces) > 1
         assert pieces[0].begin == begin
         assert pieces[-1].end == end
-        for left, right in zip(pieces, pieces[1:], strict=False):
+        for left, right in itertools.pairwise(pieces):
             assert left.end == right.begin
             assert right.begin % grid == 0
         whole = image.extents(begin, end - begin).coalesce()
@@ -49,7 +50,9 @@ def test_no_windows_in_an_empty_range(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 5), st.integers(0, 2)), max_size=30), st.randoms())
-def test_stretches_keep_every_byte_and_leave_no_equal_neighbours(parts: list[tuple[int, int, int]], random: Any) -> None:
+def test_stretches_keep_every_byte_and_leave_no_equal_neighbours(
+    parts: list[tuple[int, int, int]], random: Any
+) -> None:
     at, rows, expected = 0, [], {}
     for kind, length, gap in parts:
         at += gap
@@ -61,6 +64,6 @@ def test_stretches_keep_every_byte_and_leave_no_equal_neighbours(parts: list[tup
     found = list(stretches(*columns))
     assert {byte: kind for kind, start, length in found for byte in range(start, start + length)} == expected
     assert sum(length for _, _, length in found) == len(expected)
-    for (kind, start, length), (next_kind, next_start, _) in zip(found, found[1:], strict=False):
+    for (kind, start, length), (next_kind, next_start, _) in itertools.pairwise(found):
         assert start + length <= next_start
         assert kind != next_kind or start + length < next_start

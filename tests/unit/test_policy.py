@@ -1,4 +1,7 @@
-"""What names found inside images may open: grants, refusals, races and chains, on real files."""
+"""What names found inside images may open: grants, refusals, races and chains, on real files.
+
+Longer than 500 lines: every test stands in the same house of files and links, and most are one line of a table of names.
+"""
 
 from __future__ import annotations
 

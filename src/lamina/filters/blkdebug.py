@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError, UnsupportedFeature
 from ..limits import Limits, is_power_of_two
-from ..node import FUA, FilterNode
-from ..options import Option, Schema
+from ..node import FilterNode
 from ..request import Child
+from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..graph import Opener
@@ -37,14 +37,11 @@ class Blkdebug(FilterNode):
             Option("max-discard", "size", "the largest discard: a multiple of opt-discard", default=0),
         ],
     )
-    # The edge below emulates it where the child has none.
-    supported_flags = FUA
 
     def __init__(
         self, image: Child, limits: Limits | None = None, *, name: str | None = None, read_only: bool = False
     ) -> None:
-        super().__init__(name=name, read_only=read_only)
-        self.children = {"image": image}
+        super().__init__(image, name=name, read_only=read_only)
         self._limits = limits or image.node.limits
 
     @classmethod
@@ -54,8 +51,7 @@ class Blkdebug(FilterNode):
             raise UnsupportedFeature(
                 "blkdebug has no rules for errors yet", path=options["config"], hint="leave config empty"
             )
-        spec = options["image"]
-        image = spec if isinstance(spec, Child) else opener.child("image", spec, grows=True)
+        image = opener.child("image", options["image"], grows=True)
         limits = _limits(options, image.node.limits)
         return cls(image, limits, name=opener.name, read_only=opener.read_only)
 

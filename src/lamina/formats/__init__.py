@@ -1,1 +1,1 @@
-"""Formats: the nodes that lay a disk out in storage. One module or package per driver; `registry` finds them by name."""
+"""Formats: the nodes that lay a disk out in storage. One module or package per driver; `registry` finds them."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..errors import NotSupported, OptionError
 from ..limits import Limits
 from ..node import FUA, Node
-from ..options import Option, Schema
-from ..request import Child
+from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..extents import Extents, HostFile
     from ..graph import Opener
+    from ..request import Child
 
 
 class Raw(Node):
@@ -59,11 +59,8 @@ class Raw(Node):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        spec, offset, size = options["file"], options.get("offset") or 0, options.get("size")
-        grows = not offset and size is None
-        child = spec if isinstance(spec, Child) else opener.child("file", spec, grows=grows)
-        if child.grows != grows:
-            child = Child(child.node, "file", grows=grows)
+        offset, size = options.get("offset") or 0, options.get("size")
+        child = opener.child("file", options["file"], grows=not offset and size is None)
         return cls(child, offset=offset, size=size, name=opener.name, read_only=opener.read_only)
 
     @classmethod

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
 from ..limits import Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, StorageNode, fill_zero
-from ..options import Option, Schema
+from ..schema import Option, Schema
 from . import aligned, locks
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Closed
 from ..node import FUA, StorageNode, fill_zero
-from ..options import Option, Schema
+from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..extents import Extents

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..limits import GIB
 from ..node import FUA, StorageNode, fill_zero
-from ..options import Option, Schema
+from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..extents import Extents

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LaminaError, LimitExceeded, OptionError
 from ...limits import KIB, MIB, is_power_of_two
-from ...options import Option, Schema
+from ...schema import Option, Schema
 from . import layout as q
 from .header import Header
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ...errors import CorruptImage, LaminaError, NotSupported, UnsupportedFeature
 from ...limits import Limits, align_up
 from ...node import MAY_UNMAP, FormatNode, Mapping, Reservation
-from ...options import Option, Schema
 from ...request import Child
+from ...schema import Option, Schema
 from . import create as _create
 from . import layout as q
 from .header import Header
@@ -69,9 +69,7 @@ class Qcow2(FormatNode):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        file = options["file"]
-        if not isinstance(file, Child):
-            file = opener.child("file", file, grows=True)
+        file = opener.child("file", options["file"], grows=True)
         header = Header.read(file)
         path = file.node.filename
         if missing := header.unsupported():
@@ -89,9 +87,12 @@ class Qcow2(FormatNode):
             header.store(file, "autoclear_features")
         return node
 
-    def _open_backing(self, given: dict[str, Any] | str | None, opener: Opener) -> None:
+    def _open_backing(self, given: Child | dict[str, Any] | str | None, opener: Opener) -> None:
         """The layer below: what the user gave; else what the image names, with the user's options for it (its format);
         none where the user gave None."""
+        if isinstance(given, Child):
+            self.children["backing"] = given
+            return
         named = self.header.backing_file
         if given is None or (not given and named is None):
             return

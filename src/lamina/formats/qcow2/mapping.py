@@ -129,7 +129,9 @@ class Mappings:
         there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
         edges = np.flatnonzero(there[1:] != there[:-1]) + 1
         step = max(_BATCH >> bits, 1)
-        starts, flags, hosts = [], [], []
+        starts: list[Any] = []
+        flags: list[Any] = []
+        hosts: list[Any] = []
         for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
             for at in range(lo, hi, step) if there[lo] else (lo,):
                 base = l1_first + at << table_bits

@@ -187,10 +187,18 @@ class Refcounts:
                 run = self._run(start, count)
             # Blocks that will count these clusters must exist; a new one takes the first cluster that it counts itself.
             needed = range(start // self.per_block, (start + run - 1) // self.per_block + 1)
-            missing = next((which for which in needed if not self._has(which)), None)
-            if missing is None:
+            missing = [which for which in needed if not self._has(which)]
+            if not missing:
                 break
-            self._add_block(missing, max(start, missing * self.per_block))
+            if not whole:
+                self._add_block(missing[0], max(start, missing[0] * self.per_block))
+            elif missing[-1] >= len(self.table):
+                self._grow_table(missing[-1] + 1)
+            else:
+                # In the middle of the run they would cut it: a run longer than what one block counts was never found. Each
+                # is counted by a block that is there already, one of those before it here, or itself.
+                for at, which in enumerate(missing):
+                    self._add_block(which, start + at)
         self._refuse_metadata(start, run)
         offset = start << self._cluster_bits
         end = offset + (run << self._cluster_bits)

@@ -1,0 +1,7 @@
+"""`python -m lamina`: the command line."""
+
+from __future__ import annotations
+
+from .cli.main import run
+
+run()

@@ -1,0 +1,221 @@
+"""The typed options of a driver: what it accepts, with types, bounds, defaults and help. Ground floor: no I/O.
+
+A `Schema` makes typed values of nested options (see `options.py`) and prints `-o help`. What is unknown, missing or
+ill-typed is an `OptionError` that names the option, the value, and what would be right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .errors import OptionError
+from .limits import MAX_SIZE
+from .options import SIZE_UNITS, clip, nest, parse_name, parse_size, shown
+
+_INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: it means octal to some programs
+_TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name, or options"}
+_BOOLS = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
+
+
+class Option:
+    """One option of a driver.
+
+    `type` is one of: `str`, `int`, `size` (bytes), `bool`, `enum` (a str of `choices`), `node` (a child: nested
+    options, or a str that `parse_name` reads, or null or "" for none; any other object passes as an open node), `list`
+    (of `items`: an Option, or a Schema for dicts), `dict` (by the Schema `items`), `any`. Values come as JSON types, or
+    as the text a user wrote. `minimum` and `maximum` (both included) and `choices` also bound numbers.
+    """
+
+    __slots__ = ("aliases", "choices", "default", "doc", "items", "maximum", "minimum", "name", "required", "type")
+
+    def __init__(
+        self,
+        name: str,
+        type: str,
+        doc: str,
+        *,
+        default: Any = None,
+        choices: Sequence[Any] = (),
+        required: bool = False,
+        minimum: int | None = None,
+        maximum: int | None = None,
+        aliases: Sequence[str] = (),
+        items: Schema | Option | None = None,
+    ) -> None:
+        incomplete = (type == "enum" and not choices) or (type in ("dict", "list") and items is None)
+        if incomplete or not hasattr(Option, f"_read_{type}"):
+            raise ValueError(f"option {name}: the type {type!r} is unknown, or lacks its choices or items")
+        self.name, self.type, self.doc, self.default = name, type, doc, default
+        self.choices, self.required, self.aliases = tuple(choices), required, tuple(aliases)
+        self.minimum, self.maximum, self.items = minimum, maximum, items
+
+    def parse(self, value: Any, where: str | None = None) -> Any:
+        """The typed value; OptionError with the option's dotted name (`where`), the value, and what it takes."""
+        where = where or self.name
+        parsed = getattr(self, f"_read_{self.type}")(value, where)
+        low, high = self.minimum, self.maximum
+        outside = (low is not None and parsed < low) or (high is not None and parsed > high)
+        if outside or (self.choices and parsed not in self.choices):
+            raise self._wrong(value, where)
+        return parsed
+
+    def takes(self) -> str:
+        """What may be given, in a few words: `a size from 512 to 2M`, `one of off, metadata, full`."""
+        if self.choices:
+            return "one of " + ", ".join(map(self.spell, self.choices))
+        text = _TAKES.get(self.type, f"a {self.type}")
+        for word, bound in (("from", self.minimum), ("to", self.maximum)):
+            text += "" if bound is None else f" {word} {self.spell(bound)}"
+        return text
+
+    def spell(self, value: Any) -> str:
+        """A typed value as a user would write it, exactly: sizes with a suffix, bools as on and off."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if self.type == "size" and isinstance(value, int) and value > 0:
+            suffix = next((s for s in "EPTGMk" if value % SIZE_UNITS[s.lower()] == 0), "")
+            return f"{value // SIZE_UNITS[suffix.lower()]}{suffix}"
+        return str(value)
+
+    def _wrong(self, value: Any, where: str) -> OptionError:
+        return OptionError(f"{where} is {shown(value)}", hint=f"it takes {self.takes()}")
+
+    def _from_text(self, parser: Callable[[str], Any], text: str, where: str) -> Any:
+        try:
+            return parser(text)
+        except OptionError as error:
+            raise OptionError(f"{where}: {error.message}", hint=error.hint) from error
+
+    def _read_str(self, value: Any, where: str) -> str:
+        if isinstance(value, os.PathLike):
+            return os.fsdecode(value)
+        if not isinstance(value, str):
+            raise self._wrong(value, where)
+        return value
+
+    _read_enum = _read_str
+
+    def _read_any(self, value: Any, where: str) -> Any:
+        return value
+
+    def _read_int(self, value: Any, where: str) -> int:
+        import re
+
+        if isinstance(value, str) and re.fullmatch(_INT, value):
+            return int(value, 0)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(value, where)
+        return value
+
+    def _read_size(self, value: Any, where: str) -> Any:
+        if isinstance(value, str):
+            return self._from_text(parse_size, value, where)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+            raise self._wrong(value, where)
+        return value
+
+    def _read_bool(self, value: Any, where: str) -> bool:
+        truth = _BOOLS.get(value) if isinstance(value, str) else value
+        if not isinstance(truth, bool):
+            raise self._wrong(value, where)
+        return truth
+
+    def _read_node(self, value: Any, where: str) -> Any:
+        if value is None or value == "":
+            return None
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, os.PathLike):
+            return {"filename": os.fsdecode(value)}
+        if isinstance(value, str):
+            self._from_text(parse_name, value, where)
+            return value
+        if isinstance(value, int | float | bytes | Sequence):
+            raise self._wrong(value, where)
+        return value
+
+    def _read_list(self, value: Any, where: str) -> list[Any]:
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence) or self.items is None:
+            raise self._wrong(value, where)
+        return [self.items.parse(item, f"{where}.{number}") for number, item in enumerate(value)]
+
+    def _read_dict(self, value: Any, where: str) -> Any:
+        return self.items.parse(value, where) if self.items else value
+
+
+class Schema:
+    """The options that a driver (or one group inside its options) accepts, in the order of their help."""
+
+    __slots__ = ("_by_name", "driver", "options")
+
+    def __init__(self, driver: str, options: Iterable[Option]) -> None:
+        self.driver = driver
+        self.options = tuple(options)
+        self._by_name: dict[str, Option] = {}
+        for option in self.options:
+            for name in (option.name, *option.aliases):
+                if "." in name or self._by_name.setdefault(name, option) is not option:
+                    raise ValueError(f"{driver}: the option name {name!r} is taken, or has a dot")
+
+    def extend(self, driver: str, options: Iterable[Option]) -> Schema:
+        """The schema of `driver` that takes these options and those of this schema after them."""
+        return Schema(driver, (*options, *self.options))
+
+    def __getitem__(self, name: str) -> Option:
+        return self._by_name[name]
+
+    def parse(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """Typed values by the options' own names (never an alias); dotted keys nest first.
+
+        The result has every option: one that is absent, or null, has its default, and a list without one is empty. Only
+        nodes differ, since "no child" is not "not said": an absent node without a default is left out, null stays None.
+        A key `driver` may repeat the driver's name. OptionError: unknown, missing, given twice or ill-typed.
+        """
+        if not isinstance(options, Mapping):
+            raise OptionError(f"{where or self.driver} is {shown(options)}", hint="it takes a group of options")
+        if any(isinstance(key, str) and "." in key for key in options):
+            options = nest(options)
+        prefix = where and f"{where}."
+        given: dict[str, Any] = {}
+        for key, value in options.items():
+            option = self._by_name.get(key)
+            if option is None:
+                if key == "driver" and value == self.driver:
+                    continue
+                raise self._unknown(key, where)
+            if option.name in given:
+                raise OptionError(f"{prefix}{option.name} is given twice, once as {shown(key)}", hint="give it once")
+            if value is not None or option.type in ("node", "any"):
+                given[option.name] = option.parse(value, prefix + option.name)
+        result: dict[str, Any] = {}
+        for option in self.options:
+            if option.required and given.get(option.name) is None:
+                raise OptionError(f"{prefix}{option.name} is missing", hint=f"give it: {option.takes()}")
+            if option.name in given:
+                result[option.name] = given[option.name]
+            elif option.type == "list":
+                result[option.name] = list(option.default or ())
+            elif option.type != "node" or option.default is not None:
+                result[option.name] = option.default
+        return result
+
+    def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
+        """Rows for documentation and `-o help`: dotted name, type, default (`required` if there is none), meaning."""
+        rows = []
+        for option in self.options:
+            kind = "|".join(map(option.spell, option.choices)) or {"bool": "on|off"}.get(option.type, option.type)
+            default = "" if option.default is None else option.spell(option.default)
+            rows.append((prefix + option.name, kind, "required" if option.required else default, option.doc))
+            if isinstance(option.items, Schema):
+                rows += option.items.help(f"{prefix}{option.name}.{'N.' if option.type == 'list' else ''}")
+        return rows
+
+    def _unknown(self, key: Any, where: str) -> OptionError:
+        from difflib import get_close_matches
+
+        near = [f"did you mean {name}? " for name in get_close_matches(clip(str(key)), self._by_name, 1)]
+        hint = "".join(near) + "it takes: " + (", ".join(option.name for option in self.options) or "no options")
+        inside = f" in {where}" if where else ""
+        return OptionError(f"{self.driver} has no option {shown(key)}{inside}", hint=hint)
