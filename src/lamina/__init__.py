@@ -12,7 +12,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import open, probe
-    from .create import create
+    from .creation import create
     from .errors import (
         BlockIOError,
         Cancelled,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
-    "create": "create",
+    "create": "creation",
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Policy": "policy",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from . import detect, registry
@@ -28,32 +27,49 @@ STORAGE_ROLES = ("file", "data-file")
 Spec = Mapping[str, Any] | str
 
 
-@dataclass
 class Opener:
     """How the nodes of one graph are opened. Given to every driver's `open`.
 
     `read_only`: the node is opened for reading. `force_share`: no locks are taken, and others' are ignored. `probe`: where
-    no format is given, it may be found by its magic. `fd`: a descriptor that is open already; storage takes a copy of it.
+    no format is given, it may be found by its magic. `no_references`: nothing that is named inside the image is opened,
+    which is enough to look at its tables. `fd`: a descriptor that is open already; storage takes a copy of it. `name`: what
+    the user calls the node. `trail`: the files on the way from the top of the chain.
     """
 
-    policy: Policy = field(default_factory=Policy.beneath)
-    budget: Budget = DEFAULT_BUDGET
-    read_only: bool = True
-    force_share: bool = False
-    probe: bool = False
-    #: Open no reference found inside the image: what `info` needs, and all it may do.
-    no_references: bool = False
-    fd: int | None = None
-    name: str | None = None
-    trail: Trail | None = None
-    _opened: list[Child] = field(default_factory=list)
+    def __init__(
+        self,
+        *,
+        policy: Policy | None = None,
+        budget: Budget = DEFAULT_BUDGET,
+        read_only: bool = True,
+        force_share: bool = False,
+        probe: bool = False,
+        no_references: bool = False,
+        fd: int | None = None,
+    ) -> None:
+        self.policy = policy or Policy.beneath()
+        self.budget = budget
+        self.read_only = read_only
+        self.force_share = force_share
+        self.probe = probe
+        self.no_references = no_references
+        self.fd = fd
+        self.name: str | None = None
+        self.trail: Trail | None = None
+        self._opened: list[Child] = []
+
+    def _but(self, **changes: Any) -> Opener:
+        """The same, but for these attributes."""
+        other = Opener.__new__(Opener)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
 
     def open(self, spec: Spec, *, storage: bool = False) -> Node:
         """The node that `spec` describes. `storage`: without a driver it names a file, not an image to be probed."""
         options = dict(parse_name(spec) if isinstance(spec, str) else spec)
         if isinstance(spec, str) and not storage and _names_storage(spec, options):
             options = {"file": options}  # a bare name says where the image is, not what it is
-        inner = replace(self, _opened=[], name=None)
+        inner = self._but(_opened=[], name=None)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
                 inner.name = str(value)
@@ -82,7 +98,7 @@ class Opener:
             return spec
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None
-        opener = replace(self, read_only=self.read_only or read_only, fd=fd)
+        opener = self._but(read_only=self.read_only or read_only, fd=fd)
         node = opener.open(spec, storage=role in STORAGE_ROLES)
         return self._keep(Child(node, role, grows=grows))
 
@@ -112,7 +128,8 @@ class Opener:
         fd = found.fd
         try:
             status = os.fstat(fd)
-            inner = replace(self, read_only=True, trail=trail.enter(status.st_dev, status.st_ino, found.path), fd=fd)
+            step = trail.enter(status.st_dev, status.st_ino, found.path)
+            inner = self._but(read_only=True, trail=step, fd=fd)
             spec = {**options, "driver": driver, "file": {"driver": "file", "filename": found.path}}
             node = inner.open(spec)
         except LaminaError as error:
@@ -194,7 +211,7 @@ def open_graph(
             )
         options = {"driver": format, "file": options}
     opener = Opener(
-        policy=policy or Policy.beneath(),
+        policy=policy,
         budget=budget,
         read_only=read_only,
         force_share=force_share,

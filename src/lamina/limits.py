@@ -6,7 +6,7 @@ no driver rounds or splits. `Budget` bounds every allocation whose size a file o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import LimitExceeded
 
@@ -34,8 +34,7 @@ def align_up(value: int, alignment: int) -> int:
     return value + -value % alignment
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What a node asks of the requests it receives. All in bytes; 0 means "no limit of its own".
 
     A request's offset is a multiple of `request_alignment`, and so is its end, unless it ends exactly at the node's size:
@@ -55,15 +54,8 @@ class Limits:
     discard_alignment: int = 1
     max_discard: int = 0
 
-    def __post_init__(self) -> None:
-        if not is_power_of_two(self.request_alignment):
-            raise ValueError(f"request alignment {self.request_alignment} is not a power of two")
-        if self.zero_alignment < 1 or self.discard_alignment < 1:
-            raise ValueError("zero and discard alignments are at least 1")
 
-
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """Upper bounds on what an image may cost before a byte of it is trusted.
 
     `check` is called with every length that comes from a file, before anything of that length is allocated.

@@ -105,9 +105,7 @@ class Policy:
         budget: Budget = DEFAULT_BUDGET,
     ) -> None:
         if chain_depth is not None:
-            from dataclasses import replace
-
-            budget = replace(budget, chain_depth=chain_depth)
+            budget = budget._replace(chain_depth=chain_depth)
         self._kind: Kind = kind
         self._directory = directory
         self._paths = paths

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .errors import NotSupported, OutOfRange
-from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up
+from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
 from .node import FUA, NO_FALLBACK, Node, fill_zero, require_writable
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Child:
         """Read the node's limits again (they are frozen while requests run)."""
         limits = self.node.limits
         align = limits.request_alignment
+        if not is_power_of_two(align) or limits.zero_alignment < 1 or limits.discard_alignment < 1:
+            raise ValueError(f"{self.node.name} declares limits that cannot be: {limits}")
         self._align = align
         most = limits.max_transfer or MAX_TRANSFER
         self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)

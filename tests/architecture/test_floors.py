@@ -34,7 +34,7 @@ FLOORS = [
         "report",
         "version",
     },
-    {"api", "create", "graph", "image", "node", "ranges", "request"},
+    {"api", "creation", "graph", "image", "node", "ranges", "request"},
     {"filters", "formats", "storage"},
     {"jobs", "nbd"},
     {"cli", "testing"},

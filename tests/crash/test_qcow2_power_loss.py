@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina.create import create_driver
+from lamina.creation import create_driver
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.graph import Opener
 from lamina.image import Image

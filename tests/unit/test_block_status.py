@@ -20,7 +20,10 @@ import lamina
 from lamina.extents import Extents
 from lamina.limits import MIB, align_up
 from lamina.options import parse_keyval
-from lamina.testing.model import check_status
+
+pytest.register_assert_rewrite("lamina.testing")
+
+from lamina.testing.model import check_status  # noqa: E402 - rewritten as it is imported
 
 SIZE = 100 * MIB
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lamina
-from lamina.create import Aside, create
+from lamina.creation import Aside, create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
 from lamina.jobs.convert import convert, convert_to_file, layers_above, stored_runs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
@@ -87,8 +86,7 @@ class Raw(Node):
         below, offset = self.file.node.limits, self._offset
         if not offset:
             return below
-        return replace(
-            below,
+        return below._replace(
             request_alignment=1 if offset % below.request_alignment else below.request_alignment,
             zero_alignment=1 if offset % below.zero_alignment else below.zero_alignment,
             discard_alignment=1 if offset % below.discard_alignment else below.discard_alignment,

@@ -186,6 +186,9 @@ class Qcow2(FormatNode):
         run = 1
         while index + run < stop and not entries[index + run] & (q.COPIED | q.COMPRESSED):
             run += 1
+        for at in range(index, index + run):
+            if entries[at] & q.OFFSET_MASK:  # given up when this write is committed; too late to refuse then
+                self._require_data(entries[at] & q.OFFSET_MASK, table, at)
         host, run, blank = self._refcounts.allocate(run)
         room = self._room(offset, length, host, run)
         room.blank = blank
@@ -401,8 +404,9 @@ class Qcow2(FormatNode):
         for offset, clusters in self._discarded:
             counts.lower(offset, clusters)
         self._discarded, self._unlinked = self._unlinked, []
-        for offset, clusters in self._discarded:
-            file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
+        for stretch in self._discarded:
+            for offset, clusters in counts.referenced_once(*stretch):  # others are still in use
+                file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
         return True
 
     def _settle(self) -> None:

@@ -246,6 +246,18 @@ class Refcounts:
                 self.metadata.discard(cluster)
         return not self.get(first)
 
+    def referenced_once(self, offset: int, clusters: int) -> list[tuple[int, int]]:
+        """The parts (host offset, clusters) of this stretch whose count is 1."""
+        first = offset >> self._cluster_bits
+        found: list[tuple[int, int]] = []
+        begin = first
+        for cluster in range(first, first + clusters + 1):
+            if cluster == first + clusters or self.get(cluster) != 1:
+                if begin < cluster:
+                    found.append((begin << self._cluster_bits, cluster - begin))
+                begin = cluster + 1
+        return found
+
     # -- to disk, in the order that the driver decides
 
     def write_counts(self) -> None:

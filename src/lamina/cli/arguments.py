@@ -1,0 +1,161 @@
+"""What the arguments of several commands have in common: how images are named and opened, and how options are spelt."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import OptionError, UnsupportedFeature
+from ..options import asks_for_help, parse_keyval, parse_size
+
+if TYPE_CHECKING:
+    from ..graph import Spec
+    from ..image import Image
+    from ..policy import Policy
+    from ..schema import Schema
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command. Options may stand anywhere between names; a mistake is an OptionError."""
+
+    def __init__(self, command: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"lamina {command}",
+            description=description,
+            epilog=f"examples:\n{examples.rstrip()}",
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self._command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{self._command}: {message}", hint=f"lamina {self._command} --help shows how it is used")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        return self.parse_intermixed_args(argv)
+
+    def add_format(self, *flags: str, dest: str, help: str) -> None:
+        self.add_argument(*flags, dest=dest, metavar="FMT", help=help)
+
+    def add_access(self) -> None:
+        """How images are named and opened."""
+        group = self.add_argument_group("how images are opened")
+        group.add_argument(
+            "--image-opts", action="store_true", help="names are options: driver=qcow2,file.filename=disk.qcow2"
+        )
+        group.add_argument(
+            "-U", "--force-share", action="store_true", help="read beside a program that has the image open for writing"
+        )
+        self.add_references(group)
+
+    def add_references(self, group: argparse._ArgumentGroup | None = None) -> None:
+        where = group or self
+        where.add_argument(
+            "--references",
+            metavar="POLICY",
+            type=_policy,
+            help="which files may be opened because an image names them: none, same-dir (the default: beneath the "
+            "directory of that image), beneath:DIR, list:FILE:FILE..., any",
+        )
+        self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
+
+    def add_quiet(self) -> None:
+        self.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+    def add_output(self) -> None:
+        self.add_argument(
+            "--output", choices=("human", "json"), default="human", help="for people (default) or programs"
+        )
+
+    def add_size(self, *flags: str, **settings: Any) -> None:
+        self.add_argument(*flags, type=_size, **settings)
+
+    def add_later(self, *flags: str, metavar: str | None = None, group: Any = None) -> None:
+        """An option that users of the other tools know, and that is refused by name instead of being unknown."""
+        message = flags[-1] if " " in flags[-1] else None
+        names = flags[:-1] if message else flags
+        (group or self).add_argument(
+            *names,
+            action=_Later,
+            nargs=None if metavar else 0,
+            metavar=metavar,
+            const=message or "it is not there yet",
+            help=argparse.SUPPRESS,
+        )
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Asks for the width of the terminal itself: argparse imports shutil for it, and that three compressors, at once."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ["COLUMNS"]) if "COLUMNS" in os.environ else os.get_terminal_size(1).columns
+        except (ValueError, OSError):
+            columns = 0
+        super().__init__(prog, width=(columns or 80) - 2)
+
+
+class _Later(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
+    ) -> None:
+        raise UnsupportedFeature(f"{option_string}: {self.const}")
+
+
+def _size(text: str) -> int:
+    return parse_size(text)
+
+
+def _policy(text: str) -> Policy:
+    from ..policy import Policy
+
+    return Policy.parse(text)
+
+
+def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
+    """The options of repeated `-o a=b,c=d`, as text; None if one of them asks for help."""
+    if any(asks_for_help(text) for text in texts or ()):
+        return None
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        for key, value in parse_keyval(text).items():
+            if key in found:
+                raise OptionError(f"-o: {key} is given twice", hint="give it once")
+            found[key] = value
+    return found
+
+
+def print_schema(schema: Schema) -> None:
+    """`-o help`: what can be given, with types and defaults."""
+    rows = [
+        (f"{name}={kind}", f"{doc}{f' (default: {default})' if default else ''}")
+        for name, kind, default, doc in schema.help()
+    ]
+    width = max((len(left) for left, _ in rows), default=0)
+    print(f"Options of {schema.driver}:")
+    for left, right in rows:
+        print(f"  {left:<{width}}  {right}")
+
+
+def image_source(name: str, args: argparse.Namespace, format: str | None, *, image_opts: bool | None = None) -> Spec:
+    """What `name` on the command line says: itself, or with --image-opts the options that it spells."""
+    if not (args.image_opts if image_opts is None else image_opts):
+        return name
+    if format is not None:
+        raise OptionError("a format and --image-opts exclude each other", hint="write driver=FORMAT into the options")
+    return parse_keyval(name)
+
+
+def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image:
+    """The image that `name` stands for, for reading. Without a format it is found by its magic."""
+    from ..api import open
+
+    source = image_source(name, args, format)
+    return open(
+        source,
+        format=format or "probe",
+        references=args.references,
+        force_share=args.force_share,
+    )

@@ -1,0 +1,78 @@
+"""`lamina create`: make a new image."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ..creation import create, create_driver
+from ..errors import OptionError, printable
+from ..options import parse_size
+from .arguments import Parser, format_options, print_schema
+
+_EXAMPLES = """
+  lamina create -f qcow2 disk.qcow2 20G
+  lamina create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2      as large as its base
+  lamina create -f qcow2 -o cluster_size=2M,refcount_bits=8 disk.qcow2 1T
+  lamina create -f qcow2 -o help                                   what -o takes
+  lamina create disk.raw 1000                                      exactly 1000 bytes
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        "create",
+        "Make a new image. It appears under its name when it is whole; an image of that name is replaced.",
+        _EXAMPLES,
+    )
+    parser.add_quiet()
+    parser.add_format("-f", "--format", dest="format", help="format of the new image (default: raw)")
+    parser.add_argument(
+        "-b", "--backing", metavar="FILE", help="stack the new image on FILE, relative to its directory"
+    )
+    parser.add_format("-F", "--backing-format", dest="backing_format", help="format of the backing file; never guessed")
+    parser.add_argument("-u", "--backing-unsafe", action="store_true", help="do not open the backing file now")
+    parser.add_argument(
+        "-o", "--options", metavar="NAME=VALUE,...", action="append", help="options of the format; -o help lists them"
+    )
+    parser.add_later("--object", "objects are not there yet", metavar="OBJDEF")
+    parser.add_argument("filename", metavar="FILE", nargs="?", help="the new image")
+    parser.add_argument("size", metavar="SIZE", nargs="?", help="bytes, or with a suffix k, M, G, T, P or E")
+    args = parser.parse(argv)
+
+    format = args.format or "raw"
+    kind: Any = create_driver(format)
+    options = format_options(args.options)
+    if options is None:
+        print_schema(kind.create_schema)
+        return 0
+    if args.filename is None:
+        parser.error("the new image is not named")
+    for key, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
+        if value is not None:
+            if key in options:
+                raise OptionError(f"the option {key} is given twice, once in -o", hint="give it once")
+            options[key] = value
+    if args.backing_unsafe:
+        options["backing_unchecked"] = True
+    if args.size is not None:
+        if "size" in options:
+            raise OptionError("the size is given twice, once in -o", hint="give it once")
+        options["size"] = parse_size(args.size)
+    create(args.filename, format, **options)
+    if not args.quiet:
+        sys.stdout.write(_summary(args.filename, format, options))
+    return 0
+
+
+def _summary(filename: str, format: str, options: dict[str, Any]) -> str:
+    """One line: what was made, as the file itself says it."""
+    from .info import describe
+
+    made = describe(filename, format)
+    words = [f"fmt={format}", f"size={made['virtual-size']}"]
+    if "cluster-size" in made:
+        words.append(f"cluster_size={made['cluster-size']}")
+    shown = {key: value for key, value in options.items() if key not in ("size", "cluster_size", "backing_unchecked")}
+    words += [f"{key}={printable(str(value))}" for key, value in shown.items()]
+    return f"Formatting '{printable(filename)}', {' '.join(words)}\n"

@@ -1,0 +1,91 @@
+"""`lamina io`: read and write an image by hand. Options and commands are those of qemu-io, with the same results."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from ...errors import LaminaError, OptionError
+from ...options import parse_keyval
+from ..arguments import Parser
+from .commands import execute
+from .opening import with_modes
+from .output import Output
+from .session import Session
+from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target
+
+_EXAMPLES = """
+  lamina io -f raw -c 'write -P 7 1M 64k' -c 'read -P 7 1M 64k' disk.img
+  lamina io -r disk.qcow2                        a shell: type help
+  lamina io -c 'read -v 0 512' --image-opts driver=raw,file.filename=disk.img,offset=1M -r
+  echo 'alloc 0 1G' | lamina io -r disk.qcow2
+"""
+
+_DESCRIPTION = """\
+Read and write an image by commands: those of -c, one after the other, else those that are typed or piped in. The exit
+status is 1 if any of them failed; the others are carried out all the same. `lamina io -c help` lists them."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `lamina io` with these arguments; its exit status."""
+    args = _parser().parse(argv)
+    session = Session(Output("lamina"), Target())
+    target = _target(args)
+    session.default = replace(target, name=None, options={}, format=None)
+    try:
+        try:
+            if args.file is not None:
+                session.open(target)
+            _run(session, args.cmd)
+        finally:
+            session.end()
+    except LaminaError as error:
+        # An image that cannot be opened, or not be closed cleanly: nothing runs after that.
+        session.output.complain(str(error))
+        return 1
+    return 1 if session.failed else 0
+
+
+def _run(session: Session, lines: list[str] | None) -> None:
+    if lines is None:
+        from . import shell
+
+        shell.run(session)
+        return
+    for line in lines:
+        if not execute(session, line):
+            break
+
+
+def _target(args: argparse.Namespace) -> Target:
+    """What the program's own options say about the image."""
+    target = Target(args.file, format=args.format, references=args.references)
+    if args.image_opts:
+        if args.format is not None:
+            raise OptionError("-f and --image-opts exclude each other", hint="write driver=FORMAT into the options")
+        target = replace(target, name=None, options=parse_keyval(args.file or "", last_wins=True))
+    names = {"r": "read_only", "s": "snapshot", "n": "nocache", "C": "copy_on_read", "U": "force_share"}
+    flags = {letter: [""] for letter, name in names.items() if getattr(args, name)}
+    flags |= {letter: [value] for letter in "tdi" if (value := getattr(args, letter)) is not None}
+    return with_modes(target, flags)
+
+
+def _parser() -> Parser:
+    parser = Parser("io", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument(
+        "-c", "--cmd", action="append", metavar="COMMAND", help="carry out this command; may be repeated"
+    )
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
+    parser.add_argument("-r", "--read-only", action="store_true", help="open images for reading only")
+    parser.add_argument("-n", "--nocache", action="store_true", help="around the page cache, as -t none")
+    parser.add_argument("-t", "--cache", dest="t", metavar="MODE", help=f"cache mode: {', '.join(CACHE_MODES)}")
+    parser.add_argument("-d", "--discard", dest="d", metavar="MODE", help=f"discards: {', '.join(DISCARD_MODES)}")
+    parser.add_argument("-i", "--aio", dest="i", metavar="MODE", help=f"{', '.join(AIO_MODES)}: all the same here")
+    parser.add_argument("-k", "--native-aio", action="store_true", help="as -i native")
+    parser.add_argument("-m", "--misalign", action="store_true", help="ignored: buffers need not be aligned")
+    parser.add_argument("-s", "--snapshot", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-C", "--copy-on-read", action="store_true", help=argparse.SUPPRESS)
+    parser.add_later("-T", "--trace", "tracing is not there yet", metavar="PATTERN")
+    parser.add_access()
+    parser.add_argument("file", metavar="FILE", nargs="?", help="the image")
+    return parser

@@ -1,0 +1,203 @@
+"""What can be said to `lamina io`: the table of commands, their help, and how a line is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from errno import ENOMEM
+
+from ...errors import BlockIOError, LaminaError, OptionError
+from . import grammar, opening, status, transfers
+from .session import Session
+
+Handler = Callable[[Session, dict[str, list[str]], Sequence[str]], bool]
+
+#: What each option means; a command's own meaning is in its `meanings`.
+_MEANINGS = {
+    "C": "tell of it in one line for programs: bytes,operations,time,bytes per second,operations per second",
+    "P": "BYTE  the value of every byte: written, or expected",
+    "q": "do not tell of it",
+    "v": "show the bytes in hex",
+    "f": "return only when the bytes are on stable storage",
+    "z": "write zeros, without sending them where that is possible",
+    "u": "with -z: the storage may be given back",
+    "n": "with -z: fail rather than write zeros out",
+    "c": "write compressed clusters (not there yet)",
+    "b": "in the saved state of the machine, not on the disk (not there yet)",
+    "p": "ignored",
+    "r": "ignored (buffers need no registration)",
+    "i": "only name the request, as one that was invalid",
+    "k": "ignored (requests come from threads)",
+}
+_OPENING = {
+    "r": "for reading only",
+    "s": "with a temporary snapshot over it (not there yet)",
+    "C": "with copy-on-read (not there yet)",
+    "n": "around the page cache, as -t none",
+    "U": "beside a program that writes to it; needs -r",
+    "i": "MODE  threads, native, io_uring: all the same here",
+    "t": "MODE  writeback, none, writethrough, directsync, unsafe",
+    "d": "MODE  unmap (on) or ignore (off): what discards do",
+    "o": "KEY=VALUE,...  options: the driver's, or the whole graph's (driver=..., file.filename=...)",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. `accepts`: the letters of its options as `grammar.parse_flags` reads them; `operands`: how they are
+    written; `minimum` and `maximum`: how many there may be (None: any number)."""
+
+    name: str
+    handler: Handler
+    summary: str
+    operands: str = ""
+    accepts: str = ""
+    minimum: int = 0
+    maximum: int | None = 0
+    alias: str = ""
+    meanings: dict[str, str] | None = None
+    example: str = ""
+
+    @property
+    def letters(self) -> str:
+        return self.accepts.replace(":", "")
+
+    @property
+    def usage(self) -> str:
+        plain = "".join(one for one in self.letters if f"{one}:" not in self.accepts)
+        words = [self.name] + ([f"[-{plain}]"] if plain else [])
+        words += [f"[-{one} {self._meaning(one).split('  ')[0]}]" for one in self.letters if f"{one}:" in self.accepts]
+        return " ".join((*words, *([self.operands] if self.operands else [])))
+
+    def help(self) -> list[str]:
+        """All that there is to say of it, in lines."""
+        lines = [f"{self.usage}", f"  {self.summary}"]
+        if self.alias:
+            lines.append(f"  short: {self.alias}")
+        for one in self.letters:
+            head, _, tail = self._meaning(one).rpartition("  ")
+            lines.append(f"    {f'-{one} {head}'.rstrip():<18} {tail}")
+        if self.example:
+            lines.append(f"  example: {self.example}")
+        return lines
+
+    def _meaning(self, letter: str) -> str:
+        return (self.meanings or {}).get(letter) or _MEANINGS[letter]
+
+
+def show_help(session: Session, flags: dict[str, list[str]], operands: Sequence[str]) -> bool:
+    if operands:
+        session.output.say(*find(operands[0]).help())
+        return True
+    width = max(map(len, COMMANDS))
+    session.output.say(
+        *(f"{name:<{width}} {one.alias:>2}  {one.summary}" for name, one in sorted(COMMANDS.items())),
+        "",
+        "Offsets and lengths are bytes, or have a suffix (64k, 1.5M) or are hex (0x200). help COMMAND says more.",
+    )
+    return True
+
+
+def _quit(session: Session, flags: dict[str, list[str]], operands: Sequence[str]) -> bool:
+    return True
+
+
+_RANGE = "OFFSET LENGTH"
+_VECTOR = "OFFSET LENGTH [LENGTH...]"
+_READ = {"s": "OFFSET  with -P: where the part that is held against it begins", "l": "LENGTH  with -P: how long it is"}
+_WRITE = {"s": "FILE  write what is in this file, repeated"}
+_PREALLOCATE = {"m": "MODE  preallocation of what is added: off"}
+_REOPEN = {
+    "r": "for reading only",
+    "w": "for reading and writing",
+    "c": "MODE  the cache mode; see open -t",
+    "o": "KEY=VALUE,...  options to change",
+}
+
+COMMANDS = {
+    one.name: one
+    for one in (
+        Command(
+            "read", transfers.read, "read bytes, and show or verify them", _RANGE, "bCqrvpP:s:l:", 2, 2, "r", _READ,
+            "read -P 0xcd 512 1k",
+        ),
+        Command(
+            "write", transfers.write, "write a pattern (0xcd), zeros, or what is in a file", _RANGE, "bcCfnpqruzP:s:",
+            2, 2, "w", _WRITE, "write -P 7 1M 64k",
+        ),
+        Command("readv", transfers.readv, "read bytes into several buffers", _VECTOR, "CqrvP:", 2, None),
+        Command("writev", transfers.writev, "write bytes from several buffers", _VECTOR, "CfqrP:", 2, None),
+        Command("aio_read", transfers.aio_read, "read beside the commands that follow", _VECTOR, "CiqrvP:", 2, None),
+        Command("aio_write", transfers.aio_write, "write beside the commands that follow", _VECTOR, "CfiqruzP:", 2, None),
+        Command("aio_discard", transfers.aio_discard, "discard beside the commands that follow", _RANGE, "Cq", 2, 2),
+        Command("aio_flush", transfers.aio_flush, "wait for all that runs beside the commands"),
+        Command("discard", transfers.discard, "say that bytes are no longer needed", _RANGE, "Cq", 2, 2, "d"),
+        Command("flush", status.flush, "bring what was written to stable storage", alias="f"),
+        Command("truncate", status.truncate, "change the length of the disk", "SIZE", "m:", 1, 1, "t", _PREALLOCATE),
+        Command("length", status.length, "show the length of the disk", alias="l"),
+        Command("info", status.info, "show the format and its properties", alias="i"),
+        Command("map", status.map_allocation, "show what the top layer holds"),
+        Command("alloc", status.alloc, "count what the top layer holds", "OFFSET [LENGTH]", "", 1, 2, "a"),
+        Command(
+            "open", opening.open_image, "open an image", "[FILE]", "rsCnkUi:t:d:o:", 0, 1, "o", _OPENING,
+            "open -r -o driver=qcow2 disk.qcow2",
+        ),
+        Command("reopen", opening.reopen_image, "open the same image in another way", "", "rwc:o:", meanings=_REOPEN),
+        Command("close", opening.close_image, "close the image", alias="c"),
+        Command("sleep", opening.sleep, "wait", "MILLISECONDS", "", 1, 1),
+        Command("break", opening.breakpoints, "stop a request at an event (not there yet)", "EVENT TAG", "", 2, 2),
+        Command("remove_break", opening.breakpoints, "stop no longer (not there yet)", "TAG", "", 1, 1),
+        Command("resume", opening.breakpoints, "let a stopped request go on (not there yet)", "TAG", "", 1, 1),
+        Command("wait_break", opening.breakpoints, "wait until a request stops (not there yet)", "TAG", "", 1, 1),
+        Command("abort", opening.abort, "end this program as if it had crashed"),
+        Command("sigraise", opening.raise_signal, "send this program a signal", "NUMBER", "", 1, 1),
+        Command("help", show_help, "show all commands, or one", "[COMMAND]", "", 0, 1, "?"),
+        Command("quit", _quit, "end", maximum=None, alias="q"),
+    )
+}  # fmt: skip
+_BY_ALIAS = {one.alias: one for one in COMMANDS.values() if one.alias}
+
+
+def find(word: str) -> Command:
+    """The command that `word` names."""
+    found = COMMANDS.get(word) or _BY_ALIAS.get(word)
+    if found is None:
+        near = get_close_matches(word, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "help lists the commands"
+        raise OptionError(f"there is no command {word!r}", hint=hint)
+    return found
+
+
+def execute(session: Session, line: str) -> bool:
+    """Carry out one line. What fails is told and noted in `session.failed`; False if the line asks to end."""
+    words = grammar.split(line)
+    if not words:
+        return True
+    try:
+        command = find(words[0])
+        if command.handler is _quit:
+            return False
+        if not _run(session, command, words[1:]):
+            session.failed = True
+    except LaminaError as error:
+        session.failed = True
+        session.output.complain(str(error))
+    return True
+
+
+def _run(session: Session, command: Command, words: Sequence[str]) -> bool:
+    try:
+        flags, operands = grammar.parse_flags(words, command.accepts)
+        if len(operands) < command.minimum:
+            raise OptionError("too few operands")
+        if command.maximum is not None and len(operands) > command.maximum:
+            raise OptionError("too many operands")
+    except OptionError as error:
+        error.hint = f"usage: {command.usage}"
+        error.message = f"{command.name}: {error.message}"
+        raise
+    try:
+        return command.handler(session, flags, operands)
+    except MemoryError as error:
+        raise BlockIOError(f"{command.name}: no memory for a buffer of that length", errno=ENOMEM) from error

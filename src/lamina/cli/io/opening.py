@@ -1,0 +1,107 @@
+"""The commands that open and close the image, and those that end or disturb the program itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...errors import OptionError, UnsupportedFeature
+from ...options import parse_keyval
+from . import grammar
+from .session import Session
+from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose, merged
+
+Flags = dict[str, list[str]]
+
+#: Options of qemu-io that need what is not there yet, and what that is.
+LATER = {"s": "a temporary snapshot", "C": "copy-on-read"}
+
+
+def refuse_later(letters: Sequence[str]) -> None:
+    """Raise UnsupportedFeature for an option that is known, but cannot be honoured yet."""
+    for letter in letters:
+        if letter in LATER:
+            raise UnsupportedFeature(f"-{letter}: {LATER[letter]} is not there yet", hint="leave it out")
+
+
+def with_modes(target: Target, flags: Flags) -> Target:
+    """`target` with the options -r -U -n -k -t -d -i that the program and the command `open` share."""
+    refuse_later(list(flags))
+    if "i" in flags:
+        choose(AIO_MODES, "aio", flags["i"][-1])
+    cache = "none" if "n" in flags else target.cache
+    if "t" in flags:
+        cache = choose(CACHE_MODES, "cache", flags["t"][-1])
+    return replace(
+        target,
+        read_only=target.read_only or "r" in flags,
+        force_share=target.force_share or "U" in flags,
+        cache=cache,
+        discard=choose(DISCARD_MODES, "discard", flags["d"][-1]) if "d" in flags else target.discard,
+    )
+
+
+def open_image(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    if not operands and "o" not in flags:
+        raise OptionError("no image is named", hint="open FILE, or open -o driver=...")
+    target = with_modes(session.default, flags)
+    options = parse_keyval(",".join(flags.get("o", ())), last_wins=True) if "o" in flags else {}
+    # The format that the program was given is meant for the image that it was given.
+    session.open(replace(target, name=operands[0] if operands else None, options=options, format=None))
+    return True
+
+
+def close_image(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    if not session.is_open:
+        raise OptionError("no image is open", hint="open one: open FILE")
+    session.close()
+    return True
+
+
+def reopen_image(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    if "r" in flags and "w" in flags:
+        raise OptionError("-r and -w exclude each other", hint="give one of them")
+    if not session.is_open:
+        raise OptionError("no image is open", hint="open one: open FILE")
+    target = session.opened_as
+    if "r" in flags or "w" in flags:
+        target = replace(target, read_only="r" in flags)
+    if "c" in flags:
+        target = replace(target, cache=choose(CACHE_MODES, "cache", flags["c"][-1]))
+    if "o" in flags:
+        changes = parse_keyval(",".join(flags["o"]), last_wins=True)
+        target = replace(target, options=merged(target.options, changes))
+    session.reopen(target)
+    return True
+
+
+def sleep(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    milliseconds = grammar.integer(operands[0])
+    if milliseconds < 0:
+        raise OptionError(f"nobody sleeps for {milliseconds} milliseconds")
+    session.output.flush()
+    time.sleep(milliseconds / 1000)
+    return True
+
+
+def raise_signal(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    number = grammar.size(operands[0])
+    session.output.flush()
+    try:
+        # Signal 0 is none: it only asks whether the process is there.
+        os.kill(os.getpid(), number)
+    except (OSError, OverflowError) as error:
+        raise OptionError(f"there is no signal {number}", hint=f"give 1 to {max(signal.valid_signals())}") from error
+    return True
+
+
+def abort(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    session.output.flush()
+    os.abort()
+
+
+def breakpoints(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    raise UnsupportedFeature("requests cannot be stopped yet: that comes with blkdebug's error rules")

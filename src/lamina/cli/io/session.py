@@ -1,0 +1,97 @@
+"""What the commands of one run share: the open image, how it was opened, and the requests that run beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ...errors import OptionError
+from .output import Output
+from .target import Target
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from ...image import Image
+
+#: Requests that can be under way at the same time; more wait in line.
+_IN_FLIGHT = 32
+
+
+class Session:
+    """One image at a time, or none. Commands run in one thread; what `submit` got runs in others."""
+
+    def __init__(self, output: Output, default: Target) -> None:
+        """`default`: how `open` opens, where its own options do not say otherwise."""
+        self.output = output
+        self.default = default
+        self.failed = False  #: whether any command has failed so far
+        self.target: Target | None = None
+        self._image: Image | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: list[Future[None]] = []
+
+    @property
+    def is_open(self) -> bool:
+        return self._image is not None
+
+    @property
+    def image(self) -> Image:
+        if self._image is None:
+            raise OptionError("no image is open", hint="open one: open FILE")
+        return self._image
+
+    @property
+    def opened_as(self) -> Target:
+        """How the open image was opened."""
+        return self.target or self.default
+
+    def open(self, target: Target) -> None:
+        if self._image is not None:
+            raise OptionError("an image is open already", path=self._image.filename, hint="close it first: close")
+        self._image = target.open()
+        self.target = target
+
+    def close(self) -> None:
+        """Wait for what is under way, then close the image, if one is open."""
+        self.drain()
+        image, self._image = self._image, None
+        if image is not None:
+            image.close()
+
+    def reopen(self, target: Target) -> None:
+        """Open the same image in another way. If that fails it is open as it was before."""
+        self.drain()
+        image, before = self.image, self.opened_as
+        target.require_durable(image.node)
+        # Both at once would exclude each other by their locks.
+        self.close()
+        try:
+            self.open(target)
+        except BaseException:
+            self.open(before)
+            raise
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` beside the commands that follow."""
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(_IN_FLIGHT, "io")
+        self._waiting = [one for one in self._waiting if not one.done() or one.exception()]
+        self._waiting.append(self._pool.submit(work))
+
+    def drain(self) -> None:
+        """Wait until nothing is under way."""
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.result()
+
+    def end(self) -> None:
+        """Close the image, and give the threads back."""
+        try:
+            self.close()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+            self.output.flush()

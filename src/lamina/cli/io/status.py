@@ -1,0 +1,134 @@
+"""The commands that look at the whole image, or change its length: flush, truncate, length, info, map, alloc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ... import registry
+from ...errors import LaminaError, OptionError, UnsupportedFeature
+from ...limits import align_up
+from ...node import Node, require_writable
+from . import grammar
+from .output import human_size
+from .session import Session
+
+if TYPE_CHECKING:
+    from ...image import Image
+
+Flags = dict[str, list[str]]
+
+PREALLOCATION = ("off", "metadata", "falloc", "full")
+
+#: Bytes whose status is asked for at a time: what `map` of a huge image needs stays small.
+_STRETCH = 1 << 40
+
+
+def flush(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    image = session.image
+    if session.opened_as.caching.unsafe:
+        return True
+    try:
+        image.flush()
+    except LaminaError as error:
+        session.output.failure("flush", error)
+        return False
+    return True
+
+
+def truncate(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    image = session.image
+    mode = flags.get("m", ["off"])[-1]
+    if mode not in PREALLOCATION:
+        raise OptionError(f"there is no preallocation mode {mode!r}", hint="use " + ", ".join(PREALLOCATION))
+    if mode != "off":
+        raise UnsupportedFeature(f"preallocation {mode} of what is added is not there yet", hint="leave out -m")
+    size = grammar.size(operands[0])
+    require_writable(image.node, "truncate")
+    session.drain()
+    image.truncate(size)
+    return True
+
+
+def length(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    session.output.say(human_size(session.image.size))
+    return True
+
+
+def info(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    node = session.image.node
+    lines = [f"format name: {node.driver}"]
+    kind = registry.entry(node.driver).kind
+    if kind != "format":
+        # Drivers that can also be named like a protocol tell their name twice; scripts expect the line.
+        lines *= 2
+    base = node
+    while registry.entry(base.driver).kind == "filter":
+        base = base.children["image"].node
+    described = _described(base)
+    cluster = int(described.get("cluster-size", 0))
+    specific = described.get("format-specific", {}).get("data", {})
+    lines.append(f"cluster size: {human_size(cluster)}")
+    lines.append(f"vm state offset: {human_size(_state_offset(base.size, cluster, specific))}")
+    if base is node and specific:
+        lines.append("Format specific information:")
+        lines += _properties(specific, 1)
+    session.output.say(*lines)
+    return True
+
+
+def map_allocation(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    image = session.image
+    for start, count, allocated in _runs(image, 0, image.size):
+        word = "    allocated" if allocated else "not allocated"
+        session.output.say(
+            f"{human_size(count)} (0x{count:x}) bytes {word} at offset {human_size(start)} (0x{start:x})"
+        )
+    return True
+
+
+def alloc(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    image = session.image
+    offset = grammar.size(operands[0])
+    asked = grammar.size(operands[1]) if len(operands) > 1 else 512
+    count = max(min(asked, image.size - offset), 0)
+    found = sum(run for _, run, allocated in _runs(image, offset, count) if allocated)
+    session.output.say(f"{found}/{count} bytes allocated at offset {human_size(offset)}")
+    return True
+
+
+def _runs(image: Image, offset: int, count: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, length, allocated), in turns, where allocated means that the top layer holds the bytes, be it as zeros."""
+    end = offset + count
+    start, state = offset, None
+    for at in range(offset, end, _STRETCH):
+        for extent in image.extents(at, min(_STRETCH, end - at)):
+            mine = extent.present and extent.depth == 0
+            if state is None:
+                state = mine
+            elif mine != state:
+                yield start, extent.start - start, state
+                start, state = extent.start, mine
+    if state is not None:
+        yield start, end - start, state
+
+
+def _described(node: Node) -> dict[str, Any]:
+    inspect = getattr(node, "inspect", None)
+    return {} if inspect is None else inspect(node.children["file"])
+
+
+def _state_offset(size: int, cluster: int, specific: dict[str, Any]) -> int:
+    """Where a machine's saved state begins: behind the disk, where the next table of level 2 would take over."""
+    entry = 16 if specific.get("extended-l2") else 8
+    return align_up(size, cluster * cluster // entry) if cluster else 0
+
+
+def _properties(values: dict[str, Any], depth: int) -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{'    ' * depth}{key.replace('-', ' ')}:"
+        if isinstance(value, dict):
+            yield name
+            yield from _properties(value, depth + 1)
+        else:
+            yield f"{name} {str(value).lower() if isinstance(value, bool) else value}"

@@ -1,0 +1,135 @@
+"""What `open` opens, and how: a name or options, the format, and the modes of cache and discard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ... import registry
+from ...errors import OptionError, UnsupportedFeature
+from ...options import parse_name
+
+if TYPE_CHECKING:
+    from ...image import Image
+    from ...node import Node
+    from ...policy import Policy
+
+
+class Cache(NamedTuple):
+    """A cache mode: whether requests go around the page cache, whether each write is made stable, and whether `flush` is
+    left out."""
+
+    direct: bool = False
+    stable: bool = False
+    unsafe: bool = False
+
+
+CACHE_MODES = {
+    "writeback": Cache(),
+    "none": Cache(direct=True),
+    "off": Cache(direct=True),
+    "writethrough": Cache(stable=True),
+    "directsync": Cache(direct=True, stable=True),
+    "unsafe": Cache(unsafe=True),
+}
+#: Whether discards are carried out.
+DISCARD_MODES = {"unmap": True, "on": True, "ignore": False, "off": False}
+#: How other programs submit requests. Ours always come from threads, so all of them are the same here.
+AIO_MODES = {"threads": None, "native": None, "io_uring": None}
+
+
+def choose(modes: Mapping[str, Any], what: str, name: str) -> str:
+    """`name` if it is one of `modes`."""
+    if name not in modes:
+        raise OptionError(f"there is no {what} mode {name!r}", hint="use " + ", ".join(modes))
+    return name
+
+
+@dataclass(frozen=True)
+class Target:
+    """How an image is opened. `name` is a file name or a prefixed one; `options` are nested ones and win over it."""
+
+    name: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    read_only: bool = False
+    cache: str = "writeback"
+    discard: str = "unmap"
+    force_share: bool = False
+    references: Policy | None = None
+
+    @property
+    def caching(self) -> Cache:
+        return CACHE_MODES[self.cache]
+
+    @property
+    def discards(self) -> bool:
+        return DISCARD_MODES[self.discard]
+
+    def open(self) -> Image:
+        """The open image. Without a format one is looked for by its magic; nothing that was only guessed to be raw is
+        opened for writing."""
+        from ...api import open
+
+        if self.force_share and not self.read_only:
+            raise OptionError("without locks an image is only read", path=self.name, hint="add -r to -U")
+        # A format that is not said is looked for; where the options name a driver there is nothing to look for.
+        return open(
+            self.spec(),
+            format=self.format or "probe",
+            read_only=self.read_only,
+            references=self.references,
+            force_share=self.force_share,
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """The nested options of the graph, without the format."""
+        spec = _deep_copy(self.options)
+        if self.name is not None:
+            named = parse_name(self.name)
+            driver = spec.get("driver", self.format)
+            kind = "format" if driver is None else registry.entry(driver).kind
+            if self.name.startswith("json:") or kind == "storage":
+                spec = {**named, **spec}
+            else:
+                spec.setdefault("file" if kind == "format" else "image", named)
+        if self.caching.direct:
+            _go_direct(spec)
+        return spec
+
+    @staticmethod
+    def require_durable(node: Node) -> None:
+        """Refuse to open again what is gone when it is closed."""
+        if node.driver == "memory":
+            raise UnsupportedFeature(
+                "what is kept in memory is gone when it is closed, and cannot be opened again", node=node.name
+            )
+        for child in node.children.values():
+            Target.require_durable(child.node)
+
+
+def _deep_copy(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+
+
+def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with some of them changed."""
+    result = _deep_copy(options)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _go_direct(spec: dict[str, Any]) -> None:
+    """Ask every file that is named in the options to go around the page cache, unless it says otherwise itself."""
+    driver = spec.get("driver", "file")
+    if "filename" in spec and driver in ("file", "host_device"):
+        spec["cache"] = {"direct": True, **spec.get("cache", {})}
+    elif "filename" in spec and "file" not in spec:
+        spec["file"] = {"driver": "file", "filename": spec.pop("filename")}
+    for value in spec.values():
+        if isinstance(value, dict) and value is not spec.get("cache"):
+            _go_direct(value)

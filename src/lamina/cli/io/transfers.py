@@ -1,0 +1,201 @@
+"""The commands that move bytes: read, write, discard, with several lengths, and beside one another (aio_*).
+
+A command becomes a `Transfer`: what to do, and what to say of it. It runs at once, or in a thread of the session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from ...errors import LaminaError, OptionError, OutOfRange, UnsupportedFeature
+from ...node import require_writable
+from . import grammar, patterns
+from .output import hex_dump, machine_statistics, statistics
+from .session import Session
+
+Flags = dict[str, list[str]]
+
+
+@dataclass
+class Transfer:
+    """One request. `verb` and `name` are the words that tell of its end and of its failure."""
+
+    verb: str
+    name: str
+    offset: int
+    length: int
+    flags: Flags
+    action: Callable[[], None]
+    #: What was read, if anything was.
+    data: bytearray | None = None
+    #: The bytes of it that must have one value: (from, length, value).
+    expected: tuple[int, int, int] | None = None
+
+    def run(self, session: Session) -> bool:
+        """Do it and tell of it, in lines that stay together. Whether all went well."""
+        started = perf_counter()
+        try:
+            self.action()
+        except LaminaError as error:
+            session.output.failure(self.name, error)
+            return False
+        seconds = perf_counter() - started
+        lines, good = [], True
+        if self.expected is not None and self.data is not None:
+            start, length, byte = self.expected
+            if not patterns.matches(self.data, start, length, byte):
+                lines.append(f"Pattern verification failed at offset {self.offset + start}, {length} bytes")
+                good = False
+        if "q" not in self.flags:
+            if "v" in self.flags and self.data is not None:
+                lines += hex_dump(self.offset, self.data)
+            if "C" in self.flags:
+                lines.append(machine_statistics(self.length, seconds))
+            else:
+                lines += statistics(self.verb, self.offset, self.length, seconds)
+        if lines:
+            session.output.say(*lines)
+        return good
+
+
+def read(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    offset, length = _range(operands)
+    transfer = _reading(session, "read", flags, offset, grammar.bounded(length))
+    if "s" in flags or "l" in flags:
+        if "P" not in flags:
+            raise OptionError("-s and -l say which part is held against a pattern", hint="give the pattern: -P")
+        start = grammar.size(flags["s"][-1]) if "s" in flags else 0
+        count = grammar.size(flags["l"][-1]) if "l" in flags else length - start
+        if start > length or start + count > length:
+            raise OptionError(f"the part from {start}, {count} bytes long, is not inside the {length} bytes read")
+        transfer.expected = (start, count, grammar.pattern_byte(flags["P"][-1]))
+    return transfer.run(session)
+
+
+def readv(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    return _reading(session, "readv", flags, *_ranges(operands)).run(session)
+
+
+def aio_read(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    transfer = _reading(session, "readv", flags, *_ranges(operands))
+    return _submit(session, transfer, "read")
+
+
+def write(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    offset, length = _range(operands)
+    if sum(letter in flags for letter in "zPs") > 1:
+        raise OptionError("-z, -P and -s say three different things to write", hint="give one of them")
+    if "n" in flags and "z" not in flags:
+        raise OptionError("-n is about zeroing", hint="add -z")
+    for letter, others in (("b", "cz"), ("c", "z"), ("f", "bc")):
+        if letter in flags and any(other in flags for other in others):
+            raise OptionError(f"-{letter} does not go with " + " or ".join(f"-{other}" for other in others))
+    return _writing(session, "write", flags, offset, length).run(session)
+
+
+def writev(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    return _writing(session, "writev", flags, *_ranges(operands)).run(session)
+
+
+def aio_write(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    if "z" in flags and len(operands) > 2:
+        raise OptionError("-z takes one length")
+    offset, length = _range(operands) if "z" in flags else _ranges(operands)
+    return _submit(session, _writing(session, "aio_write", flags, offset, length), "write")
+
+
+def discard(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    return _discarding(session, "discard", "discard", flags, operands).run(session)
+
+
+def aio_discard(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    # Two spaces: scripts compare this line as it has always been.
+    return _submit(session, _discarding(session, "aio_discard", "discarded ", flags, operands), "discard")
+
+
+def aio_flush(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
+    session.drain()
+    return True
+
+
+def _submit(session: Session, transfer: Transfer, what: str) -> bool:
+    if "i" in transfer.flags:
+        session.output.say(f"injecting invalid {what} request")
+        return True
+
+    def work() -> None:
+        transfer.run(session)
+        session.output.flush()
+
+    session.submit(work)
+    return True
+
+
+def _range(operands: Sequence[str]) -> tuple[int, int]:
+    return grammar.size(operands[0]), grammar.size(operands[1])
+
+
+def _ranges(operands: Sequence[str]) -> tuple[int, int]:
+    """Offset, and the sum of all lengths: the buffers of a vector lie one behind the other."""
+    return grammar.size(operands[0]), grammar.bounded(sum(map(grammar.size, operands[1:])))
+
+
+def _reading(session: Session, name: str, flags: Flags, offset: int, length: int) -> Transfer:
+    image = session.image
+    byte = grammar.pattern_byte(flags["P"][-1]) if "P" in flags else None
+    data = bytearray(length)
+
+    def action() -> None:
+        if "b" in flags:
+            raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+        image.read_into(offset, data)
+
+    expected = None if byte is None else (0, length, byte)
+    return Transfer("read", name, offset, length, flags, action, data, expected)
+
+
+def _writing(session: Session, name: str, flags: Flags, offset: int, length: int) -> Transfer:
+    image = session.image
+    if "u" in flags and "z" not in flags:
+        raise OptionError("-u is about zeroing", hint="add -z")
+    require_writable(image.node, "write")
+    fua = "f" in flags or session.opened_as.caching.stable
+    byte = grammar.pattern_byte(flags["P"][-1]) if "P" in flags else patterns.DEFAULT
+
+    if "z" in flags:
+        unmap = "u" in flags and session.opened_as.discards
+
+        def zero() -> None:
+            image.zero(offset, length, unmap=unmap, fast="n" in flags, fua=fua)
+
+        return Transfer("wrote", name, offset, length, flags, zero)
+
+    grammar.bounded(length)
+    data = patterns.from_file(flags["s"][-1], length) if "s" in flags else patterns.repeated(byte, length)
+
+    def action() -> None:
+        if "b" in flags:
+            raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+        if "c" in flags:
+            raise UnsupportedFeature(
+                "compressed clusters are not written yet", path=image.filename, hint="leave out -c"
+            )
+        image.write(offset, data, fua=fua)
+
+    return Transfer("wrote", name, offset, length, flags, action)
+
+
+def _discarding(session: Session, name: str, verb: str, flags: Flags, operands: Sequence[str]) -> Transfer:
+    image = session.image
+    offset, length = _range(operands)
+    require_writable(image.node, "discard")
+
+    def action() -> None:
+        if session.opened_as.discards:
+            image.discard(offset, length)
+        elif offset + length > image.size:
+            raise OutOfRange("it is not inside the disk", path=image.filename, offset=offset, length=length)
+
+    return Transfer(verb, name, offset, length, flags, action)

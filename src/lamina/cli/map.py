@@ -1,0 +1,134 @@
+"""`lamina map`: what each byte of an image is, and where it lies.
+
+A million rows are common, so rows are formatted in blocks: the columns of a few thousand rows go through one `%` each.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from ..errors import OptionError, printable
+from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
+from ..jobs.windows import windows
+from ..limits import align_down, align_up
+from .arguments import Parser, open_image
+
+if TYPE_CHECKING:
+    from ..image import Image
+
+_EXAMPLES = """
+  lamina map disk.qcow2
+  lamina map --output=json disk.qcow2
+  lamina map --output=json -s 1G -l 1M disk.qcow2        one MiB from 1 GiB on
+  lamina map --exact --image-opts driver=blkdebug,align=4k,image.driver=qcow2,image.file.filename=disk.qcow2
+
+Boundaries are rounded to the request alignment of the node: a block is data if any part of it is, and zero if all of it
+is. --exact shows them as they are.
+"""
+
+#: Rows formatted at a time.
+_ROWS = 4096
+_FLAG_BITS = 4
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("map", "Show what each byte of an image is, and where it lies.", _EXAMPLES)
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
+    parser.add_output()
+    parser.add_argument("--exact", action="store_true", help="exact boundaries, not rounded to the node's alignment")
+    parser.add_size("-s", "--start-offset", metavar="OFFSET", default=0, help="where to begin, in bytes (default: 0)")
+    parser.add_size("-l", "--max-length", metavar="LENGTH", help="how many bytes to look at (default: to the end)")
+    parser.add_access()
+    parser.add_argument("filename", metavar="FILE", help="the image")
+    args = parser.parse(argv)
+    with open_image(args.filename, args, args.format) as image:
+        sys.stdout.flush()
+        write = _write_json if args.output == "json" else _write_table
+        write(_joined(_pieces(image, args)), sys.stdout.buffer)
+    return 0
+
+
+def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
+    """The extents that are asked for, in windows. Rounded, they are those of all blocks that the range touches."""
+    begin, size = args.start_offset, image.size
+    if begin > size:
+        raise OptionError(f"the image ends at {size}, before the start {begin}", path=image.filename)
+    end = size if args.max_length is None else min(begin + args.max_length, size)
+    if args.exact:
+        yield from windows(image, begin, end)
+        return
+    block = image.alignment
+    if begin < end:
+        begin, end = align_down(begin, block), min(align_up(end, block), size)
+    for piece in windows(image, begin, end, grid=block):
+        yield piece.align(block)
+
+
+def _joined(pieces: Iterator[Extents]) -> Iterator[Extents]:
+    """The pieces with equal neighbours joined, across pieces too."""
+    held: Extents | None = None
+    for piece in pieces:
+        whole = (piece if held is None else Extents.concat([held, piece])).coalesce()
+        if len(whole):
+            last = int(whole.start[-1])
+            if last > whole.begin:
+                yield whole.clip(whole.begin, last)
+            held = whole.clip(last, whole.end)
+    if held is not None:
+        yield held
+
+
+class _Templates(dict[int, str]):
+    """The text of a row by what is the same in many: flags, whether there is an offset, and depth, in one number."""
+
+    def __missing__(self, code: int) -> str:
+        flags, stored, depth = code & 15, code >> _FLAG_BITS & 1, code >> (_FLAG_BITS + 1)
+
+        def word(bit: int) -> str:
+            return "true" if flags & bit else "false"
+
+        text = (
+            f',\n{{ "start": %d, "length": %d, "depth": {depth}, "present": {word(PRESENT)}, "zero": {word(ZERO)}, '
+            f'"data": {word(DATA)}, "compressed": {word(COMPRESSED)}'
+        )
+        # Every row takes three numbers; %.0s takes one and prints nothing.
+        self[code] = text + (', "offset": %d}' if stored else "%.0s}")
+        return self[code]
+
+
+def _write_json(pieces: Iterator[Extents], out: BinaryIO) -> None:
+    templates = _Templates()
+    before = b"["
+    for piece in pieces:
+        codes = piece.depth.astype(np.int64) << (_FLAG_BITS + 1) | (piece.offset >= 0) << _FLAG_BITS | piece.flags
+        numbers = np.column_stack((piece.start, piece.length, piece.offset))
+        for at in range(0, len(codes), _ROWS):
+            template = "".join(map(templates.__getitem__, codes[at : at + _ROWS].tolist()))
+            text = (template % tuple(numbers[at : at + _ROWS].ravel().tolist())).encode("ascii")
+            if before:
+                text = before + text.removeprefix(b",\n")
+                before = b""
+            out.write(text)
+    out.write(before + b"]\n")
+
+
+def _write_table(pieces: Iterator[Extents], out: BinaryIO) -> None:
+    out.write(b"%-16s%-16s%-16s%s\n" % (b"Offset", b"Length", b"Mapped to", b"File"))
+    for piece in pieces:
+        for extent in piece.where(data=True, zero=False):
+            if extent.file is None or extent.offset is None:
+                where, file = "compressed" if extent.compressed else "-", ""
+            else:
+                where, file = _hex(extent.offset), printable(extent.file.filename)
+            out.write(
+                f"{_hex(extent.start):<15} {_hex(extent.length):<15} {where:<15} {file}".rstrip().encode() + b"\n"
+            )
+
+
+def _hex(number: int) -> str:
+    return hex(number) if number else "0"

@@ -1,0 +1,374 @@
+"""Copy a disk into another image: only what is stored is read, only what is not zero is written.
+
+The plan comes from the exact extents of the source. A thread of its own reads and looks for zeros; the caller's thread
+writes: reading, writing and comparing release the GIL, so both work at once. Buffers go round in a circle of fixed
+size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..api import open as open_image
+from ..creation import Aside, create_driver, write_image
+from ..errors import OptionError
+from ..graph import Opener
+from ..limits import KIB, MIB, align_down
+from ..node import FilterNode, FormatNode, Node, StorageNode
+from ..policy import Policy
+from ..request import Child
+from .progress import Monitor
+from .windows import stretches, windows
+
+if TYPE_CHECKING:
+    from ..image import Image
+
+_BUFFER = 1 * MIB
+_BUFFERS = 8
+_ZEROS = bytes(_BUFFER)
+#: Ranges to be made zero that one batch holds at most.
+_MANY = 4096
+#: Zeros are looked for in blocks of this many bytes, or less where shorter runs of them are to become holes.
+_GRANULE = 4 * KIB
+#: Beside a backing file that is compared by content, what is written is a multiple of this.
+_UNIT = 64 * KIB
+
+# What there is to do with a stretch of the source.
+_STORED, _ZERO = 0, 1
+
+
+class Result(NamedTuple):
+    """What a conversion did, in bytes: `read` from the source, `written` to the target, `zeroed` there without
+    writing."""
+
+    read: int
+    written: int
+    zeroed: int
+
+
+class Below(NamedTuple):
+    """What lies below the target already. `image`: its content, to compare with; or, where the source itself is built
+    on that very file, `depth`: the number of layers of the source that lie above it."""
+
+    image: Image | None = None
+    depth: int | None = None
+
+
+class _Batch:
+    """A full buffer on its way from reader to writer, and what else to do. `end`: the source is dealt with up to
+    there."""
+
+    __slots__ = ("buffer", "end", "error", "last", "writes", "zeros")
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self.writes: list[tuple[int, memoryview]] = []
+        self.zeros: list[tuple[int, int]] = []
+        self.end = 0
+        self.last = False
+        self.error: BaseException | None = None
+
+
+def convert(
+    source: Image,
+    target: Image,
+    *,
+    blank: bool = False,
+    smallest_hole: int = 4096,
+    below: Below | None = None,
+    monitor: Monitor | None = None,
+) -> Result:
+    """Make the first `source.size` bytes of `target` read as `source` does.
+
+    `blank`: the target is known to read as zero, so nothing is done where the source is zero. Runs of zeros of at least
+    `smallest_hole` bytes are not written as data; with 0 nothing is looked at, and all of the target becomes data.
+    `below`: the target has this backing file and owns nothing yet; what it reads there anyway is left to it. Raises
+    OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no use.
+    """
+    if target.size < source.size:
+        raise OptionError(
+            f"the target has {target.size} bytes and the source {source.size}",
+            path=target.filename,
+            hint="make a target that is large enough",
+        )
+    return _Copy(source, target, blank, smallest_hole, below, monitor or Monitor()).run()
+
+
+def convert_to_file(
+    source: Image,
+    path: str,
+    format: str,
+    options: Mapping[str, Any],
+    *,
+    smallest_hole: int = 4096,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    references: Policy | None = None,
+    monitor: Monitor | None = None,
+) -> Result:
+    """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
+    goes wrong, nothing is left of it. `options` are those of `create`; a `size` among them may make the disk longer.
+
+    With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
+    itself built on that file, that is what the layers above it own; else both are read and compared.
+    """
+    kind: Any = create_driver(format)
+    given = {"size": source.size, **options}
+    if backing is not None:
+        if backing_format is None:
+            raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
+        given |= {"backing_file": backing, "backing_fmt": backing_format}
+    values = kind.create_schema.parse(given)
+    prepare = getattr(kind, "prepare_create", None)
+    if prepare is not None:
+        prepare(values, path)
+    with Aside(path) as aside:
+        write_image(kind, aside.path, values)
+        if backing is None:
+            with _open_made(aside.path, format, {}, references) as target:
+                # A device keeps what was on it; a format above it knows what it has written and what it has not.
+                blank = not aside.in_place or isinstance(target.node, FormatNode)
+                return convert(source, target, blank=blank, smallest_hole=smallest_hole, monitor=monitor)
+        # Names inside the target are relative to its directory; what the user named is opened as such.
+        name = os.path.join(os.path.dirname(path), backing)
+        base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
+        with (
+            _open_made(aside.path, format, {"backing": base}, references) as target,
+            open_image(base, references=references) as image,
+        ):
+            depth = layers_above(source.node, name)
+            below = Below(image) if depth is None else Below(depth=depth)
+            return convert(source, target, smallest_hole=smallest_hole, below=below, monitor=monitor)
+
+
+class _Unsynced(FilterNode):
+    """Lies over the file of an image that is being made: until it is whole nobody sees it, so that making parts of it
+    durable, one before the other, protects nothing. The file as a whole is left to the system, as any copied file is."""
+
+    driver = "unsynced"
+
+    def flush(self) -> None:
+        pass
+
+
+def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None) -> Image:
+    """The image that is being made in the file at `path`, for writing."""
+    opener = Opener(read_only=False, policy=Policy.none())
+    storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
+    file = Child(_Unsynced(storage), "file", grows=True)
+    try:
+        return open_image({"driver": format, "file": file, **options}, read_only=False, references=references)
+    except BaseException:
+        file.close()
+        raise
+
+
+def layers_above(top: Node, path: str) -> int | None:
+    """How many layers of this graph lie above the one that is stored in the file at `path`; None if none is."""
+    status = os.stat(path)
+    depth = 0
+    node: Node | None = top
+    while node is not None:
+        if "image" in node.children:  # a filter is no layer
+            node = node.children["image"].node
+            continue
+        storage: Node = node
+        while "file" in storage.children:
+            storage = storage.children["file"].node
+        if isinstance(storage, StorageNode) and storage.identity == (status.st_dev, status.st_ino):
+            return depth
+        node = node.children["backing"].node if "backing" in node.children else None
+        depth += 1
+    return None
+
+
+class _Copy:
+    def __init__(
+        self, source: Image, target: Image, blank: bool, smallest_hole: int, below: Below | None, watch: Monitor
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._blank = blank
+        self._hole = smallest_hole
+        self._granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
+        self._below = below
+        self._watch = watch
+        self._free: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._full: SimpleQueue[_Batch] = SimpleQueue()
+        self._read = 0
+        self._stopped = False
+        self._compared = bytearray(_UNIT)
+
+    def run(self) -> Result:
+        for _ in range(_BUFFERS):
+            self._free.put(memoryview(bytearray(_BUFFER)))
+        reader = threading.Thread(target=self._read_all, name="lamina-convert", daemon=True)
+        reader.start()
+        written = zeroed = 0
+        total = self._source.size
+        try:
+            while True:
+                batch = self._full.get()
+                if batch.error is not None:
+                    raise batch.error
+                for offset, view in batch.writes:
+                    self._target.write(offset, view)
+                    written += len(view)
+                for offset, length in batch.zeros:
+                    self._target.zero(offset, length, unmap=True)
+                    zeroed += length
+                if batch.last:
+                    break
+                self._watch.update(batch.end, total)
+                self._free.put(batch.buffer)
+        finally:
+            self._stopped = True
+            self._free.put(None)
+            reader.join()
+        self._watch.update(total, total)
+        return Result(self._read, written, zeroed)
+
+    # -- in the reader's thread
+
+    def _read_all(self) -> None:
+        batch: _Batch | None = None
+        try:
+            batch = self._next()
+            used = 0
+            for kind, start, length in self._plan():
+                if batch is None:
+                    return
+                if kind == _ZERO:
+                    batch.zeros.append((start, length))
+                    batch.end = start + length
+                    if len(batch.zeros) == _MANY:
+                        self._full.put(batch)
+                        batch, used = self._next(), 0
+                    continue
+                at = start
+                while at < start + length:
+                    # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
+                    count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
+                    if used + count > _BUFFER:
+                        self._full.put(batch)
+                        batch, used = self._next(), 0
+                        if batch is None:
+                            return
+                    self._fill(batch, at, batch.buffer[used : used + count])
+                    used += count
+                    at += count
+            if batch is not None:
+                batch.last = True
+                self._full.put(batch)
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that waits for this one
+            failed = batch or _Batch(memoryview(b""))
+            failed.error = error
+            self._full.put(failed)
+
+    def _next(self) -> _Batch | None:
+        buffer = self._free.get()
+        return None if buffer is None or self._stopped else _Batch(buffer)
+
+    def _fill(self, batch: _Batch, at: int, view: memoryview) -> None:
+        self._source.read_into(at, view)
+        self._read += len(view)
+        batch.end = at + len(view)
+        if self._below is not None and self._below.image is not None:
+            for lo, hi in self._differing(self._below.image, at, view):
+                self._sort(batch, at + lo, view[lo:hi])
+        else:
+            self._sort(batch, at, view)
+
+    def _sort(self, batch: _Batch, at: int, view: memoryview) -> None:
+        """What of these bytes is written, and what is zero."""
+        runs = stored_runs(view, at, self._granule, self._hole)
+        batch.writes += [(at + lo, view[lo:hi]) for lo, hi in runs]
+        if not self._blank:
+            batch.zeros += [(at + lo, hi - lo) for lo, hi in _between(runs, len(view))]
+
+    def _plan(self) -> Iterator[tuple[int, int, int]]:
+        """(kind, start, length) of what must be done, in order: stored bytes are read, others made zero."""
+        for found in windows(self._source, 0, self._source.size):
+            if not self._hole:
+                yield _STORED, found.begin, found.end - found.begin
+                continue
+            parts = [found.where(zero=False)]
+            if not self._blank:
+                # What reads as zero there already need not be made so.
+                there = self._target.extents(found.begin, found.end - found.begin)
+                parts.append(found.where(zero=True).intersect(there.where(zero=False)))
+            start, length, depth = (
+                np.concatenate([getattr(part, column) for part in parts]) for column in ("start", "length", "depth")
+            )
+            # Whether a backing file that stores bytes has zeros there is found by looking, as for all its bytes.
+            other = _STORED if self._below is not None and self._below.image is not None else _ZERO
+            kind = np.repeat((_STORED, other)[: len(parts)], [len(part) for part in parts])
+            if self._below is not None and self._below.depth is not None:
+                above = depth < self._below.depth
+                kind, start, length = kind[above], start[above], length[above]
+            yield from stretches(kind, start, length)
+
+    def _differing(self, base: Image, at: int, view: memoryview) -> Iterator[tuple[int, int]]:
+        """The parts of `view`, in units, in which it is not what the backing file has at the same place."""
+        size = base.size
+        for lo in range(0, len(view), _UNIT):
+            hi = min(lo + _UNIT, len(view))
+            inside = min(max(size - at - lo, 0), hi - lo)
+            other = memoryview(self._compared)[:inside]
+            if inside:
+                base.read_into(at + lo, other)
+            if not self._compared.startswith(view[lo : lo + inside]) or not _ZEROS.startswith(view[lo + inside : hi]):
+                yield lo, hi
+
+
+def stored_runs(view: memoryview, at: int, granule: int, smallest_hole: int) -> list[tuple[int, int]]:
+    """The parts (start, end) of `view` that are not zero, in order. Zeros count in whole blocks of `granule` bytes (a
+    power of two, at least 8) on the grid of the disk, where `view` begins at `at`, and in runs of at least
+    `smallest_hole`."""
+    length = len(view)
+    if not granule:
+        return [(0, length)]
+    head = min(-at % granule, length)
+    whole = (length - head) // granule
+    tail = head + whole * granule
+    bounds: list[tuple[int, int]] = []
+    if head and _ZEROS.startswith(view[:head]):
+        bounds.append((0, head))
+    if whole:
+        words = np.frombuffer(view[head:tail], np.uint64).reshape(whole, granule // 8)
+        # Three words rule out almost every block that holds something; only the others are looked at in full.
+        suspects = np.flatnonzero((words[:, 0] | words[:, granule // 16] | words[:, -1]) == 0)
+        for number in suspects.tolist():
+            lo = head + number * granule
+            if _ZEROS.startswith(view[lo : lo + granule]):
+                if bounds and bounds[-1][1] == lo:
+                    bounds[-1] = (bounds[-1][0], lo + granule)
+                else:
+                    bounds.append((lo, lo + granule))
+    if tail < length and _ZEROS.startswith(view[tail:]):
+        if bounds and bounds[-1][1] == tail:
+            bounds[-1] = (bounds[-1][0], length)
+        else:
+            bounds.append((tail, length))
+    # A run that reaches the end of the view may go on beyond it: it counts as long enough.
+    holes = [(lo, hi) for lo, hi in bounds if hi - lo >= smallest_hole or lo == 0 or hi == length]
+    return _between(holes, length)
+
+
+def _between(parts: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """What `parts`, in order, leave of `length` bytes."""
+    rest = []
+    at = 0
+    for lo, hi in parts:
+        if at < lo:
+            rest.append((at, lo))
+        at = hi
+    if at < length:
+        rest.append((at, length))
+    return rest

@@ -1,0 +1,44 @@
+"""How a job tells how far it is, and how it is told to stop. Used by every job; shown by `cli.terminal`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+from ..errors import Cancelled
+
+#: What a job calls now and then with (bytes done, bytes in all). It runs in the thread of the job, and may raise to
+#: stop it.
+Progress = Callable[[int, int], None]
+
+#: Seconds between two reports, so that telling costs nothing beside doing.
+INTERVAL = 0.1
+
+
+class Monitor:
+    """The link between a job and whoever watches it. The job calls `update`; any thread may call `cancel`."""
+
+    def __init__(self, report: Progress | None = None) -> None:
+        self._report = report
+        self._stopped = threading.Event()
+        self._next = 0.0
+
+    def cancel(self) -> None:
+        """The job stops at its next step, removes what it made, and raises Cancelled."""
+        self._stopped.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._stopped.is_set()
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are dealt with. Raises Cancelled if the job was told to stop."""
+        if self._stopped.is_set():
+            raise Cancelled("the job was stopped")
+        if self._report is None:
+            return
+        now = monotonic()
+        if now >= self._next or done >= total:
+            self._next = now + INTERVAL
+            self._report(done, total)

@@ -1,0 +1,223 @@
+"""The suite for formats: everything of `disk`, over storage in memory, and that one mapping answers every question."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping as Options
+from typing import Any, ClassVar
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .. import registry
+from ..errors import BlockIOError, NotSupported
+from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
+from ..graph import Opener
+from ..image import Image
+from ..limits import Limits
+from ..node import BELOW, FormatNode, Node
+from ..node import DATA as STORED
+from ..node import ZERO as ZEROED
+from ..report import ERROR
+from ..request import Child
+from ..storage.memory import MemoryStorage
+from .disk import LAW, DiskConformance, operations, pattern, spans
+from .model import check_disk
+
+
+class KeptMemory(MemoryStorage):
+    """Storage in memory that outlives the nodes over it. `budget`: how many writes still succeed; None: all."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__(size)
+        self.budget: int | None = None
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        if self.budget is not None:
+            self.budget -= 1
+            if self.budget < 0:
+                raise BlockIOError("no space is left, says the test", errno=28, node=self.name)
+        super().write(offset, view, flags)
+
+    def close(self) -> None:
+        self.read_only = False
+
+
+class DemandingMemory(KeptMemory):
+    """The same, with limits that no request of a format happens to keep to, and without quick zeroes."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(request_alignment=4096, max_transfer=8192, zero_alignment=4096, discard_alignment=4096)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        raise NotSupported("cannot", node=self.name)
+
+
+class FormatConformance(DiskConformance):
+    """Subclass it, and say which driver and which geometry. For what is not made from options, override `make`."""
+
+    #: The driver's name in the registry.
+    driver: ClassVar[str]
+    #: The size that the image is made with, in bytes.
+    size = 300_001
+    #: What `create` and `open` of the driver are given.
+    create_options: ClassVar[Options[str, Any]] = {}
+    open_options: ClassVar[Options[str, Any]] = {}
+    #: The size of the layer below in bytes, None: there is none. Half of it is random bytes.
+    backing: int | None = None
+
+    def make(self, storage: Child) -> None:
+        """Lay a new image out in `storage`, which is empty."""
+        kind: Any = registry.lookup(self.driver, "format")
+        kind.create(storage, self.size, kind.create_schema.parse({**self.create_options, "size": self.size}))
+
+    def over(self, storage: KeptMemory, below: KeptMemory | None, *, read_only: bool = False) -> Node:
+        """The image in `storage`, opened. `storage` and `below` outlive it."""
+        kind = registry.lookup(self.driver, "format")
+        storage.read_only = read_only
+        options: dict[str, Any] = {**self.open_options, "file": Child(storage, "file", grows=True)}
+        if below is not None:
+            options["backing"] = Child(below, "backing")
+        node: Node = kind.open(kind.schema.parse(options), Opener(read_only=read_only))
+        return node
+
+    def below(self) -> KeptMemory | None:
+        if self.backing is None:
+            return None
+        below = KeptMemory(self.backing)
+        rng = random.Random(self.backing)
+        for at in range(0, self.backing, 1 << 16):
+            length = min(rng.randrange(1, 1 << 16), self.backing - at)
+            below.write(at, memoryview(rng.randbytes(length)))
+        below.read_only = True
+        return below
+
+    def opened(self, kind: type[KeptMemory] = KeptMemory) -> Node:
+        storage = kind()
+        self.make(Child(storage, "file", grows=True))
+        return self.over(storage, self.below())
+
+    def reopened(self, node: Node, *, read_only: bool = False) -> Node:
+        storage = node.children["file"].node
+        backing = node.children.get("backing")
+        node.close()
+        assert isinstance(storage, KeptMemory)
+        below = backing.node if backing else None
+        assert below is None or isinstance(below, KeptMemory)
+        return self.over(storage, below, read_only=read_only)
+
+    def check(self, node: Node) -> None:
+        """Nothing in the structures of the image is wrong, as its driver's own check sees it."""
+        if isinstance(node, FormatNode) and type(node).check is not FormatNode.check:
+            wrong = [finding for finding in node.check().findings if finding.kind == ERROR]
+            assert not wrong, wrong
+
+    @LAW
+    @given(st.data())
+    def test_map_and_map_columns_are_one_answer(self, data: st.DataObject) -> None:
+        image = Image(self.opened())
+        try:
+            if not isinstance(image.node, FormatNode):
+                return
+            disk = self.model(image)
+            for operation in data.draw(operations(image.size, self.unit)):
+                image = self.apply(image, disk, operation)
+            for _ in range(6):
+                offset, length = data.draw(spans(image.size, self.unit).filter(lambda span: span[1] > 0))
+                assert isinstance(image.node, FormatNode)
+                assert walk(image.node, offset, length) == image.node.map_columns(offset, length)
+        finally:
+            image.close()
+
+    @LAW
+    @given(st.data())
+    def test_demanding_storage_changes_nothing(self, data: st.DataObject) -> None:
+        images = [Image(self.opened()), Image(self.opened(DemandingMemory))]
+        try:
+            disk = self.model(images[0])
+            for operation in data.draw(operations(images[0].size, self.unit).filter(lambda ops: len(ops) < 6)):
+                if operation[0] in ("fast", "discard"):  # whether they change anything is the storage's choice
+                    continue
+                images = [self.apply(image, disk, operation) for image in images]
+            for image in images:
+                check_disk(image, disk)
+                image.flush()
+                self.check(image.node)
+        finally:
+            for image in images:
+                image.close()
+
+    @LAW
+    @given(st.data())
+    def test_the_layer_below_is_never_written(self, data: st.DataObject) -> None:
+        image = Image(self.opened())
+        try:
+            backing = image.node.children.get("backing")
+            if backing is None:
+                return
+            whole = bytearray(backing.size)
+            backing.read_into(0, memoryview(whole))
+            content = image.read(0, image.size)
+            length = min(len(whole), image.size)
+            assert content[:length] == whole[:length]
+            assert content[length:].count(0) == image.size - length
+            disk = self.model(image)
+            for operation in data.draw(operations(image.size, self.unit)):
+                image = self.apply(image, disk, operation)
+            if self.resizes:
+                image.truncate(image.size // 2)
+                image.truncate(len(disk))
+                disk.truncate(len(disk) // 2)
+                disk.truncate(image.size)
+            check_disk(image, disk)
+            again = bytearray(len(whole))
+            backing.read_into(0, memoryview(again))
+            assert again == whole
+        finally:
+            image.close()
+
+    @LAW
+    @given(st.data())
+    def test_a_write_that_fails_harms_no_neighbour(self, data: st.DataObject) -> None:
+        image = Image(self.opened())
+        storage = image.node.children["file"].node
+        assert isinstance(storage, KeptMemory)
+        try:
+            disk = self.model(image)
+            image = self.apply(image, disk, ("write", 1, self.unit, 5))
+            for value in range(6, 9):
+                offset, length = data.draw(spans(image.size, self.unit))
+                storage.budget = data.draw(st.integers(0, 3))
+                try:
+                    image.write(offset, pattern(length, value))
+                except BlockIOError:
+                    # The bytes of the request are undefined; what they are now they stay.
+                    disk.write(offset, image.read(offset, length))
+                else:
+                    disk.write(offset, pattern(length, value))
+                finally:
+                    storage.budget = None
+                check_disk(image, disk)
+            image = Image(self.reopened(image.node))
+            check_disk(image, disk)
+            self.check(image.node)
+        finally:
+            storage.budget = None
+            image.close()
+
+
+def walk(node: FormatNode, offset: int, length: int) -> Extents:
+    """The answer of `map` for a whole stretch, step by step, in the columns of `map_columns`."""
+    start, lengths, flags, host = [], [], [], []
+    at, end = offset, offset + length
+    while at < end:
+        kind, run, place = node.map(at, end - at)
+        assert 0 < run <= end - at
+        start.append(at)
+        lengths.append(run)
+        flags.append({BELOW: 0, ZEROED: ZERO | PRESENT, STORED: DATA | PRESENT}.get(kind, DATA | PRESENT | COMPRESSED))
+        host.append(place if kind in (ZEROED, STORED) else -1)
+        at += run
+    return node.columns(np.array(start), np.array(lengths), np.array(flags, np.uint8), np.array(host)).coalesce()

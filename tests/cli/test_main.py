@@ -1,0 +1,130 @@
+"""The command line as a whole: which command runs, how errors look, how it ends when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lamina.cli.main import COMMANDS, main
+from lamina.version import __version__
+
+LAMINA = [sys.executable, "-m", "lamina"]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for name, (_, summary) in COMMANDS.items():
+        assert f"{name} " in told
+        assert summary in told
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "io"])
+def test_each_command_has_help_with_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"usage: lamina {command}" in told
+    assert f"  lamina {command} " in told.partition("examples:")[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lamina {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ([], 1, "no command"),
+        (["converrt"], 1, "did you mean convert?"),
+        (["info"], 1, "FILE"),
+        (["info", "missing.img"], 1, "missing.img: "),
+        (["compare", "missing.img", "missing.img"], 2, "missing.img: "),
+        (["compare", "missing.img"], 2, "FILE2"),
+        (["check", "missing.img"], 1, "missing.img: "),
+        (["map", "-s", "12q", "x"], 1, "12q"),
+        (["info", "--references", "everything", "x"], 1, "everything"),
+        (["create", "-f", "qcow3", "x", "1M"], 1, "did you mean qcow2"),
+        (["create", "-f", "vmdk", "x", "1M"], 1, "vmdk"),
+        (["info", "--object", "secret,id=x", "x"], 1, "--object: objects are not there yet"),
+        (["check", "-r", "all", "x"], 1, "-r: repairing is not there yet"),
+        (["convert", "-c", "x", "y"], 1, "-c: writing compressed images is not there yet"),
+        (["info", "--image-opts", "-f", "raw", "driver=raw"], 1, "exclude each other"),
+    ],
+)
+def test_an_error_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == status
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("lamina: ")
+    assert told.err.count("\n") == 1
+    assert words in told.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "\x1b]0;mine\x07"]) == 1
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert r"\x1b]0;mine\x07" in told
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        for at in range(0, 64 << 20, 8192):
+            file.seek(at)
+            file.write(b"x")
+    process = subprocess.Popen(
+        [*LAMINA, "map", "--exact", "--output=json", "-f", "raw", str(disk)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(30) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, word: signal.Signals) -> None:
+    """The source is a FIFO's worth of patience: a sparse file of data so large that copying it takes long."""
+    source = tmp_path / "source.raw"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)
+    # With -S 0 all of it is written: nobody waits for that.
+    process = subprocess.Popen(
+        [*LAMINA, "convert", "-S", "0", "-f", "raw", "-O", "qcow2", str(source), str(tmp_path / "target.qcow2")],
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        deadline = time.monotonic() + 30
+        while not any(name.startswith(".lamina-") for name in os.listdir(tmp_path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(word)
+        assert process.wait(30) == 128 + word
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    assert os.listdir(tmp_path) == ["source.raw"]

@@ -1,0 +1,109 @@
+"""The formats, in many geometries, against `FormatConformance`."""
+
+from __future__ import annotations
+
+from lamina.testing import FormatConformance
+
+
+class TestRaw(FormatConformance):
+    driver = "raw"
+
+
+class TestRawTail(FormatConformance):
+    driver = "raw"
+    open_options = {"offset": 77}
+
+
+class TestRawWindow(FormatConformance):
+    driver = "raw"
+    open_options = {"offset": 65_536, "size": 200_000}
+    resizes = False
+
+
+class Qcow2(FormatConformance):
+    driver = "qcow2"
+    unit = 512
+    create_options = {"cluster_size": 512}
+    size = 70_000
+
+
+class TestQcow2Clusters512(Qcow2):
+    pass
+
+
+class TestQcow2Clusters512Version2(Qcow2):
+    create_options = {"cluster_size": 512, "compat": "0.10"}
+
+
+class TestQcow2Clusters512Bits1(Qcow2):
+    create_options = {"cluster_size": 512, "refcount_bits": 1}
+
+
+class TestQcow2Clusters512Bits64(Qcow2):
+    create_options = {"cluster_size": 512, "refcount_bits": 64}
+
+
+class TestQcow2Bytes1000(Qcow2):
+    size = 1000
+    unit = 300
+    create_options = {"cluster_size": 65_536}
+
+
+class TestQcow2Bytes1000OverLonger(Qcow2):
+    size = 1000
+    unit = 300
+    create_options = {"cluster_size": 4096}
+    backing = 100_000
+
+
+class TestQcow2BackingShorter(Qcow2):
+    backing = 30_001
+
+
+class TestQcow2BackingEqual(Qcow2):
+    create_options = {"cluster_size": 4096}
+    unit = 4096
+    backing = 70_000
+
+
+class TestQcow2BackingLonger(Qcow2):
+    create_options = {"cluster_size": 4096, "refcount_bits": 1}
+    unit = 4096
+    backing = 100_000
+
+
+class TestQcow2BackingShorterVersion2(Qcow2):
+    create_options = {"cluster_size": 4096, "compat": "0.10"}
+    unit = 4096
+    backing = 30_001
+
+
+class TestQcow2BackingLongerVersion2(Qcow2):
+    create_options = {"cluster_size": 512, "compat": "0.10"}
+    backing = 100_000
+
+
+class TestQcow2BackingEqualVersion2Whole(Qcow2):
+    create_options = {"cluster_size": 4096, "compat": "0.10"}
+    unit = 4096
+    size = backing = 65_536
+
+
+class TestQcow2Clusters65536(Qcow2):
+    create_options = {"cluster_size": 65_536}
+    unit = 65_536
+    size = 5 * 65_536 + 512
+    backing = 200_000
+
+
+class TestQcow2Clusters2M(Qcow2):
+    create_options = {"cluster_size": 2 << 20}
+    unit = 2 << 20
+    size = (2 << 20) + 70_001
+
+
+class TestQcow2Clusters2MVersion2OverBacking(Qcow2):
+    create_options = {"cluster_size": 2 << 20, "compat": "0.10"}
+    unit = 2 << 20
+    size = (2 << 20) + 70_001
+    backing = (2 << 20) + 10_000
