@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+#: What the commands see: Python may keep compiled modules, as it does where nobody forbids it.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 class Failed(Exception):
     """A command failed, or its result was wrong. The text is one line."""
 
@@ -53,7 +57,7 @@ def run_once(command: Sequence[str], stdout: Path) -> Figures:
     with stdout.open("wb") as out, tempfile.TemporaryFile() as complaint:
         began = time.perf_counter()
         try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=complaint)
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=complaint, env=ENVIRONMENT)
         except OSError as error:
             raise Failed(str(error)) from error
         _, status, usage = os.wait4(child.pid, 0)

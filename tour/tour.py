@@ -116,7 +116,9 @@ def tour(here: Tour) -> None:
     here.expect(status.st_size == MIB100)
     if here.qemu_img:
         print("  beside it: qemu-img compare -f raw -F qcow2 copy.raw top.qcow2", flush=True)
-        said = here._output([here.qemu_img, "compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2"], indent="  | ")
+        said = here._output(
+            [here.qemu_img, "compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2"], indent="  | "
+        )
         here.expect(said.strip() == "Images are identical.")
 
     here.say("And both images are whole.")

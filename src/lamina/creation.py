@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from . import registry
 from .errors import BlockIOError, OptionError, UnsupportedFeature
 from .graph import Opener
+from .node import FilterNode
 from .policy import Policy
 from .request import Child
 
@@ -64,10 +65,15 @@ class Aside:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.in_place:
             return
-        if kind is None:
-            os.replace(self.path, self.target)
-        else:
-            os.unlink(self.path)
+        try:
+            if kind is None:
+                os.replace(self.path, self.target)
+            else:
+                os.unlink(self.path)
+        except OSError as problem:
+            raise BlockIOError.from_os(
+                problem, "the new image was made but cannot be put there", path=self.target
+            ) from problem
 
 
 def create_driver(name: str) -> type[Node]:
@@ -97,12 +103,30 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
         write_image(kind, aside.path, values)
 
 
-def write_image(kind: Any, path: str, values: Mapping[str, Any]) -> None:
-    """Lay an image out in the file at `path`, which exists. `values` as parsed by `kind.create_schema`."""
-    node = Opener(read_only=False, policy=Policy.none()).open({"driver": "file", "filename": path})
-    storage = Child(node, "file", grows=True)
+class Unsynced(FilterNode):
+    """Lies over the file of an image that is being made: until it is whole nobody sees it, so that making parts of it
+    durable, one before the other, protects nothing. The file as a whole is made durable, or left to the system."""
+
+    driver = "unsynced"
+
+    def flush(self) -> None:
+        pass
+
+
+def open_aside(path: str) -> Child:
+    """The storage of an image that is being made at `path`, for writing, without syncs."""
+    opener = Opener(read_only=False, policy=Policy.none())
+    storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
+    return Child(Unsynced(storage), "file", grows=True)
+
+
+def write_image(kind: Any, path: str, values: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Lay an image out in the file at `path`, which exists. `values` as parsed by `kind.create_schema`. `durable`: it is
+    on stable storage before this returns."""
+    storage = open_aside(path)
     try:
         kind.create(storage, values["size"], values)
-        storage.flush()
+        if durable:
+            storage.node.children["image"].flush()
     finally:
         storage.close()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from . import detect, registry
-from .errors import FormatError, LaminaError, OptionError, PolicyError
+from .errors import FormatError, LaminaError, LimitExceeded, OptionError, PolicyError
 from .limits import DEFAULT_BUDGET, Budget
 from .node import Node, StorageNode
 from .options import parse_name
@@ -23,6 +23,9 @@ COMMON = ("node-name", "read-only", "force-share")
 
 #: The roles whose child is storage: without a driver they name a file, and are never probed.
 STORAGE_ROLES = ("file", "data-file")
+
+#: No chain is deeper, whatever the policy allows: deeper ones do not fit the stack of Python.
+MAX_CHAIN = 150
 
 Spec = Mapping[str, Any] | str
 
@@ -124,13 +127,16 @@ class Opener:
         # An image may ask for a format only: never for a filter, nor for storage of its own choice.
         registry.lookup(driver, "format")
         trail = self.trail or self.policy.trail().enter(*host.identity, path)
+        if len(trail.visited) > MAX_CHAIN:
+            raise LimitExceeded(f"the backing chain is deeper than {MAX_CHAIN} files", path=path, hint="flatten it")
         found = self.policy.open_reference(name, referrer=path, what=what)
         fd = found.fd
         try:
             status = os.fstat(fd)
             step = trail.enter(status.st_dev, status.st_ino, found.path)
             inner = self._but(read_only=True, trail=step, fd=fd)
-            spec = {**options, "driver": driver, "file": {"driver": "file", "filename": found.path}}
+            shown = os.path.join(os.path.dirname(host.filename), name)  # as a person would name it
+            spec = {**options, "driver": driver, "file": {"driver": "file", "filename": shown}}
             node = inner.open(spec)
         except LaminaError as error:
             error.path = error.path or found.path

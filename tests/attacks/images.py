@@ -108,9 +108,7 @@ def victim(folder: Path, name: str = "hostile.qcow2", *, size: int = MIB, **opti
 def overlay(folder: Path, backing: str, fmt: str | None = "raw", name: str = "overlay.qcow2", size: int = MIB) -> Path:
     """An image that names `backing`, whatever that is; `fmt` None: without saying its format."""
     path = folder / name
-    lamina.create(
-        path, "qcow2", size, backing_file=backing or "x", backing_fmt=fmt or "raw", backing_unchecked=True
-    )
+    lamina.create(path, "qcow2", size, backing_file=backing or "x", backing_fmt=fmt or "raw", backing_unchecked=True)
     if fmt is None:
         found = Victim(path)
         at = found.bytes.index(q.EXT_BACKING_FORMAT.to_bytes(4, "big"), q.HEADER_V3.size)

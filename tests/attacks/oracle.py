@@ -125,10 +125,9 @@ def ask(action: Callable[[], Any]) -> Answer:
     try:
         return Answer(None, "", action())
     except LaminaError as error:
-        text = str(error)
-        assert text.isprintable(), f"a message that drives a terminal: {text!r}"
-        assert error.message
-        return Answer(type(error).__name__, text)
+        answer = Answer(type(error).__name__, str(error))
+    assert answer.text.isprintable(), f"a message that drives a terminal: {answer.text!r}"
+    return answer
 
 
 @contextmanager

@@ -21,7 +21,25 @@ from .oracle import Answer, survives
 SECONDS = float(os.environ.get("LAMINA_FUZZ_SECONDS", "10"))
 
 _HEADER_FIELDS = [field.name for field in q.HEADER_V3.fields if field.is_integer]
-_INTERESTING = (0, 1, 2, 7, 8, 63, 64, 511, 512, 513, 0x7FFF, 0xFFFF, 0x10000, 0x10001, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+_INTERESTING = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    63,
+    64,
+    511,
+    512,
+    513,
+    0x7FFF,
+    0xFFFF,
+    0x10000,
+    0x10001,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+)
 _EXTENSIONS = (0, q.EXT_BACKING_FORMAT, q.EXT_FEATURE_NAMES, q.EXT_BITMAPS, q.EXT_ENCRYPTION, q.EXT_DATA_FILE, 0x1234)
 
 

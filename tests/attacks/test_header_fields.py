@@ -63,7 +63,9 @@ def test_row_30_cve_2014_0144_header_length_past_the_end_of_the_file(tmp_path: P
 
 
 @pytest.mark.parametrize("length", [0x7FFFFFFF, U32, 4096, 0x80000000])
-@pytest.mark.parametrize("kind", [0x12345678, q.EXT_BACKING_FORMAT, q.EXT_BITMAPS, q.EXT_ENCRYPTION, q.EXT_FEATURE_NAMES])
+@pytest.mark.parametrize(
+    "kind", [0x12345678, q.EXT_BACKING_FORMAT, q.EXT_BITMAPS, q.EXT_ENCRYPTION, q.EXT_FEATURE_NAMES]
+)
 def test_row_30_cve_2014_0144_extension_length(tmp_path: Path, kind: int, length: int) -> None:
     refused(victim(tmp_path).extension(kind, b"", length), f"{kind:#010x}.*passes the end", CorruptImage)
 
@@ -165,7 +167,9 @@ def test_invariant_50_failing_opens_leak_nothing(tmp_path: Path) -> None:
             lamina.open(top, format="qcow2", read_only=False)
 
 
-@pytest.mark.parametrize("field", ["l1_size", "nb_snapshots", "refcount_table_clusters", "cluster_bits", "refcount_order"])
+@pytest.mark.parametrize(
+    "field", ["l1_size", "nb_snapshots", "refcount_table_clusters", "cluster_bits", "refcount_order"]
+)
 def test_row_37_cve_2014_0147_fields_are_unsigned(tmp_path: Path, field: str) -> None:
     """What would be negative in a signed type is a large number, and above the limit."""
     for value in (0x80000000, 0x80000001, U32):

@@ -98,7 +98,9 @@ def test_row_02_cve_2010_2237_backing_format_is_never_probed(home: Path, secret:
 def test_row_04_cve_2011_3147_qcow_version_1_with_a_backing_name(home: Path, secret: Path) -> None:
     name = str(secret).encode()
     old = home / "old.qcow"
-    old.write_bytes(q.MAGIC + (1).to_bytes(4, "big") + (48).to_bytes(8, "big") + len(name).to_bytes(4, "big") + name * 90)
+    old.write_bytes(
+        q.MAGIC + (1).to_bytes(4, "big") + (48).to_bytes(8, "big") + len(name).to_bytes(4, "big") + name * 90
+    )
     with opened_files() as opened:
         for format in ("qcow2", "probe"):
             with pytest.raises(FormatError):
@@ -353,7 +355,9 @@ def test_policy_p5_a_file_whose_name_looks_like_a_protocol(home: Path) -> None:
         assert image.read(0, 512) == b"\x11" * 512
 
 
-@pytest.mark.parametrize("fmt", ["", "file", "blkdebug", "null", "memory", "nbd", "json:{}", "vmdk", "\x1b]0;x\x07", "r" * 4000])
+@pytest.mark.parametrize(
+    "fmt", ["", "file", "blkdebug", "null", "memory", "nbd", "json:{}", "vmdk", "\x1b]0;x\x07", "r" * 4000]
+)
 def test_policy_p6_a_backing_format_is_a_format(home: Path, fmt: str) -> None:
     """The image may ask for a format: never for a filter, for storage, or for what does not exist."""
     raw_disk(home)
@@ -424,3 +428,24 @@ def test_policy_p17_names_do_not_drive_a_terminal(home: Path) -> None:
         with pytest.raises((PolicyError, NotFound)) as refused:
             lamina.open(named.path, format="qcow2", references=policy)
         assert str(refused.value).isprintable()
+
+
+def test_policy_p4_a_link_that_is_changed_meanwhile(home: Path, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is opened through a link, which then leads to the host. What the base names is still looked for where the
+    base was found, and not beneath the new target's directory."""
+    overlay(home, secret.name, name="base.qcow2")
+    (home / "link").symlink_to("base.qcow2")
+    top = overlay(home, "link", fmt="qcow2", name="top.qcow2")
+    real = Policy.open_reference
+
+    def race(self: Policy, name: str, **place: Any) -> Any:
+        found = real(self, name, **place)
+        if name == "link":
+            (home / "link").unlink()
+            (home / "link").symlink_to(secret.parent / "decoy")
+        return found
+
+    monkeypatch.setattr(Policy, "open_reference", race)
+    with opened_files() as opened, pytest.raises(NotFound):
+        lamina.open(top, format="qcow2")
+    assert str(secret) not in opened

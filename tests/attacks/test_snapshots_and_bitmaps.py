@@ -21,7 +21,14 @@ CLUSTER = 4 * KIB
 
 
 def with_snapshot(
-    folder: Path, *, l1_offset: int = 0, l1_size: int = 1, extra: int = 16, id_size: int = 1, name_size: int = 1, count: int = 1
+    folder: Path,
+    *,
+    l1_offset: int = 0,
+    l1_size: int = 1,
+    extra: int = 16,
+    id_size: int = 1,
+    name_size: int = 1,
+    count: int = 1,
 ) -> Victim:
     """An image with a snapshot table at its end, whose entries say all this."""
     found = victim(folder)

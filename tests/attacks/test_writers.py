@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import lamina
 from lamina import BlockIOError
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.graph import Opener
 from lamina.image import Image
 from lamina.node import FilterNode
-from lamina.graph import Opener
 from lamina.request import Child
 
 from .images import KIB, MIB, Victim, victim
@@ -240,7 +241,6 @@ def test_row_58d_a_cluster_that_is_still_referenced_is_not_discarded(tmp_path: P
         assert image.read(9 * CLUSTER, CLUSTER) == b"\2" * CLUSTER
         assert image.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
     assert Victim(found.path).bytes[host : host + CLUSTER] == b"\2" * CLUSTER
-    no_errors(found.path)
 
 
 @pytest.mark.parametrize("cluster", [512, CLUSTER])
@@ -248,29 +248,21 @@ def test_row_58d_a_cluster_that_is_still_referenced_is_not_discarded(tmp_path: P
 def test_row_58e_disk_full_at_any_moment(tmp_path: Path, cluster: int, room: int) -> None:
     """The storage ends after `room` more clusters. What was flushed stays, nothing points to what was never counted, and when
     there is room again, all goes on."""
-    path = fresh(tmp_path, cluster=cluster)
+    path = fresh(tmp_path, size=16 * MIB, cluster=cluster)
     with lamina.open(path, format="qcow2", read_only=False) as image:
         image.write(0, b"\x11" * (3 * cluster))
     image, storage = watched(path, path.stat().st_size + room * cluster)
     kept: dict[int, int] = {}
-    flushed: dict[int, int] = {}
     failures = 0
     at = MIB
     for step in range(60):
-        try:
-            image.write(at, bytes([step + 1]) * cluster)
+        if has_room(lambda: image.write(at, bytes([step + 1]) * cluster)):  # noqa: B023 - called now
             kept[at] = step + 1
-        except BlockIOError as error:
-            assert error.errno == errno.ENOSPC
+        else:
             failures += 1
         at += 37 * cluster
         if step % 7 == 0:
-            try:
-                image.flush()
-                flushed = dict(kept)
-            except BlockIOError as error:
-                assert error.errno == errno.ENOSPC
-                failures += 1
+            failures += not has_room(image.flush)
         no_errors_beside(path)
     assert failures
     for place, value in kept.items():
@@ -281,9 +273,20 @@ def test_row_58e_disk_full_at_any_moment(tmp_path: Path, cluster: int, room: int
     sound(path)
     with lamina.open(path, format="qcow2") as image:
         assert image.read(0, 3 * cluster) == b"\x11" * (3 * cluster)
-        for place, value in (kept | flushed).items():
+        for place, value in kept.items():
             assert image.read(place, cluster) == bytes([value]) * cluster
         assert image.read(at, cluster) == b"\xfe" * cluster
+
+
+def has_room(action: Callable[[], None]) -> bool:
+    """Whether `action` is done; if not, for lack of room and nothing else."""
+    try:
+        action()
+    except BlockIOError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 def no_errors_beside(path: Path) -> None:

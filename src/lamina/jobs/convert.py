@@ -16,21 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..api import open as open_image
-from ..creation import Aside, create_driver, write_image
+from ..creation import Aside, create_driver, open_aside, write_image
 from ..errors import OptionError
-from ..graph import Opener
 from ..limits import KIB, MIB, align_down
-from ..node import FilterNode, FormatNode, Node, StorageNode
+from ..node import FormatNode, Node, StorageNode
 from ..policy import Policy
-from ..request import Child
 from .progress import Monitor
 from .windows import stretches, windows
 
 if TYPE_CHECKING:
     from ..image import Image
 
-_BUFFER = 1 * MIB
-_BUFFERS = 8
+_BUFFER = 2 * MIB
+_BUFFERS = 4
 _ZEROS = bytes(_BUFFER)
 #: Ranges to be made zero that one batch holds at most.
 _MANY = 4096
@@ -129,7 +127,7 @@ def convert_to_file(
     if prepare is not None:
         prepare(values, path)
     with Aside(path) as aside:
-        write_image(kind, aside.path, values)
+        write_image(kind, aside.path, values, durable=False)
         if backing is None:
             with _open_made(aside.path, format, {}, references) as target:
                 # A device keeps what was on it; a format above it knows what it has written and what it has not.
@@ -147,21 +145,9 @@ def convert_to_file(
             return convert(source, target, smallest_hole=smallest_hole, below=below, monitor=monitor)
 
 
-class _Unsynced(FilterNode):
-    """Lies over the file of an image that is being made: until it is whole nobody sees it, so that making parts of it
-    durable, one before the other, protects nothing. The file as a whole is left to the system, as any copied file is."""
-
-    driver = "unsynced"
-
-    def flush(self) -> None:
-        pass
-
-
 def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None) -> Image:
     """The image that is being made in the file at `path`, for writing."""
-    opener = Opener(read_only=False, policy=Policy.none())
-    storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
-    file = Child(_Unsynced(storage), "file", grows=True)
+    file = open_aside(path)
     try:
         return open_image({"driver": format, "file": file, **options}, read_only=False, references=references)
     except BaseException:

@@ -78,7 +78,7 @@ class FileStorage(StorageNode):
         super().__init__(name=name, read_only=read_only)
         self._fd = fd
         self._filename = filename
-        self.path = os.path.realpath(filename)
+        self.path = _path_of(fd, filename)
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
         self._regular = stat.S_ISREG(status.st_mode)
@@ -417,6 +417,15 @@ class DirectFileStorage(FileStorage):
                 super()._write(offset, view, flags)
             finally:
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags | os.O_DIRECT)
+
+
+def _path_of(fd: int, filename: str) -> str:
+    """The real path of what `fd` is open on: asked of the system, since the name may mean another file by now."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no such file system here
+        path = ""
+    return path if path.startswith("/") and not path.endswith(" (deleted)") else os.path.realpath(filename)
 
 
 def _open(filename: str, writing: bool) -> int:

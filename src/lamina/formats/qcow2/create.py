@@ -145,10 +145,11 @@ def describe(header: Header) -> dict[str, Any]:
     data: dict[str, Any] = {
         "compat": "0.10" if header.version == 2 else "1.1",
         "compression-type": {0: "zlib", 1: "zstd"}.get(header.compression_type, str(header.compression_type)),
-        "refcount-bits": header.refcount_bits,
     }
     if header.version > 2:
         data["lazy-refcounts"] = bool(header.compatible_features & q.LAZY_REFCOUNTS)
+    data["refcount-bits"] = header.refcount_bits
+    if header.version > 2:
         data["corrupt"] = bool(header.incompatible_features & q.CORRUPT)
         data["extended-l2"] = bool(header.incompatible_features & q.EXTENDED_L2)
         if header.data_file is not None:

@@ -186,7 +186,7 @@ class Qcow2(FormatNode):
         run = 1
         while index + run < stop and not entries[index + run] & (q.COPIED | q.COMPRESSED):
             run += 1
-        for at in range(index, index + run):
+        for at in range(index, index + run) if any(entries[index : index + run]) else ():
             if entries[at] & q.OFFSET_MASK:  # given up when this write is committed; too late to refuse then
                 self._require_data(entries[at] & q.OFFSET_MASK, table, at)
         host, run, blank = self._refcounts.allocate(run)
@@ -207,12 +207,11 @@ class Qcow2(FormatNode):
         which, index, host, clusters, _ = reservation.token
         with self._changing:
             entries = self._own_table(which).entries
-            for at in range(clusters):
-                old = entries[index + at] & q.OFFSET_MASK
-                place = host + (at << self._cluster_bits)
-                if old and old != place:
+            for at, entry in enumerate(entries[index : index + clusters]):
+                old = entry & q.OFFSET_MASK
+                if old and old != host + (at << self._cluster_bits):
                     self._unlink(old)
-                self._mappings.set(which, index + at, place | q.COPIED)
+            self._mappings.set_run(which, index, host, clusters)
             if self._mappings.pressure:
                 self._write_out()
 

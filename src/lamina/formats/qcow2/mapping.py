@@ -263,6 +263,16 @@ class Mappings:
         table.high = max(table.high, index + 1)
         self._dirty.add(which)
 
+    def set_run(self, which: int, index: int, host: int, clusters: int) -> None:
+        """Map clusters one after the other to host clusters one after the other, this image's own."""
+        table = self._tables[which]
+        first = host | q.COPIED
+        places = range(first, first + (clusters << self._cluster_bits), self._cluster_size)
+        table.entries[index : index + clusters] = array("Q", places)
+        table.low = min(table.low, index)
+        table.high = max(table.high, index + clusters)
+        self._dirty.add(which)
+
     def move_l1(self, entries: int) -> None:
         """Make the L1 table `entries` long, at the new place that the header in memory says already."""
         self.l1.frombytes(bytes(8 * (entries - len(self.l1))))
@@ -320,7 +330,7 @@ class Mappings:
 
 
 def _load(file: Child, offset: int, count: int) -> array[int]:
-    entries = array("Q", bytes(8 * count))
+    entries = array("Q", (0,)) * count  # from bytes it would take twice the room
     file.read_into(offset, memoryview(entries).cast("B"))
     if _SWAP:
         entries.byteswap()

@@ -50,6 +50,18 @@ class WideBlock:
         self.low = min(self.low, index * width)
         self.high = max(self.high, (index + 1) * width)
 
+    def fill(self, index: int, length: int, count: int) -> None:
+        """Set `length` counts from `index` on."""
+        width = self.counts.itemsize
+        self.counts[index : index + length] = array(self.counts.typecode, (count,)) * length
+        self.low = min(self.low, index * width)
+        self.high = max(self.high, (index + length) * width)
+
+    def free_run(self, index: int, length: int) -> int:
+        """How many counts from `index` on are 0, up to `length`."""
+        part = self.counts[index : index + length]
+        return next((at for at, count in enumerate(part) if count), len(part)) if any(part) else len(part)
+
     def find_free(self, start: int) -> int:
         """The first index from `start` whose count is 0, or -1."""
         try:
@@ -89,6 +101,16 @@ class NarrowBlock:
         self.bytes[byte] = self.bytes[byte] & ~(mask << at * self._bits) | count << at * self._bits
         self.low = min(self.low, byte)
         self.high = max(self.high, byte + 1)
+
+    def fill(self, index: int, length: int, count: int) -> None:
+        """Set `length` counts from `index` on."""
+        for at in range(index, index + length):
+            self.set(at, count)
+
+    def free_run(self, index: int, length: int) -> int:
+        """How many counts from `index` on are 0, up to `length`."""
+        stop = min(index + length, len(self.bytes) * self._per_byte)
+        return next((at for at in range(index, stop) if self.get(at)), stop) - index
 
     def find_free(self, start: int) -> int:
         """The first index from `start` whose count is 0, or -1."""
@@ -132,7 +154,7 @@ class Refcounts:
         self.blank_from = align_up(file.node.size, header.cluster_size)
         #: Clusters that hold metadata, which must never be given out, nor written as data.
         self.metadata: set[int] = set()
-        self.table = array("Q", bytes(header.refcount_table_clusters << header.cluster_bits))
+        self.table = array("Q", (0,)) * (header.refcount_table_clusters << header.cluster_bits - 3)
         file.read_into(header.refcount_table_offset, memoryview(self.table).cast("B"))
         if sys.byteorder == "little":
             self.table.byteswap()
@@ -206,8 +228,7 @@ class Refcounts:
             raise LimitExceeded("the image file has reached the largest size that qcow2 can address")
         if end > self._file.node.size and not self._file.node.growable:
             raise BlockIOError("no space is left in the storage", errno=_ENOSPC, path=self._file.node.filename)
-        for cluster in range(start, start + run):
-            self._set(cluster, 1)
+        self._fill(start, run, 1)
         if not whole:
             self._next = start + run
         return offset, run, self._take_blank(offset, end)
@@ -219,14 +240,14 @@ class Refcounts:
         return blank
 
     def _refuse_metadata(self, start: int, run: int) -> None:
-        for cluster in range(start, start + run):
-            if cluster in self.metadata:
-                raise CorruptImage(
-                    "a cluster that holds metadata is counted as free",
-                    path=self._file.node.filename,
-                    offset=cluster << self._cluster_bits,
-                    hint="check the image; it was not written to",
-                )
+        clusters = range(start, start + run)
+        if not self.metadata.isdisjoint(clusters):
+            raise CorruptImage(
+                "a cluster that holds metadata is counted as free",
+                path=self._file.node.filename,
+                offset=next(cluster for cluster in clusters if cluster in self.metadata) << self._cluster_bits,
+                hint="check the image; it was not written to",
+            )
 
     def lower(self, offset: int, clusters: int = 1) -> bool:
         """Take one reference away from each of these clusters; True if that left the first of them free."""
@@ -317,11 +338,18 @@ class Refcounts:
         return WideBlock(raw, bits) if bits >= 8 else NarrowBlock(raw, bits)
 
     def _set(self, cluster: int, count: int) -> None:
-        which, index = divmod(cluster, self.per_block)
-        block = self._block(which)
-        assert block is not None, "counted only where a block exists"
-        block.set(index, count)
-        self._changed.add(which)
+        self._fill(cluster, 1, count)
+
+    def _fill(self, cluster: int, clusters: int, count: int) -> None:
+        end = cluster + clusters
+        while cluster < end:
+            which, index = divmod(cluster, self.per_block)
+            part = min(end - cluster, self.per_block - index)
+            block = self._block(which)
+            assert block is not None, "counted only where a block exists"
+            block.fill(index, part, count)
+            self._changed.add(which)
+            cluster += part
 
     def _find_free(self, start: int) -> int:
         which, index = divmod(start, self.per_block)
@@ -334,9 +362,15 @@ class Refcounts:
 
     def _run(self, start: int, count: int) -> int:
         """How many clusters are free from `start` on, up to `count`."""
-        run = 1
-        while run < count and not self.get(start + run):
-            run += 1
+        run = 0
+        while run < count:
+            which, index = divmod(start + run, self.per_block)
+            block = self._block(which)
+            part = min(count - run, self.per_block - index)
+            free = part if block is None else block.free_run(index, part)
+            run += free
+            if free < part:
+                break
         return run
 
     def _add_block(self, which: int, cluster: int) -> None:
