@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .errors import LimitExceeded
-
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
@@ -56,24 +54,13 @@ class Limits(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Upper bounds on what an image may cost before a byte of it is trusted.
-
-    `check` is called with every length that comes from a file, before anything of that length is allocated.
-    """
+    """Upper bounds on what opening an image may cost before a byte of it is trusted. (The lengths that a header names are
+    held against the limits of their format, and against the size of the file, before anything is allocated.)"""
 
     #: The deepest chain of backing files.
     chain_depth: int = 64
-    #: A table (L1, refcount table, ...) is never larger than this, whatever the format allows.
-    table_bytes: int = 32 * MIB
-    #: The metadata cache of one image.
+    #: Bytes of memory for the tables of one image that are cached.
     cache_bytes: int = 16 * MIB
-
-    @staticmethod
-    def check(value: int, maximum: int, what: str, *, path: str | None = None) -> int:
-        """`value` if it is at most `maximum`; else LimitExceeded that names `what`."""
-        if value > maximum:
-            raise LimitExceeded(f"{what} is {value}, above the limit of {maximum}", path=path)
-        return value
 
 
 #: The default bounds; strict enough for files that nobody vouches for.

@@ -613,9 +613,9 @@ def test_policies_are_values() -> None:
 def test_depth_and_budget() -> None:
     assert Policy.none().chain_depth == 64
     assert Policy.none(chain_depth=3).chain_depth == 3
-    budget = Budget(chain_depth=5, table_bytes=1)
+    budget = Budget(chain_depth=5, cache_bytes=1)
     assert Policy.any(budget=budget).chain_depth == 5
-    assert Policy.parse("any", budget=budget, chain_depth=2).budget == Budget(chain_depth=2, table_bytes=1)
+    assert Policy.parse("any", budget=budget, chain_depth=2).budget == Budget(chain_depth=2, cache_bytes=1)
     assert Policy.any(budget=budget) != Policy.any()
     assert Policy.beneath(chain_depth=1).trail() == Trail(1)
 

@@ -5,6 +5,7 @@ It changes no byte, no size and no extent. The limits it declares are the ones o
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError, UnsupportedFeature
@@ -88,14 +89,23 @@ def _limits(options: dict[str, Any], below: Limits) -> Limits:
 
     zero = limit("opt-write-zero", unit, below.zero_alignment)
     discard = limit("opt-discard", unit, below.discard_alignment)
+    # A maximum of the child's that is less than one block here is left to the edge below, which splits again.
     return Limits(
         request_alignment=unit,
-        max_transfer=limit("max-transfer", unit, below.max_transfer),
+        max_transfer=limit("max-transfer", unit, below.max_transfer if below.max_transfer >= unit else 0),
         optimal_transfer=below.optimal_transfer,
         zero_alignment=zero,
-        max_zero=limit("max-write-zero", max(options.get("opt-write-zero") or 0, unit), below.max_zero),
+        max_zero=limit(
+            "max-write-zero",
+            max(options.get("opt-write-zero") or 0, unit),
+            below.max_zero if below.max_zero >= math.lcm(unit, zero) else 0,
+        ),
         discard_alignment=discard,
-        max_discard=limit("max-discard", max(options.get("opt-discard") or 0, unit), below.max_discard),
+        max_discard=limit(
+            "max-discard",
+            max(options.get("opt-discard") or 0, unit),
+            below.max_discard if below.max_discard >= math.lcm(unit, discard) else 0,
+        ),
     )
 
 
