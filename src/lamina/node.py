@@ -130,6 +130,10 @@ class Node:
         """Whether these bytes are known to read as zero without reading them. May miss, never invents."""
         return False
 
+    def event(self, name: str) -> None:
+        """The node above is about to do what `name` says (`l2_load`, `write_aio`, ...), so that a test can make it fail
+        right there. Nothing happens unless the driver overrides this (`blkdebug` does)."""
+
     def close(self) -> None:
         """Give everything back, children last. Called once, with no request running. Storage is closed even if an earlier
         step fails; the first error is raised."""
@@ -165,9 +169,8 @@ class StorageNode(Node):
         return (self, 0)
 
 
-class FilterNode(Node):
-    """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
-    an operation that it does not know may pass too, since passing cannot corrupt."""
+class _OverImage(Node):
+    """What both kinds of filters share: one child, `image`."""
 
     # The edge to the child does what the child cannot.
     supported_flags = FUA
@@ -186,6 +189,14 @@ class FilterNode(Node):
     @property
     def image(self) -> Child:
         return self.children["image"]
+
+    def flush(self) -> None:
+        self.image.flush()
+
+
+class FilterNode(_OverImage):
+    """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
+    an operation that it does not know may pass too, since passing cannot corrupt."""
 
     @property
     def size(self) -> int:
@@ -215,9 +226,6 @@ class FilterNode(Node):
     def discard(self, offset: int, length: int) -> None:
         self.image.discard(offset, length)
 
-    def flush(self) -> None:
-        self.image.flush()
-
     def truncate(self, size: int) -> None:
         self.image.truncate(size)
 
@@ -228,16 +236,9 @@ class FilterNode(Node):
         return self.image.reads_zero(offset, length)
 
 
-class TransformNode(Node):
+class TransformNode(_OverImage):
     """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
-    passed through unchanged would corrupt data."""
-
-    @property
-    def image(self) -> Child:
-        return self.children["image"]
-
-    def flush(self) -> None:
-        self.image.flush()
+    passed through unchanged would corrupt data. Only `flush` passes."""
 
 
 # What holds a stretch of a format's disk (Mapping.kind).
