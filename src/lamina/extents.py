@@ -18,11 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
 from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
+from .numeric import ArrayLike, NDArray, np
 
 #: Bits of the column `flags`. DATA: bytes are stored somewhere. ZERO: they read as zeros. PRESENT: a layer owns
 #: them, so none below it counts. COMPRESSED: they are stored, but not as they read (and so without a host offset).

@@ -422,9 +422,8 @@ class FormatNode(Node):
     def columns(self, start: Any, length: Any, flags: Any, host: Any) -> Extents:
         """Columns of this layer, which become the answer's own; `host` is the place in the child `file`, -1 where there is
         none. The rows are contiguous, and not checked again."""
-        import numpy as np
-
         from .extents import Extents
+        from .numeric import np
 
         base = self.file.node.host_base
         if base is None:
@@ -438,9 +437,8 @@ class FormatNode(Node):
 
 def _nobody_below(own: Extents) -> Extents:
     """The status of the bottom layer: what it does not own reads as zero, and nobody owns it."""
-    import numpy as np
-
     from .extents import ZERO, Extents
+    from .numeric import np
 
     flags = np.where(own.present, own.flags, np.uint8(ZERO))
     return Extents(own.begin, own.start, own.length, flags, own.depth, own.file, own.offset, own.files)

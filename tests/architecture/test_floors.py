@@ -27,6 +27,7 @@ FLOORS = [
         "extents",
         "layout",
         "limits",
+        "numeric",
         "options",
         "policy",
         "registry",

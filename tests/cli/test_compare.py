@@ -53,13 +53,21 @@ def formats(*names: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["-q"], ["-s"]], ids=" ".join)
-@pytest.mark.parametrize("names", PAIRS, ids=" ".join)
+def cases() -> list[tuple[tuple[str, str], list[str]]]:
+    """All pairs with all options, but for strict comparisons of raw with qcow2: there QEMU calls a hole of a raw file
+    unallocated, and ours, which storage backs, is allocated and zero."""
+    found = [(names, options) for names in PAIRS for options in ([], ["-q"], ["-s"])]
+    return [
+        (names, options)
+        for names, options in found
+        if options != ["-s"] or "much longer" in names or {"raw", "qcow2"} != set(formats(*names)[1::2])
+    ]
+
+
+@pytest.mark.parametrize(("names", "options"), cases())
 def test_the_same_verdict_as_the_peer(
     qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str], options: list[str]
 ) -> None:
-    if options == ["-s"] and "much longer" not in names and {"raw", "qcow2"} == set(formats(*names)[1::2]):
-        pytest.skip("whether a raw hole is allocated is answered differently")
     words = ["compare", *options, *formats(*names), *names]
     peer = qemu.img(*words, check=False)
     capsys.readouterr()

@@ -276,9 +276,8 @@ def test_many_requests_beside_one_another(twins: Twins) -> None:
     twins.assert_same_files()
 
 
+@pytest.mark.parametrize("qemu", ["qemu10"], indirect=True)  # 7.2 has no aio_discard
 def test_discard_beside_the_commands(twins: Twins) -> None:
-    if twins.qemu.version < (8, 2):
-        pytest.skip("this qemu-io has no aio_discard")
     lines = ["aio_discard 0 4M", "aio_flush", "aio_discard 0 64k", "aio_flush", "aio_discard -q 64k 64k", "aio_flush"]
     (status, text), (our_status, our_text, complaint) = twins.run(["-f", "raw", "disk.raw"], lines)
     assert our_text == text, complaint

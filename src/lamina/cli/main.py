@@ -65,8 +65,6 @@ def run() -> NoReturn:
     def terminate(*_: object) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
 
-    # numpy's linear algebra, which nothing here uses, would start a thread that spins for 0.05 s on every core but one.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # So that what is half done is removed, as with Ctrl-C.
     signal.signal(signal.SIGTERM, terminate)
     # A name that this terminal cannot show must not end a command.

@@ -10,12 +10,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
-
 from ..errors import OptionError, printable
 from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
 from ..jobs.windows import windows
 from ..limits import align_down, align_up
+from ..numeric import np
 from .arguments import Parser, open_image
 
 if TYPE_CHECKING:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-
 from ..extents import DATA, PRESENT, ZERO
 from ..limits import KIB
+from ..numeric import np
 from .progress import Monitor
 from .windows import stretches, windows
 

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from ..api import open as open_image
 from ..creation import Aside, create_driver, open_aside, write_image
 from ..errors import OptionError
 from ..limits import KIB, MIB, align_down
 from ..node import FormatNode, Node, StorageNode
+from ..numeric import np
 from ..policy import Policy
 from .progress import Monitor
 from .windows import stretches, windows

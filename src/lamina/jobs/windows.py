@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..limits import MIB, align_up
+from ..numeric import np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ..extents import Extents
     from ..image import Image
+    from ..numeric import NDArray
 
 #: The first window; even at one extent per 512 bytes its columns are small.
 _FIRST = 64 * MIB

@@ -220,9 +220,8 @@ class FileStorage(StorageNode):
             self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
-        import numpy as np
-
         from ..extents import DATA, PRESENT, ZERO, Extents
+        from ..numeric import np
 
         try:
             edges = np.frombuffer(self._edges(offset, offset + length), np.int64)

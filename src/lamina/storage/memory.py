@@ -88,9 +88,8 @@ class MemoryStorage(StorageNode):
             self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
-        import numpy as np
-
         from ..extents import DATA, PRESENT, ZERO, Extents
+        from ..numeric import np
 
         first, last = offset // PAGE, -(-(offset + length) // PAGE)
         with self._mutex:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping as Options
 from typing import Any, ClassVar
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from ..limits import Limits
 from ..node import BELOW, FormatNode, Node
 from ..node import DATA as STORED
 from ..node import ZERO as ZEROED
+from ..numeric import np
 from ..report import ERROR
 from ..request import Child
 from ..storage.memory import MemoryStorage

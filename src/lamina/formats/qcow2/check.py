@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...errors import UnsupportedFeature
+from ...numeric import NDArray, np
 from ...report import ERROR, LEAK, MAX_FINDINGS, UNREADABLE, CheckReport
 from . import layout as q
 from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use

@@ -120,7 +120,7 @@ class Mappings:
     def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
         """Columns (start, length, flags, host offset or -1) for the whole stretch, equal and contiguous neighbours joined;
         rows of flags 0 belong to the layer below."""
-        import numpy as np
+        from ...numeric import np
 
         bits, table_bits = self._cluster_bits, self._table_bits
         first, last = offset >> bits, offset + length - 1 >> bits
@@ -162,12 +162,11 @@ class Mappings:
 
     def _rows(self, entries: Any) -> tuple[Any, Any, Any]:
         """Entries of consecutive clusters as rows (first cluster, flags, host), equal and contiguous ones joined."""
-        import numpy as np
-
         from ...extents import COMPRESSED as PACKED
         from ...extents import DATA as STORED
         from ...extents import PRESENT
         from ...extents import ZERO as ZEROED
+        from ...numeric import np
 
         packed = (entries & np.uint64(q.COMPRESSED)) != 0
         zero = ((entries & np.uint64(q.ZERO)) != 0) & ~packed
@@ -189,7 +188,7 @@ class Mappings:
 
     def _batch(self, which: int, count: int) -> Any:
         """The entries of `count` consecutive L2 tables, all of which exist, as one column."""
-        import numpy as np
+        from ...numeric import np
 
         raw = np.empty((count, self.per_table), dtype=">u8")
         view = raw.view(np.uint8).reshape(-1).data

@@ -15,11 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...errors import LaminaError
 from ...layout import Field, Structure
+from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, UNREADABLE, CheckReport
 from . import layout as q
 
