@@ -4,10 +4,11 @@
 #   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
 #   make lint     style, format and types
 #   make bench    Lamina beside qemu-img, one table   (make bench ARGS='--only start-up'; see benchmarks/README.md)
+#   make soak     the random tests for much longer: crash states, twins, stacks, threads, fuzz (about half an hour)
 #   make clean    remove what the others made
 #   make help     print this
 
-.PHONY: help tour test lint bench clean
+.PHONY: help tour test lint bench soak clean
 .DEFAULT_GOAL := help
 
 # The virtual environment that everything runs in, and its programs.
@@ -28,6 +29,11 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+soak: $(VENV)/.dev
+	LAMINA_CRASH_STATES=400000 LAMINA_TWINS=3000 LAMINA_STACKS=50000 LAMINA_CONCURRENT=600000 LAMINA_FUZZ_SECONDS=300 \
+	$(VENV)/bin/python -m pytest tests/crash tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
+	tests/unit/test_concurrency.py tests/attacks/test_fuzz.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from . import peers
+from . import peers, requests
 from .measure import Failed, Figures, Task, anything, floor, in_turn
 
 MIB = 1 << 20
@@ -254,6 +255,10 @@ def main() -> int:
                 print(f"measuring {group.title} ...", file=sys.stderr, flush=True)
                 tasks = group.make_tasks()
                 rows += rows_of(group, tasks, in_turn(tasks, group.rounds, folder))
+        small_requests: list[dict[str, Any]] = []
+        if options.only in "4 KiB requests" and not options.small and (folder / "ext4.raw").exists():
+            print("measuring 4 KiB requests ...", file=sys.stderr, flush=True)
+            small_requests = requests.measure(folder, others)
 
     if not rows:
         parser.error(f"no work has {options.only!r} in its title")
@@ -270,12 +275,17 @@ def main() -> int:
     print(f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round, beside the best of the peers.")
     print(f"Python {machine['python']}, {machine['cpus']} CPUs, Linux {machine['kernel']}.", end=" ")
     print(f"A program that does nothing reads {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")
+    if small_requests:
+        print(f"\n{requests.table(small_requests)}")
     for row in rows:
         if row.error:
             print(f"n/a: {row.program} ({row.work}): {row.error}")
     if options.output:
         options.output.write_text(
-            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+            json.dumps(
+                {"machine": machine, "rows": [asdict(row) for row in rows], "requests": small_requests}, indent=1
+            )
+            + "\n"
         )
     return 1 if any(row.error or row.verdict == "n/a" for row in rows) else 0
 

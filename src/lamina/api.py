@@ -23,6 +23,7 @@ def open(
     references: Policy | None = None,
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
+    snapshot: bool = False,
 ) -> Image:
     """Open a disk image.
 
@@ -33,7 +34,8 @@ def open(
 
     `references` decides which files may be opened because an image names them: by default those beneath the directory of the
     image itself. `budget` bounds what opening may allocate. `force_share` reads beside a program that has the image open for
-    writing: what is read may then be inconsistent.
+    writing: what is read may then be inconsistent. `snapshot` keeps all changes in memory (the filter `cow`) and the image as
+    it is: it is opened for reading, whatever `read_only` says, and what was written is gone with the `close`.
 
     Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
     """
@@ -44,6 +46,7 @@ def open(
         policy=references,
         budget=budget,
         force_share=force_share,
+        snapshot=snapshot,
     )
     return Image(node)
 

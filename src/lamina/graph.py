@@ -13,13 +13,13 @@ from typing import Any, cast
 from . import detect, registry
 from .errors import FormatError, LaminaError, LimitExceeded, OptionError, PolicyError
 from .limits import DEFAULT_BUDGET, Budget
-from .node import Node, StorageNode
+from .node import MAY_UNMAP, Node, StorageNode
 from .options import parse_name
 from .policy import Policy, Trail
 from .request import Child
 
 #: Options that every node takes, besides those of its driver.
-COMMON = ("node-name", "read-only", "force-share")
+COMMON = ("node-name", "read-only", "force-share", "snapshot", "detect-zeroes", "discard")
 
 #: The roles whose child is storage: without a driver they name a file, and are never probed.
 STORAGE_ROLES = ("file", "data-file")
@@ -72,6 +72,10 @@ class Opener:
         options = dict(parse_name(spec) if isinstance(spec, str) else spec)
         if isinstance(spec, str) and not storage and _names_storage(spec, options):
             options = {"file": options}  # a bare name says where the image is, not what it is
+        if "snapshot" in options and _switch("snapshot", options.pop("snapshot")):
+            return self._snapshot(options, storage)
+        zero_detected = _choice(options, "detect-zeroes", {"off": None, "on": 0, "unmap": MAY_UNMAP})
+        discards = _choice(options, "discard", {"unmap": True, "on": True, "ignore": False, "off": False})
         inner = self._but(_opened=[], name=None)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
@@ -89,10 +93,19 @@ class Opener:
             kind = registry.lookup(name)
             if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
                 options["file"] = {"driver": "file", "filename": options.pop("filename")}
-            return cast(Node, kind.open(kind.schema.parse(options), inner))
+            node = cast(Node, kind.open(kind.schema.parse(options), inner))
+            node.zero_detected = zero_detected
+            node.discards = discards is not False
+            return node
         except BaseException:
             inner.close()
             raise
+
+    def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
+        """The node that `options` describe, opened for reading, under a `cow` that keeps all changes to itself."""
+        node = self._but(read_only=True).open(options, storage=storage)
+        cow = registry.lookup("cow", "filter")
+        return cast(Node, cow(Child(node, "image"), read_only=self.read_only))
 
     def child(self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False) -> Child:
         """An edge to a new child, or the one that is open already. `grows` as in `request.Child`; `read_only` where the
@@ -192,12 +205,14 @@ def open_graph(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
     no_references: bool = False,
+    snapshot: bool = False,
 ) -> Node:
     """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
 
     `format`: the driver that lies over it, or "probe" to find it by its magic (refused for writing where that finds
     nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
-    is `Policy.beneath()`: only files beneath the directory of the image that names them. The caller closes the node.
+    is `Policy.beneath()`: only files beneath the directory of the image that names them. `snapshot`: the image is opened
+    for reading, and changes are kept in memory above it. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
@@ -224,7 +239,7 @@ def open_graph(
         probe=format == "probe",
         no_references=no_references,
     )
-    return opener.open(options)
+    return opener.open({**options, "snapshot": True} if snapshot else options)
 
 
 def _is_json(name: str) -> bool:
@@ -241,6 +256,14 @@ def _format_missing(where: str | None) -> OptionError:
         path=where,
         hint='give it (format="qcow2", driver=..., -f), or ask for a guess with format="probe"',
     )
+
+
+def _choice(options: dict[str, Any], key: str, meanings: dict[str, Any]) -> Any:
+    """Take a common option out of `options`: what its word means, None where it is absent."""
+    word = options.pop(key, None)
+    if word is not None and word not in meanings:
+        raise OptionError(f"{key} is {word!r}", hint=f"it takes one of {', '.join(meanings)}")
+    return meanings.get(word) if word is not None else None
 
 
 def _switch(key: str, value: Any) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, Self
 
+from .edit import Edit, Entrance
 from .errors import Closed
+from .graph import Opener
 from .node import FUA, MAY_UNMAP, NO_FALLBACK, Node
-from .request import Child
+from .policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
@@ -27,10 +29,11 @@ class Image:
     """
 
     def __init__(self, node: Node) -> None:
-        self._root: Child | None = Child(node, "root")
+        self._root: Entrance | None = Entrance(node, "root")
 
     @property
-    def root(self) -> Child:
+    def root(self) -> Entrance:
+        """The edge by which requests enter the graph."""
         if self._root is None:
             raise Closed("this image was closed")
         return self._root
@@ -102,6 +105,11 @@ class Image:
         if length is None:
             length = max(self.size - offset, 0)
         return self.root.extents(offset, length)
+
+    def edit(self, *, references: Policy | None = None) -> Edit:
+        """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.
+        Requests of other threads wait for its end. `references` as in `lamina.open`."""
+        return Edit(self.root, Opener(policy=references, read_only=self.read_only))
 
     def as_file(self) -> io.RawIOBase:
         """A seekable raw file over this image, with a position of its own. Closing it leaves the image open."""

@@ -19,16 +19,15 @@ are undefined. All operations may be called from any number of threads at once. 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .errors import NotSupported, ReadOnly, UnsupportedFeature
+from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .ranges import RangeLock
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
     from .graph import Opener
-    from .report import CheckReport
     from .request import Child
     from .schema import Schema
 
@@ -47,6 +46,10 @@ class Node:
     driver: ClassVar[str]
     #: The options that `open` accepts, with types and documentation.
     schema: ClassVar[Schema]
+    #: What the options `detect-zeroes` and `discard` ask of the request path (see `request.py`): writes of zeros become
+    #: `zero` with these flags, None: they do not; discards are passed on.
+    zero_detected: int | None = None
+    discards: bool = True
     #: Flags that `write` and `zero` honour themselves; the request path emulates FUA by a flush where it is missing.
     supported_flags: int = 0
 
@@ -134,6 +137,9 @@ class Node:
         """The node above is about to do what `name` says (`l2_load`, `write_aio`, ...), so that a test can make it fail
         right there. Nothing happens unless the driver overrides this (`blkdebug` does)."""
 
+    def graph_changed(self) -> None:
+        """A node below was exchanged; no request runs. What was derived from the children is derived again."""
+
     def close(self) -> None:
         """Give everything back, children last. Called once, with no request running. Storage is closed even if an earlier
         step fails; the first error is raised."""
@@ -177,6 +183,7 @@ class _OverImage(Node):
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
+        self.image = image
         self.children["image"] = image
 
     @classmethod
@@ -185,10 +192,6 @@ class _OverImage(Node):
         rest = {key.replace("-", "_"): value for key, value in options.items() if key != "image"}
         image = opener.child("image", options["image"], grows=True)
         return cls(image, name=opener.name, read_only=opener.read_only, **rest)
-
-    @property
-    def image(self) -> Child:
-        return self.children["image"]
 
     def flush(self) -> None:
         self.image.flush()
@@ -239,222 +242,6 @@ class FilterNode(_OverImage):
 class TransformNode(_OverImage):
     """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
     passed through unchanged would corrupt data. Only `flush` passes."""
-
-
-# What holds a stretch of a format's disk (Mapping.kind).
-BELOW = 0  #: not this layer: the backing node answers, or zero where there is none
-ZERO = 1  #: reads as zero; offset >= 0 where a place in `file` is kept for it
-DATA = 2  #: stored in the child `file` at `offset`
-COMPRESSED = 3  #: packed in the child `file` at `offset`; `read_packed` unpacks
-
-
-class Mapping(NamedTuple):
-    """What holds the first `length` bytes that were asked about."""
-
-    kind: int
-    length: int
-    offset: int = -1  #: place in the child `file`, -1: none
-
-
-class Reservation:
-    """Room for a write that no reader can see yet: `length` bytes of the request go to `host` in the child `file`.
-
-    Where `new` is true the room is fresh: the `head` bytes before and the `tail` bytes after the request's own belong to
-    the same clusters and must be filled with what they read as before. `blank`: the room is known to read as zero.
-    """
-
-    __slots__ = ("blank", "head", "host", "length", "new", "offset", "tail", "token")
-
-    def __init__(self, offset: int, length: int, host: int, *, new: bool = False, head: int = 0, tail: int = 0) -> None:
-        self.offset = offset
-        self.length = length
-        self.host = host
-        self.new = new
-        self.head = head
-        self.tail = tail
-        self.blank = False
-        self.token: Any = None
-
-
-class FormatNode(Node):
-    """A layout of a disk in the child `file`, over the child `backing` where there is one.
-
-    A format implements a *mapping*, not I/O. Reads, status and copy-on-write all derive from it, here, so that they cannot
-    disagree: `map` for one small request, `map_columns` for a whole stretch (a conformance test holds them equal), and for
-    writing `reserve` -> the bytes are written -> `commit`, or `abandon` if that failed. A mapping is never published before
-    the bytes that it points to are on their way.
-    """
-
-    def map(self, offset: int, length: int) -> Mapping:
-        """What holds the byte at `offset`, and for how many bytes from there, up to `length`, the answer stays the same kind
-        and contiguous. Plain Python: the path of small reads."""
-        raise NotImplementedError
-
-    def map_columns(self, offset: int, length: int) -> Extents:
-        """The same for the whole stretch, as columns made by `columns`; stretches of kind BELOW are not present."""
-        raise NotImplementedError
-
-    def reserve(self, offset: int, length: int) -> Reservation:
-        """Room for the first bytes of a write. Raises if there is none."""
-        raise self.refuse("write")
-
-    def commit(self, reservation: Reservation) -> None:
-        """The bytes are written: readers see them from now on."""
-
-    def abandon(self, reservation: Reservation) -> None:
-        """The bytes were not written: the room is free again, and readers never saw it."""
-
-    def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
-        """Fill `view` from a COMPRESSED stretch that begins at `offset`."""
-        raise self.refuse("read of packed data")
-
-    @classmethod
-    def inspect(cls, storage: Child) -> dict[str, Any]:
-        """What the header in `storage` says, opening nothing else: "virtual-size", "cluster-size", "backing-filename",
-        "backing-filename-format" where the format has them, and "format-specific" with all the rest. It works for images
-        that use features which `open` refuses; "unsupported" then lists those. Raises FormatError if there is no header."""
-        raise UnsupportedFeature(f"the driver {cls.driver} cannot inspect")
-
-    def check(self) -> CheckReport:
-        """Hold the structures of the image against one another, changing nothing. Findings are returned, not raised."""
-        raise UnsupportedFeature(f"the driver {self.driver} has no check")
-
-    # -- what derives from the mapping
-
-    @property
-    def file(self) -> Child:
-        return self.children["file"]
-
-    @property
-    def backing(self) -> Child | None:
-        return self.children.get("backing")
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        end = offset + len(view)
-        at = offset
-        while at < end:
-            mapping = self.map(at, end - at)
-            kind, length, host = mapping
-            part = view if length == len(view) else view[at - offset : at - offset + length]
-            if kind == DATA:
-                self.file.read_into(host, part)
-            elif kind == BELOW:
-                self.read_below(at, part)
-            elif kind == ZERO:
-                fill_zero(part)
-            else:
-                self.read_packed(at, mapping, part)
-            at += length
-
-    def read_below(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with what the layers below hold; zeros past their end."""
-        backing = self.backing
-        inside = 0
-        if backing is not None:
-            inside = min(max(backing.node.size - offset, 0), len(view))
-            if inside:
-                backing.read_into(offset, view[:inside])
-        if inside < len(view):
-            fill_zero(view[inside:])
-
-    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        end = offset + len(view)
-        at = offset
-        while at < end:
-            room = self.reserve(at, end - at)
-            try:
-                part = view[at - offset : at - offset + room.length]
-                if room.new:
-                    self._fill(room, part)
-                else:
-                    self.file.write(room.host, part)
-            except BaseException:
-                self.abandon(room)
-                raise
-            self.commit(room)
-            at += room.length
-
-    def _fill(self, room: Reservation, part: memoryview) -> None:
-        """Write the request's bytes into fresh room, and around them what was there before (copy-on-write)."""
-        head, tail = room.head, room.tail
-        before, after = room.offset - head, room.offset + room.length
-        # Room that is known to be blank need not be filled with zeros.
-        if head and room.blank and self.reads_zero(before, head):
-            head, before = 0, room.offset
-        if tail and room.blank and self.reads_zero(after, min(tail, max(self.size - after, 0))):
-            tail = 0
-        if not head and not tail:
-            self.file.write(room.host, part)
-            return
-        # One buffer, one write: a reader of the file never finds the cluster half filled.
-        whole = memoryview(bytearray(head + room.length + tail))
-        if head:
-            self.read_into(before, whole[:head])
-        whole[head : head + room.length] = part
-        inside = min(tail, max(self.size - after, 0))  # the last cluster may pass the end of the disk: zeros there
-        if inside:
-            self.read_into(after, whole[head + room.length : head + room.length + inside])
-        self.file.write(room.host - head, whole)
-
-    def extents(self, offset: int, length: int) -> Extents:
-        own = self.map_columns(offset, length)
-        if own.present.all():
-            return own
-        if self.backing is None:
-            return _nobody_below(own)
-        return own.over(_status_below(self.backing, offset, length))
-
-    def reads_zero(self, offset: int, length: int) -> bool:
-        end = offset + length
-        while offset < end:
-            kind, run, _ = self.map(offset, end - offset)
-            if kind == BELOW:
-                backing = self.backing
-                if backing is not None:
-                    inside = min(max(backing.node.size - offset, 0), run)
-                    if inside and not backing.reads_zero(offset, inside):
-                        return False
-            elif kind != ZERO:
-                return False
-            offset += run
-        return True
-
-    def columns(self, start: Any, length: Any, flags: Any, host: Any) -> Extents:
-        """Columns of this layer, which become the answer's own; `host` is the place in the child `file`, -1 where there is
-        none. The rows are contiguous, and not checked again."""
-        from .extents import Extents
-        from .numeric import np
-
-        base = self.file.node.host_base
-        if base is None:
-            host = np.full(len(start), -1, dtype=np.int64)
-        elif base[1]:
-            host = np.where(host >= 0, host + base[1], -1)
-        files = () if base is None else (base[0],)
-        file = (host >> 63).astype(np.int32)  # 0, the only one, or -1
-        return Extents(int(start[0]), start, length, flags, np.zeros(len(start), np.int32), file, host, files)
-
-
-def _nobody_below(own: Extents) -> Extents:
-    """The status of the bottom layer: what it does not own reads as zero, and nobody owns it."""
-    from .extents import ZERO, Extents
-    from .numeric import np
-
-    flags = np.where(own.present, own.flags, np.uint8(ZERO))
-    return Extents(own.begin, own.start, own.length, flags, own.depth, own.file, own.offset, own.files)
-
-
-def _status_below(backing: Child, offset: int, length: int) -> Extents:
-    """What the layers below answer for a stretch of a layer. Past the end of a shorter backing node it reads as zero and is
-    owned by the layer whose end was passed."""
-    from .extents import Extents
-
-    inside = min(max(backing.node.size - offset, 0), length)
-    if not inside:
-        return Extents.single(offset, length, zero=True, present=True)
-    below = backing.extents(offset, inside)
-    # What is added may be like what the layer below ends with.
-    return below if inside == length else below.pad_zero(offset + length).coalesce()
 
 
 _ZEROS = bytes(1 << 16)

@@ -11,12 +11,12 @@ lines of each method.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .errors import NotSupported, OutOfRange
 from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
-from .node import FUA, NO_FALLBACK, Node, fill_zero, require_writable
+from .node import FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
 
 if TYPE_CHECKING:
     from .extents import Extents
@@ -25,8 +25,18 @@ if TYPE_CHECKING:
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
+#: Writes are searched for zeros in pieces of this many bytes.
+_LOOK = 1 << 16
+_ZERO_BYTES = bytes(_LOOK)
 #: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
 _ATOM = 512
+#: Rises whenever some node becomes shorter; then no edge trusts the size that it knows.
+_epoch = 0
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether all bytes are zero. (`startswith` compares 64 KiB in a microsecond; comparing views takes fifty.)"""
+    return all(_ZERO_BYTES.startswith(view[at : at + _LOOK]) for at in range(0, len(view), _LOOK))
 
 
 class Child:
@@ -41,7 +51,10 @@ class Child:
         "_max_zero",
         "_order",
         "_reads_wait",
+        "_seen",
+        "_within",
         "_zero_align",
+        "event",
         "grows",
         "node",
         "role",
@@ -55,6 +68,9 @@ class Child:
 
     def refresh(self) -> None:
         """Read the node's limits again (they are frozen while requests run)."""
+        #: What hears of events (`Node.event`); None where nobody does, so that asking is all that it costs.
+        self.event: Callable[[str], None] | None = self.node.event if type(self.node).event is not Node.event else None
+        self._seen = self._within = -1
         limits = self.node.limits
         align = limits.request_alignment
         if not is_power_of_two(align) or limits.zero_alignment < 1 or limits.discard_alignment < 1:
@@ -76,6 +92,11 @@ class Child:
     def size(self) -> int:
         return self.node.size
 
+    def tell(self, event: str) -> None:
+        """Tell the node of something that is about to happen (see `Node.event`)."""
+        if self.event is not None:
+            self.event(event)
+
     # -- the operations
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -83,11 +104,14 @@ class Child:
         node = self.node
         length = len(view)
         end = offset + length
-        if offset < 0 or end > node.size:
-            inside = self._bound(offset, end, "read", grows=self.grows)
-            fill_zero(view[inside:])
-            view = view[:inside]
-            length, end = inside, offset + inside
+        if offset < 0 or end > self._within or self._seen != _epoch:
+            # The size is asked again only past the end that is known, or after some node was truncated.
+            self._seen, self._within = _epoch, node.size
+            if offset < 0 or end > self._within:
+                inside = self._bound(offset, end, "read", grows=self.grows)
+                fill_zero(view[inside:])
+                view = view[:inside]
+                length, end = inside, offset + inside
         if not length:
             return
         align = self._align
@@ -118,6 +142,9 @@ class Child:
             self._bound(offset, end, "write", grows=self.grows and node.growable)
         if not len(view):
             return
+        if node.zero_detected is not None and is_zero(view):
+            self.zero(offset, len(view), flags | node.zero_detected)
+            return
         align = self._align
         rmw = align != 1 and bool(offset & (align - 1) or (end & (align - 1) and end != node.size))
         hold = self._hold(offset, end, exclusive=rmw or self._reads_wait) if self._order else None
@@ -125,8 +152,10 @@ class Child:
             passed = flags & node.supported_flags
             if rmw:
                 self._write_unaligned(offset, view, passed)
-            else:
+            elif self.event is None:
                 self._write_aligned(offset, view, passed)
+            else:
+                self._write_heard(offset, view, passed)
         finally:
             self._release(hold)
         if flags & ~passed & FUA:
@@ -144,6 +173,8 @@ class Child:
             self._bound(offset, end, "zero", grows=self.grows and node.growable)
         if not length:
             return
+        if not node.discards:
+            flags &= ~MAY_UNMAP  # to give storage back is a discard
         hold = self._hold(offset, end, exclusive=True) if self._order else None
         try:
             passed = flags & (node.supported_flags | ~FUA)
@@ -151,12 +182,19 @@ class Child:
             widened = [self._widen(lo, hi) for lo, hi in pieces]
             if flags & NO_FALLBACK and None in widened:
                 raise NotSupported("not aligned for a fast zero", node=node.name, operation="zero", offset=offset)
-            for (lo, hi), wide in zip(pieces, widened, strict=True):
-                if wide is None:
-                    self._write_zeros(lo, hi, passed & FUA)
-                else:
-                    self._zero_aligned(*wide, passed)
-                passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
+            heard = self.event is not None and any(self._is_aligned(lo, hi) for lo, hi in pieces)
+            if heard:
+                self.tell("pwritev_zero")
+            try:
+                for (lo, hi), wide in zip(pieces, widened, strict=True):
+                    if wide is None:
+                        self._write_zeros(lo, hi, passed & FUA)
+                    else:
+                        self._zero_aligned(*wide, passed)
+                    passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
+            finally:
+                if heard:
+                    self.tell("pwritev_done")
         finally:
             self._release(hold)
         if flags & ~passed & FUA:
@@ -170,6 +208,8 @@ class Child:
             require_writable(node, "discard")
         if length < 0 or offset < 0 or end > node.size:
             self._bound(offset, end, "discard", grows=False)
+        if not node.discards:
+            return
         align = self._discard_align
         first = align_up(offset, align)
         last = end if end == node.size else align_down(end, align)
@@ -190,6 +230,7 @@ class Child:
 
     def truncate(self, size: int) -> None:
         """Make the node `size` bytes long; what is added reads as zero."""
+        global _epoch
         require_writable(self.node, "truncate")
         if not 0 <= size <= MAX_SIZE:
             raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
@@ -198,6 +239,7 @@ class Child:
         try:
             self.node.truncate(size)
         finally:
+            _epoch += 1
             self.node.ranges.release(hold)
 
     def extents(self, offset: int, length: int) -> Extents:
@@ -295,17 +337,51 @@ class Child:
             self.node.write(offset + at, view[at:stop], flags)
             at = stop
 
+    def _write_heard(self, offset: int, view: memoryview, flags: int) -> None:
+        self.tell("pwritev")
+        try:
+            self._write_aligned(offset, view, flags)
+        finally:
+            self.tell("pwritev_done")
+
+    def _is_aligned(self, lo: int, hi: int) -> bool:
+        return lo % self._align == 0 and (hi % self._align == 0 or hi == self.node.size)
+
+    def _read_edges(self, offset: int, end: int, lo: int, hi: int) -> tuple[memoryview, memoryview]:
+        """What stands before `offset` and behind `end` in their blocks; a block that holds both is read once."""
+        start = align_down(end, self._align)
+        edges = [("head", lo)] if offset > lo else []
+        if hi > end:
+            edges.append(("tail", start))
+        blocks: dict[int, memoryview] = {}
+        # Blocks that touch are read at once, as far as anybody hears.
+        for near in [edges] if start <= lo + self._align else [edges[:1], edges[1:]]:
+            for name, _ in near:
+                self.tell(f"pwritev_rmw_{name}")
+            for _, at in near:
+                if at not in blocks:
+                    blocks[at] = self._read_block(at)
+            for name, _ in near:
+                self.tell(f"pwritev_rmw_after_{name}")
+        head = blocks[lo][: offset - lo] if offset > lo else _ZEROS[:0]
+        tail = blocks[start][end - start : hi - start] if hi > end else _ZEROS[:0]
+        return head, tail
+
     def _write_unaligned(self, offset: int, view: memoryview, flags: int) -> None:
         """Read-modify-write. Both edge blocks are read before anything is written: a read that fails fails the write, and
         every neighbour stays as it was."""
-        align = self._align
         end = offset + len(view)
-        lo, hi = align_down(offset, align), self._block_end(end)
-        head = self._read_block(lo)[: offset - lo] if offset > lo else _ZEROS[:0]
-        tail = _ZEROS[:0]
-        if hi > end:
-            start = align_down(end, align)
-            tail = self._read_block(start)[end - start : hi - start]
+        lo, hi = align_down(offset, self._align), self._block_end(end)
+        head, tail = self._read_edges(offset, end, lo, hi)
+        self.tell("pwritev")
+        try:
+            self._write_merged(lo, hi, head, view, tail, flags)
+        finally:
+            self.tell("pwritev_done")
+
+    def _write_merged(self, lo: int, hi: int, head: memoryview, view: memoryview, tail: memoryview, flags: int) -> None:
+        align = self._align
+        offset, end = lo + len(head), hi - len(tail)
         first = lo + align if head else lo
         last = align_down(end, align) if tail else hi
         if hi - lo <= _BOUNCE or first >= last:

@@ -35,7 +35,7 @@ FLOORS = [
         "report",
         "version",
     },
-    {"api", "creation", "graph", "image", "node", "ranges", "request"},
+    {"api", "creation", "edit", "format_node", "graph", "image", "node", "ranges", "request"},
     {"filters", "formats", "storage"},
     {"jobs", "nbd"},
     {"cli", "testing"},

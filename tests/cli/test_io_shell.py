@@ -192,19 +192,13 @@ def test_memory_is_not_reopened(capfd: pytest.CaptureFixture[str]) -> None:
     assert "memory" in said.err
 
 
-@pytest.mark.parametrize("option", ["-s", "-C", "--snapshot", "--copy-on-read"])
+@pytest.mark.parametrize("option", ["-C", "--copy-on-read"])
 def test_what_is_not_there_yet_is_refused_by_name(disk: Path, option: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["io", "-f", "raw", option, "-c", "write 0 512", "disk.raw"]) == 1
     said = capfd.readouterr()
     assert "not there yet" in said.err
     assert said.out == ""
     assert not any(disk.read_bytes())
-
-
-@pytest.mark.parametrize("line", ["break write_aio A", "resume A", "wait_break A", "remove_break A"])
-def test_breakpoints_are_not_there_yet(disk: Path, line: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["io", "-f", "raw", "-c", line, "disk.raw"]) == 1
-    assert "error rules" in capfd.readouterr().err
 
 
 def test_compressed_and_saved_state_are_unsupported(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:

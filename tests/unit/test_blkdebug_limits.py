@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.errors import NotSupported, OptionError, UnsupportedFeature
+from lamina.errors import NotSupported, OptionError
 from lamina.filters.blkdebug import Blkdebug
 from lamina.graph import Opener, open_graph
 from lamina.limits import Limits
@@ -117,11 +117,6 @@ def test_what_is_too_short_is_refused() -> None:
     with pytest.raises(NotSupported):
         node.discard(0, 4095)
     node.discard(0, 4096)
-
-
-def test_rules_are_for_later() -> None:
-    with pytest.raises(UnsupportedFeature):
-        over(MemoryStorage(), config="rules.conf")
 
 
 def test_through_the_graph_and_by_name(tmp_path: Path) -> None:

@@ -98,10 +98,16 @@ class Raw(Node):
         return None if base is None else (base[0], base[1] + self._offset)
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        self.file.read_into(self._offset + offset, view)
+        file = self.file
+        if file.event is not None:
+            file.event("read_aio")
+        file.read_into(self._offset + offset, view)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.file.write(self._offset + offset, view, flags)
+        file = self.file
+        if file.event is not None:
+            file.event("write_aio")
+        file.write(self._offset + offset, view, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.file.zero(self._offset + offset, length, flags)
@@ -110,6 +116,8 @@ class Raw(Node):
         self.file.discard(self._offset + offset, length)
 
     def flush(self) -> None:
+        self.file.tell("flush_to_os")
+        self.file.tell("flush_to_disk")
         self.file.flush()
 
     def truncate(self, size: int) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..api import open as open_image
 from ..creation import Aside, create_driver, open_aside, write_image
 from ..errors import OptionError
+from ..format_node import FormatNode
 from ..limits import KIB, MIB, align_down
-from ..node import FormatNode, Node, StorageNode
+from ..node import Node, StorageNode
 from ..numeric import np
 from ..policy import Policy
 from .progress import Monitor

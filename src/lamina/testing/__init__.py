@@ -1,4 +1,4 @@
-"""Conformance suites for those who write storage, formats or filters: subclass one, and pytest runs its laws.
+"""For those who write storage, formats or filters, and for those who test storage code of their own.
 
     from lamina.testing import FilterConformance
 
@@ -6,17 +6,74 @@
         def make(self, image):
             return Slow(image)
 
-`StorageConformance`, `FormatConformance` and `FilterConformance` hold a driver to what `lamina.node` promises; `model.Disk`
+`StorageConformance`, `FormatConformance` and `FilterConformance` hold a driver to what `lamina.node` promises; `Disk`
 is the flat disk they compare it with. They need hypothesis and are run by pytest (the extra `dev`), which nothing else in
 Lamina imports. For readable failures, let pytest rewrite the assertions in here, before importing it:
 `pytest.register_assert_rewrite("lamina.testing")`.
+
+`cut_power` judges every state that a power cut could leave, of any code (docs/testing-your-own.md); `FaultyStorage` fails
+when a test says so; `read_log` and `replay` read what the filter `logwrites` wrote. These need neither. pytest finds the
+fixtures `image`, `faulty` and `power_loss` by itself (`plugin`), which is why this module imports nothing until it is asked.
+
+This module itself has no assertions: PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
 
-from .filters import FilterConformance
-from .formats import FormatConformance
-from .model import Disk, check_status
-from .storage import StorageConformance
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Disk", "FilterConformance", "FormatConformance", "StorageConformance", "check_status"]
+if TYPE_CHECKING:
+    from .faulty import FaultyStorage
+    from .filters import FilterConformance
+    from .formats import FormatConformance
+    from .model import Disk, check_status
+    from .persistence import Bounds, CrashState, Persistence
+    from .power_loss import PowerLossFailure, cut_power
+    from .recorder import Recorder
+    from .storage import StorageConformance
+    from .write_log import read_log, replay
+
+__all__ = [
+    "Bounds",
+    "CrashState",
+    "Disk",
+    "FaultyStorage",
+    "FilterConformance",
+    "FormatConformance",
+    "Persistence",
+    "PowerLossFailure",
+    "Recorder",
+    "StorageConformance",
+    "check_status",
+    "cut_power",
+    "read_log",
+    "replay",
+]
+
+_HOMES = {
+    "Bounds": "persistence",
+    "CrashState": "persistence",
+    "Disk": "model",
+    "FaultyStorage": "faulty",
+    "FilterConformance": "filters",
+    "FormatConformance": "formats",
+    "Persistence": "persistence",
+    "PowerLossFailure": "power_loss",
+    "Recorder": "recorder",
+    "StorageConformance": "storage",
+    "check_status": "model",
+    "cut_power": "power_loss",
+    "read_log": "write_log",
+    "replay": "write_log",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = found  # next time it is simply there
+    return found

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from .. import registry
 from ..errors import BlockIOError, NotSupported
 from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
+from ..format_node import BELOW, FormatNode
+from ..format_node import DATA as STORED
+from ..format_node import ZERO as ZEROED
 from ..graph import Opener
 from ..image import Image
 from ..limits import Limits
-from ..node import BELOW, FormatNode, Node
-from ..node import DATA as STORED
-from ..node import ZERO as ZEROED
+from ..node import Node
 from ..numeric import np
 from ..report import ERROR
 from ..request import Child

@@ -83,7 +83,7 @@ def _parser() -> Parser:
     parser.add_argument("-i", "--aio", dest="i", metavar="MODE", help=f"{', '.join(AIO_MODES)}: all the same here")
     parser.add_argument("-k", "--native-aio", action="store_true", help="as -i native")
     parser.add_argument("-m", "--misalign", action="store_true", help="ignored: buffers need not be aligned")
-    parser.add_argument("-s", "--snapshot", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-s", "--snapshot", action="store_true", help="keep changes in memory, off the image")
     parser.add_argument("-C", "--copy-on-read", action="store_true", help=argparse.SUPPRESS)
     parser.add_later("-T", "--trace", "tracing is not there yet", metavar="PATTERN")
     parser.add_access()

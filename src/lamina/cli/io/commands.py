@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from errno import ENOMEM
 
 from ...errors import BlockIOError, LaminaError, OptionError
-from . import grammar, opening, status, transfers
+from . import breakpoints, grammar, opening, status, transfers
 from .session import Session
 
 Handler = Callable[[Session, dict[str, list[str]], Sequence[str]], bool]
@@ -32,7 +32,7 @@ _MEANINGS = {
 }
 _OPENING = {
     "r": "for reading only",
-    "s": "with a temporary snapshot over it (not there yet)",
+    "s": "changes are kept in memory, and gone when it is closed",
     "C": "with copy-on-read (not there yet)",
     "n": "around the page cache, as -t none",
     "U": "beside a program that writes to it; needs -r",
@@ -146,10 +146,13 @@ COMMANDS = {
         Command("reopen", opening.reopen_image, "open the same image in another way", "", "rwc:o:", meanings=_REOPEN),
         Command("close", opening.close_image, "close the image", alias="c"),
         Command("sleep", opening.sleep, "wait", "MILLISECONDS", "", 1, 1),
-        Command("break", opening.breakpoints, "stop a request at an event (not there yet)", "EVENT TAG", "", 2, 2),
-        Command("remove_break", opening.breakpoints, "stop no longer (not there yet)", "TAG", "", 1, 1),
-        Command("resume", opening.breakpoints, "let a stopped request go on (not there yet)", "TAG", "", 1, 1),
-        Command("wait_break", opening.breakpoints, "wait until a request stops (not there yet)", "TAG", "", 1, 1),
+        Command(
+            "break", breakpoints.set_break, "stop the next request at an event (needs a blkdebug)", "EVENT TAG", "", 2, 2,
+            example="break write_aio A",
+        ),
+        Command("remove_break", breakpoints.remove_break, "forget breakpoints, and let go on what stopped", "TAG", "", 1, 1),
+        Command("resume", breakpoints.resume, "let a stopped request go on", "TAG", "", 1, 1),
+        Command("wait_break", breakpoints.wait_break, "wait until a request is stopped", "TAG", "", 1, 1),
         Command("abort", opening.abort, "end this program as if it had crashed"),
         Command("sigraise", opening.raise_signal, "send this program a signal", "NUMBER", "", 1, 1),
         Command("help", show_help, "show all commands, or one", "[COMMAND]", "", 0, 1, "?"),

@@ -17,7 +17,7 @@ from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose, merge
 Flags = dict[str, list[str]]
 
 #: Options of qemu-io that need what is not there yet, and what that is.
-LATER = {"s": "a temporary snapshot", "C": "copy-on-read"}
+LATER = {"C": "copy-on-read"}
 
 
 def refuse_later(letters: Sequence[str]) -> None:
@@ -39,6 +39,7 @@ def with_modes(target: Target, flags: Flags) -> Target:
         target,
         read_only=target.read_only or "r" in flags,
         force_share=target.force_share or "U" in flags,
+        snapshot=target.snapshot or "s" in flags,
         cache=cache,
         discard=choose(DISCARD_MODES, "discard", flags["d"][-1]) if "d" in flags else target.discard,
     )
@@ -101,7 +102,3 @@ def raise_signal(session: Session, flags: Flags, operands: Sequence[str]) -> boo
 def abort(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     session.output.flush()
     os.abort()
-
-
-def breakpoints(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
-    raise UnsupportedFeature("requests cannot be stopped yet: that comes with blkdebug's error rules")

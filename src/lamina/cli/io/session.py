@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,13 @@ from .target import Target
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+    from ...filters.blkdebug.rules import Rules
     from ...image import Image
 
 #: Requests that can be under way at the same time; more wait in line.
 _IN_FLIGHT = 32
+#: Seconds between two looks at requests that may be stopped.
+_LOOK_AGAIN = 0.005
 
 
 class Session:
@@ -30,6 +34,8 @@ class Session:
         self._image: Image | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._waiting: list[Future[None]] = []
+        #: Where requests of the open image may be stopped; None as long as no command asked for that.
+        self.rules: Rules | None = None
 
     @property
     def is_open(self) -> bool:
@@ -53,7 +59,10 @@ class Session:
         self.target = target
 
     def close(self) -> None:
-        """Wait for what is under way, then close the image, if one is open."""
+        """Wait for what is under way, then close the image, if one is open. What is stopped goes on."""
+        rules, self.rules = self.rules, None
+        if rules is not None:
+            rules.release()
         self.drain()
         image, self._image = self._image, None
         if image is not None:
@@ -81,8 +90,16 @@ class Session:
         self._waiting = [one for one in self._waiting if not one.done() or one.exception()]
         self._waiting.append(self._pool.submit(work))
 
+    def running(self) -> int:
+        """How many requests are under way beside the commands."""
+        return sum(not one.done() for one in self._waiting)
+
     def drain(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until nothing is under way. OptionError if a request is stopped, since only a command lets it go on."""
+        while self.rules is not None and self.running():
+            if tags := self.rules.stopped:
+                raise OptionError(f"a request is stopped at {tags[-1]!r}", hint=f"let it go on: resume {tags[-1]}")
+            time.sleep(_LOOK_AGAIN)
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             one.result()

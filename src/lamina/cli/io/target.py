@@ -57,6 +57,7 @@ class Target:
     cache: str = "writeback"
     discard: str = "unmap"
     force_share: bool = False
+    snapshot: bool = False
     references: Policy | None = None
 
     @property
@@ -81,6 +82,7 @@ class Target:
             read_only=self.read_only,
             references=self.references,
             force_share=self.force_share,
+            snapshot=self.snapshot,
         )
 
     def spec(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from array import array
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...errors import CorruptImage, LaminaError, NotSupported, UnsupportedFeature
+from ...format_node import FormatNode, Mapping, Reservation
 from ...limits import Limits, align_up
-from ...node import MAY_UNMAP, FormatNode, Mapping, Reservation
+from ...node import MAY_UNMAP
 from ...request import Child
 from ...schema import Option, Schema
 from . import create as _create
@@ -53,7 +54,7 @@ class Qcow2(FormatNode):
         self, file: Child, header: Header, *, read_only: bool, cache_bytes: int, name: str | None = None
     ) -> None:
         super().__init__(name=name, read_only=read_only)
-        self.children["file"] = file
+        self.children["file"] = self.file = file
         self.header = header
         self._cluster_size = header.cluster_size
         self._cluster_bits = header.cluster_bits
@@ -147,6 +148,9 @@ class Qcow2(FormatNode):
     # -- the mapping
 
     def map(self, offset: int, length: int) -> Mapping:
+        found = self._mappings.map_one(offset, length)
+        if found is not None:
+            return found
         with self._lock:
             return self._mappings.map(offset, length)
 
@@ -268,6 +272,7 @@ class Qcow2(FormatNode):
         with self._changing:
             header, counts = self.header, self._refcounts
             clusters = align_up(entries * 8, self._cluster_size) >> self._cluster_bits
+            self.file.tell("l1_grow_alloc_table")
             offset, _, _ = counts.allocate(clusters, whole=True)
             counts.protect(offset, clusters)
             if header.l1_size:
@@ -316,6 +321,7 @@ class Qcow2(FormatNode):
         self._refcounts.protect(offset, 1)
         entries = array("Q", bytes(self._cluster_size)) if table is None else table.entries[:]
         if table is not None:
+            self.file.tell("l2_alloc_cow_read")
             self._unlink(table.offset, data=False)
         table = Table(offset, entries, new=True)
         mappings.link_table(which, table)
@@ -368,7 +374,9 @@ class Qcow2(FormatNode):
         anywhere, a cluster may be counted and not used (a leak), never used and not counted.
         """
         with self._changing:
+            self.file.tell("flush_to_os")
             if not self._write_out():
+                self.file.tell("flush_to_disk")
                 self.file.flush()
 
     def _write_out(self) -> bool:
@@ -387,21 +395,22 @@ class Qcow2(FormatNode):
         counts = self._refcounts
         counts.write_counts()
         mappings.write_tables()
+        file.tell("flush_to_disk")
         file.flush()
         if counts.links_dirty:
-            replaced = counts.write_links()
+            self._unlinked += counts.write_links()
             file.flush()
-            if replaced is not None:
-                self._unlinked.append(replaced)
         if mappings.dirty:
             mappings.write_links()
             if mappings.l1_moved:
+                file.tell("l1_grow_activate_table")
                 self.header.store(file, "l1_size", "l1_table_offset")
             file.flush()
             mappings.written()
         # A flush has passed since these were discarded: a late discard can no longer hit what is stored there next.
-        for offset, clusters in self._discarded:
-            counts.lower(offset, clusters)
+        while self._discarded:  # each once, also where reading a count fails in between
+            counts.lower(*self._discarded[-1])
+            self._discarded.pop()
         self._discarded, self._unlinked = self._unlinked, []
         for stretch in self._discarded:
             for offset, clusters in counts.referenced_once(*stretch):  # others are still in use

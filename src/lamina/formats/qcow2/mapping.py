@@ -16,8 +16,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...errors import CorruptImage
+from ...format_node import BELOW, COMPRESSED, DATA, ZERO, Mapping
 from ...limits import align_up
-from ...node import BELOW, COMPRESSED, DATA, ZERO, Mapping
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .header import Header
 
 _SWAP = sys.byteorder == "little"
+#: Entries with one of these bits are not read straight from their place.
+_NOT_PLAIN = q.COMPRESSED | q.ZERO
+_new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
 _BATCH = 1 << 20
 
@@ -56,6 +59,7 @@ class Mappings:
         self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk
         self._l1_dirty: set[int] = set()
         self.l1_moved = False  # the L1 table in memory lies elsewhere than the header on disk says
+        self._l1_new = False  # and nothing on disk can point to it yet
         self.l1 = _load(file, header.l1_table_offset, header.l1_size)
 
     @property
@@ -72,6 +76,23 @@ class Mappings:
         return len(self._dirty) > self._max_tables // 2
 
     # -- reading
+
+    def map_one(self, offset: int, length: int) -> Mapping | None:
+        """The answer for a request inside one cluster that is stored plainly and whose table is at hand; else None. Needs no
+        lock: it looks once at a table and once at an entry, and the request path keeps others from this cluster. A small
+        read takes 0.5 us less by it."""
+        within = offset & self._cluster_size - 1
+        if within + length > self._cluster_size:
+            return None
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._table_bits)
+        if table is None:
+            return None
+        entry = table.entries[cluster & self.per_table - 1]
+        host = entry & q.OFFSET_MASK
+        if not host or entry & _NOT_PLAIN or host & self._cluster_size - 1:
+            return None
+        return _new(Mapping, (DATA, length, host + within))
 
     def map(self, offset: int, length: int) -> Mapping:
         """As `FormatNode.map`."""
@@ -209,6 +230,7 @@ class Mappings:
                 and offset + (run + 1) * self._cluster_size <= self._file.node.size
             ):
                 run += 1
+            self._file.tell("l2_load")
             self._file.read_into(offset, view[at << self._cluster_bits : at + run << self._cluster_bits])
             at += run
         return raw.reshape(-1).astype(np.uint64)
@@ -220,6 +242,7 @@ class Mappings:
             return table
         if not self.l1[which] & q.OFFSET_MASK:
             return None
+        self._file.tell("l2_load")
         table = Table(offset := self._place(which), _load(self._file, offset, self.per_table))
         self._keep(which, table)
         return table
@@ -275,7 +298,7 @@ class Mappings:
     def move_l1(self, entries: int) -> None:
         """Make the L1 table `entries` long, at the new place that the header in memory says already."""
         self.l1.frombytes(bytes(8 * (entries - len(self.l1))))
-        self.l1_moved = True
+        self.l1_moved = self._l1_new = True
 
     # -- to disk, in the order that the driver decides
 
@@ -284,30 +307,41 @@ class Mappings:
         for which in sorted(self._dirty):
             table = self._tables[which]
             if table.new:
+                self._file.tell("l2_alloc_write")
                 self._file.write(table.offset, memoryview(_big_endian(table.entries)))
-        if self.l1_moved:
+        if self._l1_new:
+            self._file.tell("l1_grow_write_table")
             self._file.write(self._header.l1_table_offset, memoryview(_big_endian(self.l1)))
 
     def write_links(self) -> None:
-        """Publish: entries of the tables in place, then L1 entries. Everything they point to is durable."""
+        """Publish: entries of the tables in place, then L1 entries. Everything they point to is durable. Where this fails,
+        or the flush after it, new tables are taken for published: from then on they change only here."""
         for which in sorted(self._dirty):
             table = self._tables[which]
             if not table.new and table.low < table.high:
                 # Whole sectors of entries: a sector is what a disk writes at once.
                 low, high = table.low & ~63, min(align_up(table.high, 64), self.per_table)
+                self._file.tell("l2_update")
                 self._file.write(table.offset + 8 * low, memoryview(_big_endian(table.entries[low:high])))
-        if not self.l1_moved:
+        for which in self._dirty:
+            table = self._tables[which]
+            if table.new:
+                table.new, table.low, table.high = False, self.per_table, 0
+        if self._l1_new:
+            self._l1_new = False
+            self._l1_dirty.clear()
+        else:
             self._write_l1()
 
     def _write_l1(self) -> None:
         for low, high in _runs(sorted(self._l1_dirty)):
+            self._file.tell("l1_update")
             self._file.write(self._header.l1_table_offset + 8 * low, memoryview(_big_endian(self.l1[low:high])))
 
     def written(self) -> None:
         """Everything is on disk."""
         for which in self._dirty:
             table = self._tables[which]
-            table.new = False
             table.low, table.high = self.per_table, 0
         self._dirty.clear()
         self._l1_dirty.clear()

@@ -148,13 +148,15 @@ class Refcounts:
         self._blocks: dict[int, Block] = {}
         self._changed: set[int] = set()  # blocks with counts that are not on disk
         self._unlinked: set[int] = set()  # new blocks that no table on disk points to
-        self._moved: tuple[int, int] | None = None  # (offset, clusters) of the table on disk that a larger one replaces
+        self._moved: list[tuple[int, int]] = []  # (offset, clusters) of tables on disk that a larger one replaces
+        self._offered = False  # the header was to point to the larger one: though that failed, it may do so
         self._next = 0  # no cluster below this index is free
         #: Host offset from which on no byte was ever written: what is given out there reads as zero.
         self.blank_from = align_up(file.node.size, header.cluster_size)
         #: Clusters that hold metadata, which must never be given out, nor written as data.
         self.metadata: set[int] = set()
         self.table = array("Q", (0,)) * (header.refcount_table_clusters << header.cluster_bits - 3)
+        file.tell("reftable_load")
         file.read_into(header.refcount_table_offset, memoryview(self.table).cast("B"))
         if sys.byteorder == "little":
             self.table.byteswap()
@@ -187,7 +189,7 @@ class Refcounts:
     @property
     def links_dirty(self) -> bool:
         """Whether a new block or table waits for `write_links`."""
-        return bool(self._unlinked) or self._moved is not None
+        return bool(self._unlinked or self._moved)
 
     def get(self, cluster: int) -> int:
         """The count of the host cluster with this index."""
@@ -199,6 +201,8 @@ class Refcounts:
         """(host offset, clusters, blank): the first free run of up to `count` clusters, of exactly `count` if `whole`; each
         is counted once from now on. `blank`: the room is known to read as zero. Raises BlockIOError (ENOSPC) or
         LimitExceeded when there is no more room, CorruptImage where what is counted as free is not."""
+        self._file.tell("cluster_alloc")
+        self._file.tell("refblock_alloc")
         while True:
             start = self._find_free(self._next)
             if not whole:
@@ -250,8 +254,14 @@ class Refcounts:
             )
 
     def lower(self, offset: int, clusters: int = 1) -> bool:
-        """Take one reference away from each of these clusters; True if that left the first of them free."""
+        """Take one reference away from each of these clusters; True if that left the first of them free. Where a block
+        cannot be read nothing is taken away."""
+        self._file.tell("cluster_free")
+        self._file.tell("refblock_alloc")
         first = offset >> self._cluster_bits
+        last = first + clusters - 1
+        blocks = {which: self._block(which) for which in range(first // self.per_block, last // self.per_block + 1)}
+        self._blocks.update((which, block) for which, block in blocks.items() if block is not None)
         for cluster in range(first, first + clusters):
             count = self.get(cluster)
             if not count:
@@ -288,25 +298,32 @@ class Refcounts:
             low, high = (0, self._cluster_size) if which in self._unlinked else (block.low, block.high)
             # Whole sectors: a sector is what a disk writes at once.
             low, high = low - low % 512, min(align_up(high, 512), self._cluster_size)
+            self._file.tell("refblock_alloc_write" if which in self._unlinked else "refblock_update_part")
             self._file.write((self.table[which] & q.REFBLOCK_MASK) + low, memoryview(block.raw(low, high)))
             block.low, block.high = self._cluster_size, 0
             self._changed.discard(which)
-        if self._moved is not None:
+        if self._moved and not self._offered:
+            self._file.tell("refblock_alloc_write_table")
             self._file.write(self._header.refcount_table_offset, memoryview(_big_endian(self.table)))
         self._evict()
 
-    def write_links(self) -> tuple[int, int] | None:
-        """Point to the new blocks, which are durable by now. Returns (offset, clusters) of a table that was replaced."""
-        moved = self._moved
-        if moved is not None:
-            self._header.store(self._file, "refcount_table_offset", "refcount_table_clusters")
-            self._moved = None
+    def write_links(self) -> list[tuple[int, int]]:
+        """Point to the new blocks, which are durable by now. Returns (offset, clusters) of tables that were replaced. Where
+        it fails, what it was to point to is taken for published: from then on it changes only here."""
+        replaced = self._moved
+        if replaced and not self._offered:
+            self._offered = True
         else:
             for which in sorted(self._unlinked):
+                self._file.tell("refblock_alloc_hookup")
                 entry = memoryview(_big_endian(self.table[which : which + 1]))
                 self._file.write(self._header.refcount_table_offset + 8 * which, entry)
+        if replaced:
+            self._file.tell("refblock_alloc_switch_table")
+            self._header.store(self._file, "refcount_table_offset", "refcount_table_clusters")
         self._unlinked.clear()
-        return moved
+        self._moved, self._offered = [], False
+        return replaced
 
     # -- inside
 
@@ -327,6 +344,7 @@ class Refcounts:
                 hint="check the image",
             )
         raw = bytearray(self._cluster_size)
+        self._file.tell("refblock_load")
         self._file.read_into(offset, memoryview(raw))
         self._evict()
         block = self._make(raw)
@@ -391,6 +409,7 @@ class Refcounts:
 
     def _grow_table(self, entries: int) -> None:
         """Make room for more blocks: a larger table, in new clusters, that takes the place of this one at `write_links`."""
+        self._file.tell("reftable_grow")
         size = align_up((entries + entries // 2 + 16) * 8, self._cluster_size)
         size = min(size, max(q.MAX_REFTABLE_BYTES, self._cluster_size))
         if size < entries * 8:
@@ -410,10 +429,11 @@ class Refcounts:
             self._shrink_table(old[1] * self._cluster_size // 8)
             raise
         self.protect(offset, clusters)
-        if self._moved is None:
-            self._moved = old
-        else:
+        if self._moved and not self._offered:
             self.lower(*old)  # that table never reached the disk
+        else:
+            self._moved.append(old)
+        self._offered = False
         header.refcount_table_offset, header.refcount_table_clusters = offset, clusters
 
     def _shrink_table(self, entries: int) -> None:

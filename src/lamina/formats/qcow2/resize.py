@@ -22,6 +22,7 @@ def resize(node: Qcow2, size: int) -> None:
     known to read as zero, a smaller one before its clusters are given back."""
     old = node.header.size
     if size > old:
+        _forget_leftovers(node, old, size)
         grow_l1(node, size)
         _blank(node, old, size)
         node.flush()
@@ -31,6 +32,15 @@ def resize(node: Qcow2, size: int) -> None:
         _announce(node, size)
         node.file.flush()
         node.cut_off(align_up(size, node.header.cluster_size), old)
+
+
+def _forget_leftovers(node: Qcow2, old: int, size: int) -> None:
+    """Free the clusters past the end that an earlier cut left behind because it failed, or the power did, half-way: what is
+    added must not show them."""
+    header = node.header
+    start = align_up(old, header.cluster_size)
+    covered = header.l1_size << 2 * header.cluster_bits - 3
+    node.cut_off(start, min(align_up(size, header.cluster_size), covered))
 
 
 def grow_l1(node: Qcow2, size: int) -> None:

@@ -1,0 +1,122 @@
+"""Small requests: what a read of 4 KiB costs, through the library and beside `qemu-img bench`, and what a filter adds to it.
+
+`python -m benchmarks.requests FOLDER` wants the images of `run.py` there (`make bench` calls it with its own). The same
+offsets are read by all: every 17th block of 4 KiB, over the whole disk. The library reads from one thread, so its rate is
+held against the peer's with one request in flight and with 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import peers
+
+COUNT = 100_000
+STEP = 17 * 4096
+
+#: Runs in a child of its own, so that it is measured as a user's program is: best of five, in seconds a request.
+LIBRARY = """\
+import json, sys, time
+import lamina
+from lamina.image import Image
+from lamina.node import FilterNode
+from lamina.request import Child
+
+class Pass(FilterNode):
+    driver = "pass"
+
+def seconds(image, count, step):
+    buffer, size, at, read = memoryview(bytearray(4096)), image.size, 0, image.read_into
+    began = time.perf_counter()
+    for _ in range(count):
+        read(at, buffer)
+        at += step
+        if at + 4096 > size:
+            at = 0
+    return (time.perf_counter() - began) / count
+
+path, form, count, step = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+bare = lamina.open(path, format=form)
+through = Image(Pass(Child(lamina.open(path, format=form).node, "image", grows=True)))
+# In turn, so that a noisy moment hits both.
+times = [(seconds(bare, count, step), seconds(through, count, step)) for _ in range(5)]
+print(json.dumps([min(bare for bare, _ in times), min(passed for _, passed in times)]))
+"""
+
+#: (peer's requests in flight, format) -> how many times its rate is promised.
+TARGETS = {(1, "raw"): 3.0, (1, "qcow2"): 2.5, (64, "raw"): 0.6, (64, "qcow2"): 0.6}
+
+
+def library(path: Path, form: str) -> tuple[float, float]:
+    """Seconds that a read takes, and that it takes through one filter that lets all pass."""
+    command = [sys.executable, "-c", LIBRARY, str(path), form, str(COUNT), str(STEP)]
+    bare, through = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return bare, through
+
+
+def bench(peer: peers.Peer, path: Path, form: str, depth: int) -> float:
+    """Seconds a request of qemu-img bench, best of three."""
+    options = ["-f", form, "-c", str(COUNT), "-d", str(depth), "-s", "4096", "-S", str(STEP)]
+    times = []
+    for _ in range(3):
+        done = subprocess.run([peer.qemu_img, "bench", *options, path], check=True, capture_output=True, text=True)
+        found = re.search(r"completed in ([0-9.]+) seconds", done.stdout)
+        assert found, done.stdout
+        times.append(float(found[1]) / COUNT)
+    return min(times)
+
+
+def measure(folder: Path, others: list[peers.Peer]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for form, path in ("raw", folder / "ext4.raw"), ("qcow2", folder / "alternating-512.qcow2"):
+        bare, through = library(path, form)
+        rows.append({"work": f"4 KiB read, {form}", "program": "lamina library", "us": bare * 1e6})
+        added = {
+            "work": f"4 KiB read, {form}",
+            "program": "one filter adds",
+            "us": (through - bare) * 1e6,
+            "target": 1.0,
+        }
+        rows.append(added | {"verdict": "met" if added["us"] <= 1 else "missed"})
+        for depth in (1, 64):
+            times = {peer.name: bench(peer, path, form, depth) for peer in others}
+            for name, time in times.items():
+                rows.append(
+                    {"work": f"4 KiB read, {form}", "program": f"{name} bench, {depth} in flight", "us": time * 1e6}
+                )
+            if times:
+                ratio, target = min(times.values()) / bare, TARGETS[depth, form]
+                rows[-1] |= {"ratio": ratio, "target": target, "verdict": "met" if ratio >= target else "missed"}
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| work | program | us a request | our rate, times the faster peer's | target | |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        target = row.get("target", "")
+        lines.append(
+            f"| {row['work']} | {row['program']} | {row['us']:.2f} | {ratio} | {target} | {row.get('verdict', '')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.requests", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the images of run.py are")
+    options = parser.parse_args()
+    print(table(measure(options.folder, [peer for peer in (peers.system(), peers.newest()) if peer])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The filter `cow`: changes are kept in memory, and the image below stays as it is. It is what `snapshot=on` opens."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from .. import registry
+from ..node import FUA, TransformNode, fill_zero
+from ..request import Child
+from ..schema import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents
+    from ..graph import Opener
+
+# What holds a stretch of the disk.
+_ZERO, _DATA, _BELOW = 0, 1, -1
+
+
+class Cow(TransformNode):
+    """Reads come from `image` until the bytes are written; all changes, of the size too, stay above it and are gone when
+    the node is closed. The image is never written to, and is opened read-only. A discard leaves zeros: what lies below does
+    not come to light again. What was changed is known to the byte, so writing never reads.
+
+    Safe for any number of threads: overlapping requests are ordered by the request path. Memory grows with what is written,
+    in pages of 64 KiB."""
+
+    driver: ClassVar[str] = "cow"
+    schema: ClassVar[Schema] = Schema(
+        "cow", [Option("image", "node", "the node below, never written to", required=True)]
+    )
+    supported_flags = FUA  # nothing here outlives the node: every write is as stable as it can be
+
+    def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self._size = image.size
+        #: The image counts up to here; what was cut off once reads as zero when it comes back.
+        self._below = image.size
+        self._growable = image.node.growable
+        self._mutex = threading.Lock()  # of the size: writes that do not overlap may pass the end at once
+        self._changed = _Stretches()
+        self._above = Child(registry.lookup("memory", "storage")(), "above", grows=True)
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        image = opener.child("image", options["image"], read_only=True)
+        return cls(image, name=opener.name, read_only=opener.read_only)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def growable(self) -> bool:
+        return self._growable
+
+    @property
+    def serialise(self) -> int:
+        return 512
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        for lo, hi, kind in self._changed.within(offset, offset + len(view)):
+            part = view[lo - offset : hi - offset]
+            if kind == _DATA:
+                self._above.read_into(lo, part)
+            elif kind == _ZERO:
+                fill_zero(part)
+            else:
+                inside = min(max(self._below - lo, 0), hi - lo)
+                if inside:
+                    self.image.read_into(lo, part[:inside])
+                fill_zero(part[inside:])
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self._above.write(offset, view)
+        self._change(offset, offset + len(view), _DATA)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self._above.zero(offset, length)  # gives the memory back
+        self._change(offset, offset + length, _ZERO)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.zero(offset, length)
+
+    def flush(self) -> None:
+        """Nothing here can be made to last."""
+
+    def truncate(self, size: int) -> None:
+        self._changed.cut(size)
+        self._above.truncate(min(size, self._above.size))
+        self._below = min(self._below, size)
+        self._size = size
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """What was changed is data (or zero) that no file holds; the rest is the image's answer, at its own depth."""
+        import numpy as np
+
+        from ..extents import DATA, PRESENT, ZERO, Extents
+
+        end = offset + length
+        inside = min(max(self._below - offset, 0), length)
+        below = self.image.extents(offset, inside) if inside else Extents.empty(offset)
+        below = below.pad_zero(end).coalesce()
+        changed = np.array(list(self._changed.within(offset, end)), np.int64)
+        flags = np.array([ZERO | PRESENT, DATA | PRESENT, 0], np.uint8)[changed[:, 2]]  # _BELOW finds the last
+        own = Extents.from_columns(
+            changed[:, 0], changed[:, 1] - changed[:, 0], flags, depth=(flags > 0).astype(np.int32)
+        )
+        # `over` puts what is below one layer deeper. This is no layer, so all come up again.
+        return own.over(below).deepen(-1).coalesce()
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        for lo, hi, kind in self._changed.within(offset, offset + length):
+            inside = min(max(self._below - lo, 0), hi - lo)
+            if kind == _DATA or (kind == _BELOW and inside and not self.image.reads_zero(lo, inside)):
+                return False
+        return True
+
+    def close(self) -> None:
+        self._above.close()
+        super().close()
+
+    def _change(self, start: int, end: int, kind: int) -> None:
+        self._changed.set(start, end, kind)
+        with self._mutex:
+            self._size = max(self._size, end)
+
+
+class _Stretches:
+    """Which bytes were changed: stretches of a kind that do not overlap, in order; equal neighbours are one. Safe for any
+    number of threads."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._kinds: list[int] = []
+        self._mutex = threading.Lock()
+
+    def set(self, start: int, end: int, kind: int) -> None:
+        """All of [start, end) is of `kind` now."""
+        with self._mutex:
+            # Those that overlap it or touch it; what is left of the first and the last stays.
+            first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
+            left, right = [], []
+            if first < last:
+                if self._starts[first] < start:
+                    left = [(self._starts[first], start, self._kinds[first])]
+                if self._ends[last - 1] > end:
+                    right = [(end, self._ends[last - 1], self._kinds[last - 1])]
+            if left and left[0][2] == kind:
+                start = left.pop()[0]
+            if right and right[0][2] == kind:
+                end = right.pop()[1]
+            self._replace(first, last, [*left, (start, end, kind), *right])
+
+    def cut(self, size: int) -> None:
+        """Nothing from `size` on was changed."""
+        with self._mutex:
+            first = bisect_right(self._ends, size)
+            kept = self._starts[first:][:1]
+            self._replace(
+                first, len(self._ends), [(kept[0], size, self._kinds[first])] if kept and kept[0] < size else []
+            )
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """[start, end) as (start, end, kind), _BELOW where it was not changed, as of now."""
+        with self._mutex:
+            first, last = bisect_right(self._ends, start), bisect_left(self._starts, end)
+            found = zip(self._starts[first:last], self._ends[first:last], self._kinds[first:last], strict=True)
+        for low, high, kind in found:
+            low, high = max(low, start), min(high, end)
+            if start < low:
+                yield start, low, _BELOW
+            yield low, high, kind
+            start = high
+        if start < end:
+            yield start, end, _BELOW
+
+    def _replace(self, first: int, last: int, rows: list[tuple[int, int, int]]) -> None:
+        self._starts[first:last] = [row[0] for row in rows]
+        self._ends[first:last] = [row[1] for row in rows]
+        self._kinds[first:last] = [row[2] for row in rows]

@@ -1,0 +1,319 @@
+"""The filter `partition`: one partition of a disk, found in its table: MBR (primary and logical) or GPT.
+
+The tables are after the UEFI Specification, version 2.10, chapter 5 (GPT: section 5.3; legacy MBR: section 5.2.1), and, for
+logical partitions, the layout that every system reads: a chain of boot records inside the extended partition. A table is
+data that somebody else wrote: every number in it is held against the size of the disk before it is used, checksums are
+checked, and the chain is bounded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+
+from ..errors import CorruptImage, FormatError, LimitExceeded, OptionError
+from ..layout import Field, Structure
+from ..limits import Limits, is_power_of_two
+from ..node import TransformNode
+from ..request import Child
+from ..schema import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents, HostFile
+    from ..graph import Opener
+
+MBR_ENTRY: Final = Structure(
+    "MBR partition entry",
+    "<",
+    [
+        Field("status", "u8", "0x80: boot from it", default=0),
+        Field("first_chs", "3s", "where it begins, as cylinder, head, sector; not used", default=bytes(3)),
+        Field("type", "u8", "what lies in it; 0: the entry is empty"),
+        Field("last_chs", "3s", "where it ends; not used", default=bytes(3)),
+        Field("first", "u32", "its first sector (of a logical one: counted from its boot record)"),
+        Field("sectors", "u32", "how many sectors it has"),
+    ],
+)
+GPT_HEADER: Final = Structure(
+    "GPT header",
+    "<",
+    [
+        Field("signature", "8s", 'the bytes "EFI PART"', default=b"EFI PART"),
+        Field("revision", "u32", "1.0", default=0x10000),
+        Field("header_size", "u32", "bytes of it that the checksum covers", default=92),
+        Field("header_crc", "u32", "CRC-32 of the header, with this field as zero", default=0),
+        Field("", "4x", "reserved"),
+        Field("my_lba", "u64", "the sector that this header is in"),
+        Field("alternate_lba", "u64", "the sector that the other copy is in"),
+        Field("first_usable", "u64", "the first sector that a partition may use"),
+        Field("last_usable", "u64", "the last one"),
+        Field("disk_guid", "16s", "names the disk", default=bytes(16)),
+        Field("entries_lba", "u64", "the first sector of the entries"),
+        Field("entry_count", "u32", "how many entries there are, empty ones too"),
+        Field("entry_size", "u32", "bytes of each: 128 times a power of two", default=128),
+        Field("entries_crc", "u32", "CRC-32 of all entries", default=0),
+    ],
+)
+GPT_ENTRY: Final = Structure(
+    "GPT partition entry",
+    "<",
+    [
+        Field("type_guid", "16s", "what lies in it; zeros: the entry is empty"),
+        Field("guid", "16s", "names the partition", default=bytes(16)),
+        Field("first", "u64", "its first sector"),
+        Field("last", "u64", "its last sector"),
+        Field("attributes", "u64", "flags", default=0),
+        Field("name", "72s", "for people, in UTF-16LE", default=bytes(72)),
+    ],
+)
+
+SECTOR_SIZES: Final = (512, 4096)
+_PROTECTIVE: Final = 0xEE
+_EXTENDED: Final = (0x05, 0x0F, 0x85)
+#: The longest chain of logical partitions that is followed. Systems stop at 60 or so.
+_MAX_LOGICAL: Final = 128
+#: The most bytes of GPT entries that are read: 8,192 of the usual ones, where 128 are the rule.
+_MAX_ENTRIES: Final = 1 << 20
+
+
+class Partition(TransformNode):
+    """The partition number `partition` of `image`, counted as Linux does: 1 to 4 are primary, 5 and up logical, or the
+    entries of a GPT. Its place is read once, when it is opened; the size is fixed. It holds no state: whatever the image
+    allows may run concurrently. Raises FormatError where there is no table, CorruptImage where it contradicts itself or the
+    disk, OptionError where there is no such partition."""
+
+    driver: ClassVar[str] = "partition"
+    schema: ClassVar[Schema] = Schema(
+        "partition",
+        [
+            Option("image", "node", "the disk", required=True),
+            Option("partition", "int", "its number, from 1", required=True, minimum=1),
+            Option("sector-size", "int", "of the disk, in bytes; found out if not given", choices=SECTOR_SIZES),
+        ],
+    )
+
+    def __init__(
+        self,
+        image: Child,
+        partition: int,
+        *,
+        sector_size: int | None = None,
+        name: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self._offset, self._size = find(image, partition, sector_size)
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        image = opener.child("image", options["image"])
+        number, sector = options["partition"], options["sector-size"]
+        return cls(image, number, sector_size=sector, name=opener.name, read_only=opener.read_only)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def limits(self) -> Limits:
+        """The disk's, as far as the place of the partition keeps them aligned; what it does not, the edge below aligns."""
+        below, offset = self.image.node.limits, self._offset
+        alignments = ("request_alignment", "zero_alignment", "discard_alignment")
+        return below._replace(**{name: 1 for name in alignments if offset % getattr(below, name)})
+
+    @property
+    def host_base(self) -> tuple[HostFile, int] | None:
+        base = self.image.node.host_base
+        return base and (base[0], base[1] + self._offset)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.image.read_into(self._offset + offset, view)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.image.write(self._offset + offset, view, flags)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.image.zero(self._offset + offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.image.discard(self._offset + offset, length)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        return self.image.extents(self._offset + offset, length).shift(-self._offset)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        return self.image.reads_zero(self._offset + offset, length)
+
+
+class _Table(NamedTuple):
+    """A GPT whose checksums and bounds hold."""
+
+    sector: int
+    first_usable: int
+    last_usable: int
+    entry_size: int
+    entries: bytes
+
+
+def find(disk: Child, number: int, sector: int | None = None) -> tuple[int, int]:
+    """Where partition `number` of `disk` begins and how long it is, in bytes; it lies inside the disk. `sector`: the sector
+    size, 512 or 4096; without it a GPT tells, and an MBR is taken to be of 512 unless the disk asks for aligned requests
+    of 4096. Raises as `Partition` does."""
+    record = _boot_record(disk, 0)
+    # A file system's own boot sector ends with the same two bytes; its code is where the entries would be.
+    if record is None or any(entry.status & 0x7F for entry in record):
+        raise FormatError(
+            "there is no partition table", path=disk.node.filename, hint="name the image without the filter"
+        )
+    if any(entry.type == _PROTECTIVE for entry in record):
+        return _in_gpt(disk, _gpt(disk, (sector,) if sector else SECTOR_SIZES), number)
+    return _in_mbr(disk, record, number, sector or (4096 if disk.node.limits.request_alignment == 4096 else 512))
+
+
+# -- GPT
+
+
+def _gpt(disk: Child, sectors: tuple[int, ...]) -> _Table:
+    """The first copy of the table that is whole: the primary one of any sector size, else the backup."""
+    reasons = []
+    for backup in (False, True):
+        for sector in sectors:
+            lba = disk.size // sector - 1 if backup else 1
+            found = _gpt_at(disk, sector, lba)
+            if isinstance(found, _Table):
+                return found
+            reasons.append(f"{found} in {sector}-byte sector {lba}")
+    raise CorruptImage(
+        "no copy of the GPT is whole: " + ", ".join(reasons),
+        path=disk.node.filename,
+        hint="repair it with gdisk or sfdisk",
+    )
+
+
+def _gpt_at(disk: Child, sector: int, lba: int) -> _Table | str:
+    """The table whose header is in sector `lba`, or why it is none."""
+    sectors = disk.size // sector
+    if not 1 <= lba < sectors:
+        return "no room for a header"
+    raw = _read(disk, lba * sector, sector)
+    header = GPT_HEADER.unpack(raw)
+    if header.signature != b"EFI PART":
+        return "no header"
+    if not GPT_HEADER.size <= header.header_size <= sector:
+        return f"a header of {header.header_size} bytes"
+    at = GPT_HEADER["header_crc"].offset
+    if zlib.crc32(raw[:at] + bytes(4) + raw[at + 4 : header.header_size]) != header.header_crc:
+        return "a header with a wrong checksum"
+    if header.my_lba != lba:
+        return f"a header that is meant for sector {header.my_lba}"
+    if header.entry_size % GPT_ENTRY.size or not is_power_of_two(header.entry_size // GPT_ENTRY.size):
+        return f"entries of {header.entry_size} bytes"
+    length = header.entry_count * header.entry_size
+    if not 0 < length <= _MAX_ENTRIES:
+        return f"{header.entry_count} entries"
+    if header.entries_lba < 2 or header.entries_lba * sector + length > disk.size:
+        return "entries outside the disk"
+    if not header.first_usable <= header.last_usable < sectors:
+        return "usable sectors outside the disk"
+    entries = _read(disk, header.entries_lba * sector, length)
+    if zlib.crc32(entries) != header.entries_crc:
+        return "entries with a wrong checksum"
+    return _Table(sector, header.first_usable, header.last_usable, header.entry_size, entries)
+
+
+def _in_gpt(disk: Child, table: _Table, number: int) -> tuple[int, int]:
+    step = table.entry_size
+    there = [at // step + 1 for at in range(0, len(table.entries), step) if any(table.entries[at : at + 16])]
+    if number not in there:
+        raise _missing(disk, number, there)
+    entry = GPT_ENTRY.unpack(table.entries, (number - 1) * step)
+    # The usable sectors were held against the size of the disk.
+    if not table.first_usable <= entry.first <= entry.last <= table.last_usable:
+        raise _outside(disk, number, entry.first, entry.last - entry.first + 1)
+    return entry.first * table.sector, (entry.last - entry.first + 1) * table.sector
+
+
+# -- MBR
+
+
+def _in_mbr(disk: Child, record: list[Any], number: int, sector: int) -> tuple[int, int]:
+    found: dict[int, tuple[int, int]] = {}
+    for slot, entry in enumerate(record, 1):
+        if entry.type and entry.type not in _EXTENDED:
+            found[slot] = entry.first, entry.sectors
+    extended = next((entry for entry in record if entry.type in _EXTENDED), None)
+    if extended is not None and number > 4:
+        for logical, place in enumerate(_logical(disk, extended, sector), 5):
+            found[logical] = place
+            if logical == number:
+                break
+    if number not in found:
+        raise _missing(disk, number, sorted(found))
+    first, sectors = found[number]
+    if not sectors or (first + sectors) * sector > disk.size:
+        raise _outside(disk, number, first, sectors)
+    return first * sector, sectors * sector
+
+
+def _logical(disk: Child, extended: Any, sector: int) -> Iterator[tuple[int, int]]:
+    """First sector and count of each logical partition, in the order of the chain. Each boot record names one partition,
+    counted from itself, and the next record, counted from the start of the extended partition."""
+    begin, end = extended.first, extended.first + extended.sectors
+    at, seen = begin, {0}
+    while True:
+        if at in seen:
+            raise CorruptImage(f"the chain of logical partitions comes back to sector {at}", path=disk.node.filename)
+        if len(seen) > _MAX_LOGICAL:
+            raise LimitExceeded(f"there are more than {_MAX_LOGICAL} logical partitions", path=disk.node.filename)
+        seen.add(at)
+        record = _boot_record(disk, at * sector) if begin <= at < end else None
+        if record is None:
+            raise CorruptImage(
+                f"the chain of logical partitions leads to sector {at}, where no boot record is",
+                path=disk.node.filename,
+            )
+        for entry in record[:2]:
+            if entry.type and entry.type not in _EXTENDED and entry.sectors:
+                if at + entry.first + entry.sectors > end:
+                    raise CorruptImage(
+                        f"the logical partition named in sector {at} ends outside its extended partition",
+                        path=disk.node.filename,
+                    )
+                yield at + entry.first, entry.sectors
+        link = next((entry for entry in record[:2] if entry.type in _EXTENDED and entry.sectors), None)
+        if link is None:
+            return
+        at = begin + link.first
+
+
+def _boot_record(disk: Child, offset: int) -> list[Any] | None:
+    """The four entries of the boot record at `offset`, or None if there is none."""
+    if offset + 512 > disk.size:
+        return None
+    raw = _read(disk, offset, 512)
+    if raw[510:] != b"\x55\xaa":
+        return None
+    return [MBR_ENTRY.unpack(raw, 446 + slot * MBR_ENTRY.size) for slot in range(4)]
+
+
+def _read(disk: Child, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    disk.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _missing(disk: Child, number: int, there: list[int]) -> OptionError:
+    known = ", ".join(map(str, there[:16])) + (", ..." if len(there) > 16 else "")
+    return OptionError(
+        f"there is no partition {number}",
+        path=disk.node.filename,
+        hint=f"there are: {known}" if there else "the table is empty",
+    )
+
+
+def _outside(disk: Child, number: int, first: int, sectors: int) -> CorruptImage:
+    return CorruptImage(
+        f"partition {number} ({sectors} sectors from {first}) does not lie inside the disk of {disk.size} bytes",
+        path=disk.node.filename,
+    )

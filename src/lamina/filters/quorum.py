@@ -1,0 +1,196 @@
+"""The filter `quorum`: several copies of one disk, and what most of them say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+from ..errors import BlockIOError, LaminaError, OptionError
+from ..limits import Limits
+from ..node import FUA, NO_FALLBACK, Node
+from ..request import Child
+from ..schema import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents
+    from ..graph import Opener
+
+T = TypeVar("T")
+
+#: Where copies differ, each block of this many bytes has a vote of its own.
+_BLOCK = 512
+
+
+class Quorum(Node):
+    """One disk in several `children`, all equally long. A read asks all of them, and gives, block by block of 512 bytes,
+    what at least `vote_threshold` say; if there is nothing that so many say, it fails with EIO. A write goes to all, and
+    succeeds if it does on `vote_threshold` of them. Copies that fail or disagree are logged under `lamina.quorum`; with
+    `rewrite_corrupted` those that disagree are written over with what most say.
+
+    Discards are left out: what the copies read as then could differ with right. Safe for any number of threads: requests
+    that overlap are ordered by the request path, so all copies see them in one order."""
+
+    driver: ClassVar[str] = "quorum"
+    schema: ClassVar[Schema] = Schema(
+        "quorum",
+        [
+            Option("children", "list", "the copies", required=True, items=Option("child", "node", "a copy")),
+            Option("vote-threshold", "int", "how many must agree", required=True, minimum=1),
+            Option("rewrite-corrupted", "bool", "write over copies that disagree", default=False),
+        ],
+    )
+    # The edges to the copies do what these cannot.
+    supported_flags = FUA
+
+    def __init__(
+        self,
+        children: list[Child],
+        vote_threshold: int,
+        *,
+        rewrite_corrupted: bool = False,
+        name: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """OptionError if the threshold cannot be reached, or the copies are not equally long."""
+        super().__init__(name=name, read_only=read_only)
+        if not 1 <= vote_threshold <= len(children):
+            raise OptionError(
+                f"{vote_threshold} votes of {len(children)} children cannot be",
+                hint="vote-threshold is from 1 to their number",
+            )
+        sizes = {child.size for child in children}
+        if len(sizes) > 1:
+            raise OptionError(f"the children are not equally long: {sorted(sizes)} bytes", hint="make them so")
+        self.children = {f"children.{number}": child for number, child in enumerate(children)}
+        self._copies = tuple(children)
+        self._threshold = vote_threshold
+        self._rewrite = rewrite_corrupted
+        self._size = sizes.pop()
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        children = [opener.child(f"children.{number}", spec) for number, spec in enumerate(options["children"])]
+        threshold, rewrite = options["vote-threshold"], options["rewrite-corrupted"]
+        return cls(children, threshold, rewrite_corrupted=rewrite, name=opener.name, read_only=opener.read_only)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def limits(self) -> Limits:
+        """The coarsest request alignment of all copies; their other limits are left to the edges below."""
+        return Limits(request_alignment=max(child.node.limits.request_alignment for child in self._copies))
+
+    @property
+    def serialise(self) -> int:
+        return _BLOCK
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        def read(child: Child) -> bytes:
+            buffer = bytearray(len(view))
+            child.read_into(offset, memoryview(buffer))
+            return bytes(buffer)
+
+        found = self._ask(read, "read", offset, len(view))
+        contents = list(found.values())
+        if contents.count(contents[0]) == len(contents):
+            view[:] = contents[0]
+            return
+        end = offset + len(view)
+        for lo in range(offset - offset % _BLOCK, end, _BLOCK):
+            first, last = max(lo, offset) - offset, min(lo + _BLOCK, end) - offset
+            votes = {role: content[first:last] for role, content in found.items()}
+            winner, count = Counter(votes.values()).most_common(1)[0]
+            if count < self._threshold:
+                raise BlockIOError(
+                    f"only {count} of {len(self._copies)} copies agree, and {self._threshold} must",
+                    node=self.name,
+                    operation="read",
+                    offset=offset + first,
+                    length=last - first,
+                    hint="compare the copies, and replace the bad ones",
+                )
+            view[first:last] = winner
+            losers = [role for role, vote in votes.items() if vote != winner]
+            if losers:
+                self._outvoted(losers, offset + first, view[first:last])
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self._ask(lambda child: child.write(offset, view, flags), "write", offset, len(view))
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        if flags & NO_FALLBACK:
+            # One copy could do it and the next refuse, and then a byte was touched.
+            raise self.refuse("fast zero")
+        self._ask(lambda child: child.zero(offset, length, flags), "zero", offset, length)
+
+    def flush(self) -> None:
+        self._ask(lambda child: child.flush(), "flush")
+
+    def truncate(self, size: int) -> None:
+        self._ask(lambda child: child.truncate(size), "truncate")
+        self._size = size
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """Data where any copy has data, zero only where all are; a place in a file only if all say the same."""
+        answers = list(self._ask(lambda child: child.extents(offset, length), "extents", offset, length).values())
+        first = answers[0]
+        return first if all(answer == first for answer in answers) else _merged(answers)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        return all(child.reads_zero(offset, length) for child in self._copies)
+
+    def _ask(
+        self, request: Callable[[Child], T], operation: str, offset: int | None = None, length: int | None = None
+    ) -> dict[str, T]:
+        """What the copies answer, of those that do; the first error if too few do."""
+        found: dict[str, T] = {}
+        first: LaminaError | None = None
+        for role, child in self.children.items():
+            try:
+                found[role] = request(child)
+            except LaminaError as error:
+                first = first or error
+                self._log("%s of %s failed: %s", operation, role, error)
+        if first is not None and len(found) < self._threshold:
+            raise BlockIOError(
+                f"only {len(found)} of {len(self._copies)} copies could do it, and {self._threshold} must: {first.message}",
+                errno=first.errno or 5,
+                node=self.name,
+                operation=operation,
+                offset=offset,
+                length=length,
+            ) from first
+        return found
+
+    def _outvoted(self, roles: list[str], offset: int, right: memoryview) -> None:
+        for role in roles:
+            self._log("%s disagrees about the %d bytes at %d", role, len(right), offset)
+            if self._rewrite and not self.read_only:
+                try:
+                    self.children[role].write(offset, right)
+                except LaminaError as error:
+                    self._log("%s could not be written over: %s", role, error)
+
+    @staticmethod
+    def _log(text: str, *values: object) -> None:
+        import logging
+
+        logging.getLogger("lamina.quorum").warning(text, *values)
+
+
+def _merged(answers: list[Extents]) -> Extents:
+    """One cautious answer for several about the same bytes."""
+    import numpy as np
+
+    from ..extents import ZERO, Extents
+
+    edges = np.unique(np.concatenate([answer.start for answer in answers]))
+    rows = [np.searchsorted(answer.start, edges, "right") - 1 for answer in answers]
+    # ZERO is flipped before and after, so that "or" is "and" for it.
+    flags = np.bitwise_or.reduce([answer.flags[row] ^ ZERO for answer, row in zip(answers, rows, strict=True)]) ^ ZERO
+    depth = np.minimum.reduce([answer.depth[row] for answer, row in zip(answers, rows, strict=True)])
+    length = np.diff(np.append(edges, answers[0].end))
+    return Extents.from_columns(edges, length, flags.astype(np.uint8), depth=depth).coalesce()

@@ -1,0 +1,253 @@
+"""The filter `stats`: counts and times requests, and sorts them by duration, size and alignment. One of the filters.
+
+Each thread counts in columns of its own, so that counting takes no lock; `snapshot` adds them up. A histogram sorts by powers
+of two: what is counted at 4096 was 4096 or more, and less than 8192. Sizes are bytes, durations nanoseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import BlockIOError
+from ..node import FilterNode
+from ..request import Child
+from ..schema import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents
+
+KINDS = ("read", "write", "zero", "discard", "flush", "truncate", "extents")
+READ, WRITE, ZERO, DISCARD, FLUSH, TRUNCATE, EXTENTS = range(len(KINDS))
+
+# The columns of one kind of operation: four sums, then three histograms, indexed by the number of bits.
+_DONE, _FAILED, _BYTES, _TIME, _LATENCY, _SIZE, _ALIGNMENT, _WIDTH = 0, 1, 2, 3, 4, 70, 136, 202
+_HISTOGRAMS = {"latency_ns": _LATENCY, "size": _SIZE, "alignment": _ALIGNMENT}
+
+Rows = list[list[int]]
+
+
+class Stats(FilterNode):
+    """`image`, with every request counted. `report`: a file that is written when the node is closed, as JSON if its name
+    ends with `.json`, else as a table. `clock`: has `perf_counter_ns()`.
+
+    The alignment of a request is the largest power of two that divides both its offset and its length. Failed requests are
+    counted as such, and nowhere else. BlockIOError if the report cannot be written; that is tried when the node is opened.
+    """
+
+    driver: ClassVar[str] = "stats"
+    schema: ClassVar[Schema] = Schema(
+        "stats",
+        [
+            Option("image", "node", "the node below", required=True),
+            Option("report", "str", "a file for the report: JSON if it ends with .json, else a table"),
+        ],
+    )
+
+    def __init__(
+        self,
+        image: Child,
+        report: str | None = None,
+        *,
+        clock: Any = time,
+        name: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self._now = clock.perf_counter_ns
+        self._begin: int = self._now()
+        self._mine = threading.local()
+        self._mutex = threading.Lock()
+        self._ended = _blank()  # what threads that are gone have counted
+        self._counting: list[tuple[weakref.ref[threading.Thread], Rows]] = []
+        self._report = report
+        if report is not None:
+            _save(report, "")  # better now than when all is done
+
+    # -- the requests
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        start = self._now()
+        try:
+            self.image.read_into(offset, view)
+        except BaseException:
+            self._rows()[READ][_FAILED] += 1
+            raise
+        self._count(READ, offset, len(view), start)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        start = self._now()
+        try:
+            self.image.write(offset, view, flags)
+        except BaseException:
+            self._rows()[WRITE][_FAILED] += 1
+            raise
+        self._count(WRITE, offset, len(view), start)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        start = self._now()
+        try:
+            self.image.zero(offset, length, flags)
+        except BaseException:
+            self._rows()[ZERO][_FAILED] += 1
+            raise
+        self._count(ZERO, offset, length, start)
+
+    def discard(self, offset: int, length: int) -> None:
+        start = self._now()
+        try:
+            self.image.discard(offset, length)
+        except BaseException:
+            self._rows()[DISCARD][_FAILED] += 1
+            raise
+        self._count(DISCARD, offset, length, start)
+
+    def flush(self) -> None:
+        start = self._now()
+        try:
+            self.image.flush()
+        except BaseException:
+            self._rows()[FLUSH][_FAILED] += 1
+            raise
+        self._count(FLUSH, 0, 0, start)
+
+    def truncate(self, size: int) -> None:
+        start = self._now()
+        try:
+            self.image.truncate(size)
+        except BaseException:
+            self._rows()[TRUNCATE][_FAILED] += 1
+            raise
+        self._count(TRUNCATE, 0, 0, start)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        start = self._now()
+        try:
+            found = self.image.extents(offset, length)
+        except BaseException:
+            self._rows()[EXTENTS][_FAILED] += 1
+            raise
+        self._count(EXTENTS, offset, length, start)
+        return found
+
+    def close(self) -> None:
+        try:
+            if self._report is not None:
+                as_json = self._report.endswith(".json")
+                _save(self._report, json.dumps(self.snapshot(), indent=2) + "\n" if as_json else self.table())
+        finally:
+            super().close()
+
+    # -- what was counted
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was counted so far, for JSON: `seconds` since the node was opened, and for each of `operations` that there
+        were: `done`, `failed`, `bytes`, `total_ns`, and the histograms `latency_ns`, `size` and `alignment`, from the
+        lower end of a class, as text, to a number. What other threads do meanwhile may be in some of these and not yet in
+        others."""
+        total = _blank()
+        with self._mutex:
+            for rows in (self._ended, *(rows for _, rows in self._counting)):
+                _add(total, rows)
+        operations = {}
+        for kind, row in zip(KINDS, total, strict=True):
+            if row[_DONE] or row[_FAILED]:
+                operations[kind] = {
+                    "done": row[_DONE],
+                    "failed": row[_FAILED],
+                    "bytes": row[_BYTES],
+                    "total_ns": row[_TIME],
+                    **{name: _classes(row, first) for name, first in _HISTOGRAMS.items()},
+                }
+        return {"seconds": (self._now() - self._begin) / 1e9, "operations": operations}
+
+    def table(self) -> str:
+        """The same for people: a line for each operation, then its histograms. Of half the requests, and of 99 of 100, is
+        told below which power of two their duration was."""
+        snapshot = self.snapshot()
+        head = (
+            f"{'operation':<10}{'done':>12}{'failed':>8}{'bytes':>16}{'mean us':>12}{'half < us':>12}{'99% < us':>12}"
+        )
+        lines = [f"{snapshot['seconds']:.3f} seconds", "", head]
+        for kind, row in snapshot["operations"].items():
+            mean = row["total_ns"] / max(row["done"], 1) / 1000
+            half, most = (_below(row["latency_ns"], share) / 1000 for share in (0.5, 0.99))
+            lines.append(
+                f"{kind:<10}{row['done']:>12}{row['failed']:>8}{row['bytes']:>16}{mean:>12.1f}{half:>12.1f}{most:>12.1f}"
+            )
+        for kind, row in snapshot["operations"].items():
+            for name in _HISTOGRAMS:
+                if row[name]:
+                    lines += ["", f"{kind}, {name} from"]
+                    lines += [f"{lower:>20}{count:>12}" for lower, count in row[name].items()]
+        return "\n".join(lines) + "\n"
+
+    # -- how
+
+    def _count(self, kind: int, offset: int, length: int, start: int) -> None:
+        took = self._now() - start
+        row = self._rows()[kind]
+        row[_DONE] += 1
+        row[_TIME] += took
+        row[_LATENCY + took.bit_length()] += 1
+        if length:
+            edges = offset | length
+            row[_BYTES] += length
+            row[_SIZE + length.bit_length()] += 1
+            row[_ALIGNMENT + (edges & -edges).bit_length()] += 1
+
+    def _rows(self) -> Rows:
+        """The columns of this thread, which no other thread writes."""
+        try:
+            mine: Rows = self._mine.rows
+        except AttributeError:
+            mine = self._mine.rows = _blank()
+            with self._mutex:
+                # A server has a thread for each guest: what those that ended have counted is kept as one.
+                alive = []
+                for thread, rows in self._counting:
+                    if (there := thread()) is not None and there.is_alive():
+                        alive.append((thread, rows))
+                    else:
+                        _add(self._ended, rows)
+                self._counting = [*alive, (weakref.ref(threading.current_thread()), mine)]
+        return mine
+
+
+def _save(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BlockIOError.from_os(error, "the report cannot be written", path=path) from error
+
+
+def _blank() -> Rows:
+    return [[0] * _WIDTH for _ in KINDS]
+
+
+def _add(total: Rows, rows: Rows) -> None:
+    for sums, row in zip(total, rows, strict=True):
+        for at, value in enumerate(row):
+            if value:
+                sums[at] += value
+
+
+def _classes(row: list[int], first: int) -> dict[str, int]:
+    """The histogram that begins at the column `first`: from the lower end of each class that is not empty."""
+    return {str(1 << bits >> 1): row[first + bits] for bits in range(66) if row[first + bits]}
+
+
+def _below(classes: dict[str, int], share: float) -> int:
+    """The upper end of the class with which at least `share` of all are counted; 0 if there are none."""
+    wanted = share * sum(classes.values())
+    upper = 0
+    for lower, count in classes.items():
+        if wanted <= 0:
+            break
+        wanted -= count
+        upper = max(2 * int(lower), 1)
+    return upper

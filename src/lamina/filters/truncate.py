@@ -1,0 +1,120 @@
+"""The filter `truncate`: the same bytes with another length, fixed or rounded."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import BlockIOError, OptionError
+from ..limits import MAX_SIZE, Limits, align_down, align_up
+from ..node import FUA, TransformNode, fill_zero
+from ..request import Child
+from ..schema import Option, Schema
+
+if TYPE_CHECKING:
+    from ..extents import Extents, HostFile
+
+_ZEROS = bytes(1 << 16)
+
+
+class Truncate(TransformNode):
+    """`image` cut, or made longer, to `size` bytes, or to its size rounded up or down to a multiple. The length is fixed
+    when it is opened. What it adds reads as zero and takes zeros; any other byte written there fails with ENOSPC before
+    anything of that request is written. It holds no state: whatever the image allows may run concurrently."""
+
+    driver: ClassVar[str] = "truncate"
+    schema: ClassVar[Schema] = Schema(
+        "truncate",
+        [
+            Option("image", "node", "the node below", required=True),
+            Option("size", "size", "the length in bytes"),
+            Option("round-up", "size", "the image's size, up to a multiple of this", minimum=1),
+            Option("round-down", "size", "the image's size, down to a multiple of this", minimum=1),
+        ],
+    )
+
+    def __init__(
+        self,
+        image: Child,
+        size: int | None = None,
+        *,
+        round_up: int | None = None,
+        round_down: int | None = None,
+        name: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """OptionError unless exactly one of the three is given, or if there is no such size."""
+        super().__init__(image, name=name, read_only=read_only)
+        if sum(given is not None for given in (size, round_up, round_down)) != 1:
+            raise OptionError("truncate needs a length", hint="give one of size, round-up and round-down")
+        if size is None:
+            size = align_up(image.size, round_up) if round_up else align_down(image.size, round_down or 1)
+        if size > MAX_SIZE:
+            raise OptionError(f"no node is {size} bytes long", hint=f"the most is {MAX_SIZE}")
+        self._size = size
+        #: The bytes that the image holds; those after them are added.
+        self._inside = min(size, image.size)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def limits(self) -> Limits:
+        return self.image.node.limits
+
+    @property
+    def host_base(self) -> tuple[HostFile, int] | None:
+        """The image's, unless there are bytes that no file has."""
+        return self.image.node.host_base if self._inside == self._size else None
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        inside = self._split(offset, len(view))
+        if inside:
+            self.image.read_into(offset, view[:inside])
+        fill_zero(view[inside:])
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        inside = self._split(offset, len(view))
+        for at in range(inside, len(view), len(_ZEROS)):
+            if not _ZEROS.startswith(view[at : at + len(_ZEROS)]):
+                raise BlockIOError(
+                    f"the image ends at {self._inside}, and only zeros can be written after that",
+                    errno=errno.ENOSPC,
+                    path=self.filename,
+                    operation="write",
+                    offset=offset,
+                    length=len(view),
+                )
+        if inside:
+            self.image.write(offset, view[:inside], flags)
+        elif flags & FUA:
+            self.image.flush()
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        inside = self._split(offset, length)
+        if inside:
+            self.image.zero(offset, inside, flags)
+        elif flags & FUA:
+            self.image.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        inside = self._split(offset, length)
+        if inside:
+            self.image.discard(offset, inside)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        from ..extents import Extents
+
+        inside = self._split(offset, length)
+        if not inside:
+            return Extents.single(offset, length, zero=True, present=True)
+        return self.image.extents(offset, inside).pad_zero(offset + length).coalesce()
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        inside = self._split(offset, length)
+        return not inside or self.image.reads_zero(offset, inside)
+
+    def _split(self, offset: int, length: int) -> int:
+        """How many bytes of the request the image holds."""
+        return min(max(self._inside - offset, 0), length)

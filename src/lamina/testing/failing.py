@@ -1,0 +1,478 @@
+"""Fail the Nth: every single request that an operation makes to its storage fails once, and the image must survive it.
+
+    def operation(session):
+        session.write(4096, b"x" * 8192)
+        session.flush()
+
+    points = fail_nth(open_mine, operation, content=image_bytes)
+
+For N = 1, 2, ... until the operation succeeds, a fresh copy of the image is opened over storage whose Nth request fails
+(once, or from then on, with each errno), and the operation is run. What is asserted of each such point:
+
+- nothing but a `LaminaError` escapes, and the error of the storage is its cause;
+- killed right there, the file passes `check` (leaks are allowed) and holds every byte that was flushed; bytes written since
+  are old or new, never anything else;
+- once the fault is gone, the open image reads as it should, and the same operation succeeds when it is tried again;
+- or the image is closed instead, which gives its storage and every descriptor back, even where closing fails too.
+
+A `Session` is the image together with the flat disk that it must equal; operations speak to it.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import BlockIOError, LaminaError
+from ..extents import Extents
+from ..format_node import FormatNode
+from ..image import Image
+from ..node import StorageNode
+from ..request import Child
+
+#: The requests that count.
+KINDS = ("read", "write", "zero", "discard", "truncate", "flush", "extents")
+
+#: Opens the image in this storage; called with `read_only` True to look at what is left of it.
+Opening = Callable[[Child, bool], Image]
+
+_SECTOR = 512
+
+
+class FailingStorage(StorageNode):
+    """Storage in memory that holds `content` and fails one request.
+
+    After `arm`, the Nth request (from 1) of one of `kinds` raises BlockIOError(errno), `sticky` all later ones too, until
+    `disarm`. A write that fails with EIO has stored its first half, in whole sectors: it was torn. A discard zeroes. What is
+    stored survives `close`. One thread at a time.
+    """
+
+    driver = "failing"
+
+    def __init__(self, content: bytes = b"") -> None:
+        super().__init__()
+        self.content = bytearray(content)
+        #: Since `arm`: how many requests came, the errors that were raised, and what failed first.
+        self.seen = 0
+        self.failed: list[BlockIOError] = []
+        self.what = ""
+        #: How often it was closed.
+        self.closed = 0
+        self._at: int | None = None
+        self._errno = _errno.EIO
+        self._sticky = False
+        self._kinds: tuple[str, ...] = KINDS
+
+    def arm(self, number: int, errno: int, *, sticky: bool = False, kinds: Iterable[str] = KINDS) -> None:
+        self.seen, self.failed, self.what = 0, [], ""
+        self._at, self._errno, self._sticky, self._kinds = number, errno, sticky, tuple(kinds)
+
+    def disarm(self) -> None:
+        self._at = None
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    @property
+    def growable(self) -> bool:
+        return True
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._count("read", offset, len(view))
+        view[:] = self.content[offset : offset + len(view)]
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        try:
+            self._count("write", offset, len(view))
+        except BlockIOError as error:
+            if error.errno == _errno.EIO:
+                self._put(offset, bytes(view[: len(view) // 2 // _SECTOR * _SECTOR]))
+            raise
+        self._put(offset, bytes(view))
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self._count("zero", offset, length)
+        self._put(offset, bytes(length))
+
+    def discard(self, offset: int, length: int) -> None:
+        self._count("discard", offset, length)
+        self._put(offset, bytes(length))
+
+    def truncate(self, size: int) -> None:
+        self._count("truncate", size, 0)
+        del self.content[size:]
+        self.content.extend(bytes(size - len(self.content)))
+
+    def flush(self) -> None:
+        self._count("flush", 0, 0)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        self._count("extents", offset, length)
+        return Extents.single(offset, length, data=True, present=True, file=self, offset=offset)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _put(self, offset: int, data: bytes) -> None:
+        if not data:
+            return
+        if offset > len(self.content):
+            self.content.extend(bytes(offset - len(self.content)))
+        self.content[offset : offset + len(data)] = data
+
+    def _count(self, kind: str, offset: int, length: int) -> None:
+        if self._at is None or kind not in self._kinds:
+            return
+        self.seen += 1
+        if self.seen == self._at or (self._sticky and self.seen > self._at):
+            error = BlockIOError(
+                f"request {self.seen} was chosen to fail", errno=self._errno, node=self.name, operation=kind
+            )
+            if not self.failed:
+                self.what = f"{kind} at {offset}, {length} bytes"
+            self.failed.append(error)
+            raise error
+
+
+class Session:
+    """An image, opened when it is first needed, and the disk that it must equal. Every request is done to both.
+
+    A request that fails leaves each of its bytes old or new; a discard leaves them old or zero. `trace` lists what was
+    done. One thread at a time.
+    """
+
+    def __init__(self, make: Opening, storage: FailingStorage, disk: bytes | None) -> None:
+        self._make = make
+        self.storage = storage
+        self.edge = Child(storage, "file", grows=True)
+        self.trace: list[str] = []
+        self._image: Image | None = None
+        # What the open image may read as: byte by byte as one of these. None: not known, the image is being created.
+        self._live: list[bytes] | None = None if disk is None else [disk]
+        # What the file may hold, if nothing more is written to it: all of `_live` since the last flush.
+        self._kept: list[bytes] = [] if disk is None else [disk]
+
+    @property
+    def image(self) -> Image:
+        """The image. Raises what opening raises."""
+        if self._image is None:
+            self.trace.append("open")
+            self._image = self._make(self.edge, False)
+            if self._live is None:
+                raise AssertionError("the disk that is made is not known: call `created` first")
+        return self._image
+
+    @property
+    def is_open(self) -> bool:
+        return self._image is not None
+
+    def created(self, disk: bytes) -> None:
+        """The operation has laid an image out anew, which reads as `disk`."""
+        self._live = [disk]
+        self._kept = [disk]
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.trace.append(f"read {offset} {length}")
+        data = self.image.read(offset, length)
+        wrong = _illegal(data, self._live or [], offset)
+        assert wrong is None, f"byte {wrong} reads as what nobody wrote there"
+        return data
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Extents:
+        self.trace.append(f"extents {offset} {length}")
+        return self.image.extents(offset, length)
+
+    def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        self._change(f"write {offset} {len(data)}", lambda disk: _patched(disk, offset, data), "write", offset, data)
+        if fua:
+            self.flush()
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        name = f"zero {offset} {length}{' unmap' if unmap else ''}"
+        zeros = bytes(length)
+        self._change(name, lambda disk: _patched(disk, offset, zeros), "zero", offset, length, unmap=unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        zeros = bytes(length)
+        both = _Either(lambda disk: _patched(disk, offset, zeros))
+        self._change(f"discard {offset} {length}", both, "discard", offset, length)
+
+    def truncate(self, size: int) -> None:
+        self._change(f"truncate {size}", lambda disk: disk[:size] + bytes(max(size - len(disk), 0)), "truncate", size)
+
+    def flush(self) -> None:
+        self.trace.append("flush")
+        self.image.flush()
+        self._kept = list(self._live or [])
+
+    def close(self) -> None:
+        """Close the image; the session opens it again when it is needed. What was written is flushed."""
+        self.trace.append("close")
+        image, self._image = self._image, None
+        if image is not None:
+            before = self.storage.closed
+            try:
+                image.close()
+            except BaseException:
+                self._live = list(self._kept)  # the next to open it finds what the file holds
+                raise
+            finally:
+                assert self.storage.closed == before + 1, "the storage was not given back"
+            self._kept = list(self._live or [])
+
+    def verify(self) -> None:
+        """Read all of the open image and hold it against the disk; each size that it may have is legal."""
+        self._compare(self.image, self._live or [])
+
+    def examine(self, check: Callable[[Image], None]) -> None:
+        """What the file holds now, opened by somebody else: `check` is content, and nothing that was flushed is lost."""
+        if not self._kept:
+            return  # it was never made
+        copy = FailingStorage(bytes(self.storage.content))
+        image = self._make(Child(copy, "file", grows=True), True)
+        try:
+            check(image)
+            self._compare(image, self._kept)
+        finally:
+            image.close()
+
+    def _compare(self, image: Image, legal: list[bytes]) -> None:
+        sizes = {len(disk) for disk in legal}
+        assert image.size in sizes, f"the disk has {image.size} bytes, not {sorted(sizes)}"
+        wrong = _illegal(image.read(0, image.size), legal)
+        assert wrong is None, f"byte {wrong} is neither what was flushed nor what was written since"
+
+    def _change(self, name: str, changed: Any, method: str, *arguments: Any, **options: Any) -> None:
+        self.trace.append(name)
+        image = self.image
+        assert self._live is not None
+        after = _distinct([changed(disk) for disk in self._live])
+        if isinstance(changed, _Either):
+            after = _distinct(self._live + after)
+        try:
+            getattr(image, method)(*arguments, **options)
+        except BaseException:
+            self._live = _distinct(self._live + after)
+            raise
+        else:
+            self._live = after
+        finally:
+            self._kept = _distinct(self._kept + after)
+
+
+class _Either:
+    """A change that may be done or not, as the driver likes."""
+
+    def __init__(self, change: Callable[[bytes], bytes]) -> None:
+        self._change = change
+
+    def __call__(self, disk: bytes) -> bytes:
+        return self._change(disk)
+
+
+def no_corruption(image: Image) -> None:
+    """The default check: where the format has one, it finds no corruption. Leaks are allowed."""
+    node = image.node
+    if isinstance(node, FormatNode):
+        report = node.check()
+        assert not report.corruptions, f"corrupt: {report.findings[:5]}"
+        assert not report.check_errors, f"cannot be examined: {report.findings[:5]}"
+
+
+def fail_nth(
+    make: Opening,
+    operation: Callable[[Session], None],
+    check: Callable[[Image], None] = no_corruption,
+    *,
+    content: bytes = b"",
+    errnos: Iterable[int] = (_errno.EIO, _errno.ENOSPC),
+    kinds: Iterable[str] = KINDS,
+    sticky: Iterable[bool] = (False, True),
+    absorbed: Iterable[str] = (),
+    setup: Callable[[Session], None] | None = None,
+    limit: int = 10_000,
+) -> int:
+    """Run `operation` once for each of its requests to storage, each time letting another one fail, and assert what the
+    module's docstring lists. Returns the number of points: (N, errno, sticky) at which a request failed.
+
+    `make` opens the image that `content` holds; `content` empty: the operation creates it (`Session.created`). `setup` is
+    done before, and nothing fails in it; without it the opening of the image may fail, too. `absorbed`: kinds of requests
+    whose failure an operation may survive without telling (advice, such as discards). AssertionError says which point, and
+    what had been done. At most `limit` requests are failed for each errno.
+    """
+    kinds, absorbed = tuple(kinds), tuple(absorbed)
+    start = _begin(make, content)
+    points = 0
+    for number in errnos:
+        for lasting in sticky:
+            for nth in range(1, limit + 1):
+                point = _Point(make, operation, check, setup, absorbed, content, start, nth, number, lasting, kinds)
+                if not point.run():
+                    break
+                points += 1
+            else:
+                raise AssertionError(f"the operation does not come to an end within {limit} requests")
+    return points
+
+
+def _begin(make: Opening, content: bytes) -> bytes | None:
+    if not content:
+        return None
+    with make(Child(FailingStorage(content), "file", grows=True), True) as image:
+        return image.read(0, image.size)
+
+
+class _Point:
+    """One point: which request fails, how, and the two ways on from there."""
+
+    def __init__(
+        self,
+        make: Opening,
+        operation: Callable[[Session], None],
+        check: Callable[[Image], None],
+        setup: Callable[[Session], None] | None,
+        absorbed: tuple[str, ...],
+        content: bytes,
+        disk: bytes | None,
+        nth: int,
+        errno: int,
+        sticky: bool,
+        kinds: tuple[str, ...],
+    ) -> None:
+        self._make, self._operation, self._check, self._setup = make, operation, check, setup
+        self._absorbed, self._content, self._disk = absorbed, content, disk
+        self._nth, self._errno, self._sticky, self._kinds = nth, errno, sticky, kinds
+
+    def run(self) -> bool:
+        """Whether there was an Nth request to fail."""
+        descriptors = _descriptors()
+        for way in (self._retry, self._close):
+            storage = FailingStorage(self._content)
+            session = Session(self._make, storage, self._disk)
+            try:
+                failed = self._break(session)
+                if failed:
+                    way(session)
+                else:
+                    session.verify()
+                    session.close()
+                    session.examine(self._check)
+                    return False
+            except Exception as error:
+                raise AssertionError(self._report(session, way.__name__[1:], error)) from error
+        leaked = _descriptors() - descriptors
+        assert leaked <= 0, f"{leaked} descriptors are still open: {self._report(session, 'close', None)}"
+        return True
+
+    def _break(self, session: Session) -> bool:
+        """Run the operation with the fault; whether it was reached."""
+        storage = session.storage
+        if self._setup is not None:
+            self._setup(session)
+        session.trace.append("-- faults begin")
+        storage.arm(self._nth, self._errno, sticky=self._sticky, kinds=self._kinds)
+        caught = _failure(self._operation, session)
+        if caught is None:
+            told = not storage.failed or storage.what.split()[0] in self._absorbed
+            assert told, "a request failed, and nobody was told"
+        else:
+            assert storage.failed, f"it fails without a fault: {caught!r}"
+            assert _comes_from(caught, storage.failed), f"the error of the storage is not its cause: {caught!r}"
+            session.trace.append(f"-- failed: {caught}")
+        if not storage.failed:
+            storage.disarm()
+            return False
+        return True
+
+    def _retry(self, session: Session) -> None:
+        """Killed there, nothing is lost. Or else the fault is gone: all reads as it should, and the operation succeeds."""
+        session.examine(self._check)
+        session.storage.disarm()
+        if session.is_open:
+            session.verify()
+        session.trace.append("-- tried again")
+        self._operation(session)
+        session.examine(self._check)
+        session.verify()
+        session.close()
+        session.examine(self._check)
+
+    def _close(self, session: Session) -> None:
+        """The image is closed instead, while the fault lasts if it does."""
+        if not self._sticky:
+            session.storage.disarm()
+        if session.is_open:
+            caught = _failure(Session.close, session)
+            assert caught is None or self._sticky, f"it cannot be closed, though the fault is gone: {caught!r}"
+        session.storage.disarm()
+        session.examine(self._check)
+        if not self._content:
+            return
+        # Whoever opens it next can do the same with it.
+        session.trace.append("-- opened anew")
+        self._operation(session)
+        session.verify()
+        session.close()
+        session.examine(self._check)
+
+    def _report(self, session: Session, way: str, error: Exception | None) -> str:
+        name = _errno.errorcode.get(self._errno, str(self._errno))
+        lasting = "and all after it" if self._sticky else "once"
+        lines = [
+            f"request {self._nth} fails with {name} {lasting} ({session.storage.what or 'not reached'}), then {way}:",
+            f"  {type(error).__name__}: {error}" if error else "",
+            *(f"  {line}" for line in session.trace[-40:]),
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+def _failure(action: Callable[[Session], None], session: Session) -> LaminaError | None:
+    """How `action` fails; all but a LaminaError goes through."""
+    try:
+        action(session)
+    except LaminaError as error:
+        return error
+    return None
+
+
+def _comes_from(error: BaseException | None, causes: list[BlockIOError]) -> bool:
+    while error is not None:
+        if any(error is cause for cause in causes):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _descriptors() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except FileNotFoundError:
+        return 0
+
+
+def _patched(disk: bytes, offset: int, data: bytes) -> bytes:
+    return b"".join((disk[:offset], data, disk[offset + len(data) :]))
+
+
+def _distinct(disks: list[bytes]) -> list[bytes]:
+    return list(dict.fromkeys(disks))
+
+
+def _illegal(data: bytes, legal: list[bytes], offset: int = 0) -> int | None:
+    """Where `data`, read at `offset`, first holds a byte that none of the `legal` disks has there; past the end of a disk
+    that is shorter than others zeros are legal."""
+    end = offset + len(data)
+    if any(disk[offset:end] == data for disk in legal):
+        return None
+    for at in range(0, len(data), _SECTOR):
+        part = data[at : at + _SECTOR]
+        choices = [disk[offset + at : offset + at + len(part)].ljust(len(part), b"\0") for disk in legal]
+        if part in choices:
+            continue
+        for place, byte in enumerate(part):
+            if all(choice[place] != byte for choice in choices):
+                return offset + at + place
+    return None

@@ -1,0 +1,109 @@
+"""A storage in memory that fails when, and how, a test says."""
+
+from __future__ import annotations
+
+import errno as _errno
+from dataclasses import dataclass
+
+from ..errors import BlockIOError
+from .persistence import Record
+from .recorder import Recorder
+
+OPERATIONS = ("read", "write", "zero", "discard", "truncate", "flush")
+
+
+@dataclass
+class _Fault:
+    operation: str
+    errno: int
+    wait: int  # so many operations pass first
+    left: int  # so many fail then; -1: all
+    partial: int  # of a write, so many bytes reach the storage
+
+
+class FaultyStorage(Recorder):
+    """A `Recorder` (node, file by `as_file`, `log` of what succeeded) with faults. Errors are `BlockIOError`s, which are
+    `OSError`s with an errno. Safe for any number of threads."""
+
+    driver = "faulty"
+
+    def __init__(self, content: bytes = b"") -> None:
+        super().__init__(content)
+        self._faults: list[_Fault] = []
+        #: How often each operation was asked for, failures included.
+        self.calls = dict.fromkeys(OPERATIONS, 0)
+        #: How many operations failed.
+        self.failures = 0
+
+    def fail(
+        self,
+        operation: str,
+        *,
+        errno: int = _errno.EIO,
+        nth: int = 1,
+        times: int | None = 1,
+        partial: int = 0,
+    ) -> None:
+        """The `nth` call of `operation` from now on fails with `errno`, and with `times` so many in all (None: until
+        `heal`). `partial`: of a write that fails, so many bytes reach the storage first."""
+        if operation not in OPERATIONS or nth < 1:
+            raise ValueError(
+                f"no operation {operation!r}, or no {nth}th call: one of {', '.join(OPERATIONS)}, from 1 on"
+            )
+        with self._mutex:
+            self._faults.append(_Fault(operation, errno, nth - 1, -1 if times is None else times, partial))
+
+    def heal(self) -> None:
+        """No fault from now on."""
+        with self._mutex:
+            self._faults.clear()
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._meet("read", offset, length)
+        return super().read(offset, length)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._meet("read", offset, len(view))
+        super().read_into(offset, view)
+
+    def note(self, record: Record) -> None:
+        operation = "flush" if record.kind == "flush_start" else record.kind
+        if operation in OPERATIONS:
+            try:
+                self._meet(operation, record.offset, record.length)
+            except _Partial as fault:
+                if fault.length:
+                    data = record.data[: fault.length]
+                    super().note(record._replace(length=len(data), data=data))
+                raise fault.error from None
+        super().note(record)
+
+    def _meet(self, operation: str, offset: int, length: int) -> None:
+        """Raise if it is the turn of a fault. Every fault counts the calls for itself; the first due one strikes."""
+        with self._mutex:
+            self.calls[operation] += 1
+            due = None
+            for fault in self._faults:
+                if fault.operation != operation:
+                    continue
+                if fault.wait:
+                    fault.wait -= 1
+                elif fault.left and due is None:
+                    due = fault
+                    fault.left -= fault.left > 0
+            if due is None:
+                return
+            self.failures += 1
+        place = {} if operation == "flush" else {"offset": offset, "length": length}
+        error = BlockIOError("the test said so", errno=due.errno, node=self.name, operation=operation, **place)
+        if operation == "write":
+            raise _Partial(due.partial, error)
+        raise error
+
+
+class _Partial(Exception):
+    """Never leaves this module: a write that fails after `length` bytes."""
+
+    def __init__(self, length: int, error: BlockIOError) -> None:
+        self.length = length
+        self.error = error

@@ -1,0 +1,99 @@
+"""The pytest plugin: fixtures for those who test storage code, their own or a driver of Lamina's.
+
+pytest loads it wherever Lamina is installed (entry point `pytest11`), so it imports nothing but pytest until a test asks
+for one of its fixtures: `image`, `faulty`, `power_loss`. A project's own fixture of the same name takes precedence.
+`LAMINA_SEED` in the environment changes the random part of `power_loss`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..image import Image
+    from .faulty import FaultyStorage
+    from .persistence import CrashState
+    from .power_loss import Recording, Verify, Workload
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[Callable[..., Image]]:
+    """A function that makes a new image in a temporary folder and opens it for writing: `image(size=1 << 20,
+    format="qcow2", **options)`, options as those of `lamina.create`. The images are closed after the test."""
+    from ..api import open as open_image
+    from ..creation import create
+
+    images: list[Image] = []
+
+    def make(size: int = 1 << 20, format: str = "qcow2", **options: Any) -> Image:
+        path = tmp_path / f"image{len(images)}.{format}"
+        create(path, format, size, **options)
+        images.append(open_image(path, format=format, read_only=False))
+        return images[-1]
+
+    yield make
+    for each in images:
+        each.close()
+
+
+@pytest.fixture
+def faulty() -> FaultyStorage:
+    """An empty storage in memory that fails when the test says: `faulty.fail("write", nth=3)`, `faulty.heal()`. It is a
+    node, and `faulty.as_file()` a file."""
+    from .faulty import FaultyStorage
+
+    return FaultyStorage()
+
+
+class PowerLoss:
+    """What the fixture `power_loss` gives."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._at: tuple[Recording, CrashState] | None = None
+
+    def __call__(self, workload: Workload, **options: Any) -> Iterator[CrashState]:
+        """Run `workload(storage, marks)`, then give every state that a power cut during it can leave. If the test fails
+        meanwhile, its report tells the state. `options`: start, model, seed, bounds, as of `power_loss.record`."""
+        from .power_loss import record
+
+        recording = record(workload, **{"seed": self.seed, **options})
+        for state in recording.states():
+            self._at = recording, state
+            yield state
+        self._at = None
+
+    def check(self, workload: Workload, verify: Verify, **options: Any) -> int:
+        """As `lamina.testing.cut_power`, with the seed of this run: how many states there were."""
+        from .power_loss import cut_power
+
+        return cut_power(workload, verify, **{"seed": self.seed, **options})
+
+    def report(self) -> str | None:
+        """The state that was given last, if there may be more."""
+        return None if self._at is None else self._at[0].describe(self._at[1])
+
+
+@pytest.fixture
+def power_loss() -> PowerLoss:
+    """Every state that a power cut can leave: `for state in power_loss(workload): ...`, or `power_loss.check(workload,
+    verify)`. See docs/testing-your-own.md."""
+    return PowerLoss(int(os.environ.get("LAMINA_SEED", "0")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Tell which state a failing test had before it."""
+    report = yield
+    harness = getattr(item, "funcargs", {}).get("power_loss")
+    if call.when == "call" and report.failed and isinstance(harness, PowerLoss):
+        told = harness.report()
+        if told:
+            report.sections.append(("power loss", told))
+    return report

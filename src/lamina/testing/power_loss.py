@@ -1,0 +1,129 @@
+"""The power-loss harness: record what some code does to its storage, then judge every state that a power cut could leave.
+
+    from lamina.testing.power_loss import cut_power
+
+    def workload(storage, marks):
+        store = Store(storage)
+        store.put(b"a", b"1")
+        store.sync()
+        marks.durable("a")
+
+    def verify(content, state):
+        found = Store.recover(content)
+        assert b"a" in found or "a" not in state.durable
+
+    cut_power(workload, verify)
+
+It knows nothing of image formats: `disk_history` and `image_checks` add what images promise. The models are those of
+`persistence`. The workload must do the same each time it runs, or a failure cannot be repeated by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .persistence import DEFAULT_BOUNDS, Bounds, CrashState, Persistence, Record, crash_states
+from .recorder import Marks, Recorder
+
+Workload = Callable[[Recorder, Marks], Any]
+#: Given the bytes that the cut left, and the state with the marks of that moment; raises if they may not be.
+Verify = Callable[[bytes, CrashState], Any]
+
+
+class PowerLossFailure(AssertionError):
+    """A power cut can leave a state that `verify` refuses. The text says which, why, and how to repeat it; the reason is
+    also the cause. `state` is the state, `recording` what it came from."""
+
+    def __init__(self, recording: Recording, state: CrashState, why: str) -> None:
+        super().__init__(f"{why}\n{recording.describe(state)}")
+        self.recording = recording
+        self.state = state
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one run of a workload did: `log`, on storage that held `start`; and how its states are made."""
+
+    start: bytes
+    log: tuple[Record, ...]
+    model: Persistence = Persistence.P4
+    seed: int = 0
+    bounds: Bounds = DEFAULT_BOUNDS
+
+    def states(self) -> Iterator[CrashState]:
+        """Every state, each once; see `persistence.crash_states`."""
+        return crash_states(self.start, self.log, model=self.model, seed=self.seed, bounds=self.bounds)
+
+    def examine(self, verify: Verify, *, only: int | None = None) -> int:
+        """Judge every state, or only the one of that number; how many there were. Raises PowerLossFailure at the first that
+        `verify` refuses, by an exception or by returning False."""
+        count = 0
+        for state in self.states():
+            if only is not None and state.number != only:
+                continue
+            count += 1
+            try:
+                accepted = verify(state.content, state)
+            except Exception as error:
+                raise PowerLossFailure(self, state, f"{type(error).__name__}: {error}") from error
+            if accepted is False:
+                raise PowerLossFailure(self, state, "verify returned False")
+            if only is not None:
+                break
+        return count
+
+    def describe(self, state: CrashState) -> str:
+        """What happened in `state`, and how to see it again, in lines for a person."""
+        recent = [f"record {at}: {record}" for at, record in enumerate(self.log[: state.cut]) if record.kind in _MARKS][
+            -4:
+        ]
+        lines = [
+            f"state {state.number}: the power went before record {state.cut} of {len(self.log)}",
+            f"  had begun: {_last(state.begun)}; was promised: {_last(state.durable)}",
+            *(f"  {line}" for line in recent),
+            "  since the last flush:" if state.story else "  nothing had been written since the last flush",
+            *(f"    {line}" for line in state.story),
+            f"to repeat it: the same workload with seed={self.seed}, model=Persistence.{self.model.name}, "
+            f"bounds={self.bounds}, only={state.number}",
+        ]
+        return "\n".join(lines)
+
+
+_MARKS = ("begin", "durable", "flush_done")
+
+
+def _last(labels: tuple[Any, ...]) -> str:
+    if not labels:
+        return "nothing"
+    return f"{labels[-1]!r}" + (f" and {len(labels) - 1} before it" if len(labels) > 1 else "")
+
+
+def record(
+    workload: Workload,
+    *,
+    start: bytes = b"",
+    model: Persistence = Persistence.P4,
+    seed: int = 0,
+    bounds: Bounds = DEFAULT_BOUNDS,
+) -> Recording:
+    """Run `workload(storage, marks)` once on storage that holds `start`."""
+    storage = Recorder(start)
+    workload(storage, storage.marks)
+    return Recording(storage.start, tuple(storage.log), model, seed, bounds)
+
+
+def cut_power(
+    workload: Workload,
+    verify: Verify,
+    *,
+    start: bytes = b"",
+    model: Persistence = Persistence.P4,
+    seed: int = 0,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    only: int | None = None,
+) -> int:
+    """Run the workload, then `verify(content, state)` every state that a power cut during it can leave. How many states
+    there were; PowerLossFailure for the first that is refused. `only`: the number of a state that failed before."""
+    return record(workload, start=start, model=model, seed=seed, bounds=bounds).examine(verify, only=only)

@@ -1,0 +1,136 @@
+"""Random work on a qcow2 image over a storage that remembers, and what its disk may hold after a power cut."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+from lamina.creation import create_driver
+from lamina.formats.qcow2.driver import Qcow2
+from lamina.graph import Opener
+from lamina.image import Image
+from lamina.request import Child
+from lamina.testing.disk_history import DiskHistory
+from lamina.testing.image_checks import check_whole
+from lamina.testing.persistence import SECTOR, CrashState
+from lamina.testing.recorder import Marks, Recorder
+
+
+class Geometry(NamedTuple):
+    """A kind of image. `backing`: half of the disk lies in a layer below. `filled`: bytes that are written before the
+    recording begins, so that tables are about to grow."""
+
+    options: dict[str, Any]
+    sizes: tuple[int, ...] = (24 << 10, 64 << 10, 130 << 10)
+    backing: bool = False
+    filled: int = 0
+    grow: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.options.items()]
+        words += [name for name in ("backing", "filled", "grow") if getattr(self, name)]
+        return ",".join(words)
+
+
+GEOMETRIES = [
+    Geometry({"cluster_size": 512, "refcount_bits": 64}, grow=True),
+    Geometry({"cluster_size": 512, "refcount_bits": 16}, backing=True),
+    Geometry({"cluster_size": 512, "refcount_bits": 1}),
+    Geometry({"cluster_size": 1024, "compat": "0.10"}, grow=True),
+    Geometry({"cluster_size": 1024, "compat": "0.10"}, backing=True),
+    Geometry({"cluster_size": 4096, "refcount_bits": 16}, (64 << 10, 256 << 10), backing=True),
+    Geometry({"cluster_size": 4096, "refcount_bits": 64}, (64 << 10, 256 << 10), grow=True),
+    Geometry({"cluster_size": 65536}, (256 << 10,)),
+    # One table of counts, a cluster, reaches 2 MiB: it must grow.
+    Geometry({"cluster_size": 512, "refcount_bits": 64}, (2100 << 10,), filled=1976 << 10),
+]
+
+
+def fresh(options: dict[str, Any], size: int) -> bytes:
+    """A new image, as the bytes of its file."""
+    kind: Any = create_driver("qcow2")
+    node = Recorder()
+    kind.create(Child(node, "file", grows=True), size, kind.create_schema.parse({**options, "size": size}))
+    return bytes(node.content)
+
+
+def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None) -> Image:
+    """The image that lies in `node`."""
+    spec: dict[str, Any] = {"file": Child(node, "file", grows=True)}
+    if backing is not None:
+        spec["backing"] = Child(Recorder(backing), "backing")
+    return Image(Qcow2.open(Qcow2.schema.parse(spec), Opener(read_only=read_only)))
+
+
+class Work:
+    """Random operations on one image. Call it with a storage that holds `start`; `verify` judges what a power cut left.
+
+    `unaligned`: some writes are not whole sectors. The file may then end inside a sector, and with its length lost by itself
+    a sector can be torn: no model from P3 on.
+    """
+
+    def __init__(self, rng: random.Random, geometry: Geometry, operations: int, *, unaligned: bool = False) -> None:
+        self.rng = rng
+        self.unaligned = unaligned
+        self.geometry = geometry
+        self.operations = operations
+        self.size = rng.choice(geometry.sizes)
+        self.backing = rng.randbytes(self.size // 2) if geometry.backing else None
+        self.start = fresh(geometry.options, self.size)
+        content = (self.backing or b"").ljust(self.size, b"\0")
+        if geometry.filled:
+            content = rng.randbytes(geometry.filled).ljust(self.size, b"\0")
+            node = Recorder(self.start)
+            with open_on(node, read_only=False) as image:
+                image.write(0, content[: geometry.filled])
+            self.start = bytes(node.content)
+        self.history = DiskHistory(content)
+
+    def __call__(self, storage: Recorder, marks: Marks) -> None:
+        with open_on(storage, read_only=False, backing=self.backing) as image:
+            for number in range(self.operations):
+                self._one(image, marks, number)
+
+    def _one(self, image: Image, marks: Marks, number: int) -> None:
+        rng, history = self.rng, self.history
+        names = ["write", "zero", "unmap", "discard", "flush", "grow"]
+        name = rng.choices(names, [8, 2, 2, 4, 3, int(self.geometry.grow)])[0]
+        # Where little is free, work in one place finds it; unaligned writes merge with what is around them.
+        offset = rng.randrange(0, history.size // SECTOR) * SECTOR
+        if self.geometry.filled and rng.random() < 0.5:
+            offset = rng.randrange(self.geometry.filled // SECTOR, history.size // SECTOR) * SECTOR
+        length = min(rng.choice([SECTOR, 2 * SECTOR, 8 * SECTOR, 40 * SECTOR]), history.size - offset)
+        if name == "flush":
+            image.flush()
+            marks.durable(history.moment)
+            return
+        marks.begin(history.moment + 1)
+        if name == "write":
+            if self.unaligned and rng.random() < 0.5:
+                offset, length = offset + rng.randrange(200), length - 200
+            data = bytes([number % 255 + 1]) * length
+            image.write(offset, data)
+            history.write(offset, data)
+        elif name == "discard":
+            image.discard(offset, length)
+            history.discard(offset, length, reads=image.read(offset, length))
+        elif name == "grow":
+            size = history.size + rng.choice([16, 200]) * SECTOR
+            image.truncate(size)
+            history.resize(size)
+        else:
+            image.zero(offset, length, unmap=name == "unmap")
+            history.zero(offset, length)
+
+    def opened(self, content: bytes) -> Any:
+        """How the image in `content` is opened, again and again: what is written to it stays."""
+        node = Recorder(content)
+        return lambda *, read_only: open_on(node, read_only=read_only, backing=self.backing)
+
+    def verify(self, content: bytes, state: CrashState) -> None:
+        """A1: the image is whole. A4: each sector holds what was flushed, or was written since."""
+        with open_on(Recorder(content), read_only=True, backing=self.backing) as image:
+            check_whole(image)
+            disk = image.read(0, image.size)
+        begun = state.begun[-1] if state.begun else 0
+        self.history.check(disk, begun, state.durable[-1] if state.durable else 0)
