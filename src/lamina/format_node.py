@@ -144,13 +144,21 @@ class FormatNode(Node):
                 if room.new:
                     self._fill(room, part)
                 else:
-                    self.file.tell("write_aio")
-                    self.file.write(room.host, part)
+                    self._store(room.host, part)
             except BaseException:
                 self.abandon(room)
                 raise
             self.commit(room)
             at += room.length
+
+    def _store(self, host: int, part: memoryview) -> None:
+        """Write bytes of the request to their place. Where that makes the file longer it ends on a sector: otherwise a later
+        write of that whole sector could be torn, if the power goes and the new length is lost."""
+        self.file.tell("write_aio")
+        end = host + len(part)
+        if end % _SECTOR and end > self.file.node.size and self.file.node.growable:
+            part = memoryview(b"".join((part, bytes(-end % _SECTOR))))
+        self.file.write(host, part)
 
     def _fill(self, room: Reservation, part: memoryview) -> None:
         """Write the request's bytes into fresh room, and around them what was there before (copy-on-write)."""
@@ -162,12 +170,7 @@ class FormatNode(Node):
         if tail and room.blank and self.reads_zero(after, min(tail, max(self.size - after, 0))):
             tail = 0
         if not head and not tail:
-            # The file ends on a sector: else a later write of that whole sector could be torn where its length is lost.
-            rest = min(-(room.host + room.length) % _SECTOR, room.tail)
-            if rest:
-                part = memoryview(b"".join((part, bytes(rest))))
-            self.file.tell("write_aio")
-            self.file.write(room.host, part)
+            self._store(room.host, part)
             return
         self.file.tell("cow_read")
         # One buffer, one write: a reader of the file never finds the cluster half filled.

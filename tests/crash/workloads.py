@@ -65,8 +65,7 @@ def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None) ->
 class Work:
     """Random operations on one image. Call it with a storage that holds `start`; `verify` judges what a power cut left.
 
-    `unaligned`: some writes are not whole sectors. The file may then end inside a sector, and with its length lost by itself
-    a sector can be torn: no model from P3 on.
+    `unaligned`: some writes are not whole sectors.
     """
 
     def __init__(self, rng: random.Random, geometry: Geometry, operations: int, *, unaligned: bool = False) -> None:
