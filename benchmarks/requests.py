@@ -1,8 +1,9 @@
 """Small requests: what a read of 4 KiB costs, through the library and beside `qemu-img bench`, and what a filter adds to it.
 
-`python -m benchmarks.requests FOLDER` wants the images of `run.py` there (`make bench` calls it with its own). The same
-offsets are read by all: every 17th block of 4 KiB, over the whole disk. The library reads from one thread, so its rate is
-held against the peer's with one request in flight and with 64.
+`python -m benchmarks.requests FOLDER` wants the images of `run.py` there (`make bench` calls it with its own). All read the
+same offsets, over the whole disk: every 17th block of 4 KiB, and of the qcow2 image, every other cluster of which is a hole,
+also one block of each stored cluster. The library reads from one thread, so its rate is held against the peer's with one
+request in flight and with 64.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import peers
 
 COUNT = 100_000
 STEP = 17 * 4096
+STORED = 2 * 65536
 
 #: Runs in a child of its own, so that it is measured as a user's program is: best of five, in seconds a request.
 LIBRARY = """\
@@ -53,16 +55,16 @@ print(json.dumps([min(bare for bare, _ in times), min(passed for _, passed in ti
 TARGETS = {(1, "raw"): 3.0, (1, "qcow2"): 2.5, (64, "raw"): 0.6, (64, "qcow2"): 0.6}
 
 
-def library(path: Path, form: str) -> tuple[float, float]:
+def library(path: Path, form: str, step: int) -> tuple[float, float]:
     """Seconds that a read takes, and that it takes through one filter that lets all pass."""
-    command = [sys.executable, "-c", LIBRARY, str(path), form, str(COUNT), str(STEP)]
+    command = [sys.executable, "-c", LIBRARY, str(path), form, str(COUNT), str(step)]
     bare, through = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return bare, through
 
 
-def bench(peer: peers.Peer, path: Path, form: str, depth: int) -> float:
+def bench(peer: peers.Peer, path: Path, form: str, step: int, depth: int) -> float:
     """Seconds a request of qemu-img bench, best of three."""
-    options = ["-f", form, "-c", str(COUNT), "-d", str(depth), "-s", "4096", "-S", str(STEP)]
+    options = ["-f", form, "-c", str(COUNT), "-d", str(depth), "-s", "4096", "-S", str(step)]
     times = []
     for _ in range(3):
         done = subprocess.run([peer.qemu_img, "bench", *options, path], check=True, capture_output=True, text=True)
@@ -74,22 +76,23 @@ def bench(peer: peers.Peer, path: Path, form: str, depth: int) -> float:
 
 def measure(folder: Path, others: list[peers.Peer]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for form, path in ("raw", folder / "ext4.raw"), ("qcow2", folder / "alternating-512.qcow2"):
-        bare, through = library(path, form)
-        rows.append({"work": f"4 KiB read, {form}", "program": "lamina library", "us": bare * 1e6})
+    raw, qcow2 = folder / "ext4.raw", folder / "alternating-512.qcow2"
+    works = [("raw", "raw", raw, STEP), ("qcow2", "qcow2", qcow2, STORED), ("qcow2, half holes", "qcow2", qcow2, STEP)]
+    for name_of, form, path, step in works:
+        work = f"4 KiB read, {name_of}"
+        bare, through = library(path, form, step)
+        rows.append({"work": work, "program": "lamina library", "us": bare * 1e6})
         added = {
-            "work": f"4 KiB read, {form}",
+            "work": work,
             "program": "one filter adds",
             "us": (through - bare) * 1e6,
             "target": 1.0,
         }
         rows.append(added | {"verdict": "met" if added["us"] <= 1 else "missed"})
         for depth in (1, 64):
-            times = {peer.name: bench(peer, path, form, depth) for peer in others}
+            times = {peer.name: bench(peer, path, form, step, depth) for peer in others}
             for name, time in times.items():
-                rows.append(
-                    {"work": f"4 KiB read, {form}", "program": f"{name} bench, {depth} in flight", "us": time * 1e6}
-                )
+                rows.append({"work": work, "program": f"{name} bench, {depth} in flight", "us": time * 1e6})
             if times:
                 ratio, target = min(times.values()) / bare, TARGETS[depth, form]
                 rows[-1] |= {"ratio": ratio, "target": target, "verdict": "met" if ratio >= target else "missed"}

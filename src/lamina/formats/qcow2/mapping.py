@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .header import Header
 
 _SWAP = sys.byteorder == "little"
-#: Entries with one of these bits are not read straight from their place.
-_NOT_PLAIN = q.COMPRESSED | q.ZERO
 _new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
 _BATCH = 1 << 20
@@ -78,7 +76,7 @@ class Mappings:
     # -- reading
 
     def map_one(self, offset: int, length: int) -> Mapping | None:
-        """The answer for a request inside one cluster that is stored plainly and whose table is at hand; else None. Needs no
+        """The answer for a request inside one cluster that is not compressed and whose table is at hand; else None. Needs no
         lock: it looks once at a table and once at an entry, and the request path keeps others from this cluster. A small
         read takes 0.5 us less by it."""
         within = offset & self._cluster_size - 1
@@ -90,9 +88,11 @@ class Mappings:
             return None
         entry = table.entries[cluster & self.per_table - 1]
         host = entry & q.OFFSET_MASK
-        if not host or entry & _NOT_PLAIN or host & self._cluster_size - 1:
+        if entry & q.COMPRESSED or host & self._cluster_size - 1:
             return None
-        return _new(Mapping, (DATA, length, host + within))
+        if not host:
+            return _new(Mapping, (ZERO if entry & q.ZERO else BELOW, length, -1))
+        return _new(Mapping, (ZERO if entry & q.ZERO else DATA, length, host + within))
 
     def map(self, offset: int, length: int) -> Mapping:
         """As `FormatNode.map`."""
