@@ -244,6 +244,52 @@ class TransformNode(_OverImage):
     passed through unchanged would corrupt data. Only `flush` passes."""
 
 
+class WindowNode(TransformNode):
+    """A stretch of `image` as a node of its own: byte `x` is byte `start + x` of the image, and `length` is fixed. It holds
+    no state: whatever the image allows may run concurrently."""
+
+    def __init__(
+        self, image: Child, start: int, length: int, *, name: str | None = None, read_only: bool = False
+    ) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self._offset = start
+        self._size = length
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def limits(self) -> Limits:
+        """The image's, as far as the window keeps them aligned; what it does not, the edge below aligns."""
+        below, offset = self.image.node.limits, self._offset
+        alignments = ("request_alignment", "zero_alignment", "discard_alignment")
+        return below._replace(**{name: 1 for name in alignments if offset % getattr(below, name)})
+
+    @property
+    def host_base(self) -> tuple[HostFile, int] | None:
+        base = self.image.node.host_base
+        return base and (base[0], base[1] + self._offset)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.image.read_into(self._offset + offset, view)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.image.write(self._offset + offset, view, flags)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.image.zero(self._offset + offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.image.discard(self._offset + offset, length)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        return self.image.extents(self._offset + offset, length).shift(-self._offset)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        return self.image.reads_zero(self._offset + offset, length)
+
+
 _ZEROS = bytes(1 << 16)
 
 

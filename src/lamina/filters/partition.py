@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 
 from ..errors import CorruptImage, FormatError, LimitExceeded, OptionError
 from ..layout import Field, Structure
-from ..limits import Limits, is_power_of_two
-from ..node import TransformNode
+from ..limits import is_power_of_two
+from ..node import WindowNode
 from ..request import Child
 from ..schema import Option, Schema
 
 if TYPE_CHECKING:
-    from ..extents import Extents, HostFile
     from ..graph import Opener
 
 MBR_ENTRY: Final = Structure(
@@ -77,7 +76,7 @@ _MAX_LOGICAL: Final = 128
 _MAX_ENTRIES: Final = 1 << 20
 
 
-class Partition(TransformNode):
+class Partition(WindowNode):
     """The partition number `partition` of `image`, counted as Linux does: 1 to 4 are primary, 5 and up logical, or the
     entries of a GPT. Its place is read once, when it is opened; the size is fixed. It holds no state: whatever the image
     allows may run concurrently. Raises FormatError where there is no table, CorruptImage where it contradicts itself or the
@@ -102,48 +101,14 @@ class Partition(TransformNode):
         name: str | None = None,
         read_only: bool = False,
     ) -> None:
-        super().__init__(image, name=name, read_only=read_only)
-        self._offset, self._size = find(image, partition, sector_size)
+        start, length = find(image, partition, sector_size)
+        super().__init__(image, start, length, name=name, read_only=read_only)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
         image = opener.child("image", options["image"])
         number, sector = options["partition"], options["sector-size"]
         return cls(image, number, sector_size=sector, name=opener.name, read_only=opener.read_only)
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def limits(self) -> Limits:
-        """The disk's, as far as the place of the partition keeps them aligned; what it does not, the edge below aligns."""
-        below, offset = self.image.node.limits, self._offset
-        alignments = ("request_alignment", "zero_alignment", "discard_alignment")
-        return below._replace(**{name: 1 for name in alignments if offset % getattr(below, name)})
-
-    @property
-    def host_base(self) -> tuple[HostFile, int] | None:
-        base = self.image.node.host_base
-        return base and (base[0], base[1] + self._offset)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self.image.read_into(self._offset + offset, view)
-
-    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.image.write(self._offset + offset, view, flags)
-
-    def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        self.image.zero(self._offset + offset, length, flags)
-
-    def discard(self, offset: int, length: int) -> None:
-        self.image.discard(self._offset + offset, length)
-
-    def extents(self, offset: int, length: int) -> Extents:
-        return self.image.extents(self._offset + offset, length).shift(-self._offset)
-
-    def reads_zero(self, offset: int, length: int) -> bool:
-        return self.image.reads_zero(self._offset + offset, length)
 
 
 class _Table(NamedTuple):
