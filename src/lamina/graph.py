@@ -83,23 +83,25 @@ class Opener:
             elif _switch(key, value):
                 setattr(inner, key.replace("-", "_"), True)
         try:
-            if "driver" not in options:
-                if not storage:
-                    return inner._probe(options)
+            if "driver" not in options and storage:
                 options["driver"] = "file"
-            name = options.pop("driver")
-            if not isinstance(name, str):
-                raise OptionError(f"driver is {name!r}, not a name")
-            kind = registry.lookup(name)
-            if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
-                options["file"] = {"driver": "file", "filename": options.pop("filename")}
-            node = cast(Node, kind.open(kind.schema.parse(options), inner))
+            node = inner._open_driver(options) if "driver" in options else inner._probe(options)
             node.zero_detected = zero_detected
             node.discards = discards is not False
             return node
         except BaseException:
             inner.close()
             raise
+
+    def _open_driver(self, options: dict[str, Any]) -> Node:
+        """The node of the driver that `options` name."""
+        name = options.pop("driver")
+        if not isinstance(name, str):
+            raise OptionError(f"driver is {name!r}, not a name")
+        kind = registry.lookup(name)
+        if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
+            options["file"] = {"driver": "file", "filename": options.pop("filename")}
+        return cast(Node, kind.open(kind.schema.parse(options), self))
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` that keeps all changes to itself."""

@@ -55,6 +55,16 @@ def test_discards_are_ignored_where_asked(path: Path) -> None:
         assert image.read(0, 3) == bytes(3)
 
 
+def test_a_probed_image_is_asked_the_same(path: Path) -> None:
+    spec = {"file": {"filename": str(path)}, "detect-zeroes": "on", "discard": "ignore"}
+    with lamina.open(spec, format="probe", read_only=False) as image:
+        image.write(0, b"x" * 65536 + bytes(65536))
+        image.write(65536, bytes(65536))
+        assert image.extents(65536, 65536).totals().data == 0
+        image.discard(0, 65536)
+        assert image.read(0, 3) == b"xxx"
+
+
 @pytest.mark.parametrize("options", [{"detect-zeroes": "maybe"}, {"discard": "yes please"}])
 def test_other_words_are_refused(path: Path, options: dict[str, str]) -> None:
     with pytest.raises(lamina.OptionError, match="it takes one of"):
