@@ -10,12 +10,13 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -120,8 +121,10 @@ class Qemu:
 
 
 def _found(peer: peers.Peer | None, what: str, remedy: str) -> Qemu:
-    if peer:
-        return Qemu(peer)
+    return Qemu(peer) if peer else _missing(what, remedy)
+
+
+def _missing(what: str, remedy: str) -> NoReturn:
     said = f"{what} was not found: {remedy}"
     if in_ci():
         pytest.fail(said)
@@ -148,6 +151,50 @@ def qemu10() -> Qemu:
 def qemu(request: pytest.FixtureRequest) -> Qemu:
     """Each QEMU in turn: a test that asks for this runs once with either."""
     chosen: Qemu = request.getfixturevalue(request.param)
+    return chosen
+
+
+class NbdTools:
+    """The NBD programs of one installation: libnbd's tools, and those that exist once, such as fio and nbd-client."""
+
+    def __init__(self, name: str, folder: str | None) -> None:
+        self.name = name
+        self._path = folder or os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin"))
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    def path(self, program: str) -> str:
+        """Where the program is. Without it the test is skipped, or fails in CI."""
+        found = shutil.which(program, path=self._path)
+        return found or _missing(f"{program} ({self.name})", "install libnbd-bin, python3-libnbd, fio and nbd-client")
+
+    def run(
+        self, program: str, *args: str | os.PathLike[str], check: bool = True, input: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end. With `check`, any exit status but 0 fails the test, showing all that was said."""
+        where = self.path(program)
+        # nbdsh runs the first python3 on PATH: it must be the one that libnbd was installed for, not that of the tests.
+        path = os.pathsep.join((os.path.dirname(where), os.environ.get("PATH", os.defpath)))
+        return Qemu._run(["env", f"PATH={path}", where, *args], check, input)
+
+
+@pytest.fixture(scope="session")
+def nbd_tools() -> NbdTools:
+    """The NBD programs of this machine (libnbd 1.14 where the project's own CI runs)."""
+    return NbdTools("the system's", None)
+
+
+@pytest.fixture(scope="session")
+def nbd_tools_new(qemu10: Qemu) -> NbdTools:
+    """The newer libnbd's tools, in the folder of the newer QEMU (1.22 in the project's own CI)."""
+    return NbdTools("the newer one's", os.path.dirname(qemu10.peer.qemu_img))
+
+
+@pytest.fixture(scope="session", params=["nbd_tools", "nbd_tools_new"])
+def libnbd(request: pytest.FixtureRequest) -> NbdTools:
+    """Each libnbd in turn."""
+    chosen: NbdTools = request.getfixturevalue(request.param)
     return chosen
 
 

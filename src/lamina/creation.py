@@ -18,6 +18,7 @@ from .policy import Policy
 from .request import Child
 
 if TYPE_CHECKING:
+    from .extents import HostFile
     from .node import Node
 
 
@@ -120,6 +121,9 @@ class Unsynced(FilterNode):
             except NotSupported:
                 self._allocates = False
         self.image.write(offset, view, flags)
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        self.image.copy_from(offset, source, source_offset, length, flags)
 
     def flush(self) -> None:
         pass

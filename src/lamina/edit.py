@@ -20,7 +20,7 @@ from .node import Node
 from .request import Child
 
 if TYPE_CHECKING:
-    from .extents import Extents
+    from .extents import Extents, HostFile
 
 #: How often an edit that waits for idle looks again, in seconds.
 _LOOK_AGAIN = 0.0005
@@ -92,6 +92,13 @@ class Entrance(Child):
         finally:
             self.gate.leave()
 
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        self.gate.enter()
+        try:
+            Child.copy_from(self, offset, source, source_offset, length, flags)
+        finally:
+            self.gate.leave()
+
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.gate.enter()
         try:
@@ -124,6 +131,13 @@ class Entrance(Child):
         self.gate.enter()
         try:
             return Child.extents(self, offset, length)
+        finally:
+            self.gate.leave()
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        self.gate.enter()
+        try:
+            return Child.reads_zero(self, offset, length)
         finally:
             self.gate.leave()
 
@@ -172,8 +186,15 @@ class Edit:
         if "image" not in node.children or isinstance(node, FormatNode):
             raise OptionError("only a filter can be taken out", node=node.name)
         node.flush()
-        below = node.children.pop("image").node
-        edge.node = below
+        below = node.children["image"]
+        edge.node = below.node
+        try:
+            refresh(self._entrance)
+        except BaseException:  # a node above cannot do without it
+            edge.node = node
+            refresh(self._entrance)
+            raise
+        del node.children["image"]
         node.close()
 
     def overlay(self, spec: Mapping[str, Any]) -> Node:
@@ -198,6 +219,16 @@ class Edit:
         old = node.children.pop("backing", None)
         if new is not None:
             node.children["backing"] = new
+        try:
+            refresh(self._entrance)
+        except BaseException:  # a node above cannot do with that one
+            node.children.pop("backing", None)
+            if old is not None:
+                node.children["backing"] = old
+            refresh(self._entrance)
+            if new is not None:
+                new.close()
+            raise
         if old is not None:
             old.close()
 

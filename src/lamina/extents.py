@@ -286,10 +286,12 @@ class Extents:
         return self._padded(end, ZERO | PRESENT, depth)
 
     def over(self, below: Extents) -> Extents:
-        """Self where it is present, else what `below`, the next layer, answers for the same range, one layer deeper.
+        """Self where it is present, else what `below`, the next layer, answers for the same range, one layer deeper. A
+        stretch that no layer owns is answered by `below` too, so its depth counts down to the bottom of the chain."""
+        return self.masking(below.deepen(1))
 
-        A stretch that no layer owns is answered by `below` too, so its depth counts down to the bottom of the chain.
-        """
+    def masking(self, below: Extents) -> Extents:
+        """As `over`, but `below` is part of the same layer: what a filter holds back lies so over its image."""
         if self.begin != below.begin or self.end != below.end:
             raise ValueError(f"[{self.begin}, {self.end}) cannot lie over [{below.begin}, {below.end})")
         self._need_contiguous()
@@ -297,8 +299,7 @@ class Extents:
         own = self.where(present=True)
         if len(own) == len(self):
             return self
-        seen = below.deepen(1)
-        return own._merge(seen.intersect(self.where(present=False))) if own else seen
+        return own._merge(below.intersect(self.where(present=False))) if own else below
 
     def coalesce(self) -> Extents:
         """The shortest answer that says the same: equal neighbours are joined.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UnsupportedFeature
-from .node import Node, fill_zero
+from .node import COMPRESS, Node, fill_zero, plain
 
 if TYPE_CHECKING:
-    from .extents import Extents
+    from .extents import Extents, HostFile
     from .report import CheckReport
     from .request import Child
 
@@ -82,6 +82,10 @@ class FormatNode(Node):
         """Fill `view` from a COMPRESSED stretch that begins at `offset`."""
         raise self.refuse("read of packed data")
 
+    def write_packed(self, offset: int, view: memoryview) -> None:
+        """A write that asks for COMPRESS: as `write`, packing what can be packed."""
+        self.write(offset, view)
+
     @classmethod
     def inspect(cls, storage: Child) -> dict[str, Any]:
         """What the header in `storage` says, opening nothing else: "virtual-size", "cluster-size", "backing-filename",
@@ -102,6 +106,7 @@ class FormatNode(Node):
     def backing(self) -> Child | None:
         return self.children.get("backing")
 
+    @plain
     def read_into(self, offset: int, view: memoryview) -> None:
         end = offset + len(view)
         at = offset
@@ -135,6 +140,9 @@ class FormatNode(Node):
             fill_zero(view[inside:])
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        if flags & COMPRESS:
+            self.write_packed(offset, view)
+            return
         end = offset + len(view)
         at = offset
         while at < end:
@@ -151,10 +159,29 @@ class FormatNode(Node):
             self.commit(room)
             at += room.length
 
-    def _store(self, host: int, part: memoryview) -> None:
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """Whole clusters (`serialise`), whose places are reserved and published as those of a write. Refused before anything
+        is reserved where the file hears of each write."""
+        unit, end = self.serialise or 1, offset + length
+        if offset % unit or end % unit or self.file.event is not None:
+            raise self.refuse("copy from a file here")
+        at = offset
+        while at < end:
+            room = self.reserve(at, end - at)
+            try:
+                if room.head or room.tail:
+                    raise self.refuse("copy of a part of a cluster")
+                self.file.copy_from(room.host, source, source_offset + at - offset, room.length, flags)
+            except BaseException:
+                self.abandon(room)
+                raise
+            self.commit(room)
+            at += room.length
+
+    def _store(self, host: int, part: memoryview, event: str = "write_aio") -> None:
         """Write bytes of the request to their place. Where that makes the file longer it ends on a sector: otherwise a later
         write of that whole sector could be torn, if the power goes and the new length is lost."""
-        self.file.tell("write_aio")
+        self.file.tell(event)
         end = host + len(part)
         if end % _SECTOR and end > self.file.node.size and self.file.node.growable:
             part = memoryview(b"".join((part, bytes(-end % _SECTOR))))

@@ -237,6 +237,11 @@ class Structure:
         """The names of the fields that have values (all but padding), in order."""
         return self._names
 
+    @property
+    def codec(self) -> struct.Struct:
+        """The bare packer of all values in order, for paths where a record (1 us) costs too much."""
+        return self._struct
+
     def extend(self, name: str, fields: Sequence[Field], *, doc: str = "") -> Structure:
         """A structure that begins with the fields of this one and goes on with `fields`."""
         return Structure(name, self.byte_order, [*self.fields, *fields], doc=doc or self.doc)

@@ -51,6 +51,8 @@ class Limits(NamedTuple):
     #: `discard` gets whole multiples of this; what is left at head and tail is kept.
     discard_alignment: int = 1
     max_discard: int = 0
+    #: Whole multiples of this power of two are what a write with COMPRESS can pack; 0: the node packs nothing.
+    compress_alignment: int = 0
 
 
 class Budget(NamedTuple):

@@ -19,24 +19,45 @@ are undefined. All operations may be called from any number of threads at once. 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .ranges import RangeLock
+from .schema import IMAGE, Option, Schema
 
 if TYPE_CHECKING:
+    from .bitmap import DirtyBitmap
     from .extents import Extents, HostFile
     from .graph import Opener
     from .request import Child
-    from .schema import Schema
 
-#: Flags of `write` and `zero`.
+#: Flags of `write`, `zero` and `copy_from`.
 FUA = 1  #: the operation returns only when its bytes are on stable storage
 MAY_UNMAP = 2  #: `zero` may give the storage back
-NO_FALLBACK = 4  #: `zero` must be quick, or raise NotSupported without touching a byte
+NO_FALLBACK = 4  #: `zero` and `copy_from` must be quick, or raise NotSupported without touching a byte
+#: `write` stores whole blocks of `limits.compress_alignment` packed where that is smaller; all else, and everything where a
+#: node cannot pack, is stored as it is: what is read back is the same.
+COMPRESS = 8
 
 _serial = itertools.count(1)
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+_plain: set[Any] = set()
+
+
+def plain(method: _Method) -> _Method:
+    """Marks a `read_into` or `write` that hands bytes on and does nothing else, so that they may travel another way as well
+    (`Node.copyable`, `Node.copy_from`). The mark is on the method: who overrides it, to count, delay, change or fail, has
+    it no more, and sees every byte."""
+    _plain.add(method)
+    return method
+
+
+def is_plain(method: Callable[..., None]) -> bool:
+    """Whether this `read_into` or `write`, as found in a class, is marked by `plain`."""
+    return method in _plain
 
 
 class Node:
@@ -50,8 +71,11 @@ class Node:
     #: `zero` with these flags, None: they do not; discards are passed on.
     zero_detected: int | None = None
     discards: bool = True
-    #: Flags that `write` and `zero` honour themselves; the request path emulates FUA by a flush where it is missing.
+    #: Flags that `write` and `zero` honour themselves; the request path emulates FUA by a flush where it is missing, and
+    #: takes COMPRESS away.
     supported_flags: int = 0
+    #: What to do where a change is refused because the node is read-only.
+    writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
         self.name = name or f"{self.driver}#{next(_serial)}"
@@ -93,6 +117,18 @@ class Node:
         return None
 
     @property
+    def copyable(self) -> bool:
+        """Whether reading through this node is the same as reading where `extents` says that bytes lie (`file`, `offset`), so
+        that they may be copied from there (`copy_from`) while nobody writes to it. False where this node, or one below it,
+        does anything else about reads: injects faults, counts, delays, verifies, holds newer bytes back."""
+        return is_plain(type(self).read_into) and all(child.node.copyable for child in self.children.values())
+
+    @property
+    def bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        """The dirty bitmaps of this node by name. A filter that leaves bytes and offsets alone has those of its child."""
+        return {}
+
+    @property
     def filename(self) -> str:
         """How a person would name this node: a path where there is one."""
         for child in self.children.values():
@@ -106,8 +142,17 @@ class Node:
         raise self.refuse("read")
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        """Make the bytes at `offset` equal to `view`. `flags`: FUA."""
+        """Make the bytes at `offset` equal to `view`. `flags`: FUA, COMPRESS."""
         raise self.refuse("write")
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """Make the bytes at `offset` equal to those at `source_offset` of the host file `source` (`Extents.files`) without
+        passing them through this process. `flags`: NO_FALLBACK: only by sharing the storage, no byte is copied.
+
+        Raise NotSupported where that cannot be done, before a byte is touched as far as the system tells in time: the caller
+        reads and writes the whole range instead. Nobody looks at the bytes on the way, so a node that must see what is
+        written refuses."""
+        raise self.refuse("copy from a file")
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Make the bytes read as zero, without sending zeros. Raise NotSupported (touching nothing) where that cannot be
@@ -157,6 +202,12 @@ class Node:
         """The error that says that this driver cannot do `operation`."""
         return NotSupported(f"the driver {self.driver} has no {operation}", node=self.name, operation=operation)
 
+    def warn(self, text: str, *values: object) -> None:
+        """Log a failure that no request fails for, under `lamina.DRIVER`."""
+        import logging
+
+        logging.getLogger(f"lamina.{self.driver}").warning(text, *values)
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{role}={child.node!r}" for role, child in self.children.items())
         return f"<{self.name}{': ' if inside else ''}{inside}>"
@@ -176,8 +227,11 @@ class StorageNode(Node):
 
 
 class _OverImage(Node):
-    """What both kinds of filters share: one child, `image`."""
+    """What both kinds of filters share: one child, `image`. A filter gives its `driver` and its `options`; where it has no
+    `schema` of its own, one is made of them."""
 
+    #: The options that it takes besides `image`.
+    options: ClassVar[tuple[Option, ...]] = ()
     # The edge to the child does what the child cannot.
     supported_flags = FUA
 
@@ -186,6 +240,11 @@ class _OverImage(Node):
         self.image = image
         self.children["image"] = image
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "driver" in cls.__dict__ and "schema" not in cls.__dict__:
+            cls.schema = Schema(cls.driver, (IMAGE, *cls.options))
+
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
         """Opens `image`; the other options become keyword arguments of the class."""
@@ -193,13 +252,22 @@ class _OverImage(Node):
         image = opener.child("image", options["image"], grows=True)
         return cls(image, name=opener.name, read_only=opener.read_only, **rest)
 
+    @property
+    def limits(self) -> Limits:
+        return self.image.node.limits
+
     def flush(self) -> None:
         self.image.flush()
 
 
 class FilterNode(_OverImage):
     """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
-    an operation that it does not know may pass too, since passing cannot corrupt."""
+    an operation that it does not know may pass too, since passing cannot corrupt. (`copy_from` moves bytes that it would
+    not see, and so passes only a filter that leaves `write` as it is.)"""
+
+    def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self.supported_flags |= image.node.supported_flags & COMPRESS
 
     @property
     def size(self) -> int:
@@ -210,18 +278,27 @@ class FilterNode(_OverImage):
         return self.image.node.growable
 
     @property
-    def limits(self) -> Limits:
-        return self.image.node.limits
-
-    @property
     def host_base(self) -> tuple[HostFile, int] | None:
         return self.image.node.host_base
 
+    @property
+    def bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        return self.image.node.bitmaps
+
+    @plain
     def read_into(self, offset: int, view: memoryview) -> None:
         self.image.read_into(offset, view)
 
+    @plain
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         self.image.write(offset, view, flags)
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """Passes only where writes pass unseen. A filter with a `write` of its own would be got round: it refuses, unless it
+        says here too what happens."""
+        if not is_plain(type(self).write):
+            raise self.refuse("copy from a file")
+        self.image.copy_from(offset, source, source_offset, length, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.image.zero(offset, length, flags)
@@ -241,53 +318,7 @@ class FilterNode(_OverImage):
 
 class TransformNode(_OverImage):
     """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
-    passed through unchanged would corrupt data. Only `flush` passes."""
-
-
-class WindowNode(TransformNode):
-    """A stretch of `image` as a node of its own: byte `x` is byte `start + x` of the image, and `length` is fixed. It holds
-    no state: whatever the image allows may run concurrently."""
-
-    def __init__(
-        self, image: Child, start: int, length: int, *, name: str | None = None, read_only: bool = False
-    ) -> None:
-        super().__init__(image, name=name, read_only=read_only)
-        self._offset = start
-        self._size = length
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    @property
-    def limits(self) -> Limits:
-        """The image's, as far as the window keeps them aligned; what it does not, the edge below aligns."""
-        below, offset = self.image.node.limits, self._offset
-        alignments = ("request_alignment", "zero_alignment", "discard_alignment")
-        return below._replace(**{name: 1 for name in alignments if offset % getattr(below, name)})
-
-    @property
-    def host_base(self) -> tuple[HostFile, int] | None:
-        base = self.image.node.host_base
-        return base and (base[0], base[1] + self._offset)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self.image.read_into(self._offset + offset, view)
-
-    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.image.write(self._offset + offset, view, flags)
-
-    def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        self.image.zero(self._offset + offset, length, flags)
-
-    def discard(self, offset: int, length: int) -> None:
-        self.image.discard(self._offset + offset, length)
-
-    def extents(self, offset: int, length: int) -> Extents:
-        return self.image.extents(self._offset + offset, length).shift(-self._offset)
-
-    def reads_zero(self, offset: int, length: int) -> bool:
-        return self.image.reads_zero(self._offset + offset, length)
+    passed through unchanged would corrupt data. Only `flush` passes, and the limits are the image's."""
 
 
 _ZEROS = bytes(1 << 16)
@@ -309,7 +340,7 @@ def require_writable(node: Node, operation: str) -> None:
             "it was opened read-only",
             path=node.filename,
             operation=operation,
-            hint="open it for writing (read_only=False; not -r)",
+            hint=node.writable_hint,
         )
 
 

@@ -48,6 +48,16 @@ def parse_size(text: str, *, exact: bool = True) -> int:
     return size
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """The range of bytes [start, end) that `text` says: `FROM-TO`, or `FROM-` for all from there, in sizes as `parse_size`
+    reads them. A range that is empty is refused."""
+    first, dash, last = text.strip().partition("-")
+    start, end = parse_size(first), parse_size(last) if last else MAX_SIZE
+    if not dash or start >= end:
+        raise OptionError(f"{shown(text)} is not a range", hint="write FROM-TO, or FROM- for all from there: 0-1M, 8M-")
+    return start, end
+
+
 def format_size(size: int) -> str:
     """`size` bytes for people: `64 KiB`, `1.5 GiB`; three significant digits from 1 KiB on, exact below."""
     if size < 1024:

@@ -51,6 +51,7 @@ _TABLE = (
     Entry("blkdebug", "filter", "lamina.filters.blkdebug:Blkdebug", "makes chosen requests fail"),
     Entry("blkverify", "filter", "lamina.filters.blkverify:Blkverify", "holds every read of one image against another"),
     Entry("cache", "filter", "lamina.filters.cache:Cache", "keeps blocks in memory, within a bound"),
+    Entry("compress", "filter", "lamina.filters.compress:Compress", "has what is written packed"),
     Entry(
         "copy_on_read",
         "filter",

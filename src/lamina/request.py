@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from .errors import NotSupported, OutOfRange
 from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
-from .node import FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
+from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
 
 if TYPE_CHECKING:
-    from .extents import Extents
+    from .extents import Extents, HostFile
     from .ranges import Hold
 
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
@@ -133,7 +133,7 @@ class Child:
             self._release(hold)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        """Make the bytes at `offset` equal to `view`. `flags`: FUA."""
+        """Make the bytes at `offset` equal to `view`. `flags`: FUA, COMPRESS."""
         node = self.node
         end = offset + len(view)
         if node.read_only:
@@ -143,7 +143,7 @@ class Child:
         if not len(view):
             return
         if node.zero_detected is not None and is_zero(view):
-            self.zero(offset, len(view), flags | node.zero_detected)
+            self.zero(offset, len(view), flags & ~COMPRESS | node.zero_detected)
             return
         align = self._align
         rmw = align != 1 and bool(offset & (align - 1) or (end & (align - 1) and end != node.size))
@@ -159,6 +159,36 @@ class Child:
         finally:
             self._release(hold)
         if flags & ~passed & FUA:
+            node.flush()
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """Make the bytes at `offset` equal to those at `source_offset` of the host file `source`, inside the system.
+        `flags`: FUA; NO_FALLBACK: only by sharing storage. The caller has asked where the bytes lie (`extents`) and whether
+        copying from there is the same as reading (`Node.copyable`), and sees to it that nobody changes the source meanwhile.
+
+        Raises NotSupported where it cannot be done; then nothing was done, or a part that writing the whole range puts right.
+        So are ranges that are not aligned (their edges are merged with what is beside them: cut them off, and write them),
+        and nodes which must see what is written: to look for zeros (`detect-zeroes`), or because they hear of each write."""
+        node = self.node
+        end = offset + length
+        if node.read_only:
+            require_writable(node, "copy")
+        if length < 0 or offset < 0 or end > node.size:
+            self._bound(offset, end, "copy", grows=self.grows and node.growable)
+        if not length:
+            return
+        if node.zero_detected is not None or self.event is not None or not self._is_aligned(offset, end):
+            raise node.refuse("copy from a file here")
+        hold = self._hold(offset, end, exclusive=self._reads_wait) if self._order else None
+        try:
+            step, at = self._max_transfer, offset
+            while at < end:
+                stop = min(at + step - at % step, end)
+                node.copy_from(at, source, source_offset + at - offset, stop - at, flags & ~FUA)
+                at = stop
+        finally:
+            self._release(hold)
+        if flags & FUA:
             node.flush()
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:

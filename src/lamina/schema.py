@@ -219,3 +219,7 @@ class Schema:
         hint = "".join(near) + "it takes: " + (", ".join(option.name for option in self.options) or "no options")
         inside = f" in {where}" if where else ""
         return OptionError(f"{self.driver} has no option {shown(key)}{inside}", hint=hint)
+
+
+#: The child that a filter lies over.
+IMAGE = Option("image", "node", "the node below", required=True)

@@ -23,6 +23,7 @@ FLOORS = [
     {"errors"},
     {
         "codecs",
+        "bitmap",
         "detect",
         "extents",
         "layout",
@@ -35,7 +36,7 @@ FLOORS = [
         "report",
         "version",
     },
-    {"api", "creation", "edit", "format_node", "graph", "image", "node", "ranges", "request"},
+    {"api", "around", "creation", "edit", "format_node", "graph", "image", "node", "ranges", "request", "window"},
     {"filters", "formats", "storage"},
     {"jobs", "nbd"},
     {"cli", "testing"},

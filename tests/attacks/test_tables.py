@@ -212,58 +212,6 @@ def test_row_49_marked_images_are_read_but_not_written(tmp_path: Path) -> None:
         survives(path)
 
 
-@pytest.mark.parametrize("place", [0, 1 << 40, (1 << 54) - 1, 3 * CLUSTER + 17])
-@pytest.mark.parametrize("sectors", [0, 15])
-def test_row_51_iotest_080_compressed_cluster(tmp_path: Path, place: int, sectors: int) -> None:
-    """Beyond the file, over the header, over itself: refused before anything is unpacked. The rest is served."""
-    found = victim(tmp_path)
-    x = 62 - (12 - 8)
-    path = found.put(found.l2(1), q.COMPRESSED | sectors << x | place & (1 << x) - 1).save()
-    with lamina.open(path, format="qcow2") as image:
-        with pytest.raises(UnsupportedFeature, match="compressed"):
-            image.read(CLUSTER, 1)
-        assert image.read(0, 1) == b"\1"
-        assert image.extents(CLUSTER, CLUSTER)[0].compressed
-        assert image.extents(CLUSTER, CLUSTER)[0].offset is None
-    with lamina.open(path, format="qcow2", read_only=False) as image:
-        for action in (
-            lambda: image.write(CLUSTER, b"x"),
-            lambda: image.zero(CLUSTER, CLUSTER),
-            lambda: image.discard(CLUSTER, CLUSTER),
-        ):
-            with pytest.raises(UnsupportedFeature, match="compressed"):
-                action()
-    survives(path)
-
-
-def test_row_52_decompression_bomb_is_never_unpacked(tmp_path: Path) -> None:
-    """A megabyte of deflate data that would be a gigabyte of zeros; and the same, said to be zstd."""
-    import zlib
-
-    packer = zlib.compressobj(9, wbits=-12)
-    bomb = b"".join(packer.compress(bytes(MIB)) for _ in range(64)) + packer.flush()
-    found = victim(tmp_path)
-    end = len(found.bytes)
-    found.bytes += bomb.ljust(-(-len(bomb) // CLUSTER) * CLUSTER, b"\0")
-    for index in range(64):
-        found.put(found.l2(index), q.COMPRESSED | 7 << 58 | end)
-    assert survives(found.save()).errors == {"UnsupportedFeature"}
-    found.set(incompatible_features=q.COMPRESSION_TYPE)
-    found.bytes[q.COMPRESSION_TYPE_OFFSET] = 1
-    with pytest.raises(UnsupportedFeature, match="zstd"):
-        lamina.open(found.save(), format="qcow2")
-    survives(found.path)
-
-
-@pytest.mark.parametrize(("kind", "bit"), [(2, False), (255, False), (255, True), (0, True)])
-def test_row_52_compression_type_and_its_bit(tmp_path: Path, kind: int, bit: bool) -> None:
-    found = victim(tmp_path).set(incompatible_features=q.COMPRESSION_TYPE if bit else 0)
-    found.bytes[q.COMPRESSION_TYPE_OFFSET] = kind
-    with pytest.raises(FormatError):
-        lamina.open(found.save(), format="qcow2")
-    survives(found.path)
-
-
 @pytest.mark.parametrize("bit", range(2, 64))
 def test_incompatible_features_are_never_ignored(tmp_path: Path, bit: int) -> None:
     path = victim(tmp_path).set(incompatible_features=1 << bit).save()

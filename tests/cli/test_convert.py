@@ -159,3 +159,26 @@ def test_sizes_that_are_no_multiple_of_a_sector_arrive(folder: Path, capsys: pyt
     capsys.readouterr()
     assert main(["info", "--output=json", "odd.qcow2"]) == 0
     assert json.loads(capsys.readouterr().out)["virtual-size"] == 1001
+
+
+@pytest.mark.parametrize("source", ["a.raw", "a.qcow2"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("how", ["-C", "--reflink"])
+def test_copied_by_the_system(qemu: Qemu, folder: Path, source: str, format: str, there: bool, how: str) -> None:
+    qemu.img("convert", "-f", "raw", "-O", "qcow2", "a.raw", "a.qcow2")
+    kind, name = source[2:], f"b.{format}"
+    if there:
+        qemu.img("create", "-q", "-f", format, name, "8M")
+        qemu.io("-f", format, "-c", "write -P 9 0 8M", name)
+    assert main(["convert", how, *(["-n"] if there else []), "-f", kind, "-O", format, source, name]) == 0
+    same(qemu, source, name)
+    if format == "qcow2":
+        assert qemu.check(name)[0] == 0
+
+
+def test_what_is_copied_unseen_is_not_searched_for_zeros(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["-C", "-S", "0"], ["--reflink", "-S", "4k"], ["-C", "--reflink"]):
+        assert main(["convert", *words, "a.raw", "b.raw"]) != 0
+        assert words[0] in capsys.readouterr().err
+    assert os.listdir(folder) == ["a.raw"]

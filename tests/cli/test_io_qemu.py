@@ -131,6 +131,8 @@ PROGRAM = [
     (["-f", "raw", "-t", "unsafe", "-d", "ignore", "disk.raw"], ["write 0 64k", "discard 0 64k", "discard 0 2M"]),
     (["-f", "raw", "-d", "unmap", "-i", "threads", "disk.raw"], ["discard 0 64k", "read -P 0 0 64k"]),
     (["-f", "raw", "-m", "disk.raw"], ["write 0 512"]),
+    (["-f", "raw", "-C", "disk.raw"], ["write -P 5 0 512", "read -P 5 0 512", "info", "reopen -r", "read 0 1"]),
+    (["-f", "raw", "-C", "-r", "disk.raw"], ["read 0 512"]),
     (["-f", "raw", "-r", "-U", "disk.raw"], ["read 0 512"]),
     (["--image-opts", "driver=raw,file.filename=disk.raw"], ["write 0 512", "length"]),
     (["--image-opts", "driver=raw,file.filename=disk.raw,offset=4k"], ["write 0 512", "map"]),

@@ -121,9 +121,11 @@ def test_what_gives_storage_back(disk: Path, options: list[str], line: str, kept
 @pytest.mark.parametrize(
     ("options", "line", "stable"),
     [
-        ([], "write 0 512", False),
-        ([], "write -f 0 512", True),
-        ([], "writev -f 0 512", True),
+        ([], "write 0 512", True),
+        ([], "aio_write 0 512", True),
+        (["-t", "writeback"], "write 0 512", False),
+        (["-t", "writeback"], "write -f 0 512", True),
+        (["-t", "writeback"], "writev -f 0 512", True),
         (["-t", "writethrough"], "write 0 512", True),
         (["-t", "directsync"], "aio_write 0 512", True),
         (["-t", "none"], "write 0 512", False),
@@ -192,13 +194,44 @@ def test_memory_is_not_reopened(capfd: pytest.CaptureFixture[str]) -> None:
     assert "memory" in said.err
 
 
-@pytest.mark.parametrize("option", ["-C", "--copy-on-read"])
-def test_what_is_not_there_yet_is_refused_by_name(disk: Path, option: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["io", "-f", "raw", option, "-c", "write 0 512", "disk.raw"]) == 1
-    said = capfd.readouterr()
-    assert "not there yet" in said.err
-    assert said.out == ""
-    assert not any(disk.read_bytes())
+@pytest.fixture
+def overlay(disk: Path) -> Path:
+    """An empty qcow2 of 64 KiB clusters over the disk, which holds threes."""
+    disk.write_bytes(b"\3" * MIB)
+    top = disk.with_name("top.qcow2")
+    lamina.create(top, "qcow2", MIB, backing_file="disk.raw", backing_fmt="raw")
+    return top
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-C", "-c", "READ", "-c", "alloc 0 1M", "top.qcow2"],
+        ["--copy-on-read", "-f", "qcow2", "-c", "READ", "-c", "alloc 0 1M", "top.qcow2"],
+        ["-c", "open -C top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
+        ["-C", "-c", "open top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
+    ],
+)
+def test_copy_on_read_keeps_what_is_read(overlay: Path, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["io", *(word.replace("READ", "read -q -P 3 100k 1k") for word in words)]) == 0
+    assert capfd.readouterr().out == "65536/1048576 bytes allocated at offset 0 bytes\n"
+    with lamina.open(overlay, format="qcow2") as image:
+        assert [(row.start, row.length) for row in image.extents() if row.depth == 0] == [(65536, 65536)]
+
+
+def test_copy_on_read_over_a_snapshot_changes_nothing(overlay: Path) -> None:
+    before = overlay.read_bytes()
+    assert main(["io", "-C", "-s", "-c", "read -q -P 3 0 1M", "top.qcow2"]) == 0
+    assert overlay.read_bytes() == before
+
+
+def test_copy_on_read_needs_an_image_that_is_writable(overlay: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = overlay.read_bytes()
+    assert main(["io", "-C", "-r", "-c", "read 0 1", "top.qcow2"]) == 1
+    assert overlay.read_bytes() == before
+    assert main(["io", "-C", "-c", "reopen -r", "-c", "read -q -P 3 0 1", "-c", "close", "top.qcow2"]) == 1
+    assert capfd.readouterr().err.count("-C or -r") == 2
+    assert main(["io", "-c", "open -C -r top.qcow2", "-c", "read 0 1"]) == 1
 
 
 def test_compressed_and_saved_state_are_unsupported(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:

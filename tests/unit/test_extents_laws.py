@@ -213,6 +213,16 @@ def test_over(pair: tuple[Extents, Extents]) -> None:
 
 
 @law
+@given(pairs())
+def test_masking(pair: tuple[Extents, Extents]) -> None:
+    top, below = pair
+    lower = cells(below)
+    assert cells(top.masking(below)) == {p: c if c.present else lower[p] for p, c in cells(top).items()}
+    with pytest.raises(ValueError, match="cannot lie over"):
+        top.masking(below.shift(1))
+
+
+@law
 @given(answers(gaps=True))
 def test_coalesce(extents: Extents) -> None:
     assert list(extents.coalesce()) == runs(cells(extents))

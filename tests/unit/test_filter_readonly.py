@@ -28,7 +28,7 @@ def test_every_change_is_refused_and_nothing_changes() -> None:
         lambda: image.truncate(200_000),
         lambda: image.truncate(0),
     ):
-        with pytest.raises(ReadOnly):
+        with pytest.raises(ReadOnly, match="open it without the filter readonly"):
             change()
     image.flush()
     assert image.size == storage.size == 100_000

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import OptionError
+from lamina.limits import MAX_SIZE
 from lamina.options import (
     MAX_DEPTH,
     MAX_TEXT,
@@ -25,6 +26,7 @@ from lamina.options import (
     nest,
     parse_keyval,
     parse_name,
+    parse_range,
     parse_size,
     to_json_name,
     to_keyval,
@@ -595,3 +597,26 @@ def test_names_and_options_mean_what_they_mean_to_qemu_img(
         with pytest.raises(OptionError):
             parse_name(other)
         assert qemu.img("info", other, check=False).returncode == 1
+
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        ("0-1", 0, 1),
+        ("512-1k", 512, 1024),
+        (" 0x200-0x400 ", 512, 1024),
+        ("1.5M-", 3 << 19, MAX_SIZE),
+        (f"0-{MAX_SIZE}", 0, MAX_SIZE),
+    ],
+)
+def test_ranges(text: str, start: int, end: int) -> None:
+    assert parse_range(text) == (start, end)
+
+
+@pytest.mark.parametrize("text", ["", "-", "1M", "-5", "5-5", "6-5", "1-2-3", "a-b", "0-8E", f"{MAX_SIZE}-"])
+def test_no_ranges(text: str) -> None:
+    with pytest.raises(OptionError):
+        parse_range(text)

@@ -12,14 +12,18 @@ from ..image import Image
 from ..jobs.convert import convert, convert_to_file
 from ..jobs.progress import Monitor
 from .arguments import Parser, format_options, image_source, open_image, print_schema
+from .nbd_names import export_options, names_export
 from .terminal import Meter
 
 _EXAMPLES = """
   lamina convert -O qcow2 disk.raw disk.qcow2
   lamina convert -p -f qcow2 -O raw disk.qcow2 disk.raw
   lamina convert -O qcow2 -o cluster_size=2M disk.raw disk.qcow2
+  lamina convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   lamina convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 overlay.qcow2      only what differs from the base
   lamina convert -n -O raw disk.qcow2 /dev/vg/disk                            into what is there already
+  lamina convert --connections 4 -O qcow2 nbd://server/disk disk.qcow2
+  lamina convert -n -O raw disk.qcow2 nbd://server/disk                       into an export, which is there already
 """
 
 
@@ -44,8 +48,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--target-image-opts", action="store_true", help="the target is named by options (with -n)")
     parser.add_argument("--target-is-zero", action="store_true", help="with -n: the target is known to read as zero")
     parser.add_size(
-        "-S", "--sparse-size", metavar="SIZE", default=4096,
+        "-S", "--sparse-size", metavar="SIZE",
         help="runs of zeros of at least SIZE bytes are not written (default: 4k); 0: everything is",
+    )  # fmt: skip
+    unread = parser.add_mutually_exclusive_group()
+    unread.add_argument(
+        "-C",
+        "--copy-range",
+        dest="unread",
+        action="store_const",
+        const="copy",
+        default="",
+        help="have the system copy data from file to file, or share its blocks; no zeros are looked for in it (not with -S)",
+    )
+    unread.add_argument(
+        "--reflink",
+        dest="unread",
+        action="store_const",
+        const="share",
+        help="the same where the file system shares blocks (btrfs, xfs, ...); elsewhere read and write",
+    )
+    unread.add_argument("-c", "--compress", action="store_true", help="store it compressed, as far as that is smaller")
+    parser.add_size(
+        "--connections", metavar="NUMBER", default=1,
+        help="connections to each NBD server that says that several are coherent (1 to 16; default: 1)",
     )  # fmt: skip
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
@@ -54,7 +80,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_size("-m", "--parallel", metavar="NUMBER", help="accepted; there is nothing to gain from it here")
     for flags, metavar in (
-        (("-c", "--compress", "writing compressed images is not there yet"), None),
         (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
         (("-r", "--rate", "limiting the rate is not there yet"), "RATE"),
         (("--bitmaps", "persistent bitmaps are not there yet"), None),
@@ -72,8 +97,11 @@ def main(argv: list[str]) -> int:
         return 0
     if len(args.names) != 2:
         parser.error("one source and one target are needed")
+    if args.unread and args.sparse_size is not None:
+        parser.error("-S looks for zeros in what -C and --reflink pass unseen: leave one out")
+    args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
-    with open_image(name, args, args.format) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
+    with _open_source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
         monitor = Monitor(meter.report)
         if args.no_create:
             _into(source, target, args, options, monitor)
@@ -82,10 +110,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _open_source(name: str, args: Namespace) -> Image:
+    if args.image_opts or not names_export(name):
+        return open_image(name, args, args.format)
+    spec = {"file": export_options(name, args.connections)}
+    return open_any(spec, format=args.format or "probe", references=args.references)
+
+
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
     if args.target_image_opts or args.target_is_zero:
         word = "--target-image-opts" if args.target_image_opts else "--target-is-zero"
         raise OptionError(f"{word} is about a target that is there already", hint="use it with -n")
+    if names_export(target):
+        raise OptionError("an export is there already, and is not made anew", path=target, hint="use it with -n")
     backing, backing_format = args.backing, args.backing_format
     if backing is None:
         backing, backing_format = options.pop("backing_file", None), backing_format or options.pop("backing_fmt", None)
@@ -95,6 +132,8 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         args.target_format or "raw",
         options,
         smallest_hole=args.sparse_size,
+        unread=args.unread,
+        compress=args.compress,
         backing=backing,
         backing_format=backing_format,
         references=args.references,
@@ -112,6 +151,18 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             hint="give it (-O)",
         )
     spec = image_source(target, args, args.target_format, image_opts=args.target_image_opts)
+    if not args.target_image_opts and names_export(target):
+        spec = {"file": export_options(target, args.connections)}
     with open_any(spec, format=args.target_format, read_only=False, references=args.references) as there:
-        convert(source, there, blank=args.target_is_zero, smallest_hole=args.sparse_size, monitor=monitor)
+        if args.compress:
+            with there.edit() as edit:
+                edit.insert("compress")
+        convert(
+            source,
+            there,
+            blank=args.target_is_zero,
+            smallest_hole=args.sparse_size,
+            unread=args.unread,
+            monitor=monitor,
+        )
         there.flush()

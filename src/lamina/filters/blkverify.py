@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import BlockIOError, OptionError
-from ..limits import Limits
 from ..node import NO_FALLBACK, TransformNode
 from ..request import Child
 from ..schema import Option, Schema
@@ -31,15 +30,20 @@ class Blkverify(TransformNode):
         ],
     )
 
-    def __init__(self, image: Child, raw: Child, *, name: str | None = None, read_only: bool = False) -> None:
-        """OptionError if the two are not equally long."""
-        super().__init__(image, name=name, read_only=read_only)
+    serialise = 512
+
+    def __init__(self, image: Child, raw: Child, **common: Any) -> None:
+        super().__init__(image, **common)
         self.children["raw"] = raw
         self._raw = raw
-        if raw.size != image.size:
+        self.graph_changed()
+
+    def graph_changed(self) -> None:
+        """OptionError if the two are not equally long."""
+        if self._raw.size != self.image.size:
             raise OptionError(
-                f"the images are not equally long: {image.size} and {raw.size} bytes",
-                path=raw.node.filename,
+                f"the images are not equally long: {self.image.size} and {self._raw.size} bytes",
+                path=self._raw.node.filename,
                 hint="make the raw one as long as the one under test",
             )
 
@@ -58,14 +62,6 @@ class Blkverify(TransformNode):
     @property
     def growable(self) -> bool:
         return self.image.node.growable and self._raw.node.growable
-
-    @property
-    def limits(self) -> Limits:
-        return self.image.node.limits
-
-    @property
-    def serialise(self) -> int:
-        return 512
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:

@@ -3,32 +3,28 @@ path above reads, merges and splits. All in bytes."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 from ..errors import OptionError
 from ..limits import MIB, Limits, is_power_of_two
 from ..node import FilterNode
 from ..request import Child
-from ..schema import Option, Schema
+from ..schema import Option
 
 
 class BlockSize(FilterNode):
     """`image`, which gets reads and writes of whole blocks of `minimum` (a power of two), none above `maximum` (0: as the
     child). A child that asks for larger blocks, or smaller transfers, gets its own way."""
 
-    driver: ClassVar[str] = "blocksize"
-    _options = [
-        Option("image", "node", "the node below", required=True),
+    driver = "blocksize"
+    options = (
         Option("minimum", "size", "requests are multiples of it: a power of two", default=1, maximum=64 * MIB),
         Option("maximum", "size", "the largest read or write; 0: as the child", default=0),
-    ]
-    schema: ClassVar[Schema] = Schema("blocksize", _options)
+    )
 
-    def __init__(
-        self, image: Child, minimum: int = 1, maximum: int = 0, *, name: str | None = None, read_only: bool = False
-    ) -> None:
+    def __init__(self, image: Child, minimum: int = 1, maximum: int = 0, **common: Any) -> None:
         """Raises OptionError for sizes that cannot be kept."""
-        super().__init__(image, name=name, read_only=read_only)
+        super().__init__(image, **common)
         self._minimum, self._maximum = minimum, maximum
         block = self.limits.request_alignment
         if not is_power_of_two(minimum) or 0 < maximum < block:

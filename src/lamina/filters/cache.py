@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LaminaError, OptionError
-from ..limits import MIB, Limits, is_power_of_two
+from ..limits import MIB, is_power_of_two
 from ..node import FUA, TransformNode
 from ..request import Child
-from ..schema import Option, Schema
+from ..schema import Option
 
 if TYPE_CHECKING:
     from ..extents import Extents, HostFile
@@ -26,15 +26,11 @@ class Cache(TransformNode):
 
     Safe for any number of threads: one operation runs at a time."""
 
-    driver: ClassVar[str] = "cache"
-    schema: ClassVar[Schema] = Schema(
-        "cache",
-        [
-            Option("image", "node", "the node below", required=True),
-            Option("blocks", "int", "how many blocks are kept at most", default=256, minimum=1),
-            Option("block-size", "size", "a power of two", default=1 << 16, minimum=512, maximum=64 * MIB),
-            Option("mode", "enum", "when writes go down", choices=("writeback", "writethrough"), default="writeback"),
-        ],
+    driver = "cache"
+    options = (
+        Option("blocks", "int", "how many blocks are kept at most", default=256, minimum=1),
+        Option("block-size", "size", "a power of two", default=1 << 16, minimum=512, maximum=64 * MIB),
+        Option("mode", "enum", "when writes go down", choices=("writeback", "writethrough"), default="writeback"),
     )
 
     def __init__(
@@ -43,11 +39,9 @@ class Cache(TransformNode):
         blocks: int = 256,
         block_size: int = 1 << 16,
         mode: str = "writeback",
-        *,
-        name: str | None = None,
-        read_only: bool = False,
+        **common: Any,
     ) -> None:
-        super().__init__(image, name=name, read_only=read_only)
+        super().__init__(image, **common)
         if not is_power_of_two(block_size):
             raise OptionError(f"block-size is {block_size}", hint="it must be a power of two")
         self._most = blocks
@@ -69,10 +63,6 @@ class Cache(TransformNode):
     @property
     def growable(self) -> bool:
         return self.image.node.growable
-
-    @property
-    def limits(self) -> Limits:
-        return self.image.node.limits
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
@@ -145,13 +135,18 @@ class Cache(TransformNode):
         rows += [(at, end - at, 0)] * (at < end)
         start, lengths, dirty = zip(*rows, strict=True)
         flags = [(DATA | PRESENT) * row for row in dirty]
-        # `over` puts what is below one layer deeper. This is no layer, so all come up again.
-        own = Extents.from_columns(start, lengths, flags, depth=dirty)
-        return own.over(below).deepen(-1).coalesce()
+        return Extents.from_columns(start, lengths, flags).masking(below).coalesce()
 
     def reads_zero(self, offset: int, length: int) -> bool:
         with self._mutex:
             return not self._dirty_within(offset, offset + length) and self.image.reads_zero(offset, length)
+
+    def graph_changed(self) -> None:
+        """What is dirty goes down, and all else is forgotten: what lies below now may read otherwise."""
+        with self._mutex:
+            self._write_back()
+            self._blocks.clear()
+            self._size = self.image.size
 
     def close(self) -> None:
         try:

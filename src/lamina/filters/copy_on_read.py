@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 from ..errors import LaminaError
 from ..node import FilterNode
 from ..ranges import RangeLock
 from ..request import Child
-from ..schema import Option, Schema
 
 
 class CopyOnRead(FilterNode):
@@ -19,43 +18,26 @@ class CopyOnRead(FilterNode):
 
     Safe for any number of threads: a copy holds its range, and writes of the same bytes wait, so none is ever undone."""
 
-    driver: ClassVar[str] = "copy_on_read"
-    schema: ClassVar[Schema] = Schema(
-        "copy_on_read", [Option("image", "node", "a format with a backing image", required=True)]
-    )
+    driver = "copy_on_read"
+    serialise = 512
 
-    def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
-        super().__init__(image, name=name, read_only=read_only)
+    def __init__(self, image: Child, **common: Any) -> None:
+        super().__init__(image, **common)
         self._copies = RangeLock()
 
-    @property
-    def serialise(self) -> int:
-        return 512
-
     def read_into(self, offset: int, view: memoryview) -> None:
-        if self.image.node.read_only:
-            self.image.read_into(offset, view)
-            return
-        held = self._copies.acquire(offset, offset + len(view), True)
+        hold = self._copies.acquire(offset, offset + len(view), not self.image.node.read_only)
         try:
-            below = [row for row in self.image.extents(offset, len(view)) if row.present and row.depth > 0]
+            rows = self.image.extents(offset, len(view)) if hold.exclusive else ()
+            below = [row for row in rows if row.present and row.depth > 0]
             self.image.read_into(offset, view)
-            for row in below:
-                if not self._copy(row.start, view[row.start - offset : row.end - offset], zero=row.zero):
-                    break
+            try:
+                for row in below:
+                    if row.zero:
+                        self.image.zero(row.start, row.length)
+                    else:
+                        self.image.write(row.start, view[row.start - offset : row.end - offset])
+            except LaminaError as error:
+                self.warn("what was read is not kept: %s", error)
         finally:
-            self._copies.release(held)
-
-    def _copy(self, offset: int, part: memoryview, *, zero: bool) -> bool:
-        """Write it into the top layer; whether that could be done."""
-        try:
-            if zero:
-                self.image.zero(offset, len(part))
-            else:
-                self.image.write(offset, part)
-        except LaminaError as error:
-            import logging
-
-            logging.getLogger("lamina.copy_on_read").warning("what was read is not kept: %s", error)
-            return False
-        return True
+            self._copies.release(hold)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .. import registry
+from ..limits import Limits
 from ..node import FUA, TransformNode, fill_zero
 from ..request import Child
 from ..schema import Option, Schema
@@ -32,6 +33,7 @@ class Cow(TransformNode):
     schema: ClassVar[Schema] = Schema(
         "cow", [Option("image", "node", "the node below, never written to", required=True)]
     )
+    serialise = 512
     supported_flags = FUA  # nothing here outlives the node: every write is as stable as it can be
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
@@ -39,7 +41,6 @@ class Cow(TransformNode):
         self._size = image.size
         #: The image counts up to here; what was cut off once reads as zero when it comes back.
         self._below = image.size
-        self._growable = image.node.growable
         self._mutex = threading.Lock()  # of the size: writes that do not overlap may pass the end at once
         self._changed = _Stretches()
         self._above = Child(registry.lookup("memory", "storage")(), "above", grows=True)
@@ -55,11 +56,12 @@ class Cow(TransformNode):
 
     @property
     def growable(self) -> bool:
-        return self._growable
+        return self.image.node.growable
 
     @property
-    def serialise(self) -> int:
-        return 512
+    def limits(self) -> Limits:
+        """None: the image is only read."""
+        return Limits()
 
     def read_into(self, offset: int, view: memoryview) -> None:
         for lo, hi, kind in self._changed.within(offset, offset + len(view)):
@@ -106,11 +108,8 @@ class Cow(TransformNode):
         below = below.pad_zero(end).coalesce()
         changed = np.array(list(self._changed.within(offset, end)), np.int64)
         flags = np.array([ZERO | PRESENT, DATA | PRESENT, 0], np.uint8)[changed[:, 2]]  # _BELOW finds the last
-        own = Extents.from_columns(
-            changed[:, 0], changed[:, 1] - changed[:, 0], flags, depth=(flags > 0).astype(np.int32)
-        )
-        # `over` puts what is below one layer deeper. This is no layer, so all come up again.
-        return own.over(below).deepen(-1).coalesce()
+        own = Extents.from_columns(changed[:, 0], changed[:, 1] - changed[:, 0], flags)
+        return own.masking(below).coalesce()
 
     def reads_zero(self, offset: int, length: int) -> bool:
         for lo, hi, kind in self._changed.within(offset, offset + length):
@@ -118,6 +117,9 @@ class Cow(TransformNode):
             if kind == _DATA or (kind == _BELOW and inside and not self.image.reads_zero(lo, inside)):
                 return False
         return True
+
+    def graph_changed(self) -> None:
+        self._below = min(self._below, self.image.size)
 
     def close(self) -> None:
         self._above.close()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..node import MAY_UNMAP, FilterNode
-from ..schema import Option, Schema
 
 
 class NoDiscard(FilterNode):
     """`image`, to which no discard passes; zeroes pass, but not the permission to unmap."""
 
-    driver: ClassVar[str] = "nodiscard"
-    schema: ClassVar[Schema] = Schema("nodiscard", [Option("image", "node", "the node below", required=True)])
+    driver = "nodiscard"
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.image.zero(offset, length, flags & ~MAY_UNMAP)

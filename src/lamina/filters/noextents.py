@@ -3,10 +3,9 @@ everything, or to see what sparse handling gains."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from ..node import FilterNode
-from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..extents import Extents
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 class NoExtents(FilterNode):
     """`image`, of which nobody knows where it is sparse. Bytes pass as they are."""
 
-    driver: ClassVar[str] = "noextents"
-    schema: ClassVar[Schema] = Schema("noextents", [Option("image", "node", "the node below", required=True)])
+    driver = "noextents"
 
     def extents(self, offset: int, length: int) -> Extents:
         """One extent of data, owned by this layer, in no host file."""

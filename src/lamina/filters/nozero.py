@@ -3,17 +3,13 @@ and makes space that must stay allocated be written."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..node import FilterNode
-from ..schema import Option, Schema
 
 
 class NoZero(FilterNode):
     """`image`, without quick zeroes: the request path above writes them instead, and refuses those that must be quick."""
 
-    driver: ClassVar[str] = "nozero"
-    schema: ClassVar[Schema] = Schema("nozero", [Option("image", "node", "the node below", required=True)])
+    driver = "nozero"
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Raises NotSupported, touching nothing."""

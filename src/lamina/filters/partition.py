@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 from ..errors import CorruptImage, FormatError, LimitExceeded, OptionError
 from ..layout import Field, Structure
 from ..limits import is_power_of_two
-from ..node import WindowNode
 from ..request import Child
-from ..schema import Option, Schema
-
-if TYPE_CHECKING:
-    from ..graph import Opener
+from ..schema import Option
+from ..window import WindowNode
 
 MBR_ENTRY: Final = Structure(
     "MBR partition entry",
@@ -82,33 +79,14 @@ class Partition(WindowNode):
     allows may run concurrently. Raises FormatError where there is no table, CorruptImage where it contradicts itself or the
     disk, OptionError where there is no such partition."""
 
-    driver: ClassVar[str] = "partition"
-    schema: ClassVar[Schema] = Schema(
-        "partition",
-        [
-            Option("image", "node", "the disk", required=True),
-            Option("partition", "int", "its number, from 1", required=True, minimum=1),
-            Option("sector-size", "int", "of the disk, in bytes; found out if not given", choices=SECTOR_SIZES),
-        ],
+    driver = "partition"
+    options = (
+        Option("partition", "int", "its number, from 1", required=True, minimum=1),
+        Option("sector-size", "int", "of the disk, in bytes; found out if not given", choices=SECTOR_SIZES),
     )
 
-    def __init__(
-        self,
-        image: Child,
-        partition: int,
-        *,
-        sector_size: int | None = None,
-        name: str | None = None,
-        read_only: bool = False,
-    ) -> None:
-        start, length = find(image, partition, sector_size)
-        super().__init__(image, start, length, name=name, read_only=read_only)
-
-    @classmethod
-    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        image = opener.child("image", options["image"])
-        number, sector = options["partition"], options["sector-size"]
-        return cls(image, number, sector_size=sector, name=opener.name, read_only=opener.read_only)
+    def __init__(self, image: Child, partition: int, *, sector_size: int | None = None, **common: Any) -> None:
+        super().__init__(image, *find(image, partition, sector_size), **common)
 
 
 class _Table(NamedTuple):

@@ -32,16 +32,11 @@ class Preallocate(FilterNode):
         ],
     )
 
-    def __init__(
-        self,
-        image: Child,
-        prealloc_size: int = 128 * MIB,
-        prealloc_align: int = MIB,
-        *,
-        name: str | None = None,
-        read_only: bool = False,
-    ) -> None:
-        super().__init__(image, name=name, read_only=read_only)
+    # So that no write is on its way below while the size is made smaller.
+    serialise = 512
+
+    def __init__(self, image: Child, prealloc_size: int = 128 * MIB, prealloc_align: int = MIB, **common: Any) -> None:
+        super().__init__(image, **common)
         self._below = image  # also there when the node was taken out of the graph, and is then closed
         self._size = image.size
         #: The length of the file. What lies in it past the size reads as zero.
@@ -53,11 +48,6 @@ class Preallocate(FilterNode):
     @property
     def size(self) -> int:
         return self._size
-
-    @property
-    def serialise(self) -> int:
-        # So that no write is on its way below while the size is made smaller.
-        return 512
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         end = offset + len(view)
@@ -77,6 +67,12 @@ class Preallocate(FilterNode):
         with self._growing:
             self.image.truncate(size)
             self._size = self._ahead = size
+
+    def graph_changed(self) -> None:
+        """Where the file below is another one now, nothing of it is ahead."""
+        length = self.image.size
+        if length != self._ahead:
+            self._size = self._ahead = length
 
     def close(self) -> None:
         try:
@@ -115,8 +111,6 @@ class Preallocate(FilterNode):
             except LaminaError:
                 self.image.truncate(ahead)
         except LaminaError as error:
-            import logging
-
-            logging.getLogger("lamina.preallocate").warning("the file is not made longer ahead of time: %s", error)
+            self.warn("the file is not made longer ahead of time: %s", error)
             return
         self._ahead = ahead

@@ -59,20 +59,24 @@ class Quorum(Node):
                 f"{vote_threshold} votes of {len(children)} children cannot be",
                 hint="vote-threshold is from 1 to their number",
             )
-        sizes = {child.size for child in children}
-        if len(sizes) > 1:
-            raise OptionError(f"the children are not equally long: {sorted(sizes)} bytes", hint="make them so")
         self.children = {f"children.{number}": child for number, child in enumerate(children)}
         self._copies = tuple(children)
         self._threshold = vote_threshold
         self._rewrite = rewrite_corrupted
-        self._size = sizes.pop()
+        self.graph_changed()
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
         children = [opener.child(f"children.{number}", spec) for number, spec in enumerate(options["children"])]
         threshold, rewrite = options["vote-threshold"], options["rewrite-corrupted"]
         return cls(children, threshold, rewrite_corrupted=rewrite, name=opener.name, read_only=opener.read_only)
+
+    def graph_changed(self) -> None:
+        """OptionError if the copies are not equally long."""
+        sizes = {child.size for child in self._copies}
+        if len(sizes) > 1:
+            raise OptionError(f"the children are not equally long: {sorted(sizes)} bytes", hint="make them so")
+        self._size = sizes.pop()
 
     @property
     def size(self) -> int:
@@ -153,7 +157,7 @@ class Quorum(Node):
                 found[role] = request(child)
             except LaminaError as error:
                 first = first or error
-                self._log("%s of %s failed: %s", operation, role, error)
+                self.warn("%s of %s failed: %s", operation, role, error)
         if first is not None and len(found) < self._threshold:
             raise BlockIOError(
                 f"only {len(found)} of {len(self._copies)} copies could do it, and {self._threshold} must: {first.message}",
@@ -167,18 +171,12 @@ class Quorum(Node):
 
     def _outvoted(self, roles: list[str], offset: int, right: memoryview) -> None:
         for role in roles:
-            self._log("%s disagrees about the %d bytes at %d", role, len(right), offset)
+            self.warn("%s disagrees about the %d bytes at %d", role, len(right), offset)
             if self._rewrite and not self.read_only:
                 try:
                     self.children[role].write(offset, right)
                 except LaminaError as error:
-                    self._log("%s could not be written over: %s", role, error)
-
-    @staticmethod
-    def _log(text: str, *values: object) -> None:
-        import logging
-
-        logging.getLogger("lamina.quorum").warning(text, *values)
+                    self.warn("%s could not be written over: %s", role, error)
 
 
 def _merged(answers: list[Extents]) -> Extents:

@@ -3,11 +3,10 @@ contract of a node, since the request path refuses every change of a node that i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..node import FilterNode
 from ..request import Child
-from ..schema import Option, Schema
 
 if TYPE_CHECKING:
     from ..graph import Opener
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 class ReadOnlyFilter(FilterNode):
     """`image`, open for reading whatever the graph is opened for. Every change raises ReadOnly and touches no byte."""
 
-    driver: ClassVar[str] = "readonly"
-    schema: ClassVar[Schema] = Schema("readonly", [Option("image", "node", "the node below", required=True)])
+    driver = "readonly"
+    writable_hint = "open it without the filter readonly"
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = True) -> None:
         super().__init__(image, name=name, read_only=True)

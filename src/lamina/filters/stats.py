@@ -10,12 +10,12 @@ import json
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError
 from ..node import FilterNode
 from ..request import Child
-from ..schema import Option, Schema
+from ..schema import Option
 
 if TYPE_CHECKING:
     from ..extents import Extents
@@ -38,25 +38,11 @@ class Stats(FilterNode):
     counted as such, and nowhere else. BlockIOError if the report cannot be written; that is tried when the node is opened.
     """
 
-    driver: ClassVar[str] = "stats"
-    schema: ClassVar[Schema] = Schema(
-        "stats",
-        [
-            Option("image", "node", "the node below", required=True),
-            Option("report", "str", "a file for the report: JSON if it ends with .json, else a table"),
-        ],
-    )
+    driver = "stats"
+    options = (Option("report", "str", "a file for the report: JSON if it ends with .json, else a table"),)
 
-    def __init__(
-        self,
-        image: Child,
-        report: str | None = None,
-        *,
-        clock: Any = time,
-        name: str | None = None,
-        read_only: bool = False,
-    ) -> None:
-        super().__init__(image, name=name, read_only=read_only)
+    def __init__(self, image: Child, report: str | None = None, *, clock: Any = time, **common: Any) -> None:
+        super().__init__(image, **common)
         self._now = clock.perf_counter_ns
         self._begin: int = self._now()
         self._mine = threading.local()
@@ -67,7 +53,7 @@ class Stats(FilterNode):
         if report is not None:
             _save(report, "")  # better now than when all is done
 
-    # -- the requests
+    # -- the requests. One hook for all of them (`AroundNode`) would take 0.3 us more, in a read that takes 1.8.
 
     def read_into(self, offset: int, view: memoryview) -> None:
         start = self._now()

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import NotSupported, OptionError
 from ..node import NO_FALLBACK, FilterNode
 from ..ranges import RangeLock
 from ..request import Child
-from ..schema import Option, Schema
+from ..schema import Option
 
 _LIMITS = {
     "bps-total": "bytes a second, read and written",
@@ -143,15 +143,8 @@ class Throttle(FilterNode):
     costs its bytes too. Flushes, changes of size and questions of status pass at once.
     """
 
-    driver: ClassVar[str] = "throttle"
-    schema: ClassVar[Schema] = Schema(
-        "throttle",
-        [
-            Option("image", "node", "the node below", required=True),
-            *_options(),
-            Option("group", "str", "a name: all nodes of this process that have it share the limits"),
-        ],
-    )
+    driver = "throttle"
+    options = (*_options(), Option("group", "str", "a name: all nodes of this process that have it share the limits"))
 
     def __init__(
         self,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, OptionError
-from ..limits import MAX_SIZE, Limits, align_down, align_up
+from ..limits import MAX_SIZE, align_down, align_up
 from ..node import FUA, TransformNode, fill_zero
 from ..request import Child
-from ..schema import Option, Schema
+from ..schema import Option
 
 if TYPE_CHECKING:
     from ..extents import Extents, HostFile
@@ -22,15 +22,11 @@ class Truncate(TransformNode):
     when it is opened. What it adds reads as zero and takes zeros; any other byte written there fails with ENOSPC before
     anything of that request is written. It holds no state: whatever the image allows may run concurrently."""
 
-    driver: ClassVar[str] = "truncate"
-    schema: ClassVar[Schema] = Schema(
-        "truncate",
-        [
-            Option("image", "node", "the node below", required=True),
-            Option("size", "size", "the length in bytes"),
-            Option("round-up", "size", "the image's size, up to a multiple of this", minimum=1),
-            Option("round-down", "size", "the image's size, down to a multiple of this", minimum=1),
-        ],
+    driver = "truncate"
+    options = (
+        Option("size", "size", "the length in bytes"),
+        Option("round-up", "size", "the image's size, up to a multiple of this", minimum=1),
+        Option("round-down", "size", "the image's size, down to a multiple of this", minimum=1),
     )
 
     def __init__(
@@ -40,11 +36,10 @@ class Truncate(TransformNode):
         *,
         round_up: int | None = None,
         round_down: int | None = None,
-        name: str | None = None,
-        read_only: bool = False,
+        **common: Any,
     ) -> None:
         """OptionError unless exactly one of the three is given, or if there is no such size."""
-        super().__init__(image, name=name, read_only=read_only)
+        super().__init__(image, **common)
         if sum(given is not None for given in (size, round_up, round_down)) != 1:
             raise OptionError("truncate needs a length", hint="give one of size, round-up and round-down")
         if size is None:
@@ -52,16 +47,15 @@ class Truncate(TransformNode):
         if size > MAX_SIZE:
             raise OptionError(f"no node is {size} bytes long", hint=f"the most is {MAX_SIZE}")
         self._size = size
+        self.graph_changed()
+
+    def graph_changed(self) -> None:
         #: The bytes that the image holds; those after them are added.
-        self._inside = min(size, image.size)
+        self._inside = min(self._size, self.image.size)
 
     @property
     def size(self) -> int:
         return self._size
-
-    @property
-    def limits(self) -> Limits:
-        return self.image.node.limits
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
 from ..limits import Limits
-from ..node import FUA, Node
+from ..node import FUA, Node, plain
 from ..schema import Option, Schema
+from ..window import shifted_limits
 
 if TYPE_CHECKING:
     from ..extents import Extents, HostFile
@@ -82,21 +83,15 @@ class Raw(Node):
 
     @property
     def limits(self) -> Limits:
-        """The storage's, as far as the window keeps them aligned; what it does not, the edge below aligns."""
-        below, offset = self.file.node.limits, self._offset
-        if not offset:
-            return below
-        return below._replace(
-            request_alignment=1 if offset % below.request_alignment else below.request_alignment,
-            zero_alignment=1 if offset % below.zero_alignment else below.zero_alignment,
-            discard_alignment=1 if offset % below.discard_alignment else below.discard_alignment,
-        )
+        """The storage's, as far as the window keeps them aligned."""
+        return shifted_limits(self.file.node.limits, self._offset)
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
         base = self.file.node.host_base
         return None if base is None else (base[0], base[1] + self._offset)
 
+    @plain
     def read_into(self, offset: int, view: memoryview) -> None:
         file = self.file
         if file.event is not None:
@@ -108,6 +103,9 @@ class Raw(Node):
         if file.event is not None:
             file.event("write_aio")
         file.write(self._offset + offset, view, flags)
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        self.file.copy_from(self._offset + offset, source, source_offset, length, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.file.zero(self._offset + offset, length, flags)

@@ -2,7 +2,7 @@
 
 The plan comes from the exact extents of the source. A thread of its own reads and looks for zeros; the caller's thread
 writes: reading, writing and comparing release the GIL, so both work at once. Buffers go round in a circle of fixed
-size.
+size. What the file system can share between source and target passes neither (see `sharing`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..api import open as open_image
 from ..creation import Aside, create_driver, open_aside, write_image
 from ..errors import OptionError
+from ..extents import Extents
 from ..format_node import FormatNode
-from ..limits import KIB, MIB, align_down
+from ..limits import KIB, MAX_SIZE, MIB, align_down
 from ..node import Node, StorageNode
 from ..numeric import np
 from ..policy import Policy
 from .progress import Monitor
+from .sharing import Place, Sharer, without
 from .windows import stretches, windows
 
 if TYPE_CHECKING:
@@ -37,17 +39,21 @@ _GRANULE = 4 * KIB
 #: Beside a backing file that is compared by content, what is written is a multiple of this.
 _UNIT = 64 * KIB
 
-# What there is to do with a stretch of the source.
-_STORED, _ZERO = 0, 1
+#: How the source's bytes reach the target besides being read and written.
+Unread = Literal["", "share", "copy"]
+
+# What there is to do with a stretch of the source. From _PLACES on: it is copied from where it lies, each by itself.
+_STORED, _ZERO, _PLACES = 0, 1, 2
 
 
 class Result(NamedTuple):
     """What a conversion did, in bytes: `read` from the source, `written` to the target, `zeroed` there without
-    writing."""
+    writing, and `copied` there without reading."""
 
     read: int
     written: int
     zeroed: int
+    copied: int = 0
 
 
 class Below(NamedTuple):
@@ -80,13 +86,19 @@ def convert(
     blank: bool = False,
     smallest_hole: int = 4096,
     below: Below | None = None,
+    unread: Unread = "",
     monitor: Monitor | None = None,
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
 
     `blank`: the target is known to read as zero, so nothing is done where the source is zero. Runs of zeros of at least
     `smallest_hole` bytes are not written as data; with 0 nothing is looked at, and all of the target becomes data.
-    `below`: the target has this backing file and owns nothing yet; what it reads there anyway is left to it. Raises
+    `below`: the target has this backing file and owns nothing yet; what it reads there anyway is left to it.
+
+    `unread`: what lies in a file as it reads is not read, so that nobody looks for zeros in it: "share": where the file
+    system lets both files have the same blocks; "copy": else the system copies it. That needs a source that is open for
+    reading only. On btrfs and xfs sharing makes 1 GiB in 0.01 s that otherwise takes 1.1 and 0.16; where nothing can be
+    shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked. Raises
     OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no use.
     """
     if target.size < source.size:
@@ -95,7 +107,10 @@ def convert(
             path=target.filename,
             hint="make a target that is large enough",
         )
-    return _Copy(source, target, blank, smallest_hole, below, monitor or Monitor()).run()
+    # What is compared must be read.
+    reads = not unread or (below is not None and below.image is not None)
+    sharer = None if reads else Sharer(source, target, only_share=unread == "share")
+    return _Copy(source, target, blank, smallest_hole, below, sharer, monitor or Monitor()).run()
 
 
 def convert_to_file(
@@ -108,13 +123,16 @@ def convert_to_file(
     backing: str | None = None,
     backing_format: str | None = None,
     references: Policy | None = None,
+    unread: Unread = "",
+    compress: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
     goes wrong, nothing is left of it. `options` are those of `create`; a `size` among them may make the disk longer.
 
     With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
-    itself built on that file, that is what the layers above it own; else both are read and compared.
+    itself built on that file, that is what the layers above it own; else both are read and compared. `compress`: all is
+    stored packed, as far as that is smaller; UnsupportedFeature where the format cannot.
     """
     kind: Any = create_driver(format)
     given = {"size": source.size, **options}
@@ -129,27 +147,30 @@ def convert_to_file(
     with Aside(path) as aside:
         write_image(kind, aside.path, values, durable=False)
         if backing is None:
-            with _open_made(aside.path, format, {}, references) as target:
+            with _open_made(aside.path, format, {}, references, compress) as target:
                 # A device keeps what was on it; a format above it knows what it has written and what it has not.
                 blank = not aside.in_place or isinstance(target.node, FormatNode)
-                return convert(source, target, blank=blank, smallest_hole=smallest_hole, monitor=monitor)
+                return convert(source, target, blank=blank, smallest_hole=smallest_hole, unread=unread, monitor=monitor)
         # Names inside the target are relative to its directory; what the user named is opened as such.
         name = os.path.join(os.path.dirname(path), backing)
         base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         with (
-            _open_made(aside.path, format, {"backing": base}, references) as target,
+            _open_made(aside.path, format, {"backing": base}, references, compress) as target,
             open_image(base, references=references) as image,
         ):
             depth = layers_above(source.node, name)
             below = Below(image) if depth is None else Below(depth=depth)
-            return convert(source, target, smallest_hole=smallest_hole, below=below, monitor=monitor)
+            return convert(source, target, smallest_hole=smallest_hole, below=below, unread=unread, monitor=monitor)
 
 
-def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None) -> Image:
+def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None, compress: bool) -> Image:
     """The image that is being made in the file at `path`, for writing."""
     file = open_aside(path)
+    made: dict[str, Any] = {"driver": format, "file": file, **options}
+    if compress:
+        made = {"driver": "compress", "image": made}
     try:
-        return open_image({"driver": format, "file": file, **options}, read_only=False, references=references)
+        return open_image(made, read_only=False, references=references)
     except BaseException:
         file.close()
         raise
@@ -176,14 +197,27 @@ def layers_above(top: Node, path: str) -> int | None:
 
 class _Copy:
     def __init__(
-        self, source: Image, target: Image, blank: bool, smallest_hole: int, below: Below | None, watch: Monitor
+        self,
+        source: Image,
+        target: Image,
+        blank: bool,
+        smallest_hole: int,
+        below: Below | None,
+        sharer: Sharer | None,
+        watch: Monitor,
     ) -> None:
         self._source = source
         self._target = target
         self._blank = blank
         self._hole = smallest_hole
         self._granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
+        # Of a target that takes whole blocks (one that packs them, say) none is written in two halves.
+        self._block = min(target.alignment, _BUFFER) if sharer is None else 1
+        if smallest_hole and self._block > 1:
+            self._hole, self._granule = max(smallest_hole, self._block), max(self._granule, self._block)
         self._below = below
+        self._sharer = sharer
+        self._places: list[Place] = []
         self._watch = watch
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
         self._full: SimpleQueue[_Batch] = SimpleQueue()
@@ -218,7 +252,7 @@ class _Copy:
             self._free.put(None)
             reader.join()
         self._watch.update(total, total)
-        return Result(self._read, written, zeroed)
+        return Result(self._read, written, zeroed, self._sharer.done if self._sharer else 0)
 
     # -- in the reader's thread
 
@@ -238,6 +272,13 @@ class _Copy:
                         batch, used = self._next(), 0
                     continue
                 at = start
+                if kind >= _PLACES and self._sharer is not None:
+                    for at in self._sharer.copy(self._places[kind - _PLACES]):
+                        batch.end = at
+                        self._full.put(batch)  # so that its progress is told, and a wish to stop is heard
+                        batch, used = self._next(), 0
+                        if batch is None:
+                            return
                 while at < start + length:
                     # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
                     count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
@@ -279,26 +320,32 @@ class _Copy:
             batch.zeros += [(at + lo, hi - lo) for lo, hi in _between(runs, len(view))]
 
     def _plan(self) -> Iterator[tuple[int, int, int]]:
-        """(kind, start, length) of what must be done, in order: stored bytes are read, others made zero."""
-        for found in windows(self._source, 0, self._source.size):
-            if not self._hole:
-                yield _STORED, found.begin, found.end - found.begin
-                continue
-            parts = [found.where(zero=False)]
-            if not self._blank:
+        """(kind, start, length) of what must be done, in order: stored bytes are read, or copied from their place, others
+        made zero."""
+        below = self._below
+        layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
+        for exact in windows(self._source, 0, self._source.size, grid=self._block):
+            found = exact.align(self._block) if self._block > 1 else exact
+            stored = found.where(zero=False) if self._hole else found
+            zero = Extents.empty(found.begin)
+            if self._hole and not self._blank:
                 # What reads as zero there already need not be made so.
                 there = self._target.extents(found.begin, found.end - found.begin)
-                parts.append(found.where(zero=True).intersect(there.where(zero=False)))
-            start, length, depth = (
-                np.concatenate([getattr(part, column) for part in parts]) for column in ("start", "length", "depth")
-            )
+                zero = found.where(zero=True).intersect(there.where(zero=False))
+            wanted, owned = stored.depth < layers, zero.depth < layers
+            self._places = places = self._sharer.places(stored, wanted) if self._sharer is not None else []
+            start, length = without(places, stored.start[wanted], stored.length[wanted])
             # Whether a backing file that stores bytes has zeros there is found by looking, as for all its bytes.
-            other = _STORED if self._below is not None and self._below.image is not None else _ZERO
-            kind = np.repeat((_STORED, other)[: len(parts)], [len(part) for part in parts])
-            if self._below is not None and self._below.depth is not None:
-                above = depth < self._below.depth
-                kind, start, length = kind[above], start[above], length[above]
-            yield from stretches(kind, start, length)
+            other = _STORED if below is not None and below.image is not None else _ZERO
+            # Each place has a kind of its own, so that it is made one with no neighbour.
+            kinds = (
+                np.full(len(start), _STORED),
+                np.full(np.count_nonzero(owned), other),
+                np.arange(len(places)) + _PLACES,
+            )
+            starts = (start, zero.start[owned], np.array([place.start for place in places], np.int64))
+            lengths = (length, zero.length[owned], np.array([place.length for place in places], np.int64))
+            yield from stretches(*map(np.concatenate, (kinds, starts, lengths)))
 
     def _differing(self, base: Image, at: int, view: memoryview) -> Iterator[tuple[int, int]]:
         """The parts of `view`, in units, in which it is not what the backing file has at the same place."""

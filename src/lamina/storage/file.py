@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 import threading
 from array import array
 from collections.abc import Callable
@@ -19,20 +18,17 @@ from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
-from ..limits import Limits, align_down, align_up
-from ..node import FUA, MAY_UNMAP, StorageNode, fill_zero
+from ..limits import MIB, Limits, align_down, align_up
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
 from ..schema import Option, Schema
-from . import aligned, locks
+from . import aligned, locks, system
+from .system import fallocate as _libc_fallocate
 
 if TYPE_CHECKING:
-    from ..extents import Extents
+    from ..extents import Extents, HostFile
     from ..graph import Opener
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
-_BLKDISCARD = 0x1277
-
-#: What a system says that has no such operation (for this file).
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
 
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
 
@@ -72,6 +68,7 @@ class FileStorage(StorageNode):
         ],
     )
     supported_flags = FUA if _RWF_DSYNC else 0
+    _cached = True  # by the page cache
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         """The file behind the descriptor `fd`, which belongs to this node from now on."""
@@ -144,6 +141,7 @@ class FileStorage(StorageNode):
 
     # -- what it does
 
+    @plain
     def read_into(self, offset: int, view: memoryview) -> None:
         try:
             done = preadv(self._fd, (view,), offset)
@@ -159,6 +157,24 @@ class FileStorage(StorageNode):
         else:
             self._write(offset, view, flags)
 
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """From another regular file, or elsewhere in this one: its blocks are shared where the file system can do that; else,
+        without NO_FALLBACK, the system copies, though not past the page cache of one that is opened around it."""
+        if not (
+            isinstance(source, FileStorage)
+            and source.copyable
+            and self._regular
+            and source._regular
+            and 0 <= source_offset <= source.size - length
+            and (source.identity != self.identity or abs(offset - source_offset) >= length)
+        ):
+            raise self.refuse("copy from there")
+        end = offset + length
+        if end > self._size:
+            self._grow(end, self._copy, offset, source, source_offset, length, flags)
+        else:
+            self._copy(offset, source, source_offset, length, flags)
+
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         end = offset + length
         if end > self._size:
@@ -173,7 +189,7 @@ class FileStorage(StorageNode):
             if self._regular:
                 done = self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
             else:
-                done = self._discard_device(offset, length)
+                done = system.discard_device(self._fd, offset, length)
         except OSError as error:
             raise self._failed(error, "discard", offset, length) from error
         if not done:
@@ -275,6 +291,26 @@ class FileStorage(StorageNode):
                 self._lost = error
             raise self._failed(error, "write", offset, len(view)) from error
 
+    def _copy(self, offset: int, source: FileStorage, source_offset: int, length: int, flags: int) -> None:
+        place = (self._fd, offset, source._fd, source_offset, length)
+        try:
+            if self._fd < 0 or source._fd < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            if system.share(*place):
+                return
+            quick = flags & NO_FALLBACK or not self._cached or not source._cached
+            done = 0 if quick else system.copy(*place)
+        except OSError as error:
+            raise (self if source._fd >= 0 else source)._failed(error, "copy", offset, length) from error
+        if not done:
+            raise NotSupported("the system cannot copy from there", path=self._filename, operation="copy")
+        # Some of it is done, so the rest must be: it passes through here.
+        buffer = memoryview(bytearray(min(length - done, MIB)))
+        for at in range(done, length, MIB):
+            part = buffer[: length - at]
+            source.read_into(source_offset + at, part)
+            self._write(offset + at, part, 0)
+
     def _zero(self, offset: int, length: int, flags: int) -> None:
         end, size = offset + length, self._size
         inside = max(min(end, size) - offset, 0)
@@ -306,20 +342,11 @@ class FileStorage(StorageNode):
         if mode in self._missing:
             return False
         number = _libc_fallocate(self._fd, mode, offset, length)
-        if number in _UNSUPPORTED:
+        if number in system.MISSING:
             self._missing.add(mode)
             return False
         if number:
             raise OSError(number, os.strerror(number))
-        return True
-
-    def _discard_device(self, offset: int, length: int) -> bool:
-        try:
-            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", offset, length))
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                return False
-            raise
         return True
 
     def _edges(self, offset: int, end: int) -> array[int]:
@@ -357,6 +384,8 @@ class DirectFileStorage(FileStorage):
     requests. Only the last block of a file whose length is not aligned goes through the page cache, so that its length
     stays exact at any moment."""
 
+    _cached = False
+
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(fd, filename, name=name, read_only=read_only)
         try:
@@ -375,6 +404,7 @@ class DirectFileStorage(FileStorage):
         step = max(self._align, self._block)
         return Limits(request_alignment=self._align, zero_alignment=step, discard_alignment=step)
 
+    @plain
     def read_into(self, offset: int, view: memoryview) -> None:
         length = len(view)
         done = 0
@@ -459,25 +489,3 @@ def _require_file(mode: int, filename: str) -> None:
         operation="open",
         hint="name a regular file or a block device",
     )
-
-
-_fallocate_function: Any = None
-
-
-def _libc_fallocate(fd: int, mode: int, offset: int, length: int) -> int:
-    """fallocate of the C library (Python has only posix_fallocate): 0, or the errno. Releases the GIL."""
-    global _fallocate_function
-    import ctypes
-
-    if _fallocate_function is None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        function = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
-        if function is None:
-            return errno.ENOSYS
-        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        _fallocate_function = function
-    while _fallocate_function(fd, mode, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            return number
-    return 0

@@ -78,13 +78,15 @@ def _parser() -> Parser:
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
     parser.add_argument("-r", "--read-only", action="store_true", help="open images for reading only")
     parser.add_argument("-n", "--nocache", action="store_true", help="around the page cache, as -t none")
-    parser.add_argument("-t", "--cache", dest="t", metavar="MODE", help=f"cache mode: {', '.join(CACHE_MODES)}")
+    parser.add_argument(
+        "-t", "--cache", dest="t", metavar="MODE", help=f"cache mode: {', '.join(CACHE_MODES)} (default: writethrough)"
+    )
     parser.add_argument("-d", "--discard", dest="d", metavar="MODE", help=f"discards: {', '.join(DISCARD_MODES)}")
     parser.add_argument("-i", "--aio", dest="i", metavar="MODE", help=f"{', '.join(AIO_MODES)}: all the same here")
     parser.add_argument("-k", "--native-aio", action="store_true", help="as -i native")
     parser.add_argument("-m", "--misalign", action="store_true", help="ignored: buffers need not be aligned")
     parser.add_argument("-s", "--snapshot", action="store_true", help="keep changes in memory, off the image")
-    parser.add_argument("-C", "--copy-on-read", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-C", "--copy-on-read", action="store_true", help="keep what is read from backing images")
     parser.add_later("-T", "--trace", "tracing is not there yet", metavar="PATTERN")
     parser.add_access()
     parser.add_argument("file", metavar="FILE", nargs="?", help="the image")

@@ -33,7 +33,7 @@ _MEANINGS = {
 _OPENING = {
     "r": "for reading only",
     "s": "changes are kept in memory, and gone when it is closed",
-    "C": "with copy-on-read (not there yet)",
+    "C": "what is read from a backing image is kept in the image on top",
     "n": "around the page cache, as -t none",
     "U": "beside a program that writes to it; needs -r",
     "i": "MODE  threads, native, io_uring: all the same here",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...errors import OptionError, UnsupportedFeature
+from ...errors import OptionError
 from ...options import parse_keyval
 from . import grammar
 from .session import Session
@@ -16,20 +16,9 @@ from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose, merge
 
 Flags = dict[str, list[str]]
 
-#: Options of qemu-io that need what is not there yet, and what that is.
-LATER = {"C": "copy-on-read"}
-
-
-def refuse_later(letters: Sequence[str]) -> None:
-    """Raise UnsupportedFeature for an option that is known, but cannot be honoured yet."""
-    for letter in letters:
-        if letter in LATER:
-            raise UnsupportedFeature(f"-{letter}: {LATER[letter]} is not there yet", hint="leave it out")
-
 
 def with_modes(target: Target, flags: Flags) -> Target:
-    """`target` with the options -r -U -n -k -t -d -i that the program and the command `open` share."""
-    refuse_later(list(flags))
+    """`target` with the options -r -U -s -C -n -k -t -d -i that the program and the command `open` share."""
     if "i" in flags:
         choose(AIO_MODES, "aio", flags["i"][-1])
     cache = "none" if "n" in flags else target.cache
@@ -40,6 +29,7 @@ def with_modes(target: Target, flags: Flags) -> Target:
         read_only=target.read_only or "r" in flags,
         force_share=target.force_share or "U" in flags,
         snapshot=target.snapshot or "s" in flags,
+        copy_on_read=target.copy_on_read or "C" in flags,
         cache=cache,
         discard=choose(DISCARD_MODES, "discard", flags["d"][-1]) if "d" in flags else target.discard,
     )

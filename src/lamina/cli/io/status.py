@@ -57,6 +57,8 @@ def length(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 
 def info(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     node = session.image.node
+    if session.opened_as.copy_on_read:
+        node = node.children["image"].node  # the option puts a filter there, which is not the image
     lines = [f"format name: {node.driver}"]
     kind = registry.entry(node.driver).kind
     if kind != "format":

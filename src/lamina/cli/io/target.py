@@ -54,10 +54,11 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str | None = None
     read_only: bool = False
-    cache: str = "writeback"
+    cache: str = "writethrough"
     discard: str = "unmap"
     force_share: bool = False
     snapshot: bool = False
+    copy_on_read: bool = False
     references: Policy | None = None
 
     @property
@@ -75,8 +76,12 @@ class Target:
 
         if self.force_share and not self.read_only:
             raise OptionError("without locks an image is only read", path=self.name, hint="add -r to -U")
+        if self.copy_on_read and self.read_only:
+            raise OptionError(
+                "what is read is kept only in an image that is open for writing", path=self.name, hint="-C or -r"
+            )
         # A format that is not said is looked for; where the options name a driver there is nothing to look for.
-        return open(
+        image = open(
             self.spec(),
             format=self.format or "probe",
             read_only=self.read_only,
@@ -84,6 +89,14 @@ class Target:
             force_share=self.force_share,
             snapshot=self.snapshot,
         )
+        try:
+            if self.copy_on_read:
+                with image.edit() as edit:
+                    edit.insert("copy_on_read")
+        except BaseException:
+            image.close()
+            raise
+        return image
 
     def spec(self) -> dict[str, Any]:
         """The nested options of the graph, without the format."""

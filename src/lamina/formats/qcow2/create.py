@@ -25,6 +25,9 @@ SCHEMA = Schema(
         ),
         Option("compat", "enum", "version: 0.10 (v2) or 1.1 (v3)", default="1.1", choices=("0.10", "1.1", "v2", "v3")),
         Option("refcount_bits", "int", "width of a reference count: 1, 2, 4 ... 64", default=16, minimum=1, maximum=64),
+        Option(
+            "compression_type", "enum", "how compressed clusters are packed", default="zlib", choices=("zlib", "zstd")
+        ),
         Option("backing_file", "str", "the layer below: a path, relative to the new image's directory"),
         Option("backing_fmt", "str", "format of the backing file; never guessed"),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
@@ -42,6 +45,8 @@ def prepare(values: dict[str, Any], target: str) -> None:
         raise OptionError(
             "version 2 (compat 0.10) has reference counts of 16 bits only", path=target, hint="use compat=1.1"
         )
+    if _version(values) == 2 and values["compression_type"] != "zlib":
+        raise OptionError("version 2 (compat 0.10) has zlib compression only", path=target, hint="use compat=1.1")
     name = values.get("backing_file")
     if not name:
         if values.get("backing_fmt"):
@@ -100,6 +105,8 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         header_length=q.HEADER_V2.size if version == 2 else q.COMPRESSION_TYPE_OFFSET + 8,
         backing_file=values.get("backing_file") or None,
     )
+    if values["compression_type"] == "zstd":
+        header.compression_type, header.incompatible_features = 1, q.COMPRESSION_TYPE
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
     storage.truncate(0)
@@ -144,7 +151,7 @@ def describe(header: Header) -> dict[str, Any]:
             found["backing-filename-format"] = header.backing_format
     data: dict[str, Any] = {
         "compat": "0.10" if header.version == 2 else "1.1",
-        "compression-type": {0: "zlib", 1: "zstd"}.get(header.compression_type, str(header.compression_type)),
+        "compression-type": q.COMPRESSION_TYPES.get(header.compression_type, str(header.compression_type)),
     }
     if header.version > 2:
         data["lazy-refcounts"] = bool(header.compatible_features & q.LAZY_REFCOUNTS)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ...errors import CorruptImage, LaminaError, NotSupported, UnsupportedFeature
 from ...format_node import FormatNode, Mapping, Reservation
 from ...limits import Limits, align_up
-from ...node import MAY_UNMAP
+from ...node import COMPRESS, MAY_UNMAP
 from ...request import Child
 from ...schema import Option, Schema
 from . import create as _create
 from . import layout as q
+from .compression import Compression
 from .header import Header
 from .mapping import Mappings, Table
 from .refcounts import Refcounts
@@ -67,6 +68,8 @@ class Qcow2(FormatNode):
         # Clusters that lost a reference: first until that is durable, then until a discard of them is, too.
         self._unlinked: list[tuple[int, int]] = []
         self._discarded: list[tuple[int, int]] = []
+        self._compression = Compression(self)
+        self.supported_flags = COMPRESS if self._compression.packs else 0
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -127,7 +130,9 @@ class Qcow2(FormatNode):
 
     @property
     def limits(self) -> Limits:
-        return Limits(zero_alignment=self._cluster_size, discard_alignment=self._cluster_size)
+        size = self._cluster_size
+        packed = size if self._compression.packs else 0
+        return Limits(zero_alignment=size, discard_alignment=size, compress_alignment=packed)
 
     @property
     def _refcounts(self) -> Refcounts:
@@ -174,9 +179,7 @@ class Qcow2(FormatNode):
         entries = table.entries
         entry = entries[index]
         host = entry & q.OFFSET_MASK
-        if entry & q.COMPRESSED:
-            raise self._compressed(offset)
-        if host and entry & q.COPIED:
+        if host and entry & (q.COPIED | q.COMPRESSED) == q.COPIED:
             self._require_data(host, table, index)
             if entry & q.ZERO:  # a place is kept for it, with anything in it: filled like a new one
                 room = self._room(offset, length, host, 1)
@@ -188,11 +191,10 @@ class Qcow2(FormatNode):
                 run += 1
             return Reservation(offset, min(length, run * cluster_size - within), host + within)
         run = 1
-        while index + run < stop and not entries[index + run] & (q.COPIED | q.COMPRESSED):
+        while index + run < stop and entries[index + run] & (q.COPIED | q.COMPRESSED) != q.COPIED:
             run += 1
         for at in range(index, index + run) if any(entries[index : index + run]) else ():
-            if entries[at] & q.OFFSET_MASK:  # given up when this write is committed; too late to refuse then
-                self._require_data(entries[at] & q.OFFSET_MASK, table, at)
+            self._require_droppable(table, at)  # given up when this write is committed; too late to refuse then
         host, run, blank = self._refcounts.allocate(run)
         room = self._room(offset, length, host, run)
         room.blank = blank
@@ -212,9 +214,8 @@ class Qcow2(FormatNode):
         with self._changing:
             entries = self._own_table(which).entries
             for at, entry in enumerate(entries[index : index + clusters]):
-                old = entry & q.OFFSET_MASK
-                if old and old != host + (at << self._cluster_bits):
-                    self._unlink(old)
+                if entry & q.COMPRESSED or entry & q.OFFSET_MASK != host + (at << self._cluster_bits):
+                    self._give_up(entry)
             self._mappings.set_run(which, index, host, clusters)
             if self._mappings.pressure:
                 self._write_out()
@@ -233,11 +234,8 @@ class Qcow2(FormatNode):
                 self._zero_without_flag(offset, length)
                 return
             for which, index, entry in self._entries(offset, length):
-                host = entry & q.OFFSET_MASK
-                if entry & q.COMPRESSED:
-                    raise self._compressed(offset)
-                if host and flags & MAY_UNMAP:
-                    self._drop(which, index, host, q.ZERO)
+                if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and flags & MAY_UNMAP):
+                    self._drop(which, index, entry, q.ZERO)
                 elif not entry & q.ZERO:
                     self._mappings.set(which, index, entry | q.ZERO)
 
@@ -254,11 +252,8 @@ class Qcow2(FormatNode):
                 # Dropping the cluster would bring back what the backing file holds.
                 raise NotSupported("version 2 cannot discard over a backing file", node=self.name, operation="discard")
             for which, index, entry in self._entries(offset, length, make=backed):
-                host = entry & q.OFFSET_MASK
-                if entry & q.COMPRESSED:
-                    raise self._compressed(offset)
-                if host:
-                    self._drop(which, index, host, q.ZERO if v3 else 0)
+                if entry & (q.COMPRESSED | q.OFFSET_MASK):
+                    self._drop(which, index, entry, q.ZERO if v3 else 0)
                 elif backed and not entry & q.ZERO:
                     self._mappings.set(which, index, q.ZERO)
 
@@ -288,12 +283,8 @@ class Qcow2(FormatNode):
             return
         with self._changing:
             for which, index, entry in self._entries(start, end - start, make=False):
-                if entry & q.COMPRESSED:
-                    raise self._compressed(start)
-                if entry & q.OFFSET_MASK:
-                    self._unlink(entry & q.OFFSET_MASK)
                 if entry:
-                    self._mappings.set(which, index, 0)
+                    self._drop(which, index, entry, 0)
 
     def _entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
         """(L1 index, L2 index, entry) of each cluster of this aligned stretch; without `make`, tables that do not exist are
@@ -327,9 +318,19 @@ class Qcow2(FormatNode):
         mappings.link_table(which, table)
         return table
 
-    def _drop(self, which: int, index: int, host: int, entry: int) -> None:
-        self._unlink(host)
+    def _drop(self, which: int, index: int, old: int, entry: int) -> None:
+        self._give_up(old)
         self._mappings.set(which, index, entry)
+
+    def _give_up(self, entry: int) -> None:
+        """What this L2 entry names loses a reference."""
+        if entry & q.COMPRESSED:
+            self._require_packed(entry)
+            first, clusters = q.compressed_clusters(entry, self._cluster_bits)
+            self._compression.forget(entry)
+            self._unlinked.append((first << self._cluster_bits, clusters))
+        elif entry & q.OFFSET_MASK:
+            self._unlink(entry & q.OFFSET_MASK)
 
     def _unlink(self, host: int, *, data: bool = True) -> None:
         """A reference to this cluster goes away; the cluster is free once that is durable."""
@@ -356,13 +357,26 @@ class Qcow2(FormatNode):
                 hint="check the image; nothing was written",
             )
 
-    def _compressed(self, offset: int) -> UnsupportedFeature:
-        return UnsupportedFeature("changing compressed clusters", path=self.filename, offset=offset)
+    def _require_droppable(self, table: Table, index: int) -> None:
+        """What this entry names could be given up."""
+        entry = table.entries[index]
+        if entry & q.COMPRESSED:
+            self._require_packed(entry, table, index)
+        elif entry & q.OFFSET_MASK:
+            self._require_data(entry & q.OFFSET_MASK, table, index)
+
+    def _require_packed(self, entry: int, table: Table | None = None, index: int = 0) -> None:
+        first, clusters = q.compressed_clusters(entry, self._cluster_bits)
+        for cluster in range(first, first + clusters):
+            self._require_data(cluster << self._cluster_bits, table, index)
 
     def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
-        raise UnsupportedFeature(
-            "the image uses compressed clusters", path=self.filename, operation="read", offset=offset
-        )
+        with self._lock:
+            entry = self._mappings.entry(offset)
+        self._compression.read_into(entry, offset & self._cluster_size - 1, view)
+
+    def write_packed(self, offset: int, view: memoryview) -> None:
+        self._compression.write(offset, view)
 
     # -- to disk
 
@@ -412,9 +426,8 @@ class Qcow2(FormatNode):
             counts.lower(*self._discarded[-1])
             self._discarded.pop()
         self._discarded, self._unlinked = self._unlinked, []
-        for stretch in self._discarded:
-            for offset, clusters in counts.referenced_once(*stretch):  # others are still in use
-                file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
+        for offset, clusters in counts.last_references(self._discarded):  # others are still in use
+            file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
         return True
 
     def _settle(self) -> None:
@@ -441,6 +454,7 @@ class Qcow2(FormatNode):
                 with self._changing:
                     self._settle()
         finally:
+            self._compression.close()
             super().close()
 
 

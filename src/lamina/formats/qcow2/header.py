@@ -75,8 +75,8 @@ class Header:
             found.append("internal snapshots")
         if self.incompatible_features & q.DATA_FILE:
             found.append("external data file")
-        if self.incompatible_features & q.COMPRESSION_TYPE:
-            found.append("zstd compression" if self.compression_type == 1 else "unknown compression type")
+        if self.compression_type not in q.COMPRESSION_TYPES:
+            found.append("unknown compression type")
         if self.incompatible_features & q.EXTENDED_L2:
             found.append("extended L2 entries")
         if self.extension(q.EXT_BITMAPS) is not None:

@@ -78,6 +78,7 @@ HEADER_V3 = HEADER_V2.extend(
 
 #: Where the byte compression_type lies, if header_length passes it.
 COMPRESSION_TYPE_OFFSET: Final = 104
+COMPRESSION_TYPES: Final = {0: "zlib", 1: "zstd"}
 
 DIRTY: Final = 1 << 0
 CORRUPT: Final = 1 << 1
@@ -134,6 +135,24 @@ def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
     offset = entry & ((1 << min(x, 56)) - 1)
     sectors = ((entry >> x) & ((1 << (cluster_bits - 8)) - 1)) + 1
     return offset, sectors * 512 - offset % 512
+
+
+def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
+    """The L2 entry for `length` bytes of compressed data at `offset`."""
+    further = (offset + length - 1) // 512 - offset // 512
+    return COMPRESSED | further << 62 - (cluster_bits - 8) | offset
+
+
+def compressed_clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """(first, count): the host clusters that the sectors of compressed data touch."""
+    offset, length = compressed_place(entry, cluster_bits)
+    first = offset >> cluster_bits
+    return first, (offset + length - 1 >> cluster_bits) - first + 1
+
+
+def max_compressed_offset(cluster_bits: int) -> int:
+    """Compressed data must end before this."""
+    return 1 << min(62 - (cluster_bits - 8), 56)
 
 
 def l1_entries(size: int, cluster_bits: int) -> int:

@@ -138,6 +138,11 @@ class Mappings:
         run = (index - begin + 1 << bits) - within
         return Mapping(kind, min(run, length), place)
 
+    def entry(self, offset: int) -> int:
+        """The L2 entry of the cluster with this byte; 0 if there is none."""
+        table = self.table(offset >> self._cluster_bits + self._table_bits)
+        return 0 if table is None else table.entries[offset >> self._cluster_bits & self.per_table - 1]
+
     def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
         """Columns (start, length, flags, host offset or -1) for the whole stretch, equal and contiguous neighbours joined;
         rows of flags 0 belong to the layer below."""

@@ -277,16 +277,32 @@ class Refcounts:
                 self.metadata.discard(cluster)
         return not self.get(first)
 
-    def referenced_once(self, offset: int, clusters: int) -> list[tuple[int, int]]:
-        """The parts (host offset, clusters) of this stretch whose count is 1."""
-        first = offset >> self._cluster_bits
+    def share(self, cluster: int) -> bool:
+        """Count one more reference to this cluster, which is in use; False where that cannot be counted."""
+        count = self.get(cluster)
+        if not 0 < count < self._max_count:
+            return False
+        self._set(cluster, count + 1)
+        return True
+
+    def last_references(self, stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The parts (host offset, clusters) of these stretches to which there is no reference but those that the stretches
+        stand for: one for each time that they name a cluster."""
+        bits = self._cluster_bits
         found: list[tuple[int, int]] = []
-        begin = first
-        for cluster in range(first, first + clusters + 1):
-            if cluster == first + clusters or self.get(cluster) != 1:
-                if begin < cluster:
-                    found.append((begin << self._cluster_bits, cluster - begin))
-                begin = cluster + 1
+        named: dict[int, int] = {}  # how often, for those with more than one reference
+        for offset, clusters in stretches:
+            first = begin = offset >> bits
+            for cluster in range(first, first + clusters):
+                count = self.get(cluster)
+                if count != 1:
+                    named[cluster] = times = named.get(cluster, 0) + 1
+                    if times != count:
+                        if begin < cluster:
+                            found.append((begin << bits, cluster - begin))
+                        begin = cluster + 1
+            if begin < first + clusters:
+                found.append((begin << bits, first + clusters - begin))
         return found
 
     # -- to disk, in the order that the driver decides

@@ -1,0 +1,53 @@
+"""The base of filters that do the same around all requests. On the floor of the nodes, under the contract of `node.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .node import FilterNode
+from .request import Child
+
+if TYPE_CHECKING:
+    from .extents import Extents
+
+#: A request that only waits to be done.
+Request: TypeAlias = Callable[[], Any]
+
+
+class AroundNode(FilterNode):
+    """An observer that does the same around all requests: they pass one hook. `clock`, for hooks that wait or measure, is the
+    module `time`, or what a test moves by hand."""
+
+    def __init__(self, image: Child, *, clock: Any = time, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(image, name=name, read_only=read_only)
+        self.clock = clock
+
+    def around(self, kind: str, request: Request, offset: int, length: int, flags: int, /) -> Any:
+        """Do `request`, and return what it returns; or raise instead. `kind`: "read", "write", "zero", "discard", "flush",
+        "truncate" or "extents". Of a truncate, `offset` is the new size; what a request does not have is 0."""
+        return request()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.around("read", partial(self.image.read_into, offset, view), offset, len(view), 0)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.around("write", partial(self.image.write, offset, view, flags), offset, len(view), flags)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.around("zero", partial(self.image.zero, offset, length, flags), offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.around("discard", partial(self.image.discard, offset, length), offset, length, 0)
+
+    def flush(self) -> None:
+        self.around("flush", self.image.flush, 0, 0, 0)
+
+    def truncate(self, size: int) -> None:
+        self.around("truncate", partial(self.image.truncate, size), size, 0, 0)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        found: Extents = self.around("extents", partial(self.image.extents, offset, length), offset, length, 0)
+        return found

@@ -1,0 +1,244 @@
+"""Compressed clusters: reading them, and storing clusters packed.
+
+After "Compressed Clusters Descriptor" of the published specification. Packed data begins at any byte and is described up to
+the end of its last sector; the host clusters that its sectors touch count it once each, and others may lie in the same ones.
+
+Packed data is laid end to end. The first free byte of the cluster that was last begun is known only as long as the node is
+open, and forgotten as soon as anything in that cluster is given up: bytes that something referred to are written again only
+after their whole cluster was free.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...errors import CorruptImage, LimitExceeded
+from ...limits import KIB, MIB, align_down, align_up
+from . import layout as q
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from .driver import Qcow2
+
+#: Clusters that small reads unpacked last are kept, up to so many bytes.
+_KEPT = MIB
+#: What is packed and placed at once, and what one thread packs at least.
+_BATCH, _SHARE = 4 * MIB, 128 * KIB
+#: More threads than this found the file or the tables in their way.
+_MOST_THREADS = 8
+
+
+class Room(NamedTuple):
+    """Where one packed cluster goes: its place in the L2 tables, and the entry that will stand there."""
+
+    which: int
+    slot: int
+    entry: int
+
+
+class Compression:
+    """The compressed clusters of one image. Any number of threads may call its methods, but for `forget`, which is called
+    with the tables locked."""
+
+    def __init__(self, node: Qcow2) -> None:
+        header = node.header
+        self._node = node
+        self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
+        self._zstd = bool(header.compression_type)
+        # With counts of one bit no two can share a cluster: nothing would be saved.
+        self.packs = header.refcount_bits > 1
+        self._kept: dict[int, bytes] = {}  # by L2 entry, the one kept first first
+        self._most_kept = max(_KEPT >> self._bits, 2)
+        self._keeping = threading.Lock()
+        # Held from the choice of a place until it is published: the end of one piece and the beginning of the next lie in
+        # one sector, and a piece at the end of the file is written up to the end of its last.
+        self._placing = threading.Lock()
+        self._end = 0  # of what was placed last; on a cluster boundary: there is no room behind it
+        self._threads: ThreadPoolExecutor | None = None
+
+    # -- reading
+
+    def read_into(self, entry: int, within: int, view: memoryview) -> None:
+        """Fill `view` with what the cluster of this L2 entry holds from its byte `within` on. CorruptImage if it cannot be
+        unpacked."""
+        data = self._kept.get(entry)
+        if data is None:
+            data = self._unpack(entry)
+            if len(view) < self._cluster_size:  # the next read is likely to want the rest
+                with self._keeping:
+                    self._kept[entry] = data
+                    while len(self._kept) > self._most_kept:
+                        del self._kept[next(iter(self._kept))]
+        view[:] = memoryview(data)[within : within + len(view)]
+
+    def _unpack(self, entry: int) -> bytes:
+        node = self._node
+        offset, length = q.compressed_place(entry, self._bits)
+        inside = min(length, node.file.node.size - offset)  # the last sector may not be there in full
+        try:
+            if inside <= 0:
+                raise CorruptImage("it begins past the end of the file")
+            packed = memoryview(bytearray(inside))
+            node.file.tell("read_compressed")
+            node.file.read_into(offset, packed)
+            return self._codec()[1](packed, self._cluster_size)
+        except CorruptImage as error:
+            raise CorruptImage(
+                f"compressed data cannot be read: {error.message}",
+                path=node.filename,
+                operation="read",
+                offset=offset,
+                hint="check the image; the offset is that in its file",
+            ) from error
+
+    def _codec(self) -> tuple[Callable[[memoryview], bytes], Callable[[memoryview, int], bytes]]:
+        if self._zstd:
+            from ...codecs import zstd
+
+            return zstd.pack, zstd.unpack
+        from ...codecs import deflate
+
+        return deflate.pack, deflate.unpack
+
+    def forget(self, entry: int) -> None:
+        """This L2 entry goes away: what it named may become something else."""
+        with self._keeping:
+            self._kept.pop(entry, None)
+        first, clusters = q.compressed_clusters(entry, self._bits)
+        if first <= self._end >> self._bits < first + clusters:
+            self._end = 0
+
+    # -- writing
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Store whole clusters packed, the last of the disk among them; what does not shrink and parts of clusters as any
+        write. Nothing that was there is written over: a cluster gets a new place."""
+        node, size = self._node, self._cluster_size
+        end = offset + len(view)
+        first = align_up(offset, size)
+        last = end if end == node.size else align_down(end, size)
+        if not self.packs or first >= last:
+            node.write(offset, view)
+            return
+        if offset < first:
+            node.write(offset, view[: first - offset])
+        for at in range(first, last, _BATCH):
+            self._write_clusters(at, view[at - offset : min(at + _BATCH, last) - offset])
+        if last < end:
+            node.write(last, view[last - offset :])
+
+    def _write_clusters(self, offset: int, view: memoryview) -> None:
+        size = self._cluster_size
+        packed = zip(range(0, len(view), size), self._pack_all(view), strict=True)
+        for shrinks, group in groupby(packed, lambda piece: len(piece[1]) < size):
+            pieces = list(group)
+            if shrinks:
+                self._place_all([(offset + at, data) for at, data in pieces])
+            else:
+                first, last = pieces[0][0], pieces[-1][0]
+                self._node.write(offset + first, view[first : last + size])
+
+    def _pack_all(self, view: memoryview) -> list[bytes]:
+        """Each cluster of `view` packed; of much, each thread packs a share."""
+        threads = min(os.cpu_count() or 1, _MOST_THREADS, len(view) // _SHARE)
+        if threads < 2:
+            return self._pack(view)
+        share = align_up(-(-len(view) // threads), self._cluster_size)
+        parts = [view[at : at + share] for at in range(0, len(view), share)]
+        return [packed for part in self._pool().map(self._pack, parts) for packed in part]
+
+    def _pack(self, view: memoryview) -> list[bytes]:
+        size, pack = self._cluster_size, self._codec()[0]
+        whole = align_down(len(view), size)
+        found = [pack(view[at : at + size]) for at in range(0, whole, size)]
+        if whole < len(view):  # the last cluster of the disk
+            found.append(pack(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
+        return found
+
+    def _pool(self) -> ThreadPoolExecutor:
+        with self._keeping:
+            if self._threads is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
+            return self._threads
+
+    def _place_all(self, pieces: list[tuple[int, bytes]]) -> None:
+        """Reserve, write, commit: what is packed is on its way before any mapping names it."""
+        node = self._node
+        with self._placing:
+            rooms = self._reserve(pieces)
+            try:
+                places = [q.compressed_place(room.entry, self._bits)[0] for room in rooms]
+                start = 0
+                for stop in range(1, len(pieces) + 1):
+                    if stop == len(pieces) or places[stop] != places[stop - 1] + len(pieces[stop - 1][1]):
+                        data = memoryview(b"".join(data for _, data in pieces[start:stop]))
+                        node._store(places[start], data, "write_compressed")
+                        start = stop
+            except BaseException:
+                with node._changing:
+                    self._abandon(rooms)
+                raise
+            self._commit(rooms)
+
+    def _reserve(self, pieces: list[tuple[int, bytes]]) -> list[Room]:
+        node, bits = self._node, self._bits
+        rooms: list[Room] = []
+        with node._changing:
+            node.file.tell("cluster_alloc_bytes")
+            try:
+                for offset, data in pieces:
+                    which, slot = divmod(offset >> bits, node._mappings.per_table)
+                    node._require_droppable(node._own_table(which), slot)
+                    place = self._place(len(data))
+                    rooms.append(Room(which, slot, q.compressed_entry(place, len(data), bits)))
+            except BaseException:
+                self._abandon(rooms)
+                raise
+        return rooms
+
+    def _place(self, length: int) -> int:
+        """Where the next `length` bytes go, less than a cluster: behind the last ones as far as possible. Each cluster that
+        they touch counts them from now on."""
+        counts, bits = self._node._refcounts, self._bits
+        end, self._end = self._end, 0
+        begun, free = end >> bits, -end & self._cluster_size - 1
+        if begun in counts.metadata:  # nobody's but in a corrupt image
+            free = 0
+        host = counts.allocate(1)[0] if length > free else -1
+        if free and (host < 0 or host == end + free) and counts.share(begun):
+            place = end
+        else:
+            place = counts.allocate(1)[0] if host < 0 else host
+        if place + length > q.max_compressed_offset(bits):
+            raise LimitExceeded(
+                "the image file has reached the largest size at which it can hold compressed clusters",
+                path=self._node.filename,
+                hint="write without compression",
+            )
+        self._end = place + length
+        return place
+
+    def _abandon(self, rooms: list[Room]) -> None:
+        self._end = 0
+        for room in rooms:
+            first, clusters = q.compressed_clusters(room.entry, self._bits)
+            self._node._refcounts.lower(first << self._bits, clusters)
+
+    def _commit(self, rooms: list[Room]) -> None:
+        node = self._node
+        with node._changing:
+            for which, slot, entry in rooms:
+                node._drop(which, slot, node._own_table(which).entries[slot], entry)
+            if node._mappings.pressure:
+                node._write_out()
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()

@@ -1,0 +1,159 @@
+"""The power is cut at every moment of random work that packs clusters, writes over packed ones, and gives them up.
+
+As `test_qcow2_power_loss`: the check finds no corruption, each sector holds what was flushed or something newer, and every
+50th state goes through both QEMUs. `LAMINA_CRASH_STATES` and `LAMINA_SEED` as there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamina.errors import LaminaError
+from lamina.formats.qcow2 import layout as q
+from lamina.formats.qcow2.compression import Compression
+from lamina.formats.qcow2.driver import Qcow2
+from lamina.image import Image
+from lamina.node import COMPRESS
+from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
+from lamina.testing.persistence import Bounds, CrashState, Persistence
+from lamina.testing.power_loss import record
+from lamina.testing.recorder import Marks
+
+from .workloads import Geometry, Work
+
+STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000")) // 6
+RECOVERED_EVERY, PEERS_EVERY = 20, 50
+
+GEOMETRIES = [
+    Geometry({"cluster_size": 512, "refcount_bits": 64}),
+    Geometry({"cluster_size": 1024, "compat": "0.10"}),
+    Geometry({"cluster_size": 4096, "refcount_bits": 2}, (64 << 10, 130 << 10), backing=True),
+    Geometry({"cluster_size": 4096, "compression_type": "zstd"}, (64 << 10, 130 << 10), grow=True),
+]
+
+
+class Packing(Work):
+    """Half of the operations write whole clusters packed: some shrink to little, some to half, some not at all."""
+
+    packed = 0
+
+    def _one(self, image: Image, marks: Marks, number: int) -> None:
+        rng, history = self.rng, self.history
+        if rng.random() < 0.5:
+            super()._one(image, marks, number)
+            return
+        size = self.geometry.options["cluster_size"]
+        offset = rng.randrange(0, max(history.size // size, 1)) * size
+        length = min(rng.choice([1, 2, 5, 12]) * size, history.size - offset)
+        noise = rng.choice([0, length // 3, length // 2, length])
+        data = rng.randbytes(noise) + bytes([number % 255 + 1]) * (length - noise)
+        marks.begin(history.moment + 1)
+        image.root.write(offset, memoryview(data), COMPRESS)
+        history.write(offset, data)
+        self.packed += 1
+
+
+class Examination:
+    """Judges states, and takes every so many of them further."""
+
+    def __init__(self, work: Work, folder: Path, peers: list[Any]) -> None:
+        self.work, self.folder, self.peers = work, folder, peers
+        self.count = self.compressed = 0
+
+    def __call__(self, content: bytes, state: CrashState) -> None:
+        self.work.verify(content, state)
+        self.count += 1
+        if self.count % RECOVERED_EVERY == 0:
+            check_recovers(self.work.opened(content))
+        if self.count % PEERS_EVERY == 0:
+            with self.work.opened(content)(read_only=True) as image:
+                report = check_whole(image)
+            self.compressed += report.compressed_clusters
+            path = self.folder / "state.qcow2"
+            path.write_bytes(content)
+            for peer in self.peers:
+                status, said = peer.check(path)
+                assert status in (0, 3), f"{peer}: {said}"
+                check_agrees(report, Verdict(said.get("corruptions", 0), said.get("leaks", 0)))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_any_power_cut_leaves_a_whole_image(
+    geometry: Geometry, seed: int, tmp_path: Path, qemu7: Any, qemu10: Any
+) -> None:
+    states = workloads = compressed = 0
+    while states < STATES // len(GEOMETRIES):
+        rng = random.Random(f"{seed}/{geometry}/{workloads}")
+        work = Packing(rng, geometry, rng.randrange(8, 40), unaligned=workloads % 3 == 2)
+        recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=60))
+        examine = Examination(work, tmp_path, [qemu7, qemu10])
+        print(f"workload {workloads} of LAMINA_SEED={seed}")
+        recording.examine(examine)
+        assert work.packed
+        states, workloads, compressed = states + examine.count, workloads + 1, compressed + examine.compressed
+    assert compressed
+
+
+# The harness has teeth: three wrong orders are noticed.
+
+
+def published_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mapping is on disk before the packed bytes are."""
+    real = Qcow2._store
+
+    def store(self: Qcow2, host: int, part: memoryview, event: str = "write_aio") -> None:
+        if event == "write_compressed":
+            late.append((host, bytes(part)))
+        else:
+            real(self, host, part, event)
+
+    late: list[tuple[int, bytes]] = []
+    write_out = Qcow2._write_out
+
+    def writing_out(self: Qcow2) -> bool:
+        done = write_out(self)
+        while late:
+            host, part = late.pop(0)
+            real(self, host, memoryview(part))
+        return done
+
+    monkeypatch.setattr(Qcow2, "_store", store)
+    monkeypatch.setattr(Qcow2, "_write_out", writing_out)
+
+
+def counted_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second piece in a cluster is not counted."""
+    from lamina.formats.qcow2.refcounts import Refcounts
+
+    monkeypatch.setattr(Refcounts, "share", lambda self, cluster: True)
+
+
+def room_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is packed goes where the last piece was given up, though the disk may still refer to that."""
+    real = Compression.forget
+
+    def forget(self: Compression, entry: int) -> None:
+        real(self, entry)
+        self._end = q.compressed_place(entry, self._bits)[0]
+
+    monkeypatch.setattr(Compression, "forget", forget)
+
+
+def examine_work(seed: int) -> None:
+    for number in range(60):
+        work = Packing(random.Random(f"{seed}/{number}"), GEOMETRIES[number % 2], 30)
+        recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=20))
+        recording.examine(lambda content, state, work=work: work.verify(content, state))
+
+
+@pytest.mark.parametrize("mistake", [published_first, counted_late, room_used_again])
+def test_mistakes_are_noticed(mistake: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """By a judgement, or because the image cannot be read."""
+    mistake(monkeypatch)
+    with pytest.raises((AssertionError, LaminaError)):
+        examine_work(seed)
