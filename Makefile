@@ -5,10 +5,11 @@
 #   make lint     style, format and types
 #   make bench    Lamina beside qemu-img, one table   (make bench ARGS='--only start-up'; see benchmarks/README.md)
 #   make soak     the random tests for much longer: crash states, twins, stacks, threads, fuzz (about half an hour)
+#   make docs     write the pages that are generated from the code
 #   make clean    remove what the others made
 #   make help     print this
 
-.PHONY: help tour test lint bench soak clean
+.PHONY: help tour test lint bench soak docs clean
 .DEFAULT_GOAL := help
 
 # The virtual environment that everything runs in, and its programs.
@@ -37,6 +38,9 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+
+docs: $(VENV)/.run
+	$(VENV)/bin/python docs/nbd_protocol.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

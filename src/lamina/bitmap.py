@@ -36,6 +36,8 @@ class MemoryBitmap:
 
     def mark(self, offset: int, length: int) -> None:
         """These bytes were written."""
+        if not length:
+            return
         granules = range(offset // self.granularity, -(-(offset + length) // self.granularity))
         with self._mutex:
             self._granules.update(granules)
@@ -47,6 +49,8 @@ class MemoryBitmap:
 
     def dirty(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         size = self.granularity
+        if begin >= end:
+            return
         first, last = begin // size, -(-end // size)
         with self._mutex:
             granules = sorted(number for number in self._granules if first <= number < last)

@@ -46,6 +46,7 @@ _TABLE = (
     Entry("file", "storage", "lamina.storage.file:FileStorage", "a file or block device", ("host_device",)),
     Entry("memory", "storage", "lamina.storage.memory:MemoryStorage", "bytes in memory, gone when closed"),
     Entry("null", "storage", "lamina.storage.null:NullStorage", "keeps nothing, reads zeros", ("null-co", "null-aio")),
+    Entry("nbd", "storage", "lamina.nbd.node:NbdStorage", "an export of an NBD server"),
     Entry("raw", "format", "lamina.formats.raw:Raw", "the bytes as they are"),
     Entry("qcow2", "format", "lamina.formats.qcow2.driver:Qcow2", "QEMU copy-on-write, versions 2 and 3"),
     Entry("blkdebug", "filter", "lamina.filters.blkdebug:Blkdebug", "makes chosen requests fail"),

@@ -38,7 +38,7 @@ def install(library: Path, package: str, entry_points: str) -> None:
 
 
 def test_the_table() -> None:
-    assert registry.names("storage") == ("file", "memory", "null")
+    assert registry.names("storage") == ("file", "memory", "null", "nbd")
     assert {"raw", "qcow2"} <= set(registry.names("format"))
     assert "blkdebug" in registry.names("filter")
     assert registry.names() == tuple(name for kind in registry.KINDS for name in registry.names(kind))

@@ -17,11 +17,13 @@ from ..version import __version__
 #: Command -> (module in this package, what it does). In the order of the help.
 COMMANDS = {
     "create": ("create", "make a new image"),
-    "info": ("info", "show what an image is, opening nothing but the file"),
+    "info": ("info", "show what an image is, opening nothing but the file; what an NBD server has"),
     "map": ("map", "show what each byte of an image is, and where it lies"),
     "check": ("check", "hold the structures of an image against one another"),
     "compare": ("compare", "tell whether two images hold the same"),
     "convert": ("convert", "copy an image into another one, of any format"),
+    "serve": ("serve", "serve images over NBD"),
+    "copy": ("copy", "copy bytes as they are, fast: files, devices, pipes, NBD exports"),
     "io": ("io.command", "read and write an image by hand: a shell, or -c commands"),
 }
 

@@ -1,0 +1,355 @@
+"""`lamina serve`: images as NBD exports, for as long as somebody wants them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from argparse import Namespace
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BlockIOError, OptionError, printable
+from ..options import format_size, parse_keyval, parse_size
+from .arguments import Parser, image_source
+from .daemon import PidFile, fork_to_background, inherited_sockets
+from .io.target import DISCARD_MODES, Target, choose
+
+if TYPE_CHECKING:
+    import ssl
+
+    from ..image import Image
+    from ..nbd.exports import Folder, Offer
+    from ..nbd.server import Server
+
+_EXAMPLES = """
+  lamina serve -k disk.sock disk.qcow2                       read-only, on a Unix socket; ends with the last client
+  lamina serve -t -w -k disk.sock -f raw disk.raw            writable, until it is stopped
+  lamina serve -t -p 10809 -x web -D "web server" web.qcow2  TCP on localhost, under a name
+  lamina serve -t -k s.sock --export name=a,file=a.qcow2 --export name=b,file=b.raw,format=raw,writable=on
+  lamina serve -t -k s.sock --folder images                  every image in a folder, by its name
+  lamina serve -t -p 10809 -b 0.0.0.0 --tls-certificates /etc/pki/nbd --tls-verify-peer disk.qcow2
+
+When it is ready, one line tells where: for programs --output json, with the URI.
+"""
+
+#: What a program learns of an export in `--export`, and how it is read.
+_SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse(argv)
+    if not (args.filenames or args.export or args.folder):
+        raise OptionError("nothing to serve is named", hint="lamina serve -k SOCKET disk.qcow2")
+    _log(args.verbose)
+    with ExitStack() as closing:
+        offers = _offers(args, closing)
+        folder = _folder(args)
+        mode, context, allow = _tls(args)
+        server = _server(args, offers, folder, mode, context, allow)
+        closing.callback(server.close)
+        ready = fork_to_background() if args.fork else None
+        if args.pid_file:
+            closing.enter_context(PidFile(args.pid_file))
+        # From here on both mean: answer what was asked, and end.
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: stop.set())
+        server.start()
+        _announce(args, server, offers, folder)
+        if ready is not None:
+            ready()
+        server.wait(last_client=not args.persistent, stop=stop)
+        server.close()
+        if args.stats:
+            _save(args.stats, server.stats())
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("serve", "Serve images over NBD, read-only unless told otherwise.", _EXAMPLES)
+    where = parser.add_argument_group("where")
+    where.add_argument("-k", "--socket", metavar="PATH", help="a Unix socket, made with mode 0600")
+    where.add_argument("-p", "--port", type=_port, help="a TCP port (default: 10809; 0: any free one)")
+    where.add_argument("-b", "--bind", metavar="ADDRESS", help="the address to listen on (default: localhost)")
+    where.add_argument("--insecure", action="store_true", help="let others than this host in without TLS")
+    what = parser.add_argument_group("what")
+    parser.add_format("-f", "--format", dest="format", help="format of the images (default: found by their magic)")
+    what.add_argument(
+        "-x", "--export-name", metavar="NAME", help="name of the export (default: empty; of several: their files')"
+    )
+    what.add_argument("-D", "--description", default="", help="a line about the export, for people")
+    what.add_argument("-w", "--writable", action="store_true", help="clients may write")
+    what.add_argument("-r", "--read-only", action="store_true", help="clients may not write (the default)")
+    what.add_argument("-s", "--snapshot", action="store_true", help="clients may write; it is forgotten at the end")
+    what.add_argument("-o", "--offset", type=parse_size, default=0, metavar="OFFSET", help="serve from this byte on")
+    what.add_argument("--size", type=parse_size, help="serve so many bytes")
+    what.add_argument("--partition", type=int, metavar="N", help="serve this partition")
+    what.add_argument(
+        "-B", "--bitmap", action="append", default=[], metavar="NAME", help="offer this dirty bitmap; repeatable"
+    )
+    what.add_argument(
+        "-A", "--allocation-depth", action="store_true", help="offered anyway; accepted for other tools' sake"
+    )
+    what.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="one of several exports: name=,file=,format=,description=,writable=,offset=,size=,partition=,tls-only=,allow=",
+    )
+    what.add_argument("--folder", metavar="DIR", help="every file in DIR is an export")
+    how = parser.add_argument_group("how")
+    how.add_argument("-t", "--persistent", action="store_true", help="go on after the last client")
+    how.add_argument("-e", "--shared", type=int, default=100, metavar="N", help="clients at a time (default: 100)")
+    how.add_argument("--fork", action="store_true", help="go to the background when it is ready")
+    how.add_argument("--pid-file", metavar="PATH", help="the process id, while it runs")
+    how.add_argument(
+        "--cache", default="writeback", metavar="MODE", help="writeback (default), none: around the page cache"
+    )
+    how.add_argument("--discard", default="unmap", metavar="MODE", help="unmap (default) or ignore")
+    how.add_argument("--aio", metavar="MODE", help="accepted; requests come from threads")
+    how.add_argument(
+        "--handshake-limit", type=float, default=10.0, metavar="SECONDS", help="time to negotiate (default: 10)"
+    )
+    how.add_argument("--idle-limit", type=float, metavar="SECONDS", help="drop clients that ask nothing for so long")
+    how.add_argument("--stats", metavar="PATH", help="write counters there at the end, as JSON")
+    how.add_argument("-v", "--verbose", action="store_true", help="log every client; twice: requests too")
+    tls = parser.add_argument_group("TLS")
+    tls.add_argument(
+        "--tls", choices=("off", "allow", "require"), help="default: require, if there are certificates or keys"
+    )
+    tls.add_argument(
+        "--tls-certificates", metavar="DIR", help="server-cert.pem, server-key.pem, and ca-cert.pem for clients"
+    )
+    tls.add_argument(
+        "--tls-verify-peer", action="store_true", help="clients need a certificate that ca-cert.pem signed"
+    )
+    tls.add_argument("--tls-allow", action="append", metavar="NAME", help="only these certificates' names; repeatable")
+    tls.add_argument("--tls-psk-file", metavar="PATH", help="pre-shared keys, USER:HEX a line")
+    parser.add_access()
+    parser.add_output()
+    parser.add_later("-c", "--connect", "attaching a device needs the kernel's client: use nbd-client", metavar="DEV")
+    parser.add_later("-d", "--disconnect", "attaching a device needs the kernel's client: use nbd-client")
+    parser.add_later("-L", "--list", "use lamina info --list URI")
+    parser.add_later("--tls-creds", "use --tls-certificates DIR", metavar="ID")
+    parser.add_later("--tls-authz", "use --tls-allow NAME", metavar="ID")
+    parser.add_argument("filenames", metavar="FILE", nargs="*", help="the image, or several")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise OptionError(f"{printable(text)} is no port", hint="0 to 65535")
+    return int(text)
+
+
+def _log(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="lamina serve: %(message)s", stream=sys.stderr
+    )
+
+
+# -- what is served
+
+
+def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
+    """The exports, opened: what is wrong with an image is known before anybody can connect."""
+    from ..nbd.exports import Offer
+
+    several = len(args.filenames) > 1 or bool(args.export)
+    if several and (args.export_name is not None or args.description):
+        raise OptionError("-x and -D name one export, and there are several", hint="--export name=...,file=...")
+    wanted: list[dict[str, Any]] = []
+    for filename in args.filenames:
+        name = os.path.basename(filename) if several else args.export_name or ""
+        wanted.append({"name": name, "file": filename, "description": args.description})
+    wanted += [_parsed(text) for text in args.export]
+    offers = []
+    for options in wanted:
+        image = _open(args, options)
+        closing.callback(image.close)
+        _window(image, args, options)
+        export = _export(image, args, options)
+        allow = options.get("allow")
+        names = None
+        if allow is not None:
+            from ..nbd.tls import allow_list
+
+            names = allow_list([allow])
+        offers.append(Offer(export, tls_only=options.get("tls-only", False), allow=names))
+    return offers
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The options of one `--export`."""
+    known = ("name", "file", "format", "description", "writable", "offset", "size", "partition", "tls-only", "allow")
+    options: dict[str, Any] = dict(parse_keyval(text))
+    for key, value in options.items():
+        if key not in known:
+            raise OptionError(f"--export has no {printable(key)}", hint=f"there are {', '.join(known)}")
+        if key in ("writable", "tls-only"):
+            if value not in _SWITCHES:
+                raise OptionError(f"{key}={printable(value)} is neither on nor off")
+            options[key] = _SWITCHES[value]
+        elif key in ("offset", "size"):
+            options[key] = parse_size(value)
+        elif key == "partition":
+            options[key] = _port(value)
+    if "file" not in options:
+        raise OptionError("--export names no file", hint="--export name=NAME,file=FILE")
+    return {"name": os.path.basename(options["file"]), **options}
+
+
+def _writable(args: Namespace, options: dict[str, Any]) -> bool:
+    if args.read_only and (args.writable or args.snapshot):
+        raise OptionError("-r and -w exclude each other", hint="give one of them")
+    return bool(options.get("writable", args.writable or args.snapshot))
+
+
+def _open(args: Namespace, options: dict[str, Any]) -> Image:
+    if args.cache not in ("writeback", "none", "off"):
+        raise OptionError(f"there is no cache mode {printable(args.cache)} here", hint="use writeback or none")
+    format = options.get("format", args.format)
+    source = image_source(options["file"], args, format)
+    target = Target(
+        name=source if isinstance(source, str) else None,
+        options={} if isinstance(source, str) else source,
+        format=format,
+        read_only=not _writable(args, options),
+        cache=args.cache,
+        discard=choose(DISCARD_MODES, "discard", args.discard),
+        force_share=args.force_share,
+        snapshot=args.snapshot,
+        references=args.references,
+    )
+    return target.open()
+
+
+def _window(image: Image, args: Namespace, options: dict[str, Any]) -> None:
+    """Cut the image to the part that is served."""
+    offset, size = options.get("offset", args.offset), options.get("size", args.size)
+    partition = options.get("partition", args.partition)
+    if partition is not None and (offset or size is not None):
+        raise OptionError("a partition and an offset exclude each other", hint="give one of them")
+    with image.edit() as edit:
+        if partition is not None:
+            edit.insert("partition", {"partition": partition})
+        elif offset or size is not None:
+            edit.insert("offset", {"offset": offset} if size is None else {"offset": offset, "size": size})
+
+
+def _export(image: Image, args: Namespace, options: dict[str, Any]) -> Any:
+    from ..nbd.export import Export
+
+    offered = image.node.bitmaps
+    bitmaps = {}
+    for name in args.bitmap:
+        if name not in offered:
+            hint = f"it has {', '.join(map(printable, offered))}" if offered else "it has none"
+            raise OptionError(f"the image offers no bitmap {printable(name)}", path=image.filename, hint=hint)
+        bitmaps[name] = offered[name]
+    description = options.get("description", "")
+    writable = _writable(args, options)
+    return Export(image, options["name"], description=description, writable=writable, bitmaps=bitmaps)
+
+
+def _folder(args: Namespace) -> Folder | None:
+    if not args.folder:
+        return None
+    if not os.path.isdir(args.folder):
+        raise BlockIOError("it is not a folder", errno=20, path=args.folder, operation="serve")
+    if args.writable and not args.format:
+        raise OptionError("a format is never guessed for writing", path=args.folder, hint="give it: -f raw, -f qcow2")
+    from ..nbd.exports import Folder
+
+    return Folder(args.folder, lambda path: _open(args, {"file": path}), writable=_writable(args, {}))
+
+
+# -- where, and to whom
+
+
+def _tls(args: Namespace) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
+    credentials = args.tls_certificates or args.tls_psk_file
+    mode = args.tls or ("require" if credentials else "off")
+    if (mode == "off") != (not credentials):
+        raise OptionError(
+            "TLS needs certificates or keys, and they TLS", hint="--tls-certificates DIR, without --tls off"
+        )
+    if args.tls_allow and not args.tls_verify_peer:
+        raise OptionError("a list of names needs certificates to read them from", hint="add --tls-verify-peer")
+    if mode == "off":
+        return mode, None, None
+    from ..nbd.tls import allow_list, server_context
+
+    context = server_context(args.tls_certificates, verify_peer=args.tls_verify_peer, psk_file=args.tls_psk_file)
+    return mode, context, allow_list(args.tls_allow) if args.tls_allow else None
+
+
+def _server(
+    args: Namespace,
+    offers: list[Offer],
+    folder: Folder | None,
+    mode: str,
+    context: ssl.SSLContext | None,
+    allow: frozenset[str] | None,
+) -> Server:
+    from ..nbd.server import Server
+    from ..nbd.wire import PORT
+
+    if args.shared < 1:
+        raise OptionError(f"{args.shared} clients cannot be served", hint="-e 1 or more")
+    sockets: list[socket.socket] = inherited_sockets()
+    port = args.port
+    if port is None and (args.bind is not None or not (args.socket or sockets)):
+        port = PORT
+    return Server(
+        offers,
+        folder=folder,
+        unix=args.socket,
+        host=args.bind,
+        port=port,
+        sockets=sockets,
+        tls=mode,
+        context=context,
+        allow=allow,
+        insecure=args.insecure,
+        clients=args.shared,
+        handshake_time=args.handshake_limit,
+        idle_time=args.idle_limit,
+    )
+
+
+def _announce(args: Namespace, server: Server, offers: list[Offer], folder: Folder | None) -> None:
+    exports = [offer.export for offer in offers]
+    uris = server.uris
+    if args.output == "json":
+        import json
+
+        told = [
+            {"name": e.name, "size": e.size, "read-only": e.read_only, "description": e.description} for e in exports
+        ]
+        ready = {"uri": uris[0] if uris else None, "uris": uris, "pid": os.getpid(), "exports": told}
+        if folder is not None:
+            ready["folder"] = str(folder.path)
+        print(json.dumps(ready), flush=True)
+        return
+    for uri in uris:
+        print(f"ready: {printable(uri)}", flush=True)
+    for export in exports:
+        name = printable(export.name) or "(default)"
+        print(f"  {name}: {format_size(export.size)}, {'read-only' if export.read_only else 'writable'}", flush=True)
+
+
+def _save(path: str, stats: dict[str, Any]) -> None:
+    import json
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(stats, indent=4) + "\n")
+    except OSError as error:
+        raise BlockIOError.from_os(error, "the counters cannot be written", path=path) from error

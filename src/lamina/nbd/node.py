@@ -1,0 +1,171 @@
+"""The driver `nbd`: an export of an NBD server as storage. Its client is `client`; what a user may say of the address, `uri`.
+
+Nothing found inside an image ever leads here: such names are paths, and the policy refuses others.
+"""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+
+from ..errors import BlockIOError, ReadOnly
+from ..limits import Limits, align_down
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode
+from ..schema import Option, Schema
+from . import wire
+from .client import Client
+from .uri import OPTIONS, from_options
+
+if TYPE_CHECKING:
+    from ..extents import Extents
+    from ..graph import Opener
+
+#: Questions about the status of one stretch, after which the rest of it counts as data: a server that answers byte by byte
+#: could be asked for ever, and data is always a safe answer.
+_MAX_QUESTIONS: Final = 1 << 16
+
+
+class NbdStorage(StorageNode):
+    """One export, of a fixed size. As many requests as there are threads are on their way at once.
+
+    What is stored where, the server's context `base:allocation` tells; without it everything counts as data. Its offsets
+    count in this node, as those of all storage do: they say nothing of the server's own files.
+    """
+
+    driver: ClassVar[str] = "nbd"
+    schema: ClassVar[Schema] = Schema(
+        "nbd",
+        [
+            *OPTIONS,
+            Option(
+                "connections",
+                "int",
+                "connections to use where the server says that several are coherent",
+                default=1,
+                minimum=1,
+                maximum=16,
+            ),
+            Option("open-timeout", "int", "seconds to try to connect while nobody listens", default=0, minimum=0),
+            Option(
+                "reconnect-delay",
+                "int",
+                "seconds that requests wait for a lost connection to come back; 0: they fail",
+                default=0,
+                minimum=0,
+            ),
+            Option("request-timeout", "int", "seconds for each reply; 0: no limit", default=0, minimum=0),
+        ],
+    )
+
+    def __init__(self, client: Client, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(name=name, read_only=read_only)
+        if client.read_only and not read_only:
+            hint = "open it read-only (read_only=True; -r), or ask for a writable export"
+            raise ReadOnly("the server exports this read-only", path=str(client.target), operation="open", hint=hint)
+        self.client = client
+        self.supported_flags = FUA if client.can_fua else 0
+        self._context = wire.BASE_ALLOCATION in client.contexts
+
+    @classmethod
+    def open(cls, options: dict[str, Any], opener: Opener) -> Self:
+        """Connects. Any LaminaError of `Client.connect`; ReadOnly for an export that cannot be written, where it should."""
+        target = from_options({option.name: options[option.name] for option in OPTIONS})
+        client = Client.connect(
+            target,
+            connections=options["connections"],
+            open_timeout=options["open-timeout"],
+            reconnect=options["reconnect-delay"],
+            request_timeout=options["request-timeout"] or None,
+        )
+        try:
+            return cls(client, name=opener.name, read_only=opener.read_only)
+        except BaseException:
+            client.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        return self.client.size
+
+    @property
+    def limits(self) -> Limits:
+        """The server's block sizes. Only payloads are limited; how far other requests reach is for the client to mind."""
+        block = self.client.minimum
+        return Limits(
+            request_alignment=block,
+            max_transfer=self.client.max_transfer,
+            zero_alignment=block,
+            discard_alignment=block,
+        )
+
+    @property
+    def filename(self) -> str:
+        return str(self.client.target)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.client.read_into(offset, view)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.client.write(offset, view, bool(flags & FUA))
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        """WRITE_ZEROES; with NO_FALLBACK as FAST_ZERO, without MAY_UNMAP as NO_HOLE."""
+        self.client.zero(
+            offset,
+            length,
+            fua=bool(flags & FUA),
+            no_hole=not flags & MAY_UNMAP,
+            fast=bool(flags & NO_FALLBACK),
+        )
+
+    def discard(self, offset: int, length: int) -> None:
+        self.client.trim(offset, length)
+
+    def flush(self) -> None:
+        self.client.flush()
+
+    def extents(self, offset: int, length: int) -> Extents:
+        from ..extents import DATA, PRESENT, ZERO, Extents
+        from ..numeric import np
+
+        if not self._context:
+            return Extents.single(offset, length, data=True, present=True, file=self, offset=offset)
+        lengths: list[int] = []
+        states: list[int] = []
+        at, end = offset, offset + length
+        for _ in range(_MAX_QUESTIONS):
+            for size, status in self._ask(at, end - at):
+                lengths.append(size)
+                states.append(status & (wire.STATE_HOLE | wire.STATE_ZERO))
+                at += size
+            if at == end:
+                break
+        else:
+            lengths.append(end - at)
+            states.append(0)
+        # A hole that is not said to read as zeros must be read: it is data, as far as anybody can tell.
+        meaning = np.array([DATA, DATA, DATA | ZERO, ZERO], np.uint8) | np.uint8(PRESENT)
+        sizes = np.array(lengths, np.int64)
+        start = np.cumsum(sizes) - sizes + offset
+        flags = meaning[np.array(states, np.int64)]
+        found = Extents.from_columns(start, sizes, flags, file=0, offset=start.copy(), files=(self,))
+        return found.coalesce()
+
+    def _ask(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, flags) of base:allocation from `offset` on. The last bytes of an export whose size is no multiple of its
+        block are data where the server refuses to say: nothing asks about them in a way that is aligned."""
+        try:
+            return self.client.block_status(offset, length)[wire.BASE_ALLOCATION]
+        except BlockIOError as error:
+            if error.errno != EINVAL or offset < align_down(self.size, self.client.minimum):
+                raise
+            return [(length, 0)]
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        if not self._context:
+            return False
+        size, status = self.client.block_status(offset, length, one=True)[wire.BASE_ALLOCATION][0]
+        return size >= length and bool(status & wire.STATE_ZERO)
+
+    def close(self) -> None:
+        self.client.close()

@@ -1,0 +1,279 @@
+"""What a server does for each request: it is executed on the export, and its answer sent.
+
+Reads are gathered in a slab that is used again for each send. Zeros are sent as holes where replies are structured, in
+stretches that begin and end at multiples of the minimum block. An error ends its own request only; names of files stay in
+the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import LaminaError, NotSupported
+from ..limits import KIB, MIB, align_down
+from . import wire
+from .server_session import PART, REFUSED, Request, Transmission
+
+if TYPE_CHECKING:
+    from .channel import Buffer
+    from .server_connection import Connection
+    from .server_negotiation import Agreed
+
+log = logging.getLogger("lamina.nbd")
+
+#: Bytes of replies that are gathered before they are sent. Longer reads are sent in pieces of it.
+SLAB: Final = 1 * MIB
+#: Data is searched for zeros in stretches of this many bytes, cut at multiples of it: the largest minimum block.
+_LOOK = 64 * KIB
+_ZEROS = bytes(_LOOK)
+#: Buffers that one system call sends.
+_BUFFERS = 1000
+
+
+class Commands:
+    """Executes the requests of one connection. For one thread; `for_one` makes one for another."""
+
+    def __init__(self, connection: Connection, session: Transmission, agreed: Agreed, room: int) -> None:
+        self._connection = connection
+        self._session = session
+        self._agreed = agreed
+        self._export = agreed.export
+        self._channel_send = connection.channel.send
+        self._counts = connection.counts
+        self._slab = memoryview(bytearray(room))
+        self._contexts = dict(agreed.contexts)
+        self._part_failed: tuple[int, str] | None = None
+
+    def for_one(self, request: Request) -> Commands:
+        """The same for another thread, with room for this request."""
+        room = min(request.length, SLAB) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
+        return Commands(self._connection, self._session, self._agreed, room)
+
+    def answer(self, requests: list[Request]) -> None:
+        """Do all of these, and send what there is to say. Raises a LaminaError if that cannot be sent."""
+        out: list[Buffer] = []
+        if self._connection.draining:
+            for request in requests:
+                out += self._too_late(request)
+            self._send(out)
+            return
+        session, read_into, slab = self._session, self._export.read_into, self._slab
+        data, structured, is_zero = session.data, session.structured, _ZEROS.startswith
+        room = len(slab)
+        used = reads = amount = 0
+        for request in requests:
+            kind, flags, _, offset, length, _ = request
+            if kind == wire.CMD_READ and 0 < length <= _LOOK and not flags:
+                if used + length > room or len(out) > _BUFFERS:
+                    self._send(out)
+                    out = []
+                    used = 0
+                view = slab[used : used + length]
+                try:
+                    read_into(offset, view)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+                    out += self._failed(request, error)
+                    continue
+                reads += 1
+                amount += length
+                if structured and is_zero(view):
+                    out += session.hole(request, offset, length, last=True)
+                else:
+                    out += data(request, offset, view, last=True)
+                    used += length
+                continue
+            if kind != wire.CMD_WRITE and out:
+                self._send(out)  # what follows may take long, or use the slab
+                out, used = [], 0
+            out += self._perform(request)
+        if out:
+            self._send(out)
+        self._counts["READ"] += reads
+        self._counts["bytes_read"] += amount
+
+    def _send(self, buffers: list[Buffer]) -> None:
+        with self._connection.sending:
+            self._channel_send(buffers)
+
+    def _too_late(self, request: Request) -> list[Buffer]:
+        if request.type == wire.CMD_DISC or (request.type == PART and not request.payload[2]):
+            return []
+        return self._session.error(request, wire.ESHUTDOWN, "the server is about to end")
+
+    def _perform(self, request: Request) -> list[Buffer]:
+        kind = request.type
+        if kind == REFUSED:
+            self._counts["failed"] += 1
+            return self._session.error(request, *request.payload)
+        if kind == wire.CMD_DISC:
+            return []
+        try:
+            return _COMMANDS[kind](self, request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+            return self._failed(request, error)
+
+    def _failed(self, request: Request, error: Exception, at: int | None = None) -> list[Buffer]:
+        self._counts["failed"] += 1
+        return self._session.error(request, *self._told(request, error), at)
+
+    def _told(self, request: Request, error: Exception) -> tuple[int, str]:
+        """The error of the wire and the text that stand for `error`. Names of files stay here."""
+        if isinstance(error, NotSupported) and request.flags & wire.CMD_FLAG_FAST_ZERO:
+            return wire.ENOTSUP, "this cannot be zeroed quickly"
+        if isinstance(error, LaminaError):
+            log.warning("%s: %s", self._connection.peer, error)
+            return wire.to_wire(error.errno), error.message
+        log.error("%s: %s failed", self._connection.peer, request[:5], exc_info=error)
+        return wire.EIO, "an error of the server itself"
+
+    def _done(self, request: Request, name: str) -> list[Buffer]:
+        self._counts[name] += 1
+        return self._session.done(request)
+
+    # -- reading
+
+    def _read(self, request: Request) -> list[Buffer]:
+        """A READ that is long, or wants something special: in pieces of the slab, with zeros as holes."""
+        session, offset, length = self._session, request.offset, request.length
+        if not length:
+            return self._done(request, "READ")
+        if request.flags & wire.CMD_FLAG_DF and length > SLAB:
+            return session.error(request, wire.EOVERFLOW, f"an unfragmented READ is at most {SLAB} bytes long")
+        if not session.structured:
+            self._read_simply(request)
+        elif request.flags & wire.CMD_FLAG_DF:
+            view = self._slab[:length]
+            self._export.read_into(offset, view)
+            self._send(session.data(request, offset, view, last=True))
+        else:
+            end = offset + length
+            while offset < end:
+                stop = min(align_down(offset + SLAB, _LOOK), end)
+                try:
+                    out = self._pieces(request, offset, stop, last=stop == end)
+                except Exception as error:  # noqa: BLE001 - as in `_perform`; here the offset is known
+                    return self._failed(request, error, offset)
+                self._send(out)
+                offset = stop
+        self._counts["READ"] += 1
+        self._counts["bytes_read"] += length
+        return []
+
+    def _read_simply(self, request: Request) -> None:
+        """A simple reply says that all went well before all was read: an error after that can only end the connection. So as
+        much as the slab holds is read first. No other answer may come in between."""
+        offset, end = request.offset, request.offset + request.length
+        view = self._slab[: min(SLAB, end - offset)]
+        self._export.read_into(offset, view)
+        with self._connection.sending:
+            self._send(self._session.data(request, offset, view, last=True))
+            offset += len(view)
+            while offset < end:
+                view = self._slab[: min(SLAB, end - offset)]
+                try:
+                    self._export.read_into(offset, view)
+                except Exception:
+                    log.exception("%s: a read failed when its answer had begun", self._connection.peer)
+                    self._connection.close()
+                    return
+                self._send([view])
+                offset += len(view)
+
+    def _pieces(self, request: Request, offset: int, end: int, *, last: bool) -> list[Buffer]:
+        """Chunks for this stretch, at most a slab long; cut at multiples of _LOOK, and so of the minimum block."""
+        session = self._session
+        if self._export.reads_zero(offset, end - offset):
+            return session.hole(request, offset, end - offset, last=last)
+        slab = self._slab[: end - offset]
+        self._export.read_into(offset, slab)
+        runs: list[tuple[bool, int, int]] = []
+        at = offset
+        while at < end:
+            stop = min(align_down(at + _LOOK, _LOOK), end)
+            zero = _ZEROS.startswith(slab[at - offset : stop - offset])
+            if runs and runs[-1][0] == zero:
+                runs[-1] = (zero, runs[-1][1], stop)
+            else:
+                runs.append((zero, at, stop))
+            at = stop
+        out: list[Buffer] = []
+        for zero, start, stop in runs:
+            final = last and stop == end
+            if zero:
+                out += session.hole(request, start, stop - start, last=final)
+            else:
+                out += session.data(request, start, slab[start - offset : stop - offset], last=final)
+        return out
+
+    def _cache(self, request: Request) -> list[Buffer]:
+        self._export.cache(request.offset, request.length, self._slab)
+        return self._done(request, "CACHE")
+
+    def _block_status(self, request: Request) -> list[Buffer]:
+        chosen = request.payload or tuple(self._contexts)
+        answers = self._export.status(
+            [self._contexts[number] for number in chosen],
+            request.offset,
+            request.length,
+            one=bool(request.flags & wire.CMD_FLAG_REQ_ONE),
+            wide=self._session.extended,
+        )
+        self._counts["BLOCK_STATUS"] += 1
+        return self._session.status(
+            request, [(number, *answer) for number, answer in zip(chosen, answers, strict=True)]
+        )
+
+    # -- writing
+
+    def _write(self, request: Request) -> list[Buffer]:
+        if request.length:
+            self._export.write(request.offset, request.payload, request.flags)
+        elif request.flags & wire.CMD_FLAG_FUA:
+            self._export.flush()
+        self._counts["bytes_written"] += request.length
+        return self._done(request, "WRITE")
+
+    def _part(self, request: Request) -> list[Buffer]:
+        """A part of a long WRITE. After a failure the rest is not written; the last part is answered."""
+        at, data, last = request.payload
+        if self._part_failed is None:
+            try:
+                self._export.write(at, data)
+                if last and request.flags & wire.CMD_FLAG_FUA:
+                    self._export.flush()
+            except Exception as error:  # noqa: BLE001 - as in `_perform`; told when all parts are there
+                self._part_failed = self._told(request, error)
+        if not last:
+            return []
+        failure, self._part_failed = self._part_failed, None
+        if failure is not None:
+            self._counts["failed"] += 1
+            return self._session.error(request, *failure)
+        self._counts["bytes_written"] += request.length
+        return self._done(request, "WRITE")
+
+    def _zero(self, request: Request) -> list[Buffer]:
+        self._export.zero(request.offset, request.length, request.flags)
+        return self._done(request, "WRITE_ZEROES")
+
+    def _trim(self, request: Request) -> list[Buffer]:
+        self._export.trim(request.offset, request.length, request.flags)
+        return self._done(request, "TRIM")
+
+    def _flush(self, request: Request) -> list[Buffer]:
+        self._export.flush()
+        return self._done(request, "FLUSH")
+
+
+_COMMANDS: dict[int, Callable[[Commands, Request], list[Any]]] = {
+    wire.CMD_READ: Commands._read,
+    wire.CMD_WRITE: Commands._write,
+    PART: Commands._part,
+    wire.CMD_FLUSH: Commands._flush,
+    wire.CMD_TRIM: Commands._trim,
+    wire.CMD_CACHE: Commands._cache,
+    wire.CMD_WRITE_ZEROES: Commands._zero,
+    wire.CMD_BLOCK_STATUS: Commands._block_status,
+}

@@ -1,0 +1,231 @@
+"""What a copy is planned from, parts on the grid of a target and zeros found in buffers; and journals held to their copy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.errors import LaminaError, OptionError
+from lamina.jobs.copy import Copied, Copy, Plan
+from lamina.jobs.copy_ends import DONE, Part, PipeSource, Wait, on_grid
+from lamina.jobs.copy_journal import Journal, Partial
+from lamina.jobs.zero_blocks import stored_parts
+
+BLOCKS = st.sampled_from([1, 2, 4, 8])
+RUNS = st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12)
+
+
+@given(RUNS, BLOCKS, st.sampled_from([8, 16, 32]), st.integers(0, 5))
+def test_parts_on_a_grid(runs: list[tuple[int, bool]], block: int, request_size: int, first: int) -> None:
+    """Nothing is lost or said twice; what is called zero was; zeros lie on the grid; a whole block of zeros is found."""
+    begin = at = first * block
+    parts: list[Part] = []
+    for length, zero in runs:
+        parts.append((at, length, zero))
+        at += length
+    known = {offset + n: zero for offset, length, zero in parts for n in range(length)}
+    found = list(on_grid(iter(parts), begin, block, request_size))
+    said = [offset + n for offset, length, _ in found for n in range(length)]
+    assert said == sorted(known)
+    for offset, length, zero in found:
+        if zero:
+            assert offset % block == 0
+            assert length % block == 0
+            assert all(known[offset + n] for n in range(length))
+        else:
+            assert length <= request_size
+            assert offset // request_size == (offset + length - 1) // request_size
+            assert offset % block == 0
+            assert (offset + length) % block == 0 or offset + length == at
+    for offset, length, zero in parts:
+        if zero:
+            whole = range(offset + -offset % block, offset + length - (offset + length) % block)
+            marked = {o + n for o, count, z in found if z for n in range(count)}
+            assert marked.issuperset(whole)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=10),
+    st.integers(0, 40),
+    st.sampled_from([8, 16]),
+    st.sampled_from([1, 8, 16, 24, 64]),
+)
+def test_stored_parts(runs: list[tuple[int, bool]], at: int, granule: int, smallest: int) -> None:
+    data = b"".join((b"\0" if zero else b"x") * length for length, zero in runs)
+    parts = stored_parts(memoryview(data), at, granule, smallest)
+    kept = bytearray(len(data))
+    last = -1
+    for lo, hi in parts:
+        assert last < lo < hi <= len(data)
+        last = hi
+        kept[lo:hi] = data[lo:hi]
+        # What is left out between two parts is long enough, and on the grid.
+        assert lo == 0 or (lo + at) % granule == 0
+        assert hi == len(data) or (hi + at) % granule == 0
+    gaps = [b - a for (_, a), (b, _) in itertools.pairwise(parts)]
+    assert all(gap >= smallest for gap in gaps)
+    assert bytes(kept) == data
+    if not any(data) and data:
+        assert parts == []
+
+
+def test_zeros_behind_a_first_byte_that_is_zero() -> None:
+    """Blocks are told apart by their first byte first: one that begins with zeros need not be all zero."""
+    data = bytearray(1 << 16)
+    data[4096 + 4095] = 1
+    data[1 << 15] = 1
+    assert stored_parts(memoryview(data), 0, 4096, 4096) == [(4096, 8192), (1 << 15, (1 << 15) + 4096)]
+
+
+class _Memory:
+    """Source and target in memory, for a copy whose every step can fail: `fail` names the request that does."""
+
+    name = "memory"
+    forgets = False
+    ordered = False
+    blank = False
+
+    def __init__(self, data: bytes, *, block: int = 1, fail: int = -1) -> None:
+        self.data = bytearray(data)
+        self.size = len(data)
+        self.block = block
+        self.flushed = bytes(data)
+        self._left = fail
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left == -1:
+            raise LaminaError("this one fails")
+
+    def parts(self, begin: int) -> Any:
+        yield begin, self.size - begin, False
+
+    def start_read(self, offset: int, view: memoryview) -> Wait:
+        return _Later(self._step, lambda: view.__setitem__(slice(None), self.data[offset : offset + len(view)]))
+
+    def start_write(self, offset: int, view: memoryview) -> Wait:
+        return _Later(self._step, lambda: self.data.__setitem__(slice(offset, offset + len(view)), view))
+
+    def start_zero(self, offset: int, length: int) -> Wait:
+        self.data[offset : offset + length] = bytes(length)
+        return DONE
+
+    def flush(self) -> None:
+        self._step()
+        self.flushed = bytes(self.data)
+
+    def resize(self, size: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Later:
+    """A request that is done when it is waited for; its outcome stays."""
+
+    def __init__(self, *steps: Any) -> None:
+        self._steps = list(steps)
+        self._error: LaminaError | None = None
+
+    def wait(self) -> None:
+        while self._steps and self._error is None:
+            try:
+                self._steps.pop(0)()
+            except LaminaError as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+
+
+CONTENT = os.urandom(40_000) + bytes(9_000) + os.urandom(1_001)
+
+
+@pytest.mark.parametrize("requests", [1, 2, 5, 64])
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_whichever_request_fails_the_position_is_true(end: str, requests: int) -> None:
+    """Each request fails once: the copy raises, and everything before its position is there."""
+    plan = Plan(4096, requests, 4096, True)
+    succeeded = False
+    for number in range(40):
+        source = _Memory(CONTENT, fail=number if end == "source" else -1)
+        target = _Memory(b"\xff" * len(CONTENT), fail=number if end == "target" else -1)
+        job = Copy(source, target, plan)
+        try:
+            copied = job.run()
+        except LaminaError:
+            assert target.data[: job.position] == CONTENT[: job.position]
+            assert not succeeded
+        else:
+            succeeded = True
+            assert target.flushed == CONTENT
+            assert copied == Copied(len(CONTENT), len(CONTENT), copied.written, copied.zeroed, 0, 0)
+            assert copied.written + copied.zeroed == len(CONTENT)
+    assert succeeded
+
+
+def test_a_journal_is_true_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not flushed is lost each time that a request fails; the journal leads to a whole copy all the same."""
+    monkeypatch.setattr("lamina.jobs.copy._BETWEEN", 0.0)
+    path = str(tmp_path / "journal")
+    target = _Memory(b"\xff" * len(CONTENT))
+    Journal(path, {"of": "this"}).record(0)
+    for number in range(3, 200):
+        target._left = number % 7 + 3
+        journal = Journal.resume(path)
+        assert journal is not None
+        assert target.flushed[: journal.position] == CONTENT[: journal.position]
+        try:
+            Copy(_Memory(CONTENT), target, Plan(4096, 3), journal=journal).run()
+        except LaminaError:
+            target.data[:] = target.flushed  # the power is cut
+        else:
+            break
+    assert target.flushed == CONTENT
+    assert number > 3
+
+
+def test_a_pipe_has_no_journal(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="taken up again"):
+        Copy(PipeSource(0), _Memory(b""), Plan(), journal=Journal(str(tmp_path / "j"), {}))
+
+
+def test_a_journal_names_what_differs(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal")
+    assert Journal.resume(path) is None
+    Journal(path, {"source": "a", "source-size": 5}).record(3)
+    found = Journal.resume(path)
+    assert found is not None
+    assert found.position == 3
+    found.expect({"source": "a", "source-size": 5})
+    with pytest.raises(OptionError, match="its source size was 5, and is 6"):
+        found.expect({"source": "a", "source-size": 6})
+    with pytest.raises(OptionError, match="target"):
+        found.expect({"source": "a", "source-size": 5, "target": "b"})
+    assert json.loads(Path(path).read_text())["facts"] == {"source": "a", "source-size": 5}
+    assert os.listdir(tmp_path) == ["journal"]
+
+
+def test_a_partial_file_is_the_same_or_refused(tmp_path: Path) -> None:
+    target = tmp_path / "disk.raw"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    first = Partial(str(target), None)
+    Path(first.path).write_bytes(b"new")
+    assert Partial(str(target), first.identity).identity == first.identity
+    with pytest.raises(OptionError, match="not the file"):
+        Partial(str(target), [0, 0])
+    with pytest.raises(OptionError, match="in the way"):
+        Partial(str(target), None)
+    first.finish()
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(LaminaError, match="gone"):
+        Partial(str(target), first.identity)
