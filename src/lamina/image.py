@@ -10,9 +10,9 @@ import io
 from typing import TYPE_CHECKING, Any, Self
 
 from .edit import Edit, Entrance
-from .errors import Closed
+from .errors import Closed, UnsupportedFeature
 from .graph import Opener
-from .node import FUA, MAY_UNMAP, NO_FALLBACK, Node
+from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -76,9 +76,16 @@ class Image:
         """Fill `buffer` (any writable contiguous buffer) with the bytes at `offset`."""
         self.root.read_into(offset, _view(buffer))
 
-    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
-        """Make the bytes at `offset` equal to `data`; with `fua` on stable storage before it returns."""
-        self.root.write(offset, _view(data), FUA if fua else 0)
+    def write(self, offset: int, data: Buffer, *, fua: bool = False, compress: bool = False) -> None:
+        """Make the bytes at `offset` equal to `data`; with `fua` on stable storage before it returns. With `compress` whole
+        clusters are stored packed where that is smaller; UnsupportedFeature where the format cannot."""
+        flags = FUA if fua else 0
+        if compress:
+            if not self.root.node.supported_flags & COMPRESS:
+                hint = "write without compressing, or use a format that packs: qcow2"
+                raise UnsupportedFeature("it does not pack what is written", path=self.filename, hint=hint)
+            flags |= COMPRESS
+        self.root.write(offset, _view(data), flags)
 
     def zero(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False) -> None:
         """Make the bytes read as zero. `unmap`: their storage may be given back. `fast`: raise NotSupported, with nothing

@@ -377,3 +377,15 @@ def test_history_that_cannot_be_kept_is_told(
     monkeypatch.setattr(sys, "stdin", type("Typed", (io.StringIO,), {"isatty": lambda self: True})())
     assert main(["io", "-f", "raw", "disk.raw"]) == 0
     assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_compressed_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whole clusters are stored packed, parts of them as they are; both read back."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["create", "-q", "-f", "qcow2", "disk.qcow2", "1M"]) == 0
+    commands = ["write -q -c -P 5 0 128k", "write -q -c -P 6 256k 512", "read -q -P 5 0 128k", "read -q -P 6 256k 512"]
+    assert main(["io", "-f", "qcow2", *(word for one in commands for word in ("-c", one)), "disk.qcow2"]) == 0
+    with lamina.open("disk.qcow2", format="qcow2") as image:
+        packed = [(row.start, row.length) for row in image.extents() if row.compressed]
+    assert packed == [(0, 128 << 10)]
+    capfd.readouterr()

@@ -178,11 +178,7 @@ def _writing(session: Session, name: str, flags: Flags, offset: int, length: int
     def action() -> None:
         if "b" in flags:
             raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
-        if "c" in flags:
-            raise UnsupportedFeature(
-                "compressed clusters are not written yet", path=image.filename, hint="leave out -c"
-            )
-        image.write(offset, data, fua=fua)
+        image.write(offset, data, fua=fua, compress="c" in flags)
 
     return Transfer("wrote", name, offset, length, flags, action)
 
