@@ -4,7 +4,7 @@
 #   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
 #   make lint     style, format and types
 #   make bench    Lamina beside qemu-img, one table   (make bench ARGS='--only start-up'; see benchmarks/README.md)
-#   make soak     the random tests for much longer: crash states, twins, stacks, threads, fuzz (about half an hour)
+#   make soak     the random tests for much longer: crash states, twins, stacks, threads, fuzz, kills (about 40 minutes)
 #   make docs     write the pages that are generated from the code
 #   make clean    remove what the others made
 #   make help     print this
@@ -32,9 +32,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 soak: $(VENV)/.dev
-	LAMINA_CRASH_STATES=400000 LAMINA_TWINS=3000 LAMINA_STACKS=50000 LAMINA_CONCURRENT=600000 LAMINA_FUZZ_SECONDS=300 \
+	LAMINA_CRASH_STATES=400000 LAMINA_TWINS=3000 LAMINA_STACKS=50000 LAMINA_CONCURRENT=1000000 LAMINA_FUZZ_SECONDS=300 \
+	LAMINA_NBD_FUZZ=1000000 LAMINA_NBD_KILLS=400 \
 	$(VENV)/bin/python -m pytest tests/crash tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
-	tests/unit/test_concurrency.py tests/attacks/test_fuzz.py $(ARGS)
+	tests/unit/test_concurrency.py tests/attacks/test_fuzz.py tests/attacks/test_nbd_server_fuzz.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

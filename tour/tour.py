@@ -13,9 +13,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 FILTER = "driver=blkdebug,image.driver=qcow2,image.file.driver=file,image.file.filename={},align=4k"
@@ -75,6 +77,23 @@ class Tour:
         print("  -> as it must be" if right else "  -> WRONG", flush=True)
         self.wrong += not right
 
+    def write(self, name: str, content: bytes) -> None:
+        with open(os.path.join(self.folder, name), "wb") as file:
+            file.write(content)
+
+    def read(self, name: str) -> bytes:
+        with open(os.path.join(self.folder, name), "rb") as file:
+            return file.read()
+
+    def stop(self, pid_file: str) -> None:
+        """End the server whose process id is in that file, and wait until it has removed it."""
+        path = os.path.join(self.folder, pid_file)
+        os.kill(int(self.read(pid_file)), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.expect(not os.path.exists(path))
+
     def _output(self, command: list[str], *, must: bool = False, indent: str = "") -> str:
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
         print("".join(f"{indent}{line}\n" for line in (done.stdout + done.stderr).splitlines()), end="", flush=True)
@@ -126,10 +145,37 @@ def tour(here: Tour) -> None:
         here.run("check", "-f", "qcow2", image)
 
 
+def over_nbd(here: Tour) -> None:
+    """A disk whose size is no multiple of its block, served: what is promised is kept, to the last byte."""
+    here.say("A disk of 1000 bytes behind a filter with blocks of 512, served over NBD on a Unix socket.")
+    here.write("odd.raw", bytes(range(1, 251)) * 4)
+    options = "driver=blkdebug,align=512,image.driver=file,image.filename=odd.raw"
+    here.run("serve", "--persistent", "--fork", "--pid-file", "server.pid", "-k", "disk.sock", "--image-opts", options)
+    uri = "nbd+unix:///?socket=disk.sock"
+    try:
+        here.run("info", uri)
+        here.say(
+            "5. Its size is whole blocks, and so is every extent; what the file really holds is there for who asks."
+        )
+        rows = json.loads(here.run("map", "--output=json", "--context=base:allocation", uri))
+        here.expect([(row["offset"], row["length"], row["type"]) for row in rows] == [(0, 1024, 0)])
+        rows = json.loads(here.run("map", "--output=json", "--context=lamina:exact", uri))
+        here.expect([(row["offset"], row["length"]) for row in rows] == [(0, 1000), (1000, 24)])
+        if nbdinfo := shutil.which("nbdinfo"):
+            print(f"  beside it: nbdinfo --map {uri}", flush=True)
+            here._output([nbdinfo, "--map", uri], indent="  | ")
+        here.say("Copy it from the server, byte for byte.")
+        here.run("copy", uri, "fetched.raw")
+        here.expect(here.read("fetched.raw") == here.read("odd.raw") + bytes(24))
+    finally:
+        here.stop("server.pid")
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lamina-tour-") as folder:
         here = Tour(folder)
         tour(here)
+        over_nbd(here)
         beside = "" if here.qemu_img else " (qemu-img is not installed: nothing stands beside our answers)"
         print(f"\n{'Not one byte is lost' if not here.wrong else f'{here.wrong} answers are wrong'}{beside}.")
         return int(here.wrong > 0)

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lamina
 from lamina.errors import LaminaError, OptionError
 from lamina.jobs.copy import Copied, Copy, Plan
-from lamina.jobs.copy_ends import DONE, Part, PipeSource, Wait, on_grid
+from lamina.jobs.copy_ends import DONE, Part, PipeSource, StorageTarget, Wait, on_grid
 from lamina.jobs.copy_journal import Journal, Partial
 from lamina.jobs.zero_blocks import stored_parts
+from lamina.request import Child
 
 BLOCKS = st.sampled_from([1, 2, 4, 8])
 RUNS = st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12)
@@ -190,6 +192,23 @@ def test_a_journal_is_true_whatever_fails(tmp_path: Path, monkeypatch: pytest.Mo
             break
     assert target.flushed == CONTENT
     assert number > 3
+
+
+@pytest.mark.parametrize("blank", [False, True])
+@pytest.mark.parametrize("align", [1, 4096])
+def test_storage_that_is_there_already(blank: bool, align: int) -> None:
+    """As a device is written: in place, no longer than it is; zeros are made, unless it is known to be zero."""
+    size = len(CONTENT) + 5000
+    opened = {"driver": "blkdebug", "align": align, "image": {"driver": "memory", "size": size}}
+    with lamina.open(opened, read_only=False) as image:
+        if not blank:
+            image.write(0, b"\xff" * size)
+        target = StorageTarget(Child(image.node, "target"), "there", blank=blank, grows=False)
+        copied = Copy(_Memory(CONTENT), target, Plan(4096, 4, 4096, True)).run()
+        assert image.read(0, size) == CONTENT + (bytes(5000) if blank else b"\xff" * 5000)
+        assert (copied.zeroed == 0, copied.skipped == 0) == (blank, not blank)
+        with pytest.raises(OptionError, match="large enough"):
+            Copy(_Memory(bytes(size + 1)), target, Plan())
 
 
 def test_a_pipe_has_no_journal(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from lamina.errors import BlockIOError, Closed, LaminaError, OptionError
 from lamina.nbd import channel as room
 from lamina.nbd import tls
-from lamina.nbd.channel import Channel, PlainChannel, TlsChannel
+from lamina.nbd.channel import Channel, PlainChannel
+from lamina.nbd.tls_channel import TlsChannel
 from lamina.nbd.uri import Target
 from tests.certificates import CLIENT_SUBJECT, write_certificates
 

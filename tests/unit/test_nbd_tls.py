@@ -16,7 +16,7 @@ import pytest
 
 from lamina.errors import BlockIOError, LaminaError, NotFound, OptionError, UnsupportedFeature
 from lamina.nbd import tls
-from lamina.nbd.channel import TlsChannel
+from lamina.nbd.tls_channel import TlsChannel
 from lamina.nbd.uri import Target, parse
 from tests.certificates import CLIENT_SUBJECT, revoke, write_certificates
 

@@ -9,19 +9,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import detect, registry
-from ..errors import FormatError, OptionError, UnsupportedFeature, printable
+from ..errors import FormatError, OptionError, PolicyError, UnsupportedFeature, printable
 from ..graph import Opener, Spec, open_graph, probe
 from ..node import Node
 from ..options import format_size, parse_name
 from ..policy import Policy, Trail
 from ..request import Child
 from .arguments import Parser, image_source
+from .nbd_names import names_export
 
 _EXAMPLES = """
   lamina info disk.qcow2
   lamina info --output=json -f qcow2 disk.qcow2
   lamina info --backing-chain overlay.qcow2
   lamina info -U disk.qcow2                      while a virtual machine runs on it
+  lamina info nbd://server/disk                  what an NBD server says of an export
+  lamina info --list nbd://server                and of all that it has
+  lamina info -f qcow2 nbd://server/disk         the image inside that export
 """
 
 
@@ -34,9 +38,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "-b", "--backing-chain", action="store_true", help="also show what it is stacked on, as --references grants"
     )
+    parser.add_argument("-L", "--list", action="store_true", help="show all exports of the NBD server that FILE names")
+    parser.add_argument(
+        "--content",
+        action="store_const",
+        const=True,
+        help="read the ends of NBD exports to tell what they hold (default: of one export, not of a list)",
+    )
+    parser.add_argument("--no-content", dest="content", action="store_const", const=False, help="do not")
     parser.add_access()
-    parser.add_argument("filename", metavar="FILE", help="the image")
+    parser.add_argument("filename", metavar="FILE", help="the image, or with no format given an NBD export")
     args = parser.parse(argv)
+    if args.list or (names_export(args.filename) and args.format is None and not args.image_opts):
+        return _show_exports(args)
 
     source = image_source(args.filename, args, args.format)
     if args.backing_chain:
@@ -50,6 +64,18 @@ def main(argv: list[str]) -> int:
     else:
         sys.stdout.write("\n".join(_human(one) for one in found))
     return 0
+
+
+def _show_exports(args: Namespace) -> int:
+    if args.backing_chain or args.format is not None or args.image_opts:
+        raise OptionError(
+            "a chain is of an image, and a list is of exports",
+            hint="give the format of the image (-f) for its chain; give --list only an NBD address",
+        )
+    from .info_nbd import show
+
+    content = not args.list if args.content is None else args.content
+    return show(args.filename, every=args.list, content=content, json=args.output == "json")
 
 
 def describe(filename: str, format: str | None = None) -> dict[str, Any]:
@@ -95,7 +121,8 @@ def _inspect(storage: Child, format: str, shown: str) -> dict[str, Any]:
     found.setdefault("dirty-flag", False)
     backing = found.get("backing-filename")
     if backing is not None:
-        found["full-backing-filename"] = _beside(shown, backing)
+        # What is named inside an export is a path on no machine in particular.
+        found["full-backing-filename"] = backing if names_export(shown) else _beside(shown, backing)
     return found
 
 
@@ -121,6 +148,15 @@ def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
     """The image and what it is stacked on, from top to bottom, as far as the policy grants."""
     policy: Policy = args.references or Policy.beneath()
     one = _describe(source, args.format, force_share=args.force_share)
+    if names_export(one["filename"]):
+        yield one
+        if "backing-filename" in one:
+            raise PolicyError(
+                f"the backing file {one['backing-filename']!r} is named inside an image that is not a file",
+                path=one["filename"],
+                hint="look at that file by itself",
+            )
+        return
     path, identity = _place(source, one["filename"])
     trail = policy.trail().enter(*identity, path)
     yield one

@@ -25,6 +25,8 @@ _EXAMPLES = """
   lamina map --output=json disk.qcow2
   lamina map --output=json -s 1G -l 1M disk.qcow2        one MiB from 1 GiB on
   lamina map --exact --image-opts driver=blkdebug,align=4k,image.driver=qcow2,image.file.filename=disk.qcow2
+  lamina map --context base:allocation --context qemu:dirty-bitmap:b0 nbd://server/disk
+  lamina map --context base:allocation --totals nbd://server/disk
 
 Boundaries are rounded to the request alignment of the node: a block is data if any part of it is, and zero if all of it
 is. --exact shows them as they are.
@@ -42,13 +44,44 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--exact", action="store_true", help="exact boundaries, not rounded to the node's alignment")
     parser.add_size("-s", "--start-offset", metavar="OFFSET", default=0, help="where to begin, in bytes (default: 0)")
     parser.add_size("-l", "--max-length", metavar="LENGTH", help="how many bytes to look at (default: to the end)")
+    parser.add_argument(
+        "--context",
+        metavar="CTX",
+        action="append",
+        help="show what an NBD server says in this metadata context (lamina info lists them; all: in each); several go "
+        "side by side. Without it an export is mapped like any image",
+    )
+    parser.add_argument("--totals", action="store_true", help="with --context: how many bytes are of which kind")
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)
+    if args.context:
+        return _show_contexts(args)
+    if args.totals:
+        raise OptionError("totals are of a context of an NBD export", hint="name it: --context base:allocation")
     with open_image(args.filename, args, args.format) as image:
         sys.stdout.flush()
         write = _write_json if args.output == "json" else _write_table
         write(_joined(_pieces(image, args)), sys.stdout.buffer)
+    return 0
+
+
+def _show_contexts(args: Namespace) -> int:
+    from .map_nbd import show
+
+    if args.format is not None or args.image_opts or args.exact:
+        raise OptionError(
+            "contexts are of the export itself, not of an image inside it",
+            hint="leave -f, --image-opts and --exact out; --context lamina:exact is exact where the server is Lamina",
+        )
+    show(
+        args.filename,
+        args.context,
+        begin=args.start_offset,
+        length=args.max_length,
+        totals=args.totals,
+        json=args.output == "json",
+    )
     return 0
 
 

@@ -12,8 +12,8 @@ from ..detect import HEAD_BYTES, TAIL_BYTES, detect
 from ..errors import FormatError, LaminaError
 from . import wire
 from .client import Client
-from .client_negotiation import Facts, Listed, Task, Wish
 from .client_connection import leave, negotiate
+from .client_negotiation import Facts, Listed, Task, Wish
 from .uri import Target, parse
 
 

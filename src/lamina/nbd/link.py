@@ -19,9 +19,9 @@ from ..errors import BlockIOError, Closed, LaminaError
 from ..limits import KIB
 from . import wire
 from .channel import Buffer, Channel
+from .client_connection import PASSING, leave, lost, passes
 from .client_negotiation import Facts
 from .client_session import Request, Transmission
-from .client_connection import PASSING, leave, lost, passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

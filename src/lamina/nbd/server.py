@@ -16,15 +16,15 @@ import socket
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import BlockIOError, OptionError
 from .channel import PlainChannel
 from .export import Export
 from .exports import Folder, Offer, View, check_names
-from .server_connection import Connection, Turn
+from .server_connection import Connection, Pace, Turn
 from .tls import allowed
 from .uri import Target
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     import ssl
 
 log = logging.getLogger("lamina.nbd")
-
-#: Threads that execute requests of slow storage, for all clients together.
-_POOL = 32
 
 
 class Server:
@@ -81,7 +78,7 @@ class Server:
         self._connections: dict[Connection, threading.Thread] = {}
         self._ended = {"connections": 0, "refused": 0}
         self._served = 0  # clients that came as far as transmission
-        self._executor: ThreadPoolExecutor | None = None
+        self._paces: weakref.WeakKeyDictionary[Export, Pace] = weakref.WeakKeyDictionary()
         self._turn = Turn()
         self._accepting: threading.Thread | None = None
         self._wake, self._woken = socket.socketpair()
@@ -135,8 +132,8 @@ class Server:
             if thread.is_alive():
                 connection.close()
                 thread.join(1.0)
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        for pace in list(self._paces.values()):
+            pace.close()
         self._wake.close()
         self._woken.close()
 
@@ -248,12 +245,12 @@ class Server:
             handshake_time=self._handshake_time,
             idle_time=self._idle_time,
             admitted=self._admit,
-            pool=self._pool,
+            pace=self._pace,
             turn=self._turn,
         )
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd-client", daemon=True)
         with self._mutex:
-            dallying = [one for one in self._connections if not one.transmitting]
+            dallying = [one for one in self._connections if not one.transmitting and not one.closing]
             self._connections[connection] = thread
         if len(dallying) >= self._clients:
             oldest = dallying[0]
@@ -289,11 +286,9 @@ class Server:
     def _transmitting(self) -> int:
         return sum(connection.transmitting for connection in self._connections)
 
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pace(self, export: Export) -> Pace:
         with self._mutex:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(_POOL, thread_name_prefix="nbd-request")
-            return self._executor
+            return self._paces.setdefault(export, Pace())
 
 
 def _listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket.socket]:

@@ -33,23 +33,32 @@ _BUFFERS = 1000
 
 
 class Commands:
-    """Executes the requests of one connection. For one thread; `for_one` makes one for another."""
+    """Executes the requests of one connection, for one thread. `send` takes the answers, from a slab of `room` bytes that is
+    then used again. Another thread has another one of these, from `for_one`."""
 
-    def __init__(self, connection: Connection, session: Transmission, agreed: Agreed, room: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        session: Transmission,
+        agreed: Agreed,
+        send: Callable[[list[Buffer]], object],
+        room: int = SLAB,
+    ) -> None:
         self._connection = connection
         self._session = session
         self._agreed = agreed
         self._export = agreed.export
-        self._channel_send = connection.channel.send
+        self._send = send
         self._counts = connection.counts
         self._slab = memoryview(bytearray(room))
         self._contexts = dict(agreed.contexts)
         self._part_failed: tuple[int, str] | None = None
 
-    def for_one(self, request: Request) -> Commands:
-        """The same for another thread, with room for this request."""
+    def for_one(self, request: Request, send: Callable[[list[Buffer]], object]) -> Commands:
+        """The same for another thread, with room for this request. READ: at most SLAB bytes, and then nothing that is sent is
+        overwritten by what is sent after it."""
         room = min(request.length, SLAB) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
-        return Commands(self._connection, self._session, self._agreed, room)
+        return Commands(self._connection, self._session, self._agreed, send, room)
 
     def answer(self, requests: list[Request]) -> None:
         """Do all of these, and send what there is to say. Raises a LaminaError if that cannot be sent."""
@@ -92,10 +101,6 @@ class Commands:
             self._send(out)
         self._counts["READ"] += reads
         self._counts["bytes_read"] += amount
-
-    def _send(self, buffers: list[Buffer]) -> None:
-        with self._connection.sending:
-            self._channel_send(buffers)
 
     def _too_late(self, request: Request) -> list[Buffer]:
         if request.type == wire.CMD_DISC or (request.type == PART and not request.payload[2]):
@@ -141,45 +146,52 @@ class Commands:
             return self._done(request, "READ")
         if request.flags & wire.CMD_FLAG_DF and length > SLAB:
             return session.error(request, wire.EOVERFLOW, f"an unfragmented READ is at most {SLAB} bytes long")
+        out: list[Buffer] = []
         if not session.structured:
-            self._read_simply(request)
+            out = self._read_simply(request)
         elif request.flags & wire.CMD_FLAG_DF:
             view = self._slab[:length]
             self._export.read_into(offset, view)
-            self._send(session.data(request, offset, view, last=True))
+            out = session.data(request, offset, view, last=True)
         else:
             end = offset + length
             while offset < end:
-                stop = min(align_down(offset + SLAB, _LOOK), end)
+                if out:
+                    self._send(out)
+                stop = end if end - offset <= len(self._slab) else align_down(offset + SLAB, _LOOK)
                 try:
                     out = self._pieces(request, offset, stop, last=stop == end)
                 except Exception as error:  # noqa: BLE001 - as in `_perform`; here the offset is known
                     return self._failed(request, error, offset)
-                self._send(out)
                 offset = stop
+        # What is in the slab goes out before it is used again.
+        if out:
+            self._send(out)
         self._counts["READ"] += 1
         self._counts["bytes_read"] += length
         return []
 
-    def _read_simply(self, request: Request) -> None:
+    def _read_simply(self, request: Request) -> list[Buffer]:
         """A simple reply says that all went well before all was read: an error after that can only end the connection. So as
         much as the slab holds is read first. No other answer may come in between."""
         offset, end = request.offset, request.offset + request.length
-        view = self._slab[: min(SLAB, end - offset)]
+        view = self._slab[: end - offset]
         self._export.read_into(offset, view)
+        first = self._session.data(request, offset, view, last=True)
+        if len(view) == request.length:
+            return first
         with self._connection.sending:
-            self._send(self._session.data(request, offset, view, last=True))
-            offset += len(view)
-            while offset < end:
-                view = self._slab[: min(SLAB, end - offset)]
+            self._send(first)
+            for at in range(offset + len(view), end, SLAB):
+                view = self._slab[: end - at]
                 try:
-                    self._export.read_into(offset, view)
+                    self._export.read_into(at, view)
                 except Exception:
                     log.exception("%s: a read failed when its answer had begun", self._connection.peer)
                     self._connection.close()
-                    return
+                    return []
                 self._send([view])
-                offset += len(view)
+        return []
 
     def _pieces(self, request: Request, offset: int, end: int, *, last: bool) -> list[Buffer]:
         """Chunks for this stretch, at most a slab long; cut at multiples of _LOOK, and so of the minimum block."""

@@ -2,15 +2,18 @@
 
 A connection is one thread that receives, executes (`server_commands.py`) and answers. One receive brings many requests and
 one send takes many replies, so that a request costs microseconds. Where storage is slow, waiting for one request would hold
-up the others: then requests go to the server's pool of threads, and each is answered when it is done.
+up the others: then requests go to a pool of threads that the export has, and each is answered when it is done. No thread of
+a pool waits for a client: what it has to say goes to a thread that only sends, and belongs to that client.
 
-Memory: 1 MiB of requests (`server_session.ROOM`) and 1 MiB of replies (`server_commands.SLAB`) for each client, and 1 MiB
-more for each request in the pool. Nothing is allocated by a length that a client names.
+Memory: 1 MiB of requests (`server_session.ROOM`) and 1 MiB of replies (`server_commands.SLAB`) for each client, and up to
+1 MiB more for each of its 16 requests that are in the pool, or answered and not sent. Nothing is allocated by a length that a
+client names.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +29,10 @@ from .server_session import PART, REFUSED, Request, Transmission
 if TYPE_CHECKING:
     import ssl
 
-    from .channel import PlainChannel, TlsChannel
+    from .channel import Buffer, PlainChannel
+    from .export import Export
     from .exports import View
+    from .tls_channel import TlsChannel
 
 log = logging.getLogger("lamina.nbd")
 
@@ -35,7 +40,8 @@ log = logging.getLogger("lamina.nbd")
 _SLOW = 0.001
 #: Seconds that a client waits for its turn.
 _PATIENCE = 0.002
-#: Requests of one client that are in the pool at a time.
+#: Threads that execute requests of one export's slow storage, and requests of one client that they have at a time.
+_POOL = 32
 _IN_POOL = 16
 
 
@@ -56,6 +62,38 @@ class Turn:
         return lock
 
 
+class Pace:
+    """How fast the storage of an export is, and the threads that execute its requests while it is slow. For all its clients;
+    storage that stands still holds up nobody else's. `mean`: seconds that a request took of late; what nobody has asked yet
+    counts as slow."""
+
+    def __init__(self) -> None:
+        self.mean = 2 * _SLOW
+        self._mutex = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def slow(self) -> bool:
+        return self.mean > _SLOW
+
+    def took(self, seconds: float) -> None:
+        """A request took so long."""
+        self.mean += (seconds - self.mean) / 8
+
+    def submit(self, execute: Callable[..., None], *arguments: object) -> None:
+        """Call it in one of the threads. RuntimeError when the program ends."""
+        with self._mutex:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="nbd-request")
+        self._pool.submit(execute, *arguments)
+
+    def close(self) -> None:
+        """Let the threads end; what nobody has begun is not done."""
+        with self._mutex:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Connection:
     """A client. `run` does everything, in a thread of its own; `drain` and `close` come from other threads.
 
@@ -74,7 +112,7 @@ class Connection:
         handshake_time: float = 10.0,
         idle_time: float | None = None,
         admitted: Callable[[], bool] = lambda: True,
-        pool: Callable[[], ThreadPoolExecutor],
+        pace: Callable[[Export], Pace],
         turn: Turn,
     ) -> None:
         self.channel: PlainChannel | TlsChannel = channel
@@ -89,14 +127,17 @@ class Connection:
         self._deadline = self.begun + handshake_time
         self._idle_time = idle_time
         self._admitted = admitted
-        self._pool, self._turn = pool, turn
+        self._pace_of, self._turn = pace, turn
+        self._pace = Pace()
         self._negotiation: Negotiation | None = None
         self.draining = False
         self._slots = threading.Semaphore(_IN_POOL)
         #: Held while an answer is sent that must not have others in between, if it takes several sends.
         self.sending = threading.RLock()
-        #: Seconds that a request takes, of late. Storage that is not known yet counts as slow.
-        self._mean = 2 * _SLOW
+        #: What the pool has to say, and who sends it; None there: that is all.
+        self._answers: queue.SimpleQueue[list[Buffer] | None] = queue.SimpleQueue()
+        self._sender: threading.Thread | None = None
+        self.closing = False
 
     # -- life
 
@@ -129,6 +170,7 @@ class Connection:
 
     def close(self) -> None:
         """End it now."""
+        self.closing = True
         self._plain.close()
 
     @property
@@ -191,7 +233,8 @@ class Connection:
 
     def _transmit(self, session: Transmission, agreed: Agreed) -> str:
         channel = self.channel
-        commands = Commands(self, session, agreed, SLAB)
+        commands = Commands(self, session, agreed, self._send)
+        self._pace = self._pace_of(agreed.export)
         try:
             while not session.finished:
                 count = channel.recv_into(session.buffer())
@@ -204,48 +247,68 @@ class Connection:
             self._wait_for_pool()
         return "left" if session.violation is None else f"dropped: {session.violation}"
 
+    def _send(self, buffers: list[Buffer]) -> None:
+        with self.sending:
+            self.channel.send(buffers)
+
     def _answer(self, commands: Commands, requests: list[Request]) -> None:
-        """See to it that these are answered: here and now if that is quick or there is but one, else in the pool."""
-        if self._mean > _SLOW and len(requests) > 1:
+        """See to it that these are answered: here and now while storage is quick, else in the pool."""
+        if self._pace.slow:
             self._answer_in_pool(commands, requests)
             return
-        turn = self._turn.take() if self._mean <= _SLOW else None
+        turn = self._turn.take()
         begun = time.monotonic()
         try:
             commands.answer(requests)
         finally:
-            if turn is not None:
-                turn.release()
-        self._took((time.monotonic() - begun) / len(requests))
+            turn.release()
+        self._pace.took((time.monotonic() - begun) / len(requests))
 
-    def _took(self, seconds: float) -> None:
-        self._mean += (seconds - self._mean) / 8
+    # -- the pool
 
     def _answer_in_pool(self, commands: Commands, requests: list[Request]) -> None:
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_all, name="nbd-answers", daemon=True)
+            self._sender.start()
         for request in requests:
-            if request.type in (PART, REFUSED, wire.CMD_DISC):
+            long = request.type == wire.CMD_READ and request.length > SLAB
+            if long or request.type in (PART, REFUSED, wire.CMD_DISC):
                 commands.answer([request])
                 continue
             if request.type == wire.CMD_WRITE:
                 request = request._replace(payload=memoryview(bytes(request.payload)))  # its place is used again
             self._slots.acquire()
             try:
-                self._pool().submit(self._one, commands, request)
+                self._pace.submit(self._one, commands, request)
             except RuntimeError:  # the server ends, and its pool has
                 self._slots.release()
                 commands.answer([request])
 
     def _one(self, commands: Commands, request: Request) -> None:
+        """Execute a request, in a thread of the pool."""
         begun = time.monotonic()
+        answer: list[Buffer] = []
         try:
-            commands.for_one(request).answer([request])
-        except LaminaError as error:
-            log.debug("%s: %s", self.peer, error)  # the connection is gone: its own thread says so
+            commands.for_one(request, answer.extend).answer([request])
         finally:
-            self._took(time.monotonic() - begun)
-            self._slots.release()
+            self._pace.took(time.monotonic() - begun)
+            self._answers.put(answer)
+
+    def _send_all(self) -> None:
+        """Send what the pool has to say; a request leaves the pool when its answer is out."""
+        while (answer := self._answers.get()) is not None:
+            try:
+                self._send(answer)
+            except LaminaError as error:
+                log.debug("%s: %s", self.peer, error)
+                self.close()  # wakes the thread of the connection, which says why
+            finally:
+                self._slots.release()
 
     def _wait_for_pool(self) -> None:
+        if self._sender is None:
+            return
         for _ in range(_IN_POOL):
             self._slots.acquire()
-        self._slots.release(_IN_POOL)
+        self._answers.put(None)
+        self._sender.join()

@@ -1,0 +1,132 @@
+"""Other NBD servers for the tests of the command line, and a wire between client and server that can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def found(program: str, package: str) -> str:
+    """The path of a program that a test needs; without it the test is skipped, and in CI it fails."""
+    path = shutil.which(program)
+    if path is None:
+        said = f"{program} was not found: install {package}"
+        if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
+            pytest.fail(said)
+        pytest.skip(said)
+    return path
+
+
+@contextlib.contextmanager
+def running(command: list[str], path: Path) -> Iterator[str]:
+    """`command`, a server that will listen on the Unix socket at `path`, for as long as the context; the URI."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        deadline = time.monotonic() + 20
+        while not path.exists():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"nbd+unix:///?socket={path}"
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def nbdkit(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
+    """nbdkit with these arguments; the URI of its default export."""
+    path = folder / "nbdkit.sock"
+    return running([found("nbdkit", "nbdkit"), "-f", "-U", str(path), *arguments], path)
+
+
+def qemu_nbd(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
+    """qemu-nbd with these arguments, for any number of clients; the URI of its default export."""
+    path = folder / "qemu.sock"
+    return running([found("qemu-nbd", "qemu-utils"), "-t", "-k", str(path), *arguments], path)
+
+
+class Wire:
+    """A Unix socket at `path` that passes all on to the one at `to`; a context manager. `budget`: after so many bytes from
+    the server (or, with `upward`, from the client) the connection is cut, once; None: never."""
+
+    def __init__(self, path: Path, to: Path, *, budget: int | None = None, upward: bool = False) -> None:
+        self.uri = f"nbd+unix:///?socket={path}"
+        self._to = str(to)
+        self._left = budget
+        self._upward = upward
+        self._mutex = threading.Lock()
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.cuts = 0
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+
+    def cut(self) -> None:
+        """Cut all connections that there are now."""
+        with self._mutex:
+            for end in self._open:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            self.cuts += 1
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._to)
+            with self._mutex:
+                self._open += [client, server]
+            self._spawn(client, server, self._upward)
+            self._spawn(server, client, not self._upward)
+
+    def _spawn(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        thread = threading.Thread(target=self._pump, args=(source, target, counted), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if counted and self._left is not None:
+                    if len(data) >= self._left:
+                        target.sendall(data[: self._left])
+                        self._left = None
+                        self.cut()
+                        break
+                    self._left -= len(data)
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Wire:
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join(10)
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for end in self._open:
+            end.close()
