@@ -449,12 +449,16 @@ class Child:
             flags &= ~NO_FALLBACK
 
     def _write_zeros(self, lo: int, hi: int, flags: int) -> None:
-        # The range is held already: straight to the driver, not through `write`.
+        # The range is held already: straight to the driver, not through `write`. Cut at multiples of whole blocks: only the
+        # two ends are merged with what is beside them.
         align = self._align
-        for at in range(lo, hi, _BOUNCE):
-            part = _ZEROS[: min(_BOUNCE, hi - at)]
-            stop = at + len(part)
+        step = max(_BOUNCE, align)
+        at = lo
+        while at < hi:
+            stop = min(at - at % step + step, hi)
+            part = _ZEROS[: stop - at] if stop - at <= _BOUNCE else memoryview(bytes(stop - at))
             if (at % align) or (stop % align and stop != self.node.size):
                 self._write_unaligned(at, part, flags)
             else:
                 self._write_aligned(at, part, flags)
+            at = stop

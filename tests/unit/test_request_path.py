@@ -221,6 +221,18 @@ def test_a_fast_zero_that_has_begun_is_finished() -> None:
     assert not any(node.bytes)
 
 
+def test_zeros_that_are_written_are_merged_only_at_their_ends() -> None:
+    """With blocks larger than the buffer of zeros, too: a block in the middle is written once, and none is read."""
+    block = 4 << 20
+    node = Checked(5 * block, Limits(request_alignment=block), can_zero=False)
+    before = bytes(node.bytes)
+    edge = Child(node, "root")
+    node.fail_reads = 2  # the head's and the tail's
+    edge.zero(block // 2, 4 * block)
+    assert node.bytes == before[: block // 2] + bytes(4 * block) + before[block // 2 + 4 * block :]
+    assert len(node.flags) == 5
+
+
 def test_fua_is_emulated_once_and_passed_on_where_it_is_known() -> None:
     node = Checked(64, Limits(max_transfer=16))
     Child(node, "test").write(0, memoryview(bytes(64)), FUA)
