@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket as socket_module
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.nbd_peers import nbdkit
+from tests.cli.nbd_peers import nbdkit, running
+from tests.conftest import NbdTools, Qemu
+from tests.nbd_fake_server import FakeServer, exactly
+from tests.nbd_scripts import export, greeting, info_export, option, refusal
 
 import lamina
 from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
-from lamina.nbd import Export, Server
+from lamina.nbd import Export, Server, wire
+from lamina.nbd.inspect import list_exports
 
 MIB = 1 << 20
 
@@ -56,8 +61,6 @@ def test_the_keys_are_those_of_nbdinfo(socket: str, capsys: pytest.CaptureFixtur
     found = as_json(capsys, uri(socket, "disk"))
     (export,) = found.pop("exports")
     assert found == {"protocol": "newstyle-fixed", "TLS": False, "structured": True, "extended": True}
-    # Whether a status may have a payload depends on contexts that were selected, which asking does not do.
-    assert isinstance(export.pop("can_block_status_payload"), bool)
     contexts = {"base:allocation", "qemu:allocation-depth", "lamina:exact", "qemu:dirty-bitmap:b0"}
     assert set(export.pop("contexts")) == contexts
     assert export == {
@@ -67,6 +70,7 @@ def test_the_keys_are_those_of_nbdinfo(socket: str, capsys: pytest.CaptureFixtur
         "uri": uri(socket, "disk"),
         "is_rotational": False,
         "is_read_only": False,
+        "can_block_status_payload": True,
         "can_cache": True,
         "can_df": True,
         "can_fast_zero": True,
@@ -158,7 +162,13 @@ def test_an_export_that_is_not_there(socket: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--no-sr",), ("--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-maximum=1M")]
+    "options",
+    [
+        (),
+        ("--no-sr",),
+        ("--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-maximum=1M"),
+        ("--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-maximum=4294967295"),
+    ],
 )
 def test_the_same_as_nbdinfo_of_other_servers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
@@ -175,6 +185,66 @@ def test_the_same_as_nbdinfo_of_other_servers(
     peers.setdefault("extended", ours["extended"])
     peers["exports"][0] = {"contexts": [], "can_block_status_payload": False} | peers["exports"][0]
     assert ours == peers
+
+
+def test_the_same_as_the_newer_nbdinfo_of_the_newer_qemu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], qemu10: Qemu, nbd_tools_new: NbdTools
+) -> None:
+    """Extended headers: BLOCK_STATUS_PAYLOAD, which is told only once contexts are selected, among what is compared."""
+    image, path = tmp_path / "disk.qcow2", tmp_path / "qemu.sock"
+    qemu10.img("create", "-f", "qcow2", image, "10M")
+    qemu10.img("bitmap", "--add", image, "b0")
+    program = str(Path(qemu10.peer.qemu_img).with_name("qemu-nbd"))
+    command = [program, "-f", "qcow2", "-r", "-t", "-A", "-B", "b0", "-x", "disk", "-D", "one", "-k", str(path)]
+    with running([*command, str(image)], path):
+        address = uri(str(path), "disk")
+        peers = json.loads(nbd_tools_new.run("nbdinfo", "--json", address).stdout)
+        ours = as_json(capsys, address)
+        assert list(ours["exports"][0]) == list(peers["exports"][0]), "in the same order"
+        for one in (ours["exports"][0], peers["exports"][0]):
+            one.pop("content")
+        assert ours == peers
+        assert ours["exports"][0]["can_block_status_payload"]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Iterator[str]:
+    """A server whose second export has a name that is no UTF-8; the name of its third would drive a terminal."""
+
+    def behave(sock: socket_module.socket, number: int) -> None:
+        sock.sendall(greeting())
+        exactly(sock, 4)
+        while True:
+            head = wire.OPTION.unpack(exactly(sock, wire.OPTION.size))
+            data = exactly(sock, head.length)
+            if head.option == wire.OPT_LIST:
+                sock.sendall(export(b"a") + export(b"b\xff\x1b", b"odd") + export(b"\x1b[2J") + option(wire.OPT_LIST))
+            elif head.option == wire.OPT_INFO:
+                assert b"\xff" not in data
+                sock.sendall(info_export(3 * MIB, number=wire.OPT_INFO) + option(wire.OPT_INFO))
+            elif head.option == wire.OPT_ABORT:
+                sock.sendall(option(wire.OPT_ABORT))
+                return
+            else:
+                sock.sendall(refusal(head.option))
+
+    server = FakeServer(tmp_path / "odd", behave)
+    yield server.uri
+    server.close()
+    assert not server.failures, server.failures
+
+
+def test_a_name_that_is_no_text_spoils_only_itself(odd: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "--list", odd, status=1)
+    assert [one["export-name"] for one in found["exports"]] == ["a", "b\\xff\x1b", "\x1b[2J"]
+    assert [one.get("export-size") for one in found["exports"]] == [3 * MIB, None, 3 * MIB]
+    assert ["uri" in one for one in found["exports"]] == [True, False, True]
+    assert found["exports"][1]["description"] == "odd"
+    assert "cannot be asked for" in found["exports"][1]["error"]
+    text = told(capsys, "--list", odd, status=1)
+    assert 'export="b\\xff\\x1b":' in text
+    assert text.replace("\n", "").replace("\t", "").isprintable()
+    assert [one.name for one in list_exports(odd)] == ["a", "b\\xff\x1b", "\x1b[2J"]
 
 
 def test_an_error_while_the_content_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def exported(align: int, writable: bool = True) -> Iterator[tuple[Export, bytear
 
 
 class Left(Exception):
-    """The server closed the connection, and all that it said was heard."""
+    """All that the server said was heard, and it waits for the client, which waits for it; or it is gone."""
 
 
 class Wire:
@@ -78,10 +78,12 @@ class Wire:
     def negotiate(self, wish: Wish) -> Facts:
         machine = Negotiation(wish)
         while not machine.done:
-            if self.server.closed and not self.server.out:
-                raise Left
+            silent = not self.server.out
             self.deliver(machine)
-            self.send(b"".join(machine.to_send()))
+            said = b"".join(machine.to_send())
+            if silent and not said:
+                raise Left
+            self.send(said)
         assert isinstance(machine.result, Facts)
         return machine.result
 

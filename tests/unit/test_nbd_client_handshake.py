@@ -292,6 +292,8 @@ def test_what_is_agreed() -> None:
     assert (found.name, found.description) == ("real", "dis\\x07k")
     assert (found.size, found.mode, found.handshake, found.tls) == (1000, "structured", "newstyle-fixed", False)
     assert (found.minimum, found.preferred, found.maximum, found.block_sizes_known) == (512, 4096, 1 << 20, True)
+    unlimited = result(STRUCTURED + info_sizes(512, 4096, 0xFFFFFFFF) + info_export() + GO)
+    assert (unlimited.maximum, unlimited.maximum_told) == (0xFFFFFE00, 0xFFFFFFFF)
     assert found.contexts == {"base:allocation": 1}
     assert found.flags & wire.FLAG_SEND_DF
     assert not found.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD, "it belongs to extended headers"
@@ -367,6 +369,8 @@ def test_all_exports_are_described() -> None:
         + context(of=listing, number=0)
         + context(b"q:w", 0, listing)
         + option(listing)
+        + context()
+        + option(10)
         + info_export(number=6)
         + option(6)
         + option(listing)
@@ -378,11 +382,49 @@ def test_all_exports_are_described() -> None:
     first, second = machine.result
     assert first.facts is not None
     assert first.facts.available == ("base:allocation", "q:w")
+    assert first.facts.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD
     assert second.facts is None
     assert "not for you" in str(second.error)
 
 
-@pytest.mark.parametrize("name", ["x" * 4097, "a\0b"])
+@pytest.mark.parametrize(
+    ("named", "selects"),
+    [((b"base:allocation",), True), ((b"q:w", b"base:allocation"), True), ((b"q:\xff",), True), ((), False)],
+)
+def test_what_is_true_only_with_contexts_is_asked_with_contexts(named: tuple[bytes, ...], selects: bool) -> None:
+    """A server tells BLOCK_STATUS_PAYLOAD once contexts are selected: `describe` selects one of those that it has."""
+    listing = wire.OPT_LIST_META_CONTEXT
+    contexts = b"".join(context(name, 0, listing) for name in named) + option(listing)
+    chosen = b"base:allocation" if b"base:allocation" in named else b"".join(named[:1])
+    for flags, taken in ((ALL_FLAGS, True), (ALL_FLAGS & ~wire.FLAG_BLOCK_STATUS_PAYLOAD, True), (ALL_FLAGS, False)):
+        answer = ((context(chosen, 5) if taken else b"") + option(10)) if selects else b""
+        script = greeting() + option(11) + contexts + answer + info_export(flags=flags, number=6) + option(6)
+        machine = negotiate(script, OPEN, "describe")
+        assert isinstance(machine.result, tuple)
+        (found,) = machine.result
+        assert found.facts is not None
+        told = bool(flags & wire.FLAG_BLOCK_STATUS_PAYLOAD)
+        assert bool(found.facts.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD) == (told and selects and taken)
+        sent = b"".join(machine.to_send())
+        assert (chosen in sent and chosen != b"") == selects
+    # With structured replies there is no such flag, and nothing to select.
+    script = greeting() + refusal(11) + option(8) + contexts + info_export(number=6) + option(6)
+    negotiate(script, OPEN, "describe")
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"a\0b", b"ok\xed\xa0\x80"])
+def test_a_listed_name_that_cannot_be_asked_for_spoils_only_itself(name: bytes) -> None:
+    script = greeting() + refusal(11) + refusal(8) + export(b"a") + export(name, b"odd") + export(b"b") + option(3)
+    machine = negotiate(script + 2 * (info_export(number=6) + option(6)), None, "describe")
+    assert isinstance(machine.result, tuple)
+    first, odd, last = machine.result
+    assert first.facts is not None
+    assert last.facts is not None
+    assert (odd.facts, odd.description) == (None, "odd")
+    assert "cannot be asked for" in str(odd.error)
+
+
+@pytest.mark.parametrize("name", ["x" * 4097, "a\0b", "\udcff"])
 def test_a_name_that_cannot_be_is_not_sent(name: str) -> None:
     with pytest.raises(LaminaError, match="name"):
         negotiate(STRUCTURED, Wish(name))

@@ -260,12 +260,13 @@ class Client:
 
     # -- many at a time
 
-    def start_read(self, offset: int, view: Buffer) -> Pending:
-        """Begin to fill `view`, which must live, and not be read, until `wait` returned."""
+    def start_read(self, offset: int, view: Buffer, *, piece: int = wire.MAX_PAYLOAD) -> Pending:
+        """Begin to fill `view`, which must live, and not be read, until `wait` returned. What is longer than `piece` bytes
+        (a power of two, from 64 KiB) goes out in several requests, all at once and over all connections."""
         into = _flat(view)
         length = len(into)
         self._check("read", offset, length)
-        most = self._most
+        most = min(self._most, piece)
         if length <= most and not (offset | length) & (self.minimum - 1):
             return self._start(wire.CMD_READ, offset, length, 0, into) if length else Group(())
         lo, hi = self._widened(offset, offset + length)
@@ -276,23 +277,26 @@ class Client:
             # Only the two ends are read through a buffer of their own.
             first, last = align_up(offset, self.minimum), align_down(offset + length, self.minimum)
             cuts = [offset, *sorted({first, last} - {offset, offset + length}), offset + length]
-            return Group([self.start_read(a, into[a - offset : b - offset]) for a, b in itertools.pairwise(cuts)])
+            return Group(
+                [self.start_read(a, into[a - offset : b - offset], piece=piece) for a, b in itertools.pairwise(cuts)]
+            )
 
         def finish(_: list[Any]) -> None:
             into[:] = room[offset - lo : offset - lo + length]
 
         return Group([self._start(wire.CMD_READ, lo, hi - lo, 0, room)], finish)
 
-    def start_write(self, offset: int, data: Buffer, fua: bool = False) -> Pending:
-        """Begin a write; `data` must not change until `wait` returned."""
+    def start_write(self, offset: int, data: Buffer, fua: bool = False, *, piece: int = wire.MAX_PAYLOAD) -> Pending:
+        """Begin a write; `data` must not change until `wait` returned. `piece` as for `start_read`."""
         view = _flat(data)
         self._check_change("write", offset, len(view))
         flags = self._fua(fua)
         if self.mode == "extended":
             flags |= wire.CMD_FLAG_PAYLOAD_LEN
-        if len(view) <= self._most:
+        most = min(self._most, piece)
+        if len(view) <= most:
             return self._start(wire.CMD_WRITE, offset, len(view), flags, payload=view) if len(view) else Group(())
-        parts = _pieces(view, offset, self._most)
+        parts = _pieces(view, offset, most)
         return Group([self._start(wire.CMD_WRITE, offset + at, len(p), flags, payload=p) for at, p in parts])
 
     def start_zero(
@@ -383,7 +387,11 @@ class Client:
         payload: memoryview | bytes | None = None,
     ) -> Pending:
         request = Sent(command, offset, length, flags, view, payload)
-        self._link().submit(request)
+        try:
+            self._link().submit(request)
+        except LaminaError as error:
+            # `wait` tells: other parts of the same read may be on their way over other links, and must be waited for.
+            request.error, request.done = error, True
         return request
 
     def _effects(self, command: int, offset: int, length: int, flags: int, most: int = 0) -> Pending:

@@ -49,8 +49,9 @@ class Wish:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What was agreed about one export. Sizes are bytes. Without `block_sizes_known` the three block sizes are what a client
-    may assume. `contexts`: the metadata contexts that were selected, with their numbers on this connection; `available`:
-    all that the server named, where it was asked (`describe`)."""
+    may assume. `maximum` is a multiple of the minimum; `maximum_told` is what the server said, 2**32 - 1 for no limit.
+    `contexts`: the metadata contexts that were selected, with their numbers on this connection; `available`: all that the
+    server named, where it was asked (`describe`)."""
 
     name: str
     size: int
@@ -62,6 +63,7 @@ class Facts:
     minimum: int = wire.MIN_BLOCK
     preferred: int = wire.PREFERRED_BLOCK
     maximum: int = wire.MAX_PAYLOAD
+    maximum_told: int = wire.MAX_PAYLOAD
     block_sizes_known: bool = False
     contexts: dict[str, int] = field(default_factory=dict)
     available: tuple[str, ...] = ()
@@ -89,12 +91,18 @@ def server_text(data: bytes | bytearray | memoryview) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def encoded(name: str) -> bytes:
-    """A name as it goes over the wire. One that a server sent in no good UTF-8 becomes what it was."""
-    data = name.encode("utf-8", "surrogateescape")
-    if len(data) > wire.MAX_STRING or b"\0" in data:
-        hint = f"at most {wire.MAX_STRING} bytes, without NUL"
-        raise BlockIOError("the name cannot be that of an export or context", errno=errno.EINVAL, hint=hint)
+def encoded(name: str, errors: str = "strict") -> bytes:
+    """A name as it goes over the wire: UTF-8 without NUL. BlockIOError (EINVAL) for what a server may list all the same.
+    `errors`: "surrogateescape" for a name that goes back to the server in the bytes in which it came."""
+    try:
+        data = name.encode("utf-8", errors)
+        wrong = len(data) > wire.MAX_STRING or b"\0" in data
+    except UnicodeEncodeError:
+        wrong = True
+    if wrong:
+        hint = f"it has at most {wire.MAX_STRING} bytes of UTF-8, without NUL"
+        message = "the name cannot be asked for: it is none of an export or context"
+        raise BlockIOError(message, errno=errno.EINVAL, hint=hint)
     return data
 
 
@@ -325,21 +333,30 @@ class Negotiation:
             if refused.kind != wire.REP_ERR_UNSUP or self._mode == "extended":
                 raise
             facts = yield from self._export_name()
-        flags = facts.flags if contexts else facts.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD
-        return replace(facts, contexts=contexts, flags=flags)
+        return replace(_with_contexts(facts, contexts), contexts=contexts)
 
     def _describe(self, one: Listed) -> Generator[int, bytes, Listed]:
+        available: dict[str, int] = {}
+        selected: dict[str, int] = {}
         try:
             name = encoded(one.name)
-            available: dict[str, int] | list[str] = []
+        except BlockIOError as error:
+            if not self.all_exports:
+                raise
+            return replace(one, error=error)
+        try:
             if self._mode != "simple":
                 available = yield from self._contexts(wire.OPT_LIST_META_CONTEXT, name, ())
+            if self._mode == "extended" and available:
+                # Whether block status may have a payload, a server says only where some context is selected.
+                wanted = min(available, key=lambda context: context != wire.BASE_ALLOCATION)
+                selected = yield from self._contexts(wire.OPT_SET_META_CONTEXT, name, (wanted,))
             facts = yield from self._information(wire.OPT_INFO, one.name)
         except Refused as refused:
             if refused.kind == wire.REP_ERR_SHUTDOWN or not self.all_exports:
                 raise
             return replace(one, error=refused.error(one.name))
-        return replace(one, facts=replace(facts, available=tuple(available)))
+        return replace(one, facts=replace(_with_contexts(facts, selected), available=tuple(available)))
 
     def _list(self) -> Generator[int, bytes, tuple[Listed, ...]]:
         found = []
@@ -352,7 +369,7 @@ class Negotiation:
         return tuple(found)
 
     def _contexts(self, option: int, name: bytes, queries: Sequence[str]) -> Generator[int, bytes, dict[str, int]]:
-        words = [encoded(query) for query in queries]
+        words = [encoded(query, "surrogateescape") for query in queries]
         parts = [struct.pack(">I", len(name)), name, struct.pack(">I", len(words))]
         for word in words:
             parts += (struct.pack(">I", len(word)), word)
@@ -417,6 +434,7 @@ class Negotiation:
             minimum=minimum,
             preferred=preferred,
             maximum=align_down(maximum, minimum),
+            maximum_told=maximum,
             block_sizes_known=True,
         )
 
@@ -475,3 +493,8 @@ class Negotiation:
             if len(found) == MAX_REPLIES or room < 0:
                 raise violation(f"more than {MAX_REPLIES} replies to {name}, or {MAX_REPLY_BYTES} bytes")
             found.append(body)
+
+
+def _with_contexts(facts: Facts, selected: dict[str, int]) -> Facts:
+    """`facts` without the flag that means nothing unless contexts are `selected`."""
+    return facts if selected else replace(facts, flags=facts.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD)

@@ -6,10 +6,11 @@ tells of one export only, by entering it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 from ..detect import HEAD_BYTES, TAIL_BYTES, detect
-from ..errors import FormatError, LaminaError
+from ..errors import FormatError, LaminaError, OptionError
 from . import wire
 from .client import Client
 from .client_connection import leave, negotiate
@@ -18,7 +19,8 @@ from .uri import Target, parse
 
 
 class ExportInfo(NamedTuple):
-    """One export in the list of a server; `description` is "" where it gave none."""
+    """One export in the list of a server; `description` is "" where it gave none. A name in no good UTF-8, by which an export
+    cannot be asked for, is shown with backslashes."""
 
     name: str
     description: str
@@ -26,51 +28,96 @@ class ExportInfo(NamedTuple):
 
 class Inspection(NamedTuple):
     """What is known of one export: `facts` (its `available` are all metadata contexts that the server names), or the `error`
-    with which it refused to tell. `description` is None where there is none. `content`: the format that the magic at its
+    with which it refused to tell. `description` is None where there is none, `uri` for an export that has a `name` in no good
+    UTF-8 or with NUL: that is shown with backslashes, and cannot be asked for. `content`: the format that the magic at its
     ends says, where that was asked for and its bytes could be read."""
 
     name: str
     description: str | None
-    uri: str
+    uri: str | None
     facts: Facts | None
     error: LaminaError | None
     content: str | None = None
 
-    def as_dict(self) -> dict[str, object]:
-        """For JSON: the keys of nbdinfo, sizes in bytes, and ours: handshake, mode, block-size-known, error."""
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The metadata contexts that the server names; none where it did not tell."""
+        return () if self.facts is None else tuple(map(_shown, self.facts.available or self.facts.contexts))
+
+    @property
+    def features(self) -> dict[str, bool]:
+        """What the transmission flags say, by nbdinfo's keys and in its order."""
         facts = self.facts
-        found: dict[str, object] = {"export-name": self.name, "description": self.description, "uri": self.uri}
-        if facts is None:
-            return found | {"error": str(self.error)}
-        found |= {
-            "export-size": facts.size,
-            "content": self.content,
-            "contexts": list(facts.available or facts.contexts),
-            "handshake": facts.handshake,
-            "mode": facts.mode,
-            "tls": facts.tls,
-            "block-size-known": facts.block_sizes_known,
-            "block-size-minimum": facts.minimum,
-            "block-size-preferred": facts.preferred,
-            "block-size-maximum": facts.maximum,
+        return {} if facts is None else {name: bool(facts.flags & flag) for name, flag in FEATURES.items()}
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        """The block sizes that the server told, as it told them, by nbdinfo's keys; none if it told none."""
+        facts = self.facts
+        if facts is None or not facts.block_sizes_known:
+            return {}
+        return {
+            "block_size_minimum": facts.minimum,
+            "block_size_preferred": facts.preferred,
+            "block_size_maximum": facts.maximum_told,
         }
-        return found | {name: bool(facts.flags & flag) for name, flag in FEATURES.items()}
+
+    def as_dict(self) -> dict[str, object]:
+        """One of `exports` in the JSON of nbdinfo: its keys, sizes in bytes; absent is what was not told. Ours is `error`."""
+        told = {"description": self.description, "content": self.content, "uri": self.uri}
+        found: dict[str, object] = {"export-name": self.name}
+        found |= {key: text for key, text in told.items() if text is not None}
+        if self.facts is not None:
+            found |= {"contexts": list(self.contexts), **self.features, **self.block_sizes}
+            found |= {"export-size": self.facts.size, "export-size-str": _short(self.facts.size)}
+        return found if self.error is None else found | {"error": str(self.error)}
 
 
-#: What the transmission flags say of an export, by the names that nbdinfo gives them.
-FEATURES = {
-    "is-read-only": wire.FLAG_READ_ONLY,
-    "is-rotational": wire.FLAG_ROTATIONAL,
-    "can-cache": wire.FLAG_SEND_CACHE,
-    "can-df": wire.FLAG_SEND_DF,
-    "can-fast-zero": wire.FLAG_SEND_FAST_ZERO,
-    "can-flush": wire.FLAG_SEND_FLUSH,
-    "can-fua": wire.FLAG_SEND_FUA,
-    "can-multi-conn": wire.FLAG_CAN_MULTI_CONN,
-    "can-status-payload": wire.FLAG_BLOCK_STATUS_PAYLOAD,
-    "can-trim": wire.FLAG_SEND_TRIM,
-    "can-zero": wire.FLAG_SEND_WRITE_ZEROES,
+def as_dict(found: Sequence[Inspection]) -> dict[str, object]:
+    """What `inspect` returned in the form of nbdinfo's JSON. Its first keys are those of the connection, absent where no
+    export could be described."""
+    facts = next((one.facts for one in found if one.facts is not None), None)
+    head: dict[str, object] = {}
+    if facts is not None:
+        head = {
+            "protocol": facts.handshake,
+            "TLS": facts.tls,
+            "structured": facts.mode != "simple",
+            "extended": facts.mode == "extended",
+        }
+    return head | {"exports": [one.as_dict() for one in found]}
+
+
+#: What the transmission flags say of an export, by the keys of nbdinfo, in its order.
+FEATURES: Final = {
+    "is_rotational": wire.FLAG_ROTATIONAL,
+    "is_read_only": wire.FLAG_READ_ONLY,
+    "can_block_status_payload": wire.FLAG_BLOCK_STATUS_PAYLOAD,
+    "can_cache": wire.FLAG_SEND_CACHE,
+    "can_df": wire.FLAG_SEND_DF,
+    "can_fast_zero": wire.FLAG_SEND_FAST_ZERO,
+    "can_flush": wire.FLAG_SEND_FLUSH,
+    "can_fua": wire.FLAG_SEND_FUA,
+    "can_multi_conn": wire.FLAG_CAN_MULTI_CONN,
+    "can_trim": wire.FLAG_SEND_TRIM,
+    "can_zero": wire.FLAG_SEND_WRITE_ZEROES,
 }
+_UNITS: Final = "KMGTPE"
+
+
+def _short(size: int) -> str:
+    """`size` in the largest unit of 1024 that divides it, as nbdinfo writes it: 64M, 1025."""
+    unit = ""
+    for next_unit in _UNITS:
+        if size == 0 or size % 1024:
+            break
+        size, unit = size // 1024, next_unit
+    return f"{size}{unit}"
+
+
+def _shown(name: str) -> str:
+    """A name of the server as text: bytes that are no UTF-8 with backslashes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def list_exports(
@@ -81,7 +128,7 @@ def list_exports(
     where = parse(target) if isinstance(target, str) else target
     wish = Wish(where.export, where.tls)
     listed = _ask(where, wish, "list", False, connect_timeout, handshake_timeout)
-    return [ExportInfo(one.name, one.description or "") for one in listed]
+    return [ExportInfo(_shown(one.name), one.description or "") for one in listed]
 
 
 def inspect(
@@ -103,8 +150,12 @@ def inspect(
         description = one.description
         if description is None and one.facts is not None:
             description = one.facts.description
-        place, error = where.replace(export=one.name), one.error
-        magic = None
+        try:
+            place = where.replace(export=one.name)
+        except OptionError:
+            found.append(Inspection(_shown(name), description, None, None, one.error))
+            continue
+        error, magic = one.error, None
         if content and one.facts is not None:
             try:
                 magic = _content(place, connect_timeout, handshake_timeout)
@@ -112,7 +163,7 @@ def inspect(
                 if not exports:
                     raise
                 error = reason
-        found.append(Inspection(name, description, str(place), one.facts, error, magic))
+        found.append(Inspection(_shown(name), description, str(place), one.facts, error, magic))
     return found
 
 

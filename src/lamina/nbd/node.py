@@ -9,7 +9,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from ..errors import BlockIOError, ReadOnly
-from ..limits import Limits, align_down
+from ..limits import KIB, Limits, align_down
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode
 from ..schema import Option, Schema
 from . import wire
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 #: Questions about the status of one stretch, after which the rest of it counts as data: a server that answers byte by byte
 #: could be asked for ever, and data is always a safe answer.
 _MAX_QUESTIONS: Final = 1 << 16
+
+
+#: A longer read or write goes out in pieces of so many bytes, all at once, over all connections.
+PIECE: Final = int(__import__("os").environ.get("PIECE", 256 * KIB))
 
 
 class NbdStorage(StorageNode):
@@ -103,10 +107,10 @@ class NbdStorage(StorageNode):
         return str(self.client.target)
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        self.client.read_into(offset, view)
+        self.client.start_read(offset, view, piece=PIECE).wait()
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.client.write(offset, view, bool(flags & FUA))
+        self.client.start_write(offset, view, bool(flags & FUA), piece=PIECE).wait()
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """WRITE_ZEROES; with NO_FALLBACK as FAST_ZERO, without MAY_UNMAP as NO_HOLE."""

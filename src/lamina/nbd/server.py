@@ -199,9 +199,7 @@ class Server:
         return listener
 
     def _close_listeners(self) -> None:
-        listeners, self._listeners = self._listeners, []
-        for listener in listeners:
-            listener.close()
+        # The name goes first: as long as this socket listens, no other server takes the name for a dead one's.
         if self._unix is not None:
             path, identity = self._unix
             self._unix = None
@@ -209,6 +207,9 @@ class Server:
                 there = os.lstat(path)
                 if (there.st_dev, there.st_ino) == identity:
                     os.unlink(path)
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener.close()
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 

@@ -60,18 +60,19 @@ class Commands:
         room = min(request.length, SLAB) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
         return Commands(self._connection, self._session, self._agreed, send, room)
 
-    def answer(self, requests: list[Request]) -> None:
-        """Do all of these, and send what there is to say. Raises a LaminaError if that cannot be sent."""
+    def answer(self, requests: list[Request]) -> list[Buffer]:
+        """Do all of these. The answers, or the last of them, are returned, to be sent before this is called again; what has
+        no room in the slab is sent. Raises a LaminaError if that fails."""
         out: list[Buffer] = []
         if self._connection.draining:
             for request in requests:
                 out += self._too_late(request)
-            self._send(out)
-            return
+            return out
         session, read_into, slab = self._session, self._export.read_into, self._slab
         data, structured, is_zero = session.data, session.structured, _ZEROS.startswith
         room = len(slab)
-        used = reads = amount = 0
+        write, done = self._export.write, session.done
+        used = reads = amount = writes = written = 0
         for request in requests:
             kind, flags, _, offset, length, _ = request
             if kind == wire.CMD_READ and 0 < length <= _LOOK and not flags:
@@ -93,14 +94,25 @@ class Commands:
                     out += data(request, offset, view, last=True)
                     used += length
                 continue
-            if kind != wire.CMD_WRITE and out:
+            if kind == wire.CMD_WRITE and length:
+                try:
+                    write(offset, request.payload, flags)
+                except Exception as error:  # noqa: BLE001 - as above
+                    out += self._failed(request, error)
+                    continue
+                writes += 1
+                written += length
+                out += done(request)
+                continue
+            if out:
                 self._send(out)  # what follows may take long, or use the slab
                 out, used = [], 0
             out += self._perform(request)
-        if out:
-            self._send(out)
         self._counts["READ"] += reads
         self._counts["bytes_read"] += amount
+        self._counts["WRITE"] += writes
+        self._counts["bytes_written"] += written
+        return out
 
     def _too_late(self, request: Request) -> list[Buffer]:
         if request.type == wire.CMD_DISC or (request.type == PART and not request.payload[2]):
@@ -240,11 +252,9 @@ class Commands:
     # -- writing
 
     def _write(self, request: Request) -> list[Buffer]:
-        if request.length:
-            self._export.write(request.offset, request.payload, request.flags)
-        elif request.flags & wire.CMD_FLAG_FUA:
+        """A WRITE of nothing; the others are done in `answer`."""
+        if request.flags & wire.CMD_FLAG_FUA:
             self._export.flush()
-        self._counts["bytes_written"] += request.length
         return self._done(request, "WRITE")
 
     def _part(self, request: Request) -> list[Buffer]:

@@ -259,10 +259,12 @@ class Connection:
         turn = self._turn.take()
         begun = time.monotonic()
         try:
-            commands.answer(requests)
+            answer = commands.answer(requests)
         finally:
-            turn.release()
+            turn.release()  # before it is sent: the next one wakes up meanwhile
         self._pace.took((time.monotonic() - begun) / len(requests))
+        if answer:
+            self._send(answer)
 
     # -- the pool
 
@@ -273,7 +275,7 @@ class Connection:
         for request in requests:
             long = request.type == wire.CMD_READ and request.length > SLAB
             if long or request.type in (PART, REFUSED, wire.CMD_DISC):
-                commands.answer([request])
+                self._answer_here(commands, request)
                 continue
             if request.type == wire.CMD_WRITE:
                 request = request._replace(payload=memoryview(bytes(request.payload)))  # its place is used again
@@ -282,14 +284,19 @@ class Connection:
                 self._pace.submit(self._one, commands, request)
             except RuntimeError:  # the server ends, and its pool has
                 self._slots.release()
-                commands.answer([request])
+                self._answer_here(commands, request)
+
+    def _answer_here(self, commands: Commands, request: Request) -> None:
+        answer = commands.answer([request])
+        if answer:
+            self._send(answer)
 
     def _one(self, commands: Commands, request: Request) -> None:
         """Execute a request, in a thread of the pool."""
         begun = time.monotonic()
         answer: list[Buffer] = []
         try:
-            commands.for_one(request, answer.extend).answer([request])
+            answer += commands.for_one(request, answer.extend).answer([request])
         finally:
             self._pace.took(time.monotonic() - begun)
             self._answers.put(answer)

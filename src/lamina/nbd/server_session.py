@@ -88,6 +88,8 @@ class Transmission:
         self._allowed = dict(_FLAGS)
         if agreed.structured:
             self._allowed[wire.CMD_READ] |= wire.CMD_FLAG_DF
+        #: Flags that a WRITE may have.
+        self._write_flags = wire.CMD_FLAG_FUA | (wire.CMD_FLAG_PAYLOAD_LEN if agreed.extended else 0)
         self._header = wire.EXTENDED_REQUEST.codec if agreed.extended else wire.REQUEST.codec
         self._magic = wire.EXTENDED_REQUEST_MAGIC if agreed.extended else wire.REQUEST_MAGIC
         self._room = memoryview(bytearray(ROOM))
@@ -117,22 +119,26 @@ class Transmission:
         room, end, finished = self._room, self._end, self.finished
         unpack, size, magic_here = self._header.unpack_from, self._header.size, self._magic
         disk, most, mask = self._size, self._maximum, self._mask
+        # What an export that is read-only must never see begins with this.
+        writable = not self._read_only
+        refused = ~self._write_flags
         while end - self._begin >= size and not finished:
             magic, flags, type, cookie, offset, length = unpack(room, self._begin)
             if magic != magic_here:
                 self._break(f"{magic:#010x} where a request must begin")
                 break
-            request = Request(type, flags, cookie, offset, length)
-            if (
-                type == wire.CMD_READ
-                and not flags
-                and 0 < length <= most
-                and offset <= disk - length
-                and not (offset | length) & mask
-            ):  # the common case, spelt out: 0.5 us less
-                self._begin += size
-                requests.append(request)
-            elif not self._take(request, requests):
+            if not (offset | length) & mask and 0 < length <= most and offset <= disk - length:
+                # The common cases, spelt out: 0.5 us less for a read, 1.5 for a write.
+                if type == wire.CMD_READ and not flags:
+                    self._begin += size
+                    requests.append(Request(type, flags, cookie, offset, length))
+                    continue
+                at = self._begin + size
+                if writable and type == wire.CMD_WRITE and not flags & refused and length <= end - at:
+                    self._begin = at + length
+                    requests.append(Request(type, flags, cookie, offset, length, room[at : at + length]))
+                    continue
+            if not self._take(Request(type, flags, cookie, offset, length), requests):
                 break
             finished = self.finished
         else:
