@@ -19,8 +19,13 @@ from tests.certificates import write_certificates
 from tests.conftest import Qemu
 
 import lamina
+from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
-from lamina.nbd import wire
+from lamina.filters.nozero import NoZero
+from lamina.image import Image
+from lamina.nbd import Client, Export, Server, wire
+from lamina.request import Child
+from lamina.storage.memory import MemoryStorage
 
 DATA = bytes(range(256)) * 4096
 
@@ -234,6 +239,34 @@ def test_tls(serve: Serve, tmp_path: Path, qemu: Qemu) -> None:
     assert plain.returncode
 
 
+class Watched(MemoryStorage):
+    """Storage that offers a bitmap of what was written."""
+
+    driver = "watched"
+
+    def __init__(self, size: int = 0, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(size, name=name, read_only=read_only)
+        self._bitmap = MemoryBitmap(4096)
+        self._bitmap.mark(8192, 4096)
+
+    @property
+    def bitmaps(self) -> dict[str, MemoryBitmap]:
+        return {"daily": self._bitmap}
+
+
+def test_a_bitmap_that_a_node_offers(tmp_path: Path) -> None:
+    """Through a filter that leaves bytes where they are, too."""
+    with Image(NoZero(Child(Watched(1 << 20), "image"))) as image:
+        export = Export(image, bitmaps={"daily": image.node.bitmaps["daily"]})
+        context = "qemu:dirty-bitmap:daily"
+        with (
+            Server([export], unix=str(tmp_path / "s")) as server,
+            Client.connect(server.uri, contexts=(context,)) as client,
+        ):
+            status = client.block_status(0, 1 << 20)
+    assert status == {"qemu:dirty-bitmap:daily": [(8192, 0), (4096, 1), ((1 << 20) - 12288, 0)]}
+
+
 MISTAKES = [
     (["-k", "s"], "nothing to serve"),
     (["-k", "s", "none.raw"], "none.raw"),
@@ -250,6 +283,7 @@ MISTAKES = [
     (["-k", "s", "--export", "name=a", "-f", "raw"], "names no file"),
     (["-k", "s", "--export", "file=disk.raw,colour=red"], "colour"),
     (["-k", "s", "--export", "file=disk.raw,writable=maybe"], "writable"),
+    (["-k", "s", "--export", "file=disk.raw,format=raw,allow=dns:a"], "--tls-verify-peer"),
     (["-k", "s", "-x", "a", "disk.raw", "disk.raw", "-f", "raw"], "-x"),
     (["-k", "s", "disk.raw", "disk.raw", "-f", "raw"], "two exports"),
     (["-c", "/dev/nbd0", "disk.raw"], "nbd-client"),

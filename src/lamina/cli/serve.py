@@ -178,9 +178,11 @@ def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
         allow = options.get("allow")
         names = None
         if allow is not None:
+            if not args.tls_verify_peer:
+                raise OptionError("allow= needs certificates to read names from", hint="add --tls-verify-peer")
             from ..nbd.tls import allow_list
 
-            names = allow_list([allow])
+            names = allow_list(allow.split(";"))
         offers.append(Offer(export, tls_only=options.get("tls-only", False), allow=names))
     return offers
 
