@@ -25,7 +25,7 @@ COPIED = 1 << 63  # the flag of a mapping whose cluster has exactly one referenc
 
 
 def alternating(
-    path: str | os.PathLike[str], count: int = 1 << 20, cluster_bits: int = 16, *, sharing: int = 1
+    path: str | os.PathLike[str], count: int = 1 << 20, cluster_bits: int = 16, *, sharing: int = 1, every: int = 2
 ) -> Path:
     """Write a qcow2 version 3 image whose guest clusters alternate, even ones data, odd ones nothing; return its path.
 
@@ -42,13 +42,15 @@ def alternating(
     deduplication (so no mapping carries the "copied" flag). 512 gives 64 MiB of data by default. QEMU's map then says
     `data true, zero false` and never asks the file system, as with an ordinary full image; no two extents coalesce,
     because nothing lies between any two of them.
+
+    `every`: one guest cluster in so many has data; 1: all have.
     """
     cluster_size = 1 << cluster_bits
     entries_per_table = cluster_size // 8
     counts_per_block = cluster_size // 2
     l2_tables = _divide_up(count, entries_per_table)
     l1_clusters = _divide_up(l2_tables * 8, cluster_size)
-    references = (count + 1) // 2
+    references = _divide_up(count, every)
     data_clusters = _divide_up(references, sharing)
 
     # Refcount blocks and their table count themselves too: add blocks until all clusters are covered.
@@ -92,7 +94,7 @@ def alternating(
     counts.extend(min(sharing, references - first) for first in range(0, references, sharing))
     flag = COPIED if sharing == 1 else 0
     mappings = array("Q", bytes(l2_tables * entries_per_table * 8))
-    mappings[0:count:2] = array("Q", (data_at + n // sharing * cluster_size | flag for n in range(references)))
+    mappings[0:count:every] = array("Q", (data_at + n // sharing * cluster_size | flag for n in range(references)))
 
     path = Path(path)
     with path.open("wb") as file:
@@ -177,13 +179,14 @@ def main() -> None:
     kind.add_argument("--count", type=int, default=1 << 20, help="number of clusters, and of extents (1048576)")
     kind.add_argument("--cluster-bits", type=int, default=16)
     kind.add_argument("--sharing", type=int, default=1, help="guest clusters per data cluster; 1: data in a hole")
+    kind.add_argument("--every", type=int, default=2, help="one guest cluster in so many has data (2)")
     kind = kinds.add_parser("ext4", help="a raw image of a real file system")
     kind.add_argument("path")
     kind.add_argument("--size", type=int, default=4 * GIB, help="bytes of the image (4 GiB)")
     kind.add_argument("--content", type=int, default=3 * GIB // 2, help="bytes of files in it (1.5 GiB)")
     options = parser.parse_args()
     if options.kind == "alternating":
-        alternating(options.path, options.count, options.cluster_bits, sharing=options.sharing)
+        alternating(options.path, options.count, options.cluster_bits, sharing=options.sharing, every=options.every)
     else:
         ext4(options.path, options.size, options.content)
 

@@ -1,4 +1,4 @@
-"""One command, one table: Lamina beside qemu-img, on the same images, on the same machine, in the same run.
+"""One command: Lamina beside qemu-img and other servers, on the same images, on the same machine, in the same run.
 
 `python -m benchmarks.run` makes its images, runs the commands in turn, checks that each result is right, prints a table
 with the ratios that the project promises, and removes what it made. Exit status 0 when all was measured, whatever the
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import peers, requests
+from . import nbd, peers, requests
 from .measure import Failed, Figures, Task, anything, floor, in_turn
 
 MIB = 1 << 20
@@ -260,7 +260,9 @@ def main() -> int:
             print("measuring 4 KiB requests ...", file=sys.stderr, flush=True)
             small_requests = requests.measure(folder, others)
 
-    if not rows:
+        served = nbd.measure(lamina_command(), folder, min(options.rounds, 3), only=options.only, small=options.small)
+
+    if not rows and not served.rows:
         parser.error(f"no work has {options.only!r} in its title")
     machine = {
         "python": platform.python_version(),
@@ -271,23 +273,34 @@ def main() -> int:
         "small": options.small,
         "memory_floor": least,
     }
-    print(table(rows))
-    print(f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round, beside the best of the peers.")
+    if rows:
+        print(table(rows))
+        print(
+            f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round, beside the best of the peers."
+        )
     print(f"Python {machine['python']}, {machine['cpus']} CPUs, Linux {machine['kernel']}.", end=" ")
     print(f"A program that does nothing reads {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")
     if small_requests:
         print(f"\n{requests.table(small_requests)}")
+    if served.rows:
+        print(f"\n{nbd.table(served)}\nBest of {min(options.rounds, 3)}, in turn, beside the best of the peers.")
     for row in rows:
         if row.error:
             print(f"n/a: {row.program} ({row.work}): {row.error}")
     if options.output:
         options.output.write_text(
             json.dumps(
-                {"machine": machine, "rows": [asdict(row) for row in rows], "requests": small_requests}, indent=1
+                {
+                    "machine": machine,
+                    "rows": [asdict(row) for row in rows],
+                    "requests": small_requests,
+                    "nbd": served.json(),
+                },
+                indent=1,
             )
             + "\n"
         )
-    return 1 if any(row.error or row.verdict == "n/a" for row in rows) else 0
+    return 1 if served.interrupted or any(row.error or row.verdict == "n/a" for row in (*rows, *served.rows)) else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 import lamina
 from lamina.errors import BlockIOError, LaminaError, NotFound, ReadOnly
 from lamina.nbd.client import Client
-from lamina.nbd.inspect import inspect, list_exports
+from lamina.nbd.inspect import ExportInfo, inspect, list_exports
 
 from ..certificates import write_certificates
 from ..conftest import Qemu, in_ci
@@ -100,6 +100,18 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def eventually(call: Callable[[], list[ExportInfo]]) -> list[ExportInfo]:
+    """What `call` returns, once somebody listens: a server that takes one client only cannot be looked at first."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return call()
+        except BlockIOError as error:
+            if error.errno != errno.ECONNREFUSED or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def exercise(client: Client, content: bytearray, *, plain: bool = False) -> None:
@@ -262,6 +274,47 @@ def test_nbdkit_errors(run: Run, disk: Path, at: Path) -> None:
         assert found == errno.ENOSPC
 
 
+def test_nbdkit_errors_of_writes(run: Run, disk: Path, at: Path) -> None:
+    """A write that failed says so, with the server's error; the others, and the connection, are not harmed."""
+    options = ("error-pwrite=ENOSPC", "error-pwrite-rate=50%")
+    run(program("nbdkit"), "-f", "-U", at, "--filter=error", "file", disk, *options, ready=at)
+    content = bytearray(disk.read_bytes())
+    with Client.connect(uri(at)) as client:
+        blocks = [bytes([number + 1]) * 4096 for number in range(64)]
+        pending = [client.start_write(number * 4096, block) for number, block in enumerate(blocks)]
+        failed = 0
+        for number, one in enumerate(pending):
+            try:
+                one.wait()
+                content[number * 4096 : number * 4096 + 4096] = blocks[number]
+            except BlockIOError as error:
+                failed += 1
+                found = error.errno
+        assert found == errno.ENOSPC
+        assert 5 < failed < 60
+        assert client.read(0, SIZE) == content
+    # A long write fails if one of its twelve pieces fails: that four succeed, once in 2**48 runs.
+    with lamina.open(uri(at), format="raw", read_only=False) as image, pytest.raises(BlockIOError, match="No space"):
+        _ = [image.write(0, bytes(SIZE)) for _ in range(4)]
+
+
+def test_nbdkit_takes_only_so_much(run: Run, disk: Path, at: Path) -> None:
+    """Requests are never longer than a server takes, though it refuses those that are."""
+    policy = ("blocksize-minimum=512", "blocksize-maximum=65536", "blocksize-error-policy=error")
+    run(program("nbdkit"), "-f", "-U", at, "--filter=blocksize-policy", "file", disk, *policy, ready=at)
+    with Client.connect(uri(at)) as client:
+        assert (client.max_transfer, client.facts.maximum_told) == (65536, 65536)
+        pattern = bytes(range(256)) * (SIZE // 256)
+        client.write(0, pattern)
+        assert client.read(0, SIZE) == pattern
+        view = bytearray(SIZE - 513)
+        client.start_read(513, view).wait()
+        assert view == pattern[513:]
+    with lamina.open(uri(at), format="raw", read_only=False) as image:
+        image.write(100, b"z" * 600_000)
+        assert image.read(0, SIZE) == pattern[:100] + b"z" * 600_000 + pattern[600_100:]
+
+
 def test_nbdkit_refuses_the_tail_and_says_so(run: Run, tmp_path: Path, at: Path) -> None:
     """A size of 1000 with blocks of 512, where qemu-img 7.2 aborts: usable to the last byte where the server lets one."""
     path = tmp_path / "odd.img"
@@ -311,6 +364,7 @@ def test_nbd_server(run: Run, disk: Path, tmp_path: Path) -> None:
         config.write_text(
             f"[generic]\nlistenaddr=127.0.0.1\nport={port}\nallowlist=true\n"
             f"[disk]\nexportname={disk}\nflush=true\nfua=true\ntrim=true\n"
+            f"[fixed]\nexportname={disk}\nreadonly=true\n"
         )
         # With -d it stays in the foreground, takes one client, and ends.
         run(program("nbd-server"), "-d", "-C", config, ready=None)
@@ -319,12 +373,17 @@ def test_nbd_server(run: Run, disk: Path, tmp_path: Path) -> None:
     with Client.connect(started() + "disk", open_timeout=20) as client:
         assert client.handshake == "newstyle-fixed"
         exercise(client, bytearray(disk.read_bytes()))
+    with Client.connect(started() + "fixed", open_timeout=20) as client:
+        assert (client.mode, client.contexts, client.read_only) == ("simple", {}, True)
+        exercise(client, bytearray(disk.read_bytes()))
+    address = started()
+    assert eventually(lambda: list_exports(address)) == [("disk", ""), ("fixed", "")]
     with pytest.raises(LaminaError) as raised:
         Client.connect(started() + "none", open_timeout=20)
     assert raised.value.errno != errno.ECONNREFUSED
 
 
-@pytest.mark.parametrize("server", ["qemu-nbd", "nbdkit"])
+@pytest.mark.parametrize("server", ["qemu7", "qemu10", "nbdkit"])
 def test_tls(request: pytest.FixtureRequest, run: Run, disk: Path, tmp_path: Path, server: str) -> None:
     folder, other = write_certificates(tmp_path / "pki"), write_certificates(tmp_path / "other")
     port = free_port()
@@ -332,7 +391,7 @@ def test_tls(request: pytest.FixtureRequest, run: Run, disk: Path, tmp_path: Pat
         tls = ("--tls=require", f"--tls-certificates={folder}", "--tls-verify-peer")
         run(program("nbdkit"), "-f", "-i", "127.0.0.1", "-p", str(port), *tls, "file", disk, ready=port)
     else:
-        qemu = request.getfixturevalue("qemu7")
+        qemu = request.getfixturevalue(server)
         creds = f"tls-creds-x509,id=tls0,endpoint=server,dir={folder},verify-peer=on"
         where = ("-b", "127.0.0.1", "-p", str(port), "--object", creds, "--tls-creds", "tls0")
         run(qemu_nbd(qemu), "-f", "raw", "-t", "-e", "4", *where, disk, ready=port)

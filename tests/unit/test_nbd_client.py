@@ -415,3 +415,42 @@ def test_a_write_that_fails_is_no_success_and_no_loss(serve: Callable[[Behave], 
             client.write(0, b"x" * 512)
         assert raised.value.errno == errno.ENOSPC
         client.flush()
+
+
+def test_effects_do_not_round_over_4_gib(serve: Callable[[Behave], FakeServer]) -> None:
+    """CVE-2025-47711: lengths next to 2**32 broke servers. Requests without payload are at most 1 GiB with 32-bit lengths."""
+    seen: list[Asked] = []
+    size = (6 << 30) + 4096
+
+    def behave(sock: socket.socket, number: int) -> None:
+        shake(sock, size)
+        for asked in requests(sock):
+            seen.append(asked)
+            status = asked.command == wire.CMD_BLOCK_STATUS
+            extents = [(asked.length, 3)]
+            sock.sendall(CHUNKS.status(extents, cookie=asked.cookie, done=True) if status else simple(asked.cookie))
+
+    with Client.connect(serve(behave).uri) as client:
+        client.zero(0, size)
+        client.trim(0, size)
+        assert client.block_status(0, size) == {"base:allocation": [(1 << 30, 3)]}
+    assert sum(one.length for one in seen) == 2 * size + (1 << 30)
+    assert max(one.length for one in seen) == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("on_the_wire", "here"), [(n, n) for n in (1, 5, 12, 22, 28, 75, 95, 108)] + [(999, 22), (2, 22)]
+)
+def test_each_error_of_the_wire(serve: Callable[[Behave], FakeServer], on_the_wire: int, here: int) -> None:
+    def behave(sock: socket.socket, number: int) -> None:
+        shake(sock, SIZE)
+        for asked in requests(sock):
+            failed = asked.command == wire.CMD_TRIM
+            sock.sendall(simple(asked.cookie, on_the_wire if failed else 0))
+
+    with Client.connect(serve(behave).uri) as client:
+        with pytest.raises(LaminaError) as raised:
+            client.trim(0, 512)
+        assert raised.value.errno == here
+        if on_the_wire != wire.ESHUTDOWN:
+            client.write(0, b"x")

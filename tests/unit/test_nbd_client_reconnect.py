@@ -16,9 +16,10 @@ import pytest
 from lamina.errors import BlockIOError, LaminaError
 from lamina.nbd import wire
 from lamina.nbd.client import Client
+from lamina.nbd.inspect import inspect
 
 from ..nbd_fake_server import CHUNKS, FakeServer, Gone, answer, requests, shake
-from ..nbd_scripts import ALL_FLAGS, SIZE, simple
+from ..nbd_scripts import ALL_FLAGS, SIZE, export, greeting, info_export, option, refusal, simple
 
 DISK = bytes(random.Random(9).randbytes(SIZE))
 Behave = Callable[[socket.socket, int], None]
@@ -348,3 +349,25 @@ def test_a_conversation_cut_at_every_byte_and_mended(tmp_path: Path) -> None:
                 assert "not flushed" in str(error)  # noqa: PT017 - most of them do not fail
                 talk(client)
     assert failed < 40
+
+
+def test_a_list_cut_at_every_byte(tmp_path: Path) -> None:
+    """CVE-2021-20286: a server that hangs up between options is an error, whatever was asked."""
+    script = greeting() + refusal(11) + refusal(8) + export(b"a", b"one") + option(wire.OPT_LIST)
+    script += info_export(number=wire.OPT_INFO) + option(wire.OPT_INFO)
+    for length in range(len(script) + 1):
+
+        def behave(sock: socket.socket, number: int, length: int = length) -> None:
+            sock.sendall(script[:length])
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+
+        with FakeServer(tmp_path / f"cut{length}", behave) as server:
+            if length == len(script):
+                (found,) = inspect(server.uri, exports=True)
+                assert found.as_dict()["export-size"] == SIZE
+            else:
+                with pytest.raises(BlockIOError) as raised:
+                    inspect(server.uri, exports=True)
+                assert raised.value.errno in (errno.ECONNRESET, errno.EPIPE)

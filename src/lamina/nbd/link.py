@@ -263,7 +263,7 @@ class Link:
                 raise lost(self._target)
             answered = self._session.received(count)
         except LaminaError as error:
-            self._break(error)
+            self._break(self._overdue() if self._timeout is not None and error.errno == errno.ETIMEDOUT else error)
             return
         for request in answered:
             if request.command in _CHANGES and request.error is None and not request.flags & wire.CMD_FLAG_FUA:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 _MAX_QUESTIONS: Final = 1 << 16
 
 
-#: A longer read or write goes out in pieces of so many bytes, all at once, over all connections.
-PIECE: Final = int(__import__("os").environ.get("PIECE", 256 * KIB))
+#: A longer read or write goes out in pieces of so many bytes, all at once, over all connections: a server reads or writes
+#: one while another is on its way. (Measured: `convert` of 1 GiB asks for 2 MiB at a time; from and to qemu-nbd that took
+#: 1.0 to 1.6 s whole and 0.6 to 1.0 s in such pieces; pieces of 128 KiB were slower for writes, 512 KiB no faster.)
+PIECE: Final = 256 * KIB
 
 
 class NbdStorage(StorageNode):

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ..errors import BlockIOError, LaminaError
+from ..limits import KIB
 from . import wire
 from .server_commands import SLAB, Commands
 from .server_negotiation import Agreed, Negotiation, Phase
@@ -38,6 +39,8 @@ log = logging.getLogger("lamina.nbd")
 
 #: Seconds that a request may take on average before the others do not wait for it any more.
 _SLOW = 0.001
+#: Bytes from which on a request counts as long.
+_LONG = 64 * KIB
 #: Seconds that a client waits for its turn.
 _PATIENCE = 0.002
 #: Threads that execute requests of one export's slow storage, and requests of one client that they have at a time.
@@ -256,12 +259,14 @@ class Connection:
         if self._pace.slow:
             self._answer_in_pool(commands, requests)
             return
-        turn = self._turn.take()
+        # Long requests are spent in the system, side by side: only short ones meet at every call.
+        turn = self._turn.take() if requests[0].length < _LONG else None
         begun = time.monotonic()
         try:
             answer = commands.answer(requests)
         finally:
-            turn.release()  # before it is sent: the next one wakes up meanwhile
+            if turn is not None:
+                turn.release()  # before it is sent: the next one wakes up meanwhile
         self._pace.took((time.monotonic() - begun) / len(requests))
         if answer:
             self._send(answer)

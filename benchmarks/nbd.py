@@ -1,0 +1,490 @@
+"""NBD: our server beside qemu-nbd and nbdkit, and our client beside nbdcopy.
+
+All servers of a work run at once and their clients take turns, so that a noisy moment of the machine hits all alike; the best
+of the rounds is told. The images lie in memory (tmpfs) where that has room: random writes to a disk's file system are a
+measure of that file system. `run.py` calls this; nothing here imports Lamina.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import nbd_servers, peers
+from .measure import Failed, run_once
+from .nbd_servers import NBDKIT, OURS, Program, Server, Share
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+QEMU = "qemu-nbd"
+OUR_COPY = "lamina copy"
+NBDCOPY = "nbdcopy"
+
+#: What our server says of its memory (`lamina.nbd.server_connection`): requests and replies of each client, and the pool.
+CLIENTS, IN_FLIGHT = 8, 32
+MEMORY = CLIENTS * 2 * MIB + IN_FLIGHT * MIB
+
+#: Seconds that a client may wait for answers beyond its time.
+_PATIENCE = 20
+
+
+@dataclass
+class Figures:
+    """`value`: requests or bytes a second, or seconds. `cpu`: seconds of the program, by request where those are counted.
+    `peak`: its memory, in bytes. `bound`: what it may be, in bytes, where that is told."""
+
+    value: float
+    cpu: float
+    peak: int
+    bound: int | None = None
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How often ours is as good as the best of the programs whose names begin with `beside`: at least `target` times their
+    rate, or at most `target` times their seconds. `beside` None: at most `target` times the bound of its memory."""
+
+    beside: str | None
+    target: float
+
+
+#: A client of one server, and the programs to measure by the names of their rows.
+Client = Callable[[Server], Figures]
+Runs = dict[str, Callable[[], Figures]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """`unit`: "k/s", "GiB/s" or "s". `ours`: the row that promises are about. `runs` gives the rows, of the servers that run;
+    by default each server is a row, and `client` does the work."""
+
+    title: str
+    unit: str
+    client: Client
+    promises: Sequence[Promise]
+    ours: str = OURS
+    runs: Callable[[dict[str, Server], Client], Runs] = lambda servers, client: {
+        name: partial(client, server) for name, server in servers.items()
+    }
+    #: Rows of clients, not of servers.
+    clients: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Session:
+    """Works with the same servers. `make` makes the image at the path; `own`: each server has a copy of its own, writable.
+    `leave_out`: servers that cannot serve this."""
+
+    works: Sequence[Work]
+    image: str
+    make: Callable[[Path], None]
+    form: str = "raw"
+    own: bool = False
+    tls: bool = False
+    leave_out: Sequence[str] = ()
+
+
+@dataclass
+class Row:
+    """One line of the table; a second promise of a row is told in a line without figures."""
+
+    work: str
+    program: str
+    unit: str
+    value: float | None = None
+    cpu: float | None = None
+    peak: int | None = None
+    beside: str = ""
+    ratio: float | None = None
+    target: float | None = None
+    verdict: str = ""
+    error: str = ""
+
+
+# -- clients
+
+
+def fio(server: Server, kind: str, size: int, depth: int, seconds: int, jobs: int = 1) -> Figures:
+    """`kind` of fio (randread, randwrite, read, write), with `depth` requests of `size` bytes in flight in each of `jobs`."""
+    if not (program := shutil.which("fio")):
+        raise Failed("not there: install fio")
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        command = [program, "--name=nbd", "--ioengine=nbd", f"--uri={server.uri}", f"--rw={kind}", f"--bs={size}"]
+        command += [f"--iodepth={depth}", f"--numjobs={jobs}", "--group_reporting", "--norandommap", "--randrepeat=0"]
+        command += ["--thread", "--time_based", f"--runtime={seconds}"]  # threads: when it is killed all of it is gone
+        command += ["--output-format=json", f"--output={out.name}"]
+        server.forget_peak()
+        before = server.cpu()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE + seconds)
+        except subprocess.TimeoutExpired as error:
+            raise Failed(f"fio was still waiting for answers after {_PATIENCE + seconds} s") from error
+        spent = server.cpu() - before
+        server.check()
+        told = Path(out.name).read_text()
+    if done.returncode:
+        lines = (done.stderr + told).strip().splitlines()
+        raise Failed(lines[0] if lines else f"fio ended with status {done.returncode}")
+    job = json.loads(told[told.index("{") :])["jobs"][0]
+    counts = job["write" if kind.endswith("write") else "read"]
+    if job["error"] or not counts["total_ios"]:
+        raise Failed(f"fio did {counts['total_ios']} requests and met error {job['error']}")
+    value = counts["iops"] if size < 256 * KIB else counts["bw_bytes"]
+    return Figures(value, spent / counts["total_ios"], server.peak())
+
+
+def memory(server: Server, kind: str, size: int, seconds: int) -> Figures:
+    """Long requests from several clients."""
+    found = fio(server, kind, size, IN_FLIGHT // CLIENTS, seconds, jobs=CLIENTS)
+    found.bound = server.idle + MEMORY
+    return found
+
+
+def nbdcopy(server: Server, target: Path | None, options: Sequence[str] = ()) -> Figures:
+    """The system's nbdcopy, from `server` to a file, or to nowhere. The time is the client's, the rest the server's."""
+    found = nbdcopies()
+    if not found:
+        raise Failed("nbdcopy is not there: install libnbd-bin")
+    server.forget_peak()
+    before = server.cpu()
+    command = [*next(iter(found.values())), *options, server.uri, str(target or "null:")]
+    seconds = _copied(command, server, target).value
+    return Figures(seconds, server.cpu() - before, server.peak())
+
+
+def nbdcopies() -> dict[str, list[str]]:
+    """By name and version, those that are here: the system's first."""
+    found = {}
+    newest = peers.newest()
+    for folder in (None, os.path.dirname(newest.qemu_img) if newest else ""):
+        if folder != "" and (path := shutil.which("nbdcopy", path=folder)):
+            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+            version = ".".join(told.split()[1].split(".")[:2])
+            found[f"{NBDCOPY} {version}"] = [path]
+    return found
+
+
+def _copied(command: list[str], server: Server, target: Path | None) -> Figures:
+    """Run a client that copies; a file that it made is compared and removed."""
+    with tempfile.TemporaryDirectory(dir=target.parent if target else None) as folder:
+        try:
+            # A server that does not answer is a row, and not the end of the table.
+            found = run_once(["timeout", "-s", "KILL", "120", *command], Path(folder, "stdout"))
+            server.check()
+            if target and subprocess.run(["cmp", "-s", target, server.share.image], check=False).returncode:
+                raise Failed("the copy is not its source")
+        finally:
+            if target:
+                target.unlink(missing_ok=True)
+    return Figures(found.wall, found.cpu, found.memory)
+
+
+# -- works
+
+
+def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
+    """What is measured, with what is promised of it. Copies are written to `target`."""
+    seconds = 1 if small else 3
+    disk = 64 * MIB if small else 512 * MIB
+    sparse = 256 * MIB if small else 4 * GIB
+
+    def requests(title: str, kind: str, depth: int, *promises: Promise, size: int = 4 * KIB) -> Work:
+        unit = "k/s" if size < 256 * KIB else "GiB/s"
+        client = partial(fio, kind=kind, size=size, depth=depth, seconds=seconds)
+        return Work(f"nbd: {title}, {depth} in flight", unit, client, promises)
+
+    def four(servers: dict[str, Server], client: Client) -> Runs:
+        """Four clients of each server; of ours also one, beside which they are held."""
+        runs: Runs = {name: partial(client, server) for name, server in servers.items()}
+        if OURS in servers:
+            runs["one client"] = partial(fio, servers[OURS], "randread", 4 * KIB, 16, seconds)
+        return runs
+
+    title = "nbd: 4 KiB random reads of four clients, 16 in flight each"
+    four_clients = partial(fio, kind="randread", size=4 * KIB, depth=16, seconds=seconds, jobs=4)
+    raw = [
+        requests("4 KiB random reads", "randread", 1, Promise(QEMU, 1.1), Promise(NBDKIT, 0.9)),
+        requests("4 KiB random reads", "randread", 16, Promise(QEMU, 1.5), Promise(NBDKIT, 0.9)),
+        requests("4 KiB random reads", "randread", 64, Promise(QEMU, 2.5), Promise(NBDKIT, 1.1)),
+        requests("4 KiB random writes", "randwrite", 16, Promise(QEMU, 1.4)),
+        requests("4 KiB random writes", "randwrite", 64, Promise(QEMU, 2.5)),
+        requests("256 KiB sequential reads", "read", 16, Promise(QEMU, 1.8), Promise(NBDKIT, 0.9), size=256 * KIB),
+        Work(title, "k/s", four_clients, [Promise("one client", 1.0)], runs=four),
+    ]
+    yield Session(raw, "raw", partial(_random, size=disk), own=True)
+
+    count, sharing = (1 << 14, 128) if small else (1 << 20, 128)
+    work = requests(f"4 KiB random reads of a {count >> 14} GiB qcow2", "randread", 16, Promise(QEMU, 1.3))
+    make = partial(_qcow2, count=count, sharing=sharing)
+    yield Session([work], "qcow2", make, form="qcow2", leave_out=[NBDKIT])
+
+    # fio's engine lets no URI name certificates. One connection, as fio has.
+    options = ("--connections=1", "--requests=16", "--request-size=262144")
+
+    def encrypted(server: Server) -> Figures:
+        found = nbdcopy(server, None, options)
+        return Figures(disk / found.value, found.cpu / (disk / (256 * KIB)), found.peak)
+
+    title = "nbd: TLS, 256 KiB sequential reads (nbdcopy), 16 in flight"
+    yield Session([Work(title, "GiB/s", encrypted, [Promise(QEMU, 0.8)])], "raw", partial(_random, size=disk), tls=True)
+
+    def copying(servers: dict[str, Server], client: Client) -> Runs:
+        served = [server for name, server in servers.items() if name.startswith(QEMU)]
+        if not served:
+            return {OUR_COPY: _no_qemu}
+        commands = {OUR_COPY: [*lamina, "copy"], **nbdcopies()}
+        server = served[-1]
+        return {
+            name: partial(_copied, [*command, server.uri, str(target)], server, target)
+            for name, command in commands.items()
+        }
+
+    what = f"{sparse // MIB} MiB, 10 % data"
+    programs = (OUR_COPY, *nbdcopies())
+    copies = [
+        Work(f"nbd: nbdcopy of {what}, to a file", "s", partial(nbdcopy, target=target), [Promise(QEMU, 1.0)]),
+        Work(f"nbd: nbdcopy of {what}, to nowhere", "s", partial(nbdcopy, target=None), [Promise(QEMU, 1.0)]),
+        Work(
+            f"nbd: copying {what}, from qemu-nbd",
+            "s",
+            partial(nbdcopy, target=target),
+            [Promise(NBDCOPY, 1.2)],
+            ours=OUR_COPY,
+            runs=copying,
+            clients=programs,
+        ),
+    ]
+    yield Session(copies, "sparse", partial(_sparse, size=sparse))
+
+    size = 4 * MIB if small else 32 * MIB
+    title = f"nbd: memory, {size // MIB} MiB {{}}, {IN_FLIGHT} in flight of {CLIENTS} clients"
+    held = [
+        Work(
+            title.format(f"{kind}s"),
+            "GiB/s",
+            partial(memory, kind=kind, size=size, seconds=seconds),
+            [Promise(None, 1)],
+        )
+        for kind in ("read", "write")
+    ]
+    yield Session(held, "raw", partial(_random, size=disk), own=True)
+
+
+def _no_qemu() -> Figures:
+    raise Failed("there is no qemu-nbd to copy from")
+
+
+def _random(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+
+
+def _sparse(path: Path, size: int) -> None:
+    """A tenth of it is data, a MiB here and there."""
+    places = random.Random(1).sample(range(size // MIB), size // MIB // 10)
+    with path.open("wb") as file:
+        file.truncate(size)
+        for place in sorted(places):
+            file.seek(place * MIB)
+            file.write(os.urandom(MIB))
+
+
+def _qcow2(path: Path, count: int, sharing: int) -> None:
+    """All clusters have data, which is stored."""
+    options = ["--count", str(count), "--sharing", str(sharing), "--every", "1"]
+    command = [sys.executable, "-m", "benchmarks.images", "alternating", *options, str(path)]
+    subprocess.run(command, check=True, cwd=peers.ROOT)
+
+
+# -- running them
+
+
+@dataclass
+class Results:
+    rows: list[Row] = field(default_factory=list)
+    #: Where the images were: folder and kind of file system.
+    place: str = ""
+    #: Ctrl-C came: the rest is not there.
+    interrupted: bool = False
+
+    def json(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
+
+
+def measure(lamina: list[str], folder: Path, rounds: int, *, only: str = "", small: bool = False) -> Results:
+    """Measure what has `only` in its title, with the images in `folder` or, where that has room, in memory."""
+    results = Results()
+    programs = nbd_servers.programs(lamina)
+    with tempfile.TemporaryDirectory(dir=_place(folder, small), prefix="lamina-bench-nbd-") as there:
+        place = Path(there)
+        results.place = _file_system(place)
+        try:
+            for session in plan(lamina, place / "copy.raw", small):
+                works = [work for work in session.works if only in work.title]
+                if works:
+                    results.rows += _session(session, works, programs, place, rounds)
+        except KeyboardInterrupt:  # what was measured shall not be lost
+            results.interrupted = True
+    return results
+
+
+def _session(session: Session, works: list[Work], programs: list[Program], place: Path, rounds: int) -> Iterator[Row]:
+    programs = [program for program in programs if program.name not in session.leave_out]
+    failed: dict[str, Failed] = {}
+    servers: dict[str, Server] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
+        certificates = None
+        if session.tls:
+            from tests.certificates import write_certificates
+
+            certificates = write_certificates(folder / "certificates")
+        image = folder / f"image.{session.image}"
+        session.make(image)
+        for program in programs:
+            mine = image
+            if session.own and not program.missing:
+                mine = image.with_name(f"{len(servers)}.{session.image}")
+                shutil.copyfile(image, mine)
+            share = Share(mine, session.form, session.own, certificates)
+            try:
+                servers[program.name] = stack.enter_context(nbd_servers.serving(program, share, folder))
+            except Failed as failure:
+                failed[program.name] = failure
+        for work in works:
+            print(f"measuring {work.title} ...", file=sys.stderr, flush=True)
+            runs = work.runs(servers, work.client)
+            found: dict[str, Figures | Failed] = {}
+            if not work.clients:
+                found |= {program.name: failed[program.name] for program in programs if program.name in failed}
+            found |= _in_turn(runs, rounds, seconds=work.unit == "s")
+            order = [program.name for program in programs]
+            names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+            yield from _rows(work, {name: found[name] for name in names})
+
+
+def _in_turn(runs: Runs, rounds: int, *, seconds: bool) -> dict[str, Figures | Failed]:
+    """The best of each, with the CPU time of that round and the largest peak of all."""
+    found: dict[str, Figures | Failed] = {}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            before = found.get(name)
+            if isinstance(before, Failed):
+                continue
+            try:
+                now = run()
+            except Failed as failure:
+                found[name] = failure
+                continue
+            if before is None:
+                found[name] = now
+                continue
+            better = now if (now.value < before.value) == seconds else before
+            found[name] = Figures(better.value, better.cpu, max(before.peak, now.peak), now.bound)
+    return found
+
+
+def _rows(work: Work, found: dict[str, Figures | Failed]) -> Iterator[Row]:
+    ok = {name: figures for name, figures in found.items() if isinstance(figures, Figures)}
+    for name, figures in found.items():
+        row = Row(work.title, name, work.unit)
+        if isinstance(figures, Failed):
+            row.error = str(figures)
+        else:
+            row.value, row.cpu, row.peak = figures.value, figures.cpu, figures.peak
+        for promise in work.promises if name == work.ours else ():
+            row.target, row.verdict = promise.target, "n/a"
+            ours = ok.get(name)
+            others = [one for one in ok if promise.beside and one.startswith(promise.beside)]
+            if ours and promise.beside is None and ours.bound:
+                row.beside, row.ratio = f"{ours.bound / MIB:.0f} MiB, peak", ours.peak / ours.bound
+                row.verdict = "met" if row.ratio <= promise.target else "missed"
+            elif ours and others:
+                best = min if work.unit == "s" else max
+                row.beside = best(others, key=lambda one: ok[one].value)
+                row.ratio = ours.value / ok[row.beside].value
+                met = row.ratio <= promise.target if work.unit == "s" else row.ratio >= promise.target
+                row.verdict = "met" if met else "missed"
+            yield row
+            row = Row(work.title, "", work.unit)
+        if row.program:
+            yield row
+
+
+# -- where
+
+
+def _place(folder: Path, small: bool) -> Path:
+    """tmpfs, if there is one with room for a copy of the image for each server, and for the sparse file and its copy."""
+    memory = Path("/dev/shm")
+    needed = GIB if small else 5 * GIB
+    try:
+        free = shutil.disk_usage(memory).free
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) * KIB for line in file if line.startswith("MemAvailable:"))
+    except OSError:
+        return folder
+    return memory if os.access(memory, os.W_OK) and min(free, available // 2) >= needed else folder
+
+
+def _file_system(place: Path) -> str:
+    told = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=False).stdout.strip()
+    return f"{place.parent} ({told or 'file system unknown'})"
+
+
+def table(results: Results) -> str:
+    """The rows as a Markdown table that also reads well as it is."""
+    scale = {"k/s": 1e3, "GiB/s": float(GIB), "s": 1.0}
+
+    def cpu(row: Row) -> str:
+        if row.cpu is None:
+            return "" if not row.program else "n/a"
+        return f"{row.cpu:.2f} s" if row.unit == "s" else f"{row.cpu * 1e6:.1f} us"
+
+    lines: list[tuple[str, ...]] = [
+        ("work", "program", "rate or wall", "CPU", "peak MiB", "ratio", "of", "target", ""),
+    ]
+    for row in results.rows:
+        digits = {"k/s": 1, "GiB/s": 2, "s": 3}[row.unit]
+        missing = "n/a" if row.program else ""
+        lines.append(
+            (
+                row.work,
+                row.program,
+                missing if row.value is None else f"{row.value / scale[row.unit]:.{digits}f} {row.unit}",
+                cpu(row),
+                missing if row.peak is None else f"{row.peak / MIB:.0f}",
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+                row.beside,
+                "" if row.target is None else f"{row.target:.2f}",
+                row.verdict or ("failed" if row.error else ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = {2, 3, 4, 5, 7}
+    lines.insert(1, tuple("-" * (w - 1) + ":" if n in numbers else "-" * w for n, w in enumerate(widths)))
+    aligned = (
+        (text.rjust(w) if n in numbers else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in aligned),
+            "",
+            f"Images in {results.place}. CPU: of the program named, by request where there is a rate.",
+            *(["Interrupted: the rest was not measured."] if results.interrupted else []),
+            *(f"n/a: {row.program} ({row.work}): {row.error}" for row in results.rows if row.error),
+        ]
+    )
