@@ -374,4 +374,4 @@ def test_the_grammar_leads_to_transmission(victim: Callable[..., Victim], seed: 
     stats = target.server.stats()
     for name in ("READ", "WRITE", "FLUSH", "TRIM", "CACHE", "WRITE_ZEROES", "BLOCK_STATUS", "failed"):
         # A good client reads and writes once after each batch, in each mode.
-        assert stats[name] > stats["connections"] // 4, stats
+        assert stats[name] > stats["connections"] // 10, stats

@@ -218,8 +218,9 @@ def test_masking(pair: tuple[Extents, Extents]) -> None:
     top, below = pair
     lower = cells(below)
     assert cells(top.masking(below)) == {p: c if c.present else lower[p] for p, c in cells(top).items()}
-    with pytest.raises(ValueError, match="cannot lie over"):
-        top.masking(below.shift(1))
+    if below.end < MAX_SIZE:  # there is no further
+        with pytest.raises(ValueError, match="cannot lie over"):
+            top.masking(below.shift(1))
 
 
 @law

@@ -101,7 +101,12 @@ class Server:
 
     def start(self) -> Self:
         """Serve, in threads of its own."""
-        self._accepting = threading.Thread(target=self._accept_all, name="nbd-accept", daemon=True)
+        selector = selectors.DefaultSelector()
+        for listener in self._listeners:
+            listener.setblocking(False)
+            selector.register(listener, selectors.EVENT_READ)
+        selector.register(self._woken, selectors.EVENT_READ)
+        self._accepting = threading.Thread(target=self._accept_all, args=(selector,), name="nbd-accept", daemon=True)
         self._accepting.start()
         return self
 
@@ -213,12 +218,8 @@ class Server:
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 
-    def _accept_all(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for listener in self._listeners:
-                listener.setblocking(False)
-                selector.register(listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
+    def _accept_all(self, selector: selectors.BaseSelector) -> None:
+        with selector:
             while self._listeners:
                 for key, _ in selector.select():
                     if key.fileobj is not self._woken:
