@@ -7,7 +7,7 @@ graph is opened; whatever it opened is closed again if a later step fails.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from . import detect, registry
@@ -36,7 +36,8 @@ class Opener:
     `read_only`: the node is opened for reading. `force_share`: no locks are taken, and others' are ignored. `probe`: where
     no format is given, it may be found by its magic. `no_references`: nothing that is named inside the image is opened,
     which is enough to look at its tables. `fd`: a descriptor that is open already; storage takes a copy of it. `name`: what
-    the user calls the node. `trail`: the files on the way from the top of the chain.
+    the user calls the node. `trail`: the files on the way from the top of the chain. `taken`, `unshared`: permissions (see
+    `storage.locks`) that the locks of files use, and keep from others, besides their own; not those of backing nodes.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Opener:
         self.fd = fd
         self.name: str | None = None
         self.trail: Trail | None = None
+        self.taken: frozenset[int] = frozenset()
+        self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []
 
     def _but(self, **changes: Any) -> Opener:
@@ -66,6 +69,10 @@ class Opener:
         other = Opener.__new__(Opener)
         other.__dict__.update(self.__dict__, **changes)
         return other
+
+    def permitting(self, taken: Iterable[int], unshared: Iterable[int]) -> Opener:
+        """The same for the children of this node, whose files use, and keep from others, these permissions as well."""
+        return self._but(taken=self.taken.union(taken), unshared=self.unshared.union(unshared))
 
     def open(self, spec: Spec, *, storage: bool = False) -> Node:
         """The node that `spec` describes. `storage`: without a driver it names a file, not an image to be probed."""
@@ -117,6 +124,8 @@ class Opener:
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None
         opener = self._but(read_only=self.read_only or read_only, fd=fd)
+        if role == "backing":
+            opener.taken = opener.unshared = frozenset()
         node = opener.open(spec, storage=role in STORAGE_ROLES)
         return self._keep(Child(node, role, grows=grows))
 
@@ -149,7 +158,7 @@ class Opener:
         try:
             status = os.fstat(fd)
             step = trail.enter(status.st_dev, status.st_ino, found.path)
-            inner = self._but(read_only=True, trail=step, fd=fd)
+            inner = self._but(read_only=True, trail=step, fd=fd, taken=frozenset(), unshared=frozenset())
             shown = os.path.join(os.path.dirname(host.filename), name)  # as a person would name it
             spec = {**options, "driver": driver, "file": {"driver": "file", "filename": shown}}
             node = inner.open(spec)

@@ -101,7 +101,14 @@ class FileStorage(StorageNode):
             _require_file(os.fstat(fd).st_mode, filename)
             locking = options.get("locking", "auto")
             if locking != "off" and not opener.force_share:
-                locks.acquire(fd, writing=writing, path=filename, required=locking == "on")
+                locks.acquire(
+                    fd,
+                    writing=writing,
+                    path=filename,
+                    required=locking == "on",
+                    taken=opener.taken,
+                    withheld=opener.unshared,
+                )
             kind: type[FileStorage] = DirectFileStorage if direct and cls is FileStorage else cls
             try:
                 return kind(fd, filename, name=opener.name, read_only=opener.read_only)  # type: ignore[return-value]

@@ -37,6 +37,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Collection
 
 from ..errors import BlockIOError, Locked
 
@@ -51,14 +52,23 @@ _GETLK = getattr(fcntl, "F_OFD_GETLK", None)
 _SETLK = getattr(fcntl, "F_OFD_SETLK", None)
 
 
-def acquire(fd: int, *, writing: bool, path: str, required: bool = False) -> bool:
-    """Take the locks of a reader, or of a writer, on `fd` and hold them until it is closed.
+def acquire(
+    fd: int,
+    *,
+    writing: bool,
+    path: str,
+    required: bool = False,
+    taken: Collection[int] = (),
+    withheld: Collection[int] = (),
+) -> bool:
+    """Take the locks of a reader, or of a writer, on `fd` and hold them until it is closed. `taken` and `withheld`:
+    permissions that are used, and kept from others, besides those.
 
     Raises Locked if another open of the file excludes this one; close `fd` then. Returns False, after a warning in the
     log "lamina", where the file system has no such locks; with `required` that raises BlockIOError instead.
     """
-    used = (CONSISTENT_READ, WRITE, RESIZE) if writing else (CONSISTENT_READ,)
-    unshared = (WRITE, RESIZE)
+    used = sorted({CONSISTENT_READ, WRITE, RESIZE, *taken} if writing else {CONSISTENT_READ, *taken})
+    unshared = sorted({WRITE, RESIZE, *withheld})
     try:
         # Locks first and questions after: of two that start at once, at least one sees the other.
         for permission in used:

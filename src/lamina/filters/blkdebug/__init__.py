@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ...graph import Opener
 
 
+#: Permissions by name, as the locks of files number them (`storage.locks`).
+_PERMISSIONS = {"consistent-read": 0, "write": 1, "write-unchanged": 2, "resize": 3}
+_PERMISSION = Option("permission", "enum", "a permission", choices=tuple(_PERMISSIONS))
 #: Every limit is below this.
 _CEILING = (1 << 31) - 1
 
@@ -48,6 +51,8 @@ class Blkdebug(FilterNode):
             Option("max-write-zero", "size", "the largest zeroes: a multiple of opt-write-zero", default=0),
             Option("opt-discard", "size", "discards are multiples of this", default=0),
             Option("max-discard", "size", "the largest discard: a multiple of opt-discard", default=0),
+            Option("take-child-perms", "list", "permissions that its files are locked for, too", items=_PERMISSION),
+            Option("unshare-child-perms", "list", "permissions that nobody else may have", items=_PERMISSION),
         ],
     )
 
@@ -76,7 +81,11 @@ class Blkdebug(FilterNode):
         that is not understood, BlockIOError for one that cannot be read."""
         path = options.get("config")
         rules = Rules([*(config.from_file(path) if path else ()), *config.from_options(options)])
-        image = opener.child("image", options["image"], grows=True)
+        taken = [_PERMISSIONS[name] for name in options.get("take-child-perms", ())]
+        unshared = [_PERMISSIONS[name] for name in options.get("unshare-child-perms", ())]
+        if opener.read_only and {_PERMISSIONS["write"], _PERMISSIONS["write-unchanged"]}.intersection(taken):
+            raise OptionError("permission to write is taken of what is opened for reading", hint="open it for writing")
+        image = opener.permitting(taken, unshared).child("image", options["image"], grows=True)
         limits = _limits(options, image.node.limits)
         node = cls(image, limits, rules=rules, name=opener.name, read_only=opener.read_only)
         node._asked = options
