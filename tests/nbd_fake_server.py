@@ -157,3 +157,22 @@ def answer(disk: bytearray, asked: Asked, *, structured: bool = True) -> bytes:
     elif asked.command == wire.CMD_BLOCK_STATUS:
         return CHUNKS.status([(asked.length, 0)], cookie=asked.cookie, done=True)
     return simple(asked.cookie)
+
+
+Behave = Callable[[socket.socket, int], None]
+Serve = Callable[[Behave], FakeServer]
+
+
+@contextlib.contextmanager
+def starting(folder: Path) -> Iterator[Serve]:
+    """Starts servers with sockets in `folder`; at the end none of them may have failed."""
+    servers: list[FakeServer] = []
+
+    def start(behave: Behave) -> FakeServer:
+        servers.append(FakeServer(folder / f"socket{len(servers)}", behave))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+        assert not server.failures, server.failures

@@ -116,3 +116,8 @@ class Copying(StorageNode):
 
 
 SOURCE = MemoryStorage(SIZE)
+
+
+def content(node: FileStorage) -> bytes:
+    """The bytes of the file, as others see them."""
+    return Path(node.filename).read_bytes()

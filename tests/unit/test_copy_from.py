@@ -29,6 +29,7 @@ from tests.unit.copying import (
     Copying,
     Sharing,
     Stops,
+    content,
     file,
     honest,
     no_copy,
@@ -44,10 +45,6 @@ def pair(tmp_path: Path) -> Any:
     yield source, target
     source.close()
     target.close()
-
-
-def content(node: FileStorage) -> bytes:
-    return Path(node.filename).read_bytes()
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ from lamina.graph import Opener
 from lamina.image import Image
 from lamina.node import NO_FALLBACK, FilterNode, Node, TransformNode
 from lamina.request import Child
-from lamina.storage.file import FileStorage
 from lamina.testing.failing import FailingStorage, Session, fail_nth
-from tests.unit.copying import BLOCK, DATA, KIB, OLD, SIZE, SOURCE, Copying, file, says
+from tests.unit.copying import BLOCK, DATA, KIB, OLD, SIZE, SOURCE, Copying, content, file, says
 
 
 @pytest.fixture
@@ -31,10 +30,6 @@ def pair(tmp_path: Path) -> Any:
     yield source, target
     source.close()
     target.close()
-
-
-def content(node: FileStorage) -> bytes:
-    return Path(node.filename).read_bytes()
 
 
 @pytest.fixture

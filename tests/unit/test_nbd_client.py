@@ -16,25 +16,16 @@ from lamina.errors import BlockIOError, Closed, LaminaError, NotFound, NotSuppor
 from lamina.nbd import wire
 from lamina.nbd.client import Client
 
-from ..nbd_fake_server import CHUNKS, Asked, FakeServer, answer, requests, shake
+from ..nbd_fake_server import CHUNKS, Asked, Behave, FakeServer, Serve, answer, requests, shake, starting
 from ..nbd_scripts import ALL_FLAGS, SIZE, greeting, refusal, simple
 
 DISK = bytes(random.Random(7).randbytes(SIZE))
-Behave = Callable[[socket.socket, int], None]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Behave], FakeServer]]:
-    servers = []
-
-    def start(behave: Behave) -> FakeServer:
-        servers.append(FakeServer(tmp_path / f"socket{len(servers)}", behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-        assert not server.failures, server.failures
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    with starting(tmp_path) as start:
+        yield start
 
 
 def honest(disk: bytearray, seen: list[Asked] | None = None, *, structured: bool = True, **options: object) -> Behave:

@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,26 +18,16 @@ from lamina.nbd import wire
 from lamina.nbd.client import Client
 from lamina.nbd.inspect import inspect
 
-from ..nbd_fake_server import CHUNKS, FakeServer, Gone, answer, requests, shake
+from ..nbd_fake_server import CHUNKS, Behave, FakeServer, Gone, Serve, answer, requests, shake, starting
 from ..nbd_scripts import ALL_FLAGS, SIZE, export, greeting, info_export, option, refusal, simple
 
 DISK = bytes(random.Random(9).randbytes(SIZE))
-Behave = Callable[[socket.socket, int], None]
-Serve = Callable[[Behave], FakeServer]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    servers = []
-
-    def start(behave: Behave) -> FakeServer:
-        servers.append(FakeServer(tmp_path / f"socket{len(servers)}", behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-        assert not server.failures, server.failures
+    with starting(tmp_path) as start:
+        yield start
 
 
 def dies_after(disk: bytearray, counts: dict[int, int], **options: object) -> Behave:

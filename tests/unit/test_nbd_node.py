@@ -21,26 +21,16 @@ from lamina.nbd.node import PIECE
 from lamina.nbd.tls import server_context
 
 from ..certificates import write_certificates
-from ..nbd_fake_server import CHUNKS, Asked, FakeServer, answer, exactly, requests, shake
+from ..nbd_fake_server import CHUNKS, Asked, Behave, FakeServer, Serve, answer, exactly, requests, shake, starting
 from ..nbd_scripts import SIZE, greeting, option
 
 DISK = random.Random(11).randbytes(SIZE)
-Behave = Callable[[socket.socket, int], None]
-Serve = Callable[[Behave], FakeServer]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    servers = []
-
-    def start(behave: Behave) -> FakeServer:
-        servers.append(FakeServer(tmp_path / f"socket{len(servers)}", behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-        assert not server.failures, server.failures
+    with starting(tmp_path) as start:
+        yield start
 
 
 def opened(server: FakeServer, *, read_only: bool = True, **options: object) -> lamina.Image:

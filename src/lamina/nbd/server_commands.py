@@ -49,7 +49,7 @@ class Commands:
         self._agreed = agreed
         self._export = agreed.export
         self._send = send
-        self._counts = connection.counts
+        self._count = connection.count
         self._slab = memoryview(bytearray(room))
         self._contexts = dict(agreed.contexts)
         self._part_failed: tuple[int, str] | None = None
@@ -108,10 +108,10 @@ class Commands:
                 self._send(out)  # what follows may take long, or use the slab
                 out, used = [], 0
             out += self._perform(request)
-        self._counts["READ"] += reads
-        self._counts["bytes_read"] += amount
-        self._counts["WRITE"] += writes
-        self._counts["bytes_written"] += written
+        if reads:
+            self._count(READ=reads, bytes_read=amount)
+        if writes:
+            self._count(WRITE=writes, bytes_written=written)
         return out
 
     def _too_late(self, request: Request) -> list[Buffer]:
@@ -122,7 +122,7 @@ class Commands:
     def _perform(self, request: Request) -> list[Buffer]:
         kind = request.type
         if kind == REFUSED:
-            self._counts["failed"] += 1
+            self._count(failed=1)
             return self._session.error(request, *request.payload)
         if kind == wire.CMD_DISC:
             return []
@@ -132,7 +132,7 @@ class Commands:
             return self._failed(request, error)
 
     def _failed(self, request: Request, error: Exception, at: int | None = None) -> list[Buffer]:
-        self._counts["failed"] += 1
+        self._count(failed=1)
         return self._session.error(request, *self._told(request, error), at)
 
     def _told(self, request: Request, error: Exception) -> tuple[int, str]:
@@ -146,7 +146,7 @@ class Commands:
         return wire.EIO, "an error of the server itself"
 
     def _done(self, request: Request, name: str) -> list[Buffer]:
-        self._counts[name] += 1
+        self._count(**{name: 1})
         return self._session.done(request)
 
     # -- reading
@@ -157,6 +157,7 @@ class Commands:
         if not length:
             return self._done(request, "READ")
         if request.flags & wire.CMD_FLAG_DF and length > SLAB:
+            self._count(failed=1)
             return session.error(request, wire.EOVERFLOW, f"an unfragmented READ is at most {SLAB} bytes long")
         out: list[Buffer] = []
         if not session.structured:
@@ -179,8 +180,7 @@ class Commands:
         # What is in the slab goes out before it is used again.
         if out:
             self._send(out)
-        self._counts["READ"] += 1
-        self._counts["bytes_read"] += length
+        self._count(READ=1, bytes_read=length)
         return []
 
     def _read_simply(self, request: Request) -> list[Buffer]:
@@ -244,7 +244,7 @@ class Commands:
             one=bool(request.flags & wire.CMD_FLAG_REQ_ONE),
             wide=self._session.extended,
         )
-        self._counts["BLOCK_STATUS"] += 1
+        self._count(BLOCK_STATUS=1)
         return self._session.status(
             request, [(number, *answer) for number, answer in zip(chosen, answers, strict=True)]
         )
@@ -271,9 +271,9 @@ class Commands:
             return []
         failure, self._part_failed = self._part_failed, None
         if failure is not None:
-            self._counts["failed"] += 1
+            self._count(failed=1)
             return self._session.error(request, *failure)
-        self._counts["bytes_written"] += request.length
+        self._count(bytes_written=request.length)
         return self._done(request, "WRITE")
 
     def _zero(self, request: Request) -> list[Buffer]:

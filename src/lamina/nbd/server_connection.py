@@ -125,6 +125,7 @@ class Connection:
         self.export_name: str | None = None
         #: Requests by command, bytes read and written, requests that failed.
         self.counts = dict.fromkeys((*wire.COMMAND_NAMES.values(), "failed", "bytes_read", "bytes_written"), 0)
+        self._counting = threading.Lock()  # threads of the pool count, too
         self._view = view
         self._tls, self._context, self._admit = tls, context, admit
         self._deadline = self.begun + handshake_time
@@ -175,6 +176,12 @@ class Connection:
         """End it now."""
         self.closing = True
         self._plain.close()
+
+    def count(self, **amounts: int) -> None:
+        """Add to `counts`. From any thread."""
+        with self._counting:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
 
     @property
     def transmitting(self) -> bool:
