@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -36,7 +37,7 @@ _EXAMPLES = """
 When it is ready, one line tells where: for programs --output json, with the URI.
 """
 
-#: What a program learns of an export in `--export`, and how it is read.
+#: How on and off are spelt in `--export`.
 _SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
@@ -118,7 +119,7 @@ def _parser() -> Parser:
     )
     how.add_argument("--idle-limit", type=float, metavar="SECONDS", help="drop clients that ask nothing for so long")
     how.add_argument("--stats", metavar="PATH", help="write counters there at the end, as JSON")
-    how.add_argument("-v", "--verbose", action="store_true", help="log every client; twice: requests too")
+    how.add_argument("-v", "--verbose", action="store_true", help="log every client")
     tls = parser.add_argument_group("TLS")
     tls.add_argument(
         "--tls", choices=("off", "allow", "require"), help="default: require, if there are certificates or keys"
@@ -264,7 +265,7 @@ def _folder(args: Namespace) -> Folder | None:
     if not args.folder:
         return None
     if not os.path.isdir(args.folder):
-        raise BlockIOError("it is not a folder", errno=20, path=args.folder, operation="serve")
+        raise BlockIOError("it is not a folder", errno=errno.ENOTDIR, path=args.folder, operation="serve")
     if args.writable and not args.format:
         raise OptionError("a format is never guessed for writing", path=args.folder, hint="give it: -f raw, -f qcow2")
     from ..nbd.exports import Folder
