@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class Watched(Blkdebug):
     """Fails the test when a request from above breaks the limits it declares."""
 
     def watch(self, offset: int, length: int, unit: int, most: int) -> None:
-        unit = max(unit, self.limits.request_alignment)
+        unit = math.lcm(unit, self.limits.request_alignment)  # a block of 3 over one of 16 is 48, whatever the maximum
         assert length > 0
         assert offset % unit == 0
         assert (offset + length) % unit == 0 or offset + length == self.size
