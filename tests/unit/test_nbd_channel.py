@@ -462,3 +462,41 @@ def test_the_peer_is_pythons_own_socket(pki: Path, version: ssl.TLSVersion, serv
     assert receive(channel, len(data)) == data
     channel.close()
     assert finish() == data
+
+
+def test_a_receiver_that_asks_again_in_vain_does_so_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not sleeping is worth its price only where answers come soon: who sends rarely must not cost a processor."""
+    monkeypatch.setattr(room, "_CPUS", 2)
+    ours, theirs = socket.socketpair()
+    channel = PlainChannel(ours)
+    soon, asked, slept = False, 0, 0
+
+    def receive(view: memoryview, count: int = 0, flags: int = 0) -> int:
+        nonlocal asked, slept
+        if flags & socket.MSG_DONTWAIT:
+            asked += 1
+            if not soon:
+                time.sleep(2 * room._EAGER)
+                raise BlockingIOError
+        else:
+            slept += 1
+        return 1
+
+    channel._recv_into = receive  # type: ignore[assignment]
+    view = memoryview(bytearray(1))
+    for _ in range(5000):
+        assert channel.recv_into(view) == 1
+    assert slept == 5000
+    assert asked <= 15
+    soon = True
+    for _ in range(room._MOST_SKIPPED + 1):
+        channel.recv_into(view)
+    asked = slept = 0
+    for _ in range(100):
+        channel.recv_into(view)
+    assert (asked, slept) == (100, 0)  # it pays again
+    monkeypatch.setattr(room, "_CPUS", 1)  # nobody could send meanwhile
+    channel.recv_into(view)
+    assert (asked, slept) == (100, 1)
+    for end in ours, theirs:
+        end.close()

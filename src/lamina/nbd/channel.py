@@ -14,6 +14,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from errno import EAGAIN, EPIPE, ETIMEDOUT
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BlockIOError, Closed, LaminaError, OptionError, printable
@@ -32,8 +33,18 @@ SOCKET_BUFFER = 2 << 20
 #: Seconds that a TLS handshake may take, whatever the peer sends meanwhile.
 HANDSHAKE_TIMEOUT = 10.0
 
+#: Seconds for which a receiver asks again and again before it sleeps. To wake a thread takes 20 to 30 us: longer than most
+#: requests. One 4 KiB read after the other, over a Unix socket: 27,000 a second instead of 16,500.
+_EAGER = 50e-6
+#: How many waits at most are slept through at once after that was in vain, time after time.
+_MOST_SKIPPED = 1024
+#: Held by the one thread that does so: several would only take the interpreter from one another.
+_one_eager = threading.Lock()
+_CPUS = len(os.sched_getaffinity(0))
+
 # Programs in a pipeline may have given SIGPIPE its deadly meaning back. An int: the enum's member is slower to pass.
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
 
 
 class Channel(Protocol):
@@ -80,7 +91,18 @@ class PlainChannel:
     secure = False
     peer_names: tuple[str, ...] = ()
 
-    __slots__ = ("_closed", "_receiving", "_recv_into", "_sending", "_sendmsg", "_socket", "_torn", "peer")
+    __slots__ = (
+        "_closed",
+        "_in_vain",
+        "_receiving",
+        "_recv_into",
+        "_sending",
+        "_sendmsg",
+        "_skip",
+        "_socket",
+        "_torn",
+        "peer",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         # Python's own timeouts would poll before each call; the kernel's (see `settimeout`) cost nothing.
@@ -89,6 +111,8 @@ class PlainChannel:
         self._recv_into, self._sendmsg = sock.recv_into, sock.sendmsg
         self._receiving, self._sending = threading.Lock(), threading.Lock()
         self._closed = self._torn = False
+        #: Waits that are slept through, and after how many more vain ones the next is not.
+        self._skip, self._in_vain = 0, 1
         self.peer = _name_of_peer(sock)
         if sock.family == socket.AF_UNIX:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -100,12 +124,35 @@ class PlainChannel:
     def recv_into(self, view: memoryview) -> int:
         with self._receiving:
             try:
-                count = self._recv_into(view)
+                if self._skip:
+                    self._skip -= 1
+                    count = self._recv_into(view)
+                else:
+                    count = self._receive_eagerly(view)
             except OSError as error:
                 raise self._lost(error, "receive") from error
         if not count and self._closed:
             raise self.closed_here()
         return count
+
+    def _receive_eagerly(self, view: memoryview) -> int:
+        """Receive without sleeping, if something comes soon. While that fails, it is tried less and less often."""
+        if _CPUS > 1 and _one_eager.acquire(blocking=False):
+            try:
+                until = monotonic() + _EAGER
+                while True:
+                    try:
+                        count = self._recv_into(view, 0, _DONT_WAIT)
+                        self._in_vain = 1
+                        return count
+                    except BlockingIOError:
+                        if monotonic() > until:
+                            break
+            finally:
+                _one_eager.release()
+            self._in_vain = min(2 * self._in_vain, _MOST_SKIPPED)
+            self._skip = self._in_vain
+        return self._recv_into(view)
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         with self._sending:
