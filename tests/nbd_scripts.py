@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lamina.nbd import wire
-from lamina.nbd.client_negotiation import Facts, Mode, Negotiation, Task, Wish
+from lamina.nbd.client_facts import Facts, Mode, Wish
+from lamina.nbd.client_negotiation import Negotiation, Task
 from lamina.nbd.client_session import Request, Transmission
 
 FIXED = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
@@ -84,7 +84,7 @@ def negotiate(script: bytes, wish: Wish | None = None, task: Task = "enter", *, 
 def facts(mode: Mode = "structured", **fields: object) -> Facts:
     """What was agreed, for a transmission."""
     known = Facts("x", SIZE, ALL_FLAGS, mode, "newstyle-fixed", False, contexts={"base:allocation": 1, "x:y": 7})
-    return replace(known, **fields)  # type: ignore[arg-type]
+    return known._replace(**fields)  # type: ignore[arg-type]
 
 
 def simple(cookie: int, error: int = 0, data: bytes = b"") -> bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import registry
+from .beside import open_beside
 from .errors import BlockIOError, NotSupported, OptionError, UnsupportedFeature
 from .graph import Opener
 from .limits import MIB
@@ -47,7 +47,7 @@ class Aside:
         if self._mode is not None:
             self._refuse_locked()
         try:
-            fd, self.path = tempfile.mkstemp(prefix=".lamina-", dir=os.path.dirname(self.target))
+            fd, self.path = open_beside(self.target)
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot create a file there", path=target) from error
         if self._mode is None:

@@ -23,6 +23,7 @@ FLOORS = [
     {"errors"},
     {
         "codecs",
+        "beside",
         "bitmap",
         "detect",
         "extents",

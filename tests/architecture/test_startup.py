@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import lamina
+from lamina.nbd import Export, Server
+
 #: Each costs a tenth of a second or a good part of it. Nothing that a short command does needs one.
 HEAVY = {"asyncio", "cryptography", "numpy", "rich"}
+#: Milliseconds each, with what they import in turn. A small export is copied in little more than the time of the imports.
+COSTLY = {"dataclasses", "inspect", "json", "lzma", "random", "shutil", "ssl", "tempfile"}
 
 MARK = "== imported:"
 RUN = f"""
@@ -76,6 +81,18 @@ def test_short_commands_import_nothing_heavy(folder: Path, arguments: list[str])
     assert "lamina.cli.main" in modules
     heavy = sorted(HEAVY & modules)
     assert not heavy, f"lamina {' '.join(arguments)} imports {', '.join(heavy)}"
+
+
+def test_a_copy_of_an_export_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096
+    with lamina.open({"driver": "memory", "size": len(content)}, read_only=False) as disk:
+        disk.write(0, content)
+        with Server([Export(disk)], unix=str(tmp_path / "socket")):
+            modules = imported_by(tmp_path, "copy", "nbd+unix:///?socket=socket", "copied.raw")
+    assert (tmp_path / "copied.raw").read_bytes() == content
+    assert "lamina.jobs.copy" in modules
+    needless = sorted((HEAVY | COSTLY) & modules)
+    assert not needless, f"lamina copy imports {', '.join(needless)}"
 
 
 def test_the_package_itself_imports_nothing_heavy() -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from lamina.errors import LaminaError
 from lamina.nbd import wire as w
 from lamina.nbd.client import Client
-from lamina.nbd.client_negotiation import Facts, Mode, Negotiation, Task, Wish
+from lamina.nbd.client_facts import Facts, Mode, Wish
+from lamina.nbd.client_negotiation import Negotiation, Task
 from lamina.nbd.client_session import Request, Transmission
 
 from ..nbd_fake_server import FakeServer

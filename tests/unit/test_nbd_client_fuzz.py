@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client_negotiation import Facts, Mode, Negotiation, Wish
+from lamina.nbd.client_facts import Facts, Mode, Wish
+from lamina.nbd.client_negotiation import Negotiation
 from lamina.nbd.client_session import Request, Transmission
 
 from ..nbd_scripts import (

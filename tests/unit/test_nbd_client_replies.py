@@ -9,7 +9,7 @@ import pytest
 
 from lamina.errors import LaminaError, NotFound, NotSupported
 from lamina.nbd import wire
-from lamina.nbd.client_negotiation import Mode
+from lamina.nbd.client_facts import Mode
 from lamina.nbd.client_session import LARGE, MAX_PIECES, ROOM, Request, Transmission
 
 from ..nbd_scripts import (

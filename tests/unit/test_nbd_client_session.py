@@ -11,7 +11,7 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client_negotiation import Mode
+from lamina.nbd.client_facts import Mode
 from lamina.nbd.client_session import Request
 
 from ..nbd_scripts import (

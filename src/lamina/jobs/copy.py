@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,22 +41,24 @@ class Copied(NamedTuple):
     resumed: int
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
     """How to copy. `request`: the longest read, in bytes; `requests`: so many are on their way at once, so that their
     product is the memory this takes; `smallest_hole`: shorter runs of zeros that were read are written, 0: all are; `flush`:
     the copy is on stable storage when it is done."""
 
-    request: int = 256 * KIB
-    requests: int = 64
-    smallest_hole: int = 4096
-    flush: bool = False
+    __slots__ = ("flush", "request", "requests", "smallest_hole")
 
-    def __post_init__(self) -> None:
-        if not (is_power_of_two(self.request) and 4096 <= self.request <= 32 << 20):
+    def __init__(
+        self, request: int = 256 * KIB, requests: int = 64, smallest_hole: int = 4096, flush: bool = False
+    ) -> None:
+        if not (is_power_of_two(request) and 4096 <= request <= 32 << 20):
             raise OptionError("the size of a request is a power of two from 4k to 32M")
-        if not 1 <= self.requests <= 1024:
+        if not 1 <= requests <= 1024:
             raise OptionError("there are 1 to 1024 requests on their way")
+        self.request = request
+        self.requests = requests
+        self.smallest_hole = smallest_hole
+        self.flush = flush
 
 
 class _Reading(NamedTuple):

@@ -8,11 +8,10 @@ file that it was not replaced or changed since. A new file is made beside its na
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import tempfile
 from typing import Any, Self
 
+from ..beside import open_beside
 from ..errors import BlockIOError, FormatError, OptionError
 
 _VERSION = 1
@@ -39,6 +38,8 @@ class Journal:
             return None
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot read the journal of a copy", path=path) from error
+        import json  # here and below: most copies have no journal
+
         try:
             found = json.loads(data) if len(data) <= _LONGEST else {}
             good = found["lamina-copy"] == _VERSION and isinstance(found["facts"], dict)
@@ -64,10 +65,11 @@ class Journal:
 
     def record(self, position: int) -> None:
         """Everything before `position` is durable in the target. When this returns, that is durable too."""
-        folder = os.path.dirname(os.path.abspath(self.path))
+        import json
+
         text = json.dumps({"lamina-copy": _VERSION, "position": position, "facts": self.facts}, indent=2) + "\n"
         try:
-            fd, name = tempfile.mkstemp(prefix=".lamina-", dir=folder)
+            fd, name = open_beside(self.path)
             try:
                 with open(fd, "w") as file:
                     file.write(text)
@@ -78,7 +80,7 @@ class Journal:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
                 raise
-            _sync_folder(folder)
+            _sync_folder(os.path.dirname(name))
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot write the journal of the copy", path=self.path) from error
         self.position = position

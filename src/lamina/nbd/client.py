@@ -21,7 +21,7 @@ from ..limits import GIB, MAX_SIZE, align_down, align_up
 from . import wire
 from .channel import Channel
 from .client_connection import enter
-from .client_negotiation import Facts, Wish
+from .client_facts import Facts, Wish
 from .link import Durability, Link, Pending, Sent
 from .uri import Target, parse
 

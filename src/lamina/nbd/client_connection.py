@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import BlockIOError, LaminaError
 from .channel import Channel, PlainChannel
-from .client_negotiation import Facts, Negotiation, Task, Wish
+from .client_facts import Facts, Wish
+from .client_negotiation import Negotiation, Task
 
 if TYPE_CHECKING:
     import ssl

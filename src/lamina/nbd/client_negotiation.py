@@ -11,15 +11,13 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from ..errors import BlockIOError, LaminaError, NotFound, NotSupported, printable
+from ..errors import BlockIOError, NotFound, NotSupported, printable
 from ..limits import MAX_SIZE, MIB, align_down, is_power_of_two
 from . import wire
+from .client_facts import Facts, Handshake, Listed, Mode, Refused, Wish, server_text, violation
 
-Mode = Literal["simple", "structured", "extended"]
-Handshake = Literal["oldstyle", "newstyle", "newstyle-fixed"]
 Task = Literal["enter", "list", "describe"]
 _Steps = Generator[int, bytes, None]
 
@@ -28,67 +26,8 @@ MAX_REPLIES: Final = 10_000
 MAX_REPLY_BYTES: Final = 8 * MIB
 #: The longest single reply that has a meaning: an export's name with its description.
 _MAX_REPLY: Final = 4 + 2 * wire.MAX_STRING
-#: Characters of a server's text that an error repeats.
-_MAX_SHOWN: Final = 500
 #: Errors after which no other option would fare better.
 _FATAL: Final = (wire.REP_ERR_TLS_REQD, wire.REP_ERR_SHUTDOWN)
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a client wants of a server. `tls`: "off", "allow" (an attacker can take it away) or "require". `contexts` are
-    queries for SET_META_CONTEXT; they need `structured` or `extended`, as does every reply in chunks."""
-
-    export: str = ""
-    tls: str = "off"
-    contexts: tuple[str, ...] = (wire.BASE_ALLOCATION,)
-    structured: bool = True
-    extended: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What was agreed about one export. Sizes are bytes. Without `block_sizes_known` the three block sizes are what a client
-    may assume. `maximum` is a multiple of the minimum; `maximum_told` is what the server said, 2**32 - 1 for no limit.
-    `contexts`: the metadata contexts that were selected, with their numbers on this connection; `available`: all that the
-    server named, where it was asked (`describe`)."""
-
-    name: str
-    size: int
-    flags: int
-    mode: Mode
-    handshake: Handshake
-    tls: bool
-    description: str | None = None
-    minimum: int = wire.MIN_BLOCK
-    preferred: int = wire.PREFERRED_BLOCK
-    maximum: int = wire.MAX_PAYLOAD
-    maximum_told: int = wire.MAX_PAYLOAD
-    block_sizes_known: bool = False
-    contexts: dict[str, int] = field(default_factory=dict)
-    available: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One export as LIST names it; `description` is None where the server gave none. `facts` or `error`: what INFO said of
-    it, where it was asked."""
-
-    name: str
-    description: str | None = None
-    facts: Facts | None = None
-    error: LaminaError | None = None
-
-
-def violation(message: str) -> BlockIOError:
-    """The error (EPROTO) for a server that breaks the protocol: the connection is of no further use."""
-    return BlockIOError(f"the server breaks the NBD protocol: {message}", errno=errno.EPROTO)
-
-
-def server_text(data: bytes | bytearray | memoryview) -> str:
-    """Text of a server for people: printable, and no longer than a message may be."""
-    text = printable(bytes(data[: wire.MAX_STRING]).decode("utf-8", "replace").strip("\0\n "))
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def encoded(name: str, errors: str = "strict") -> bytes:
@@ -104,31 +43,6 @@ def encoded(name: str, errors: str = "strict") -> bytes:
         message = "the name cannot be asked for: it is none of an export or context"
         raise BlockIOError(message, errno=errno.EINVAL, hint=hint)
     return data
-
-
-class Refused(Exception):
-    """An option that the server answered with an error; never leaves this package."""
-
-    def __init__(self, option: int, kind: int, text: str) -> None:
-        self.option, self.kind, self.text = option, kind, text
-
-    def error(self, export: str) -> LaminaError:
-        """The Lamina error that says so."""
-        name = wire.OPTION_NAMES.get(self.option, str(self.option))
-        said = f": {self.text}" if self.text else ""
-        reason = wire.REP_ERROR_NAMES.get(self.kind, f"error {self.kind & ~wire.REP_FLAG_ERROR}")
-        if self.kind == wire.REP_ERR_UNKNOWN:
-            hint = "list what there is: lamina info --list"
-            return NotFound(f'the server has no export "{printable(export)}"{said}', hint=hint)
-        if self.kind == wire.REP_ERR_TLS_REQD:
-            hint = "use nbds:// (or tls=require)"
-            return BlockIOError(f"the server demands TLS{said}", errno=errno.EPERM, hint=hint)
-        if self.kind == wire.REP_ERR_SHUTDOWN:
-            return BlockIOError(f"the server is shutting down{said}", errno=errno.ESHUTDOWN, hint="try again later")
-        if self.kind in (wire.REP_ERR_UNSUP, wire.REP_ERR_PLATFORM):
-            return NotSupported(f"the server does not know {name}{said}")
-        number = errno.EPERM if self.kind == wire.REP_ERR_POLICY else errno.EINVAL
-        return BlockIOError(f"the server refuses {name} ({reason}){said}", errno=number)
 
 
 class Negotiation:
@@ -333,7 +247,7 @@ class Negotiation:
             if refused.kind != wire.REP_ERR_UNSUP or self._mode == "extended":
                 raise
             facts = yield from self._export_name()
-        return replace(_with_contexts(facts, contexts), contexts=contexts)
+        return _with_contexts(facts, contexts)._replace(contexts=contexts)
 
     def _describe(self, one: Listed) -> Generator[int, bytes, Listed]:
         available: dict[str, int] = {}
@@ -343,7 +257,7 @@ class Negotiation:
         except BlockIOError as error:
             if not self.all_exports:
                 raise
-            return replace(one, error=error)
+            return one._replace(error=error)
         try:
             if self._mode != "simple":
                 available = yield from self._contexts(wire.OPT_LIST_META_CONTEXT, name, ())
@@ -355,8 +269,8 @@ class Negotiation:
         except Refused as refused:
             if refused.kind == wire.REP_ERR_SHUTDOWN or not self.all_exports:
                 raise
-            return replace(one, error=refused.error(one.name))
-        return replace(one, facts=replace(_with_contexts(facts, selected), available=tuple(available)))
+            return one._replace(error=refused.error(one.name))
+        return one._replace(facts=_with_contexts(facts, selected)._replace(available=tuple(available)))
 
     def _list(self) -> Generator[int, bytes, tuple[Listed, ...]]:
         found = []
@@ -429,8 +343,7 @@ class Negotiation:
         powers = is_power_of_two(minimum) and is_power_of_two(preferred) and minimum <= wire.MAX_MINIMUM
         if not powers or not minimum <= preferred <= maximum:
             raise violation(f"block sizes that cannot be: minimum {minimum}, preferred {preferred}, maximum {maximum}")
-        return replace(
-            facts,
+        return facts._replace(
             minimum=minimum,
             preferred=preferred,
             maximum=align_down(maximum, minimum),
@@ -449,6 +362,7 @@ class Negotiation:
             handshake=self._handshake,
             tls=self.tls,
             description=description,
+            contexts={},
         )
 
     def _true_flags(self, flags: int) -> int:
@@ -497,4 +411,4 @@ class Negotiation:
 
 def _with_contexts(facts: Facts, selected: dict[str, int]) -> Facts:
     """`facts` without the flag that means nothing unless contexts are `selected`."""
-    return facts if selected else replace(facts, flags=facts.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD)
+    return facts if selected else facts._replace(flags=facts.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD)

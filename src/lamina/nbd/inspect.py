@@ -14,7 +14,8 @@ from ..errors import FormatError, LaminaError, OptionError
 from . import wire
 from .client import Client
 from .client_connection import leave, negotiate
-from .client_negotiation import Facts, Listed, Task, Wish
+from .client_facts import Facts, Listed, Wish
+from .client_negotiation import Task
 from .uri import Target, parse
 
 
@@ -174,8 +175,10 @@ def _ask(
         where, wish, task, all_exports=exports, connect_timeout=connect_timeout, timeout=handshake_timeout
     )
     leave(channel, negotiation.farewell())
-    assert isinstance(negotiation.result, tuple)
-    return negotiation.result
+    listed = negotiation.result
+    assert listed is not None
+    assert not isinstance(listed, Facts)
+    return listed
 
 
 def _content(where: Target, connect_timeout: float, handshake_timeout: float) -> str | None:

@@ -20,7 +20,7 @@ from ..limits import KIB
 from . import wire
 from .channel import Buffer, Channel
 from .client_connection import PASSING, leave, lost, passes
-from .client_negotiation import Facts
+from .client_facts import Facts
 from .client_session import Request, Transmission
 
 if TYPE_CHECKING:
