@@ -34,7 +34,7 @@ from .nbd_raw import PATIENCE, dial
 SIZE = 4 * MIB
 DISK = 1 * MIB
 #: What a server's threads are called.
-_THREADS = ("nbd-accept", "nbd-client", "nbd-request")
+_THREADS = ("nbd-accept", "nbd-answers", "nbd-client", "nbd-loop", "nbd-request")
 
 
 class Disk(NamedTuple):

@@ -154,6 +154,16 @@ class PlainChannel:
             self._skip = self._in_vain
         return self._recv_into(view)
 
+    def receive_now(self, view: memoryview) -> int | None:
+        """As `recv_into`, but never waits: None if nothing has come."""
+        with self._receiving:
+            try:
+                return self._recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise self._lost(error, "receive") from error
+
     def send(self, buffers: Sequence[Buffer]) -> None:
         with self._sending:
             if self._torn:
@@ -170,13 +180,29 @@ class PlainChannel:
                 self._torn = True
                 raise self._lost(error, "send") from error
 
+    def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        """As `send` of at most MAX_BUFFERS, but never waits. What the peer did not take is returned: it must be the next that
+        is sent."""
+        with self._sending:
+            if self._torn:
+                raise self._lost(OSError(EPIPE, ""), "send")
+            try:
+                sent = self._sendmsg(buffers, (), _NO_SIGNAL | _DONT_WAIT)
+            except BlockingIOError:
+                return buffers
+            except OSError as error:
+                self._torn = True
+                raise self._lost(error, "send") from error
+        if sent == sum(map(len, buffers)):
+            return ()
+        first, sent = _position(buffers, sent)
+        return [memoryview(buffers[first])[sent:], *buffers[first + 1 :]]
+
     def _send_rest(self, buffers: Sequence[Buffer], sent: int) -> None:
         """Send what `sent` bytes leave of `buffers`."""
         first = 0
         while True:
-            while first < len(buffers) and sent >= len(buffers[first]):
-                sent -= len(buffers[first])
-                first += 1
+            first, sent = _position(buffers, sent, first)
             if first == len(buffers):
                 return
             batch = list(buffers[first : first + MAX_BUFFERS])
@@ -237,6 +263,14 @@ class PlainChannel:
         number = ETIMEDOUT if error.errno == EAGAIN else error.errno or EPIPE
         message = f"the connection failed ({operation}): {os.strerror(number)}"
         return BlockIOError(message, errno=number, path=self.peer)
+
+
+def _position(buffers: Sequence[Buffer], at: int, first: int = 0) -> tuple[int, int]:
+    """In which buffer, from `first` on, the byte `at` lies, and where there."""
+    while first < len(buffers) and at >= len(buffers[first]):
+        at -= len(buffers[first])
+        first += 1
+    return first, at
 
 
 def _name_of_peer(sock: socket.socket) -> str:

@@ -24,7 +24,8 @@ from ..errors import BlockIOError, OptionError
 from .channel import PlainChannel
 from .export import Export
 from .exports import Folder, Offer, View, check_names
-from .server_connection import Connection, Pace, Turn
+from .server_connection import Connection, Pace
+from .server_loop import Loop
 from .tls import allowed
 from .uri import Target
 
@@ -79,7 +80,7 @@ class Server:
         self._ended = {"connections": 0, "refused": 0}
         self._served = 0  # clients that came as far as transmission
         self._paces: weakref.WeakKeyDictionary[Export, Pace] = weakref.WeakKeyDictionary()
-        self._turn = Turn()
+        self._loop = Loop()
         self._accepting: threading.Thread | None = None
         self._wake, self._woken = socket.socketpair()
         self._listeners: list[socket.socket] = list(sockets)
@@ -248,7 +249,7 @@ class Server:
             idle_time=self._idle_time,
             admitted=self._admit,
             pace=self._pace,
-            turn=self._turn,
+            loop=self._loop,
         )
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd-client", daemon=True)
         with self._mutex:

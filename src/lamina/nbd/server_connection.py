@@ -24,6 +24,7 @@ from ..errors import BlockIOError, LaminaError
 from ..limits import KIB
 from . import wire
 from .server_commands import SLAB, Commands
+from .server_loop import Loop
 from .server_negotiation import Agreed, Negotiation, Phase
 from .server_session import PART, REFUSED, Request, Transmission
 
@@ -41,28 +42,11 @@ log = logging.getLogger("lamina.nbd")
 _SLOW = 0.001
 #: Bytes from which on a request counts as long.
 _LONG = 64 * KIB
-#: Seconds that a client waits for its turn.
-_PATIENCE = 0.002
+#: Requests that the loop of several clients executes for one of them at a time.
+_SOME = 256
 #: Threads that execute requests of one export's slow storage, and requests of one client that they have at a time.
 _POOL = 32
 _IN_POOL = 16
-
-
-class Turn:
-    """Lets one client at a time execute what it received, as long as that is quick: threads that meet at every system call
-    cost more than they gain. Nobody waits long: behind one that stands still (in slow storage, or because its client does
-    not read) the others begin a new line."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def take(self) -> threading.Lock:
-        """A lock that is held; release it when it is the next one's turn."""
-        lock = self._lock
-        if not lock.acquire(timeout=_PATIENCE):
-            lock = self._lock = threading.Lock()
-            lock.acquire()
-        return lock
 
 
 class Pace:
@@ -116,7 +100,7 @@ class Connection:
         idle_time: float | None = None,
         admitted: Callable[[], bool] = lambda: True,
         pace: Callable[[Export], Pace],
-        turn: Turn,
+        loop: Loop,
     ) -> None:
         self.channel: PlainChannel | TlsChannel = channel
         self._plain = channel
@@ -131,7 +115,7 @@ class Connection:
         self._deadline = self.begun + handshake_time
         self._idle_time = idle_time
         self._admitted = admitted
-        self._pace_of, self._turn = pace, turn
+        self._pace_of, self._loop = pace, loop
         self._pace = Pace()
         self._negotiation: Negotiation | None = None
         self.draining = False
@@ -154,7 +138,7 @@ class Connection:
                 self.export_name = agreed.export.name
                 log.info("%s: opened %r (%s)", self.peer, agreed.export.name, self._manner(agreed))
                 self.channel.settimeout(self._idle_time)
-                why = self._transmit(Transmission(agreed), agreed)
+                why = self._transmit(agreed)
         except LaminaError as error:
             why = "ended by the server" if self.draining else error.message
         except Exception:
@@ -241,42 +225,83 @@ class Connection:
 
     # -- transmission
 
-    def _transmit(self, session: Transmission, agreed: Agreed) -> str:
-        channel = self.channel
-        commands = Commands(self, session, agreed, self._send)
+    def _transmit(self, agreed: Agreed) -> str:
+        session = self._session = Transmission(agreed)
+        commands = self._commands = Commands(self, session, agreed, self._send)
         self._pace = self._pace_of(agreed.export)
         try:
             while not session.finished:
-                count = channel.recv_into(session.buffer())
+                count = self.channel.recv_into(session.buffer())
                 if not count:
                     return "ended by the server" if self.draining else "gone without a farewell"
                 requests = session.received(count)
-                if requests:
-                    self._answer(commands, requests)
+                while requests:
+                    requests = self._answer(commands, requests)
         finally:
             self._wait_for_pool()
         return "left" if session.violation is None else f"dropped: {session.violation}"
 
-    def _send(self, buffers: list[Buffer]) -> None:
+    def _send(self, buffers: Sequence[Buffer]) -> None:
         with self.sending:
             self.channel.send(buffers)
 
-    def _answer(self, commands: Commands, requests: list[Request]) -> None:
-        """See to it that these are answered: here and now while storage is quick, else in the pool."""
+    def _answer(self, commands: Commands, requests: list[Request]) -> list[Request]:
+        """See to it that these are answered: here and now while storage is quick, else in the pool. What was received
+        meanwhile is returned, to be answered next."""
         if self._pace.slow:
             self._answer_in_pool(commands, requests)
-            return
+            return []
         # Long requests are spent in the system, side by side: only short ones meet at every call.
-        turn = self._turn.take() if requests[0].length < _LONG else None
-        begun = time.monotonic()
+        turn, alone = self._loop.turn.take() if requests[0].length < _LONG else (None, True)
         try:
-            answer = commands.answer(requests)
+            answer = self._execute(commands, requests)
         finally:
             if turn is not None:
                 turn.release()  # before it is sent: the next one wakes up meanwhile
-        self._pace.took((time.monotonic() - begun) / len(requests))
         if answer:
             self._send(answer)
+        return [] if alone or self.channel.secure or not self._pool_is_empty() else self._join()
+
+    def _execute(self, commands: Commands, requests: list[Request]) -> list[Buffer]:
+        begun = time.monotonic()
+        answer = commands.answer(requests)
+        self._pace.took((time.monotonic() - begun) / len(requests))
+        return answer
+
+    # -- in the loop
+
+    def _join(self) -> list[Request]:
+        """Be served in the loop, as long as that goes well. Nobody else may send. Returns requests that are still to be
+        answered."""
+        self._unsent: Sequence[Buffer] = ()
+        self._left: list[Request] = []
+        self._loop.serve(self)
+        if self._unsent:
+            self._send(self._unsent)
+        return self._left
+
+    def fileno(self) -> int:
+        return self._plain.fileno()
+
+    def step(self) -> bool:
+        """Answer what has come, unless that may take long, and send as much as the client takes."""
+        session = self._session
+        count = self._plain.receive_now(session.buffer())
+        if count is None:
+            return True
+        requests = session.received(count)
+        if not count or session.finished or self._pace.slow or not _short(requests):
+            self._left = requests
+            return False
+        if not requests:
+            return True
+        turn, _ = self._loop.turn.take()
+        try:
+            answer = self._execute(self._commands, requests)
+        finally:
+            turn.release()
+        self._unsent = self._plain.send_now(answer)
+        return not self._unsent
 
     # -- the pool
 
@@ -331,3 +356,25 @@ class Connection:
             self._slots.acquire()
         self._answers.put(None)
         self._sender.join()
+
+    def _pool_is_empty(self) -> bool:
+        """Whether nothing is in the pool, or answered there and not sent."""
+        if self._sender is None:
+            return True
+        free = 0
+        while free < _IN_POOL and self._slots.acquire(blocking=False):
+            free += 1
+        for _ in range(free):
+            self._slots.release()
+        return free == _IN_POOL
+
+
+def _short(requests: list[Request]) -> bool:
+    """Whether all of this is done soon, and its answer has room: a few READs and WRITEs that are short, and wait for no
+    disk."""
+    room = SLAB
+    for kind, flags, _, _, length, _ in requests:
+        if length >= _LONG or flags or kind not in (wire.CMD_READ, wire.CMD_WRITE):
+            return False
+        room -= length
+    return room >= 0 and len(requests) <= _SOME
