@@ -122,6 +122,7 @@ class Transmission:
         # What an export that is read-only must never see begins with this.
         writable = not self._read_only
         refused = ~self._write_flags
+        make = tuple.__new__  # half the time of Request(...)
         while end - self._begin >= size and not finished:
             magic, flags, type, cookie, offset, length = unpack(room, self._begin)
             if magic != magic_here:
@@ -131,12 +132,12 @@ class Transmission:
                 # The common cases, spelt out: 0.5 us less for a read, 1.5 for a write.
                 if type == wire.CMD_READ and not flags:
                     self._begin += size
-                    requests.append(Request(type, flags, cookie, offset, length))
+                    requests.append(make(Request, (type, flags, cookie, offset, length, None)))
                     continue
                 at = self._begin + size
                 if writable and type == wire.CMD_WRITE and not flags & refused and length <= end - at:
                     self._begin = at + length
-                    requests.append(Request(type, flags, cookie, offset, length, room[at : at + length]))
+                    requests.append(make(Request, (type, flags, cookie, offset, length, room[at : at + length])))
                     continue
             if not self._take(Request(type, flags, cookie, offset, length), requests):
                 break
