@@ -3,19 +3,22 @@ one that has a thread of its own. Here all meet, always: a turn is never said to
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lamina.limits import KIB, MIB
 from lamina.nbd import Export
+from lamina.nbd import server_connection as room
 from lamina.nbd import wire as w
-from lamina.nbd.server_connection import Connection
 from lamina.nbd.server_loop import Turn
 from lamina.nbd.wire import CMD_READ as READ
 from lamina.nbd.wire import CMD_WRITE as WRITE
@@ -31,15 +34,15 @@ MODES = ["simple", "structured", "extended"]
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Everybody meets somebody; how many steps of the loop there were."""
-    take, step = Turn.take, Connection.step
+    take, step = Turn.take, room._Stay.step
     counted: list[int] = []
 
-    def counting(self: Connection) -> bool:
+    def counting(self: room._Stay) -> bool:
         counted.append(threading.get_ident())
         return step(self)
 
     monkeypatch.setattr(Turn, "take", lambda self: (take(self)[0], False))
-    monkeypatch.setattr(Connection, "step", counting)
+    monkeypatch.setattr(room._Stay, "step", counting)
     yield counted
     assert counted, "nobody was served in the loop: this tested something else"
 
@@ -227,6 +230,29 @@ def test_clients_that_are_cut_off_in_the_loop_are_gone(tmp_path: Path) -> None:
         for raw in clients[1:]:
             assert raw.read(0, 512) == content()[:512]
         until(lambda: server.stats()["transmitting"] == 2, "it is counted for ever")
+
+
+def test_the_memory_of_those_who_left_is_free_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megabytes for each: not only when the interpreter next looks for what nobody reaches."""
+    kept: weakref.WeakSet[object] = weakref.WeakSet()
+
+    class Known(room.Transmission):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.add(self)
+
+    monkeypatch.setattr(room, "Transmission", Known)
+    with serving(tmp_path, fast()) as (server, path), ExitStack() as stack:
+        gc.disable()
+        stack.callback(gc.enable)
+        clients = crowd(path, stack)
+        assert len(kept) == len(clients)
+        clients[0].disc()
+        clients[1].stream.close()
+        until(lambda: server.stats()["transmitting"] == 1, "they are gone")
+        until(lambda: len(kept) == 1, f"{len(kept)} are kept")
+        clients[2].disc()
+        until(lambda: not kept, "the last one is kept")
 
 
 def test_who_falls_silent_in_the_loop_is_put_out_in_time(tmp_path: Path) -> None:

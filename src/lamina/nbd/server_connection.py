@@ -229,8 +229,9 @@ class Connection:
     # -- transmission
 
     def _transmit(self, agreed: Agreed) -> str:
-        session = self._session = Transmission(agreed)
-        commands = self._commands = Commands(self, session, agreed, self._send)
+        # Neither is an attribute: with what refers to this one in turn they would stay, megabytes, until the next collection.
+        session = Transmission(agreed)
+        commands = Commands(self, session, agreed, self._send)
         self._pace = self._pace_of(agreed.export)
         try:
             while not session.finished:
@@ -239,7 +240,7 @@ class Connection:
                     return "ended by the server" if self.draining else "gone without a farewell"
                 requests = session.received(count)
                 while requests:
-                    requests = self._answer(commands, requests)
+                    requests = self._answer(session, commands, requests)
         finally:
             self._wait_for_pool()
         return "left" if session.violation is None else f"dropped: {session.violation}"
@@ -248,7 +249,7 @@ class Connection:
         with self.sending:
             self.channel.send(buffers)
 
-    def _answer(self, commands: Commands, requests: list[Request]) -> list[Request]:
+    def _answer(self, session: Transmission, commands: Commands, requests: list[Request]) -> list[Request]:
         """See to it that these are answered: here and now while storage is quick, else in the pool. What was received
         meanwhile is returned, to be answered next."""
         if self._pace.slow:
@@ -265,47 +266,13 @@ class Connection:
         self._pace.took((time.monotonic() - begun) / len(requests))
         if answer:
             self._send(answer)
-        return [] if alone or self.channel.secure or not self._pool_is_empty() else self._join()
-
-    # -- in the loop
-
-    def _join(self) -> list[Request]:
-        """Be served in the loop, as long as that goes well. Nobody else may send. Returns requests that are still to be
-        answered."""
-        self._unsent: Sequence[Buffer] = ()
-        self._left: list[Request] = []
-        self._loop.serve(self)
-        if self._unsent:
-            self._send(self._unsent)
-        return self._left
-
-    def fileno(self) -> int:
-        return self._plain.fileno()
-
-    def step(self) -> bool:
-        """Answer what has come, unless that may take long, and send as much as the client takes."""
-        session = self._session
-        count = self._plain.receive_now(session.buffer())
-        if count is None:
-            return True
-        requests = session.received(count)
-        if not count or session.finished or self._pace.slow or not _short(requests):
-            self._left = requests
-            return False
-        if not requests:
-            return True
-        turn, _ = self._loop.turn.take()
-        try:
-            begun = time.monotonic()
-            for at in range(0, len(requests), _PIECE):
-                self._unsent = self._plain.send_now(self._commands.answer(requests[at : at + _PIECE]))
-                if self._unsent:
-                    self._left = requests[at + _PIECE :]
-                    break
-            self._pace.took((time.monotonic() - begun) / len(requests))
-        finally:
-            turn.release()
-        return not self._unsent
+        if alone or self.channel.secure or not self._pool_is_empty():
+            return []
+        stay = _Stay(self._plain, session, commands, self._pace, self._loop)
+        self._loop.serve(stay)
+        if stay.unsent:
+            self._send(stay.unsent)
+        return stay.left
 
     # -- the pool
 
@@ -371,6 +338,47 @@ class Connection:
         for _ in range(free):
             self._slots.release()
         return free == _IN_POOL
+
+
+class _Stay:
+    """A client while it is in the loop; nobody else sends to it then. When it leaves, `unsent` is what it did not take, to be
+    sent next, and `left` the requests to be answered after that."""
+
+    def __init__(
+        self, channel: PlainChannel, session: Transmission, commands: Commands, pace: Pace, loop: Loop
+    ) -> None:
+        self._channel, self._session, self._commands = channel, session, commands
+        self._pace, self._turn = pace, loop.turn
+        self.unsent: Sequence[Buffer] = ()
+        self.left: list[Request] = []
+
+    def fileno(self) -> int:
+        return self._channel.fileno()
+
+    def step(self) -> bool:
+        """Answer what has come, unless that may take long, and send as much as the client takes."""
+        session, channel, commands = self._session, self._channel, self._commands
+        count = channel.receive_now(session.buffer())
+        if count is None:
+            return True
+        requests = session.received(count)
+        if not count or session.finished or self._pace.slow or not _short(requests):
+            self.left = requests
+            return False
+        if not requests:
+            return True
+        turn, _ = self._turn.take()
+        try:
+            begun = time.monotonic()
+            for at in range(0, len(requests), _PIECE):
+                self.unsent = channel.send_now(commands.answer(requests[at : at + _PIECE]))
+                if self.unsent:
+                    self.left = requests[at + _PIECE :]
+                    break
+            self._pace.took((time.monotonic() - begun) / len(requests))
+        finally:
+            turn.release()
+        return not self.unsent
 
 
 def _short(requests: list[Request]) -> bool:
