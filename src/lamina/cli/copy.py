@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
         help="connections to each server that says that several are coherent (1 to 16; default: 4 over TCP, else 1)",
     )  # fmt: skip
     parser.add_size(
-        "-R", "--requests", metavar="NUMBER", default=64, help="requests on their way at once (default: 64)"
+        "-R", "--requests", metavar="NUMBER", default=32, help="requests on their way at once (default: 32)"
     )
-    parser.add_size("--request-size", metavar="SIZE", default=256 << 10, help="the longest read (default: 256k)")
+    parser.add_size("--request-size", metavar="SIZE", default=512 << 10, help="the longest read (default: 512k)")
     parser.add_size(
         "-S", "--sparse-size", metavar="SIZE", default=4096,
         help="runs of zeros of at least SIZE bytes are not written as data (default: 4k); 0: nothing is looked at",

@@ -43,13 +43,13 @@ class Copied(NamedTuple):
 
 class Plan:
     """How to copy. `request`: the longest read, in bytes; `requests`: so many are on their way at once, so that their
-    product is the memory this takes; `smallest_hole`: shorter runs of zeros that were read are written, 0: all are; `flush`:
-    the copy is on stable storage when it is done."""
+    product is the memory this takes (twice as many of half that length cost a tenth more time); `smallest_hole`: shorter
+    runs of zeros that were read are written, 0: all are; `flush`: the copy is on stable storage when it is done."""
 
     __slots__ = ("flush", "request", "requests", "smallest_hole")
 
     def __init__(
-        self, request: int = 256 * KIB, requests: int = 64, smallest_hole: int = 4096, flush: bool = False
+        self, request: int = 512 * KIB, requests: int = 32, smallest_hole: int = 4096, flush: bool = False
     ) -> None:
         if not (is_power_of_two(request) and 4096 <= request <= 32 << 20):
             raise OptionError("the size of a request is a power of two from 4k to 32M")
