@@ -33,9 +33,10 @@ lint: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	LAMINA_CRASH_STATES=400000 LAMINA_TWINS=3000 LAMINA_STACKS=50000 LAMINA_CONCURRENT=1000000 LAMINA_FUZZ_SECONDS=300 \
-	LAMINA_NBD_FUZZ=1000000 LAMINA_NBD_KILLS=400 \
+	LAMINA_NBD_FUZZ=1000000 LAMINA_NBD_KILLS=400 LAMINA_NBD_SEVERAL=200 \
 	$(VENV)/bin/python -m pytest tests/crash tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
-	tests/unit/test_concurrency.py tests/attacks/test_fuzz.py tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py $(ARGS)
+	tests/unit/test_concurrency.py tests/attacks/test_fuzz.py tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py \
+	tests/conformance/test_nbd_server_several.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

@@ -4,6 +4,7 @@ one that has a thread of its own. Here all meet, always: a turn is never said to
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 import time
@@ -27,6 +28,8 @@ from ..nbd_load import DISK, PATIENCE, Gate, content, fast, served_within_a_seco
 from ..nbd_raw import Raw, dial
 
 CLIENTS = 4
+#: Conversations of each kind; the soak has more.
+SEEDS = int(os.environ.get("LAMINA_NBD_SEVERAL", "4"))
 SHARE = DISK // CLIENTS
 MODES = ["simple", "structured", "extended"]
 
@@ -116,7 +119,7 @@ class Client:
         assert not self.thread.is_alive()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("mode", MODES)
 def test_each_gets_what_it_wrote_and_all_is_counted(tmp_path: Path, mode: str, seed: int) -> None:
     export = fast()
