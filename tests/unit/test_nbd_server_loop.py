@@ -3,11 +3,13 @@ back when that is due."""
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
 
@@ -221,7 +223,7 @@ def test_a_member_that_is_closed_comes_back(members: Members) -> None:
     assert shut.join(loop).is_back(1.0)
 
 
-def test_without_another_thread_everyone_goes_on_alone(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_what_the_loop_needs_everyone_goes_on_alone(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, one = Loop(), members()
 
     class None_:
@@ -230,8 +232,18 @@ def test_without_another_thread_everyone_goes_on_alone(members: Members, monkeyp
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
+    def no_descriptor() -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
     with monkeypatch.context() as patch:
         patch.setattr(room.threading, "Thread", None_)
+        loop.serve(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(room.select, "epoll", no_descriptor)
+        loop.serve(one)
+    with monkeypatch.context() as patch:
+        numbers = iter([one.fileno()])  # closed after the first look
+        patch.setattr(one, "fileno", lambda: next(numbers, -1))
         loop.serve(one)
     assert one.join(loop).ask()
 

@@ -86,18 +86,12 @@ class Loop:
             if self._stands_still() or member.fileno() < 0:
                 return
             place = _Place(member)
-            if self._epoll is None:
-                epoll = select.epoll()
-                try:
-                    threading.Thread(target=self._run, args=(epoll,), name="nbd-loop", daemon=True).start()
-                except RuntimeError:  # no more threads, or the program ends
-                    epoll.close()
-                    return
-                self._epoll = epoll
             try:
+                if self._epoll is None:
+                    self._epoll = self._begin()
                 self._epoll.register(place.number, select.EPOLLIN)
-            except OSError:  # closed by now: its own thread will see
-                return
+            except (OSError, RuntimeError, ValueError):
+                return  # no descriptor or no thread is left, or the socket was closed by now, as its own thread will see
             self._places[place.number] = place
         while not place.back.acquire(timeout=_STUCK):
             with self._mutex:
@@ -105,6 +99,16 @@ class Loop:
                     self._remove(place)
         if place.error is not None:
             raise place.error
+
+    def _begin(self) -> select.epoll:
+        """Start the thread. (`_mutex` is held: it looks for places only when there is one.)"""
+        epoll = select.epoll()
+        try:
+            threading.Thread(target=self._run, args=(epoll,), name="nbd-loop", daemon=True).start()
+        except RuntimeError:
+            epoll.close()
+            raise
+        return epoll
 
     def _stands_still(self) -> bool:
         """Whether somebody's `step` takes too long. (`_mutex` is held.)"""
