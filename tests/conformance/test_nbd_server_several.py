@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lamina.limits import KIB, MIB
-from lamina.nbd import Export
+from lamina.nbd import Export, server_loop
 from lamina.nbd import server_connection as room
 from lamina.nbd import wire as w
 from lamina.nbd.server_loop import Turn
@@ -210,6 +210,21 @@ def test_what_a_rule_is_broken_with_is_the_same_in_the_loop(tmp_path: Path, mode
         bad.stream.send(bad.request(READ, 0, 512, send=False) + bytes(64))
         assert bad.collect()[0].data == content()[:512]
         assert bad.ended()
+        for raw in others:
+            assert raw.read(0, 512) == content()[:512]
+
+
+def test_who_says_farewell_in_the_loop_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the loop next looks for the silent."""
+    monkeypatch.setattr(server_loop, "_SWEEP", 8.0)
+    with serving(tmp_path, fast()) as (_, path), ExitStack() as stack:
+        leaving, *others = crowd(path, stack)
+        begun = time.monotonic()
+        leaving.stream.send(leaving.request(READ, 0, 512, send=False))
+        leaving.disc()
+        assert leaving.collect()[0].data == content()[:512]
+        assert leaving.ended()
+        assert time.monotonic() - begun < 4.0
         for raw in others:
             assert raw.read(0, 512) == content()[:512]
 

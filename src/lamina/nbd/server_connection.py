@@ -266,7 +266,7 @@ class Connection:
         self._pace.took((time.monotonic() - begun) / len(requests))
         if answer:
             self._send(answer)
-        if alone or self.channel.secure or not self._pool_is_empty():
+        if alone or session.finished or self.channel.secure or not self._pool_is_empty():
             return []
         stay = _Stay(self._plain, session, commands, self._pace, self._loop)
         self._loop.serve(stay)
