@@ -170,6 +170,9 @@ class _Comparison:
             np.minimum(references, maximum, out=references)
         if hi > self.clusters and not references[-1]:
             counts[-1] = 0  # not a cluster of the file, and nobody refers to it
+        elif hi > self.clusters and unknown is not None and unknown[-1]:
+            text = f"the reference count of cluster {self.clusters}, behind the last, is unknown: no refcount block"
+            self.report.add(UNREADABLE, text)
         wanted = references.astype(counts.dtype)
         used = np.flatnonzero((counts != 0) | (references != 0))
         if unknown is not None:
