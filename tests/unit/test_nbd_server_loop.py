@@ -63,6 +63,17 @@ class Echo:
         return not self.thread.is_alive()
 
 
+class Hang:
+    """Storage that answers when it is `over`; somebody is `inside`."""
+
+    def __init__(self) -> None:
+        self.inside, self.over = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.inside.set()
+        assert self.over.wait(PATIENCE)
+
+
 Members = Callable[..., Echo]
 
 
@@ -156,25 +167,20 @@ def test_the_silent_and_the_last_one_get_their_threads_back_and_the_loop_ends(
 def test_nobody_waits_for_one_that_stands_still(members: Members) -> None:
     """Storage of one client hangs: the others go on in threads of their own, and do not come back meanwhile."""
     loop = Loop()
-    gate, inside = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        inside.set()
-        assert gate.wait(PATIENCE)
-
+    hang = Hang()
     others = [members().join(loop) for _ in range(3)]
     hangs = members(before=hang).join(loop)
     for echo in others:
         assert echo.ask()
     hangs.theirs.send(b"echo")
-    assert inside.wait(PATIENCE)
+    assert hang.inside.wait(PATIENCE)
     begun = time.monotonic()
     for echo in others:
         assert echo.is_back(1.0)
         assert echo.join(loop).is_back(1.0), "it waits where nobody is served"
     assert time.monotonic() - begun < 1.0
     assert not hangs.is_back(0)
-    gate.set()
+    hang.over.set()
     assert hangs.theirs.recv(100) == b"echo"
     until(lambda: loop._current is None)
     for echo in others:
@@ -186,20 +192,15 @@ def test_nobody_waits_for_one_that_stands_still(members: Members) -> None:
 def test_what_is_pending_of_one_that_left_is_not_touched(members: Members) -> None:
     """Its socket was ready, too, while the loop stood still: by then it is its own thread's."""
     loop = Loop()
-    gate, inside = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        inside.set()
-        assert gate.wait(PATIENCE)
-
+    hang = Hang()
     hangs, other = members(before=hang), members()
     hangs.theirs.send(b"echo")
     other.theirs.send(b"echo")
     first = [hangs.join(loop), other.join(loop)]
-    assert inside.wait(PATIENCE)
+    assert hang.inside.wait(PATIENCE)
     assert other.is_back()
     steps = other.steps
-    gate.set()
+    hang.over.set()
     assert hangs.theirs.recv(100) == b"echo"
     until(lambda: hangs.is_back(0))  # alone
     assert other.steps == steps
