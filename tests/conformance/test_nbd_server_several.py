@@ -95,17 +95,18 @@ class Client:
                 expected[cookie] = bytes(self.disk[at : at + length])
             self.asked += 1
         if self.random.random() < 0.1:  # a long one among the short
-            before = set(self.raw.asked)
             self.raw.stream.send(message)
-            for reply in self.raw.collect():
-                assert not reply.error
-                assert reply.cookie not in expected or reply.data == expected.pop(reply.cookie)
+            self._collect(expected)
             assert self.raw.read(self.base, SHARE) == self.disk
             self.asked += 1
             return
         cut = self.random.randrange(len(message) + 1)  # requests come in pieces, too
         self.raw.stream.send(message[:cut])
         self.raw.stream.send(message[cut:])
+        self._collect(expected)
+
+    def _collect(self, expected: dict[int, bytes]) -> None:
+        """All is answered, and every READ with what `expected` has for its cookie."""
         for reply in self.raw.collect():
             assert not reply.error
             assert reply.cookie not in expected or reply.data == expected.pop(reply.cookie)
