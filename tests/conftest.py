@@ -121,10 +121,10 @@ class Qemu:
 
 
 def _found(peer: peers.Peer | None, what: str, remedy: str) -> Qemu:
-    return Qemu(peer) if peer else _missing(what, remedy)
+    return Qemu(peer) if peer else missing(what, remedy)
 
 
-def _missing(what: str, remedy: str) -> NoReturn:
+def missing(what: str, remedy: str) -> NoReturn:
     said = f"{what} was not found: {remedy}"
     if in_ci():
         pytest.fail(said)
@@ -167,7 +167,7 @@ class NbdTools:
     def path(self, program: str) -> str:
         """Where the program is. Without it the test is skipped, or fails in CI."""
         found = shutil.which(program, path=self._path)
-        return found or _missing(f"{program} ({self.name})", "install libnbd-bin, python3-libnbd, fio and nbd-client")
+        return found or missing(f"{program} ({self.name})", "install libnbd-bin, python3-libnbd, fio and nbd-client")
 
     def run(
         self, program: str, *args: str | os.PathLike[str], check: bool = True, input: str | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.nbd_peers import Wire, nbdkit, qemu_nbd
+from tests.nbd_peers import Wire, nbdkit, qemu_nbd
 
 import lamina
 from lamina.cli.main import main
@@ -372,7 +372,9 @@ def test_a_journal_holds_only_what_was_flushed(
 def test_a_copy_that_was_killed_is_taken_up_again(source: str, tmp_path: Path) -> None:
     """Nothing can be recorded any more when a process is killed: the journal says what it said before."""
     arguments = ["--resume-file", "journal", "--no-extents", "-R", "2"]
-    with nbdkit(tmp_path, "--filter=delay", "pattern", "16M", "delay-read=50ms") as address:
+    # A server for each: nbdkit 1.32 sometimes ends by an assertion of its own when a client dies.
+    slow = ("--filter=delay", "pattern", "16M", "delay-read=50ms")
+    with nbdkit(tmp_path, *slow) as address:
         process = subprocess.Popen([sys.executable, "-m", "lamina", "copy", *arguments, address, "there.raw"])
         try:
             deadline = time.monotonic() + 30
@@ -383,7 +385,8 @@ def test_a_copy_that_was_killed_is_taken_up_again(source: str, tmp_path: Path) -
         finally:
             process.kill()
             process.wait()
-        assert json.loads(Path("journal").read_text())["position"] == 0
+    assert json.loads(Path("journal").read_text())["position"] == 0
+    with nbdkit(tmp_path, *slow) as address:
         assert main(["copy", *arguments, "-R", "64", address, "there.raw"]) == 0
     whole = b"".join(at.to_bytes(8, "big") for at in range(0, 16 * MIB, 8))
     assert Path("there.raw").read_bytes() == whole

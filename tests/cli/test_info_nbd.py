@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket as socket_module
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.nbd_peers import nbdkit, running
 from tests.conftest import NbdTools, Qemu
 from tests.nbd_fake_server import FakeServer, exactly
+from tests.nbd_peers import nbdkit, program, running
 from tests.nbd_scripts import export, greeting, info_export, option, refusal
 
 import lamina
@@ -176,9 +175,8 @@ def test_the_same_as_nbdinfo_of_other_servers(
     flags, settings = [o for o in options if o.startswith("-")], [o for o in options if not o.startswith("-")]
     with nbdkit(tmp_path, *flags, "memory", "10M", *settings) as address:
         ours = as_json(capsys, address)
-        if not shutil.which("nbdinfo"):
-            pytest.skip("install libnbd-bin to compare with nbdinfo")
-        peers = json.loads(subprocess.run(["nbdinfo", "--json", address], capture_output=True, check=True).stdout)
+        nbdinfo = program("nbdinfo", "libnbd-bin")
+        peers = json.loads(subprocess.run([nbdinfo, "--json", address], capture_output=True, check=True).stdout)
     for one in (ours["exports"][0], peers["exports"][0]):
         one.pop("content")  # nbdinfo asks file(1)
     # Which nbdinfo this is decides what it knows of extended headers.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.cli.nbd_peers import found, nbdkit, qemu_nbd
+from tests.nbd_peers import nbdkit, program, qemu_nbd
 
 import lamina
 from lamina.bitmap import MemoryBitmap
@@ -155,7 +155,7 @@ def test_a_server_without_contexts(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_same_as_nbdinfo(
     tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], totals: list[str], form: list[str]
 ) -> None:
-    nbdinfo = found("nbdinfo", "libnbd-bin")
+    nbdinfo = program("nbdinfo", "libnbd-bin")
     disk = tmp_path / "disk.raw"
     with disk.open("wb") as file:
         file.truncate(64 * MIB)

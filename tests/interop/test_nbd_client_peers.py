@@ -6,10 +6,8 @@ import contextlib
 import errno
 import os
 import random
-import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,57 +16,26 @@ import pytest
 import lamina
 from lamina.errors import BlockIOError, LaminaError, NotFound, ReadOnly
 from lamina.nbd.client import Client
-from lamina.nbd.inspect import ExportInfo, inspect, list_exports
+from lamina.nbd.inspect import inspect, list_exports
 
 from ..certificates import write_certificates
-from ..conftest import Qemu, in_ci
+from ..conftest import Qemu
+from ..nbd_peers import program, running
 
 SIZE = 3 << 20
 HOLE = slice(1 << 20, 2 << 20)
 Run = Callable[..., None]
 
 
-def program(name: str) -> str:
-    found = shutil.which(name)
-    if not found:
-        said = f"{name} was not found: install it"
-        if in_ci():
-            pytest.fail(said)
-        pytest.skip(said)
-    return found
-
-
 @pytest.fixture
 def run() -> Iterator[Run]:
-    """Start a server, and wait until its socket or port is there; all are ended after the test."""
-    started: list[subprocess.Popen[bytes]] = []
+    """Start a server, and wait until it listens; all are ended after the test."""
+    with contextlib.ExitStack() as stack:
 
-    def start(*command: str | os.PathLike[str], ready: Path | int | None) -> None:
-        server = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        started.append(server)
-        deadline = time.monotonic() + 20
-        while ready is not None:
-            if isinstance(ready, Path):
-                if ready.exists():
-                    return
-            else:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", ready), 1):
-                    return
-            if server.poll() is not None or time.monotonic() > deadline:
-                server.kill()
-                pytest.fail(f"{command}: {server.communicate()[1].decode()}")
-            time.sleep(0.01)
+        def start(*command: str | os.PathLike[str], ready: Path | int) -> None:
+            stack.enter_context(running(command, ready))
 
-    yield start
-    for server in started:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        assert server.stderr is not None
-        server.stderr.close()
+        yield start
 
 
 @pytest.fixture
@@ -100,18 +67,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def eventually(call: Callable[[], list[ExportInfo]]) -> list[ExportInfo]:
-    """What `call` returns, once somebody listens: a server that takes one client only cannot be looked at first."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return call()
-        except BlockIOError as error:
-            if error.errno != errno.ECONNREFUSED or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
 
 
 def exercise(client: Client, content: bytearray, *, plain: bool = False) -> None:
@@ -347,7 +302,7 @@ def test_nbdkit_names_what_is_there(run: Run, tmp_path: Path, at: Path) -> None:
         (tmp_path / "files" / name).write_bytes(name.encode() * 512)
     run(program("nbdkit"), "-f", "-r", "-U", at, "file", f"dir={tmp_path / 'files'}", ready=at)
     assert sorted(list_exports(uri(at))) == [("one", ""), ("two", "")]
-    assert sorted(found.name for found in inspect(uri(at), exports=True)) == ["one", "two"]
+    assert sorted(each.name for each in inspect(uri(at), exports=True)) == ["one", "two"]
     with Client.connect(uri(at, "two")) as client:
         assert client.read(0, 3) == b"two"
         assert client.read_only
@@ -367,19 +322,18 @@ def test_nbd_server(run: Run, disk: Path, tmp_path: Path) -> None:
             f"[fixed]\nexportname={disk}\nreadonly=true\n"
         )
         # With -d it stays in the foreground, takes one client, and ends.
-        run(program("nbd-server"), "-d", "-C", config, ready=None)
+        run(program("nbd-server"), "-d", "-C", config, ready=port)
         return f"nbd://127.0.0.1:{port}/"
 
-    with Client.connect(started() + "disk", open_timeout=20) as client:
+    with Client.connect(started() + "disk") as client:
         assert client.handshake == "newstyle-fixed"
         exercise(client, bytearray(disk.read_bytes()))
-    with Client.connect(started() + "fixed", open_timeout=20) as client:
+    with Client.connect(started() + "fixed") as client:
         assert (client.mode, client.contexts, client.read_only) == ("simple", {}, True)
         exercise(client, bytearray(disk.read_bytes()))
-    address = started()
-    assert eventually(lambda: list_exports(address)) == [("disk", ""), ("fixed", "")]
+    assert list_exports(started()) == [("disk", ""), ("fixed", "")]
     with pytest.raises(LaminaError) as raised:
-        Client.connect(started() + "none", open_timeout=20)
+        Client.connect(started() + "none")
     assert raised.value.errno != errno.ECONNREFUSED
 
 

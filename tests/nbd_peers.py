@@ -1,4 +1,4 @@
-"""Other NBD servers for the tests of the command line, and a wire between client and server that can be cut."""
+"""Other NBD servers for the tests, and a wire between client and server that can be cut."""
 
 from __future__ import annotations
 
@@ -9,53 +9,67 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from .conftest import missing
 
-def found(program: str, package: str) -> str:
-    """The path of a program that a test needs; without it the test is skipped, and in CI it fails."""
-    path = shutil.which(program)
-    if path is None:
-        said = f"{program} was not found: install {package}"
-        if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
-            pytest.fail(said)
-        pytest.skip(said)
-    return path
+#: How long a server may take until it listens.
+PATIENCE = 20
+
+
+def program(name: str, package: str | None = None) -> str:
+    """The path of a program that a test needs; without it the test is skipped, and in CI it fails. `package`: what has it,
+    where that has another name."""
+    return shutil.which(name) or missing(name, f"install {package or name}")
+
+
+def listens(place: Path | int) -> bool:
+    """Whether somebody listens on this Unix socket, or on this port of the loopback interface.
+
+    The kernel's tables are asked. That the socket's file is there does not say it: bind makes the file, and only then comes
+    listen. And no connection is made: some servers end after their first client.
+    """
+    if isinstance(place, int):
+        rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+        return any(row[1] == f"0100007F:{place:04X}" and row[3] == "0A" for row in rows)
+    sockets = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(row[7:] == [str(place)] and int(row[3], 16) & 0x10000 for row in sockets)  # __SO_ACCEPTCON
 
 
 @contextlib.contextmanager
-def running(command: list[str], path: Path) -> Iterator[str]:
-    """`command`, a server that will listen on the Unix socket at `path`, for as long as the context; the URI."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def running(command: Sequence[str | os.PathLike[str]], place: Path | int) -> Iterator[str]:
+    """`command`, a server that listens on the Unix socket or port `place`, for as long as the context; its URI."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
-        deadline = time.monotonic() + 20
-        while not path.exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
+        deadline = time.monotonic() + PATIENCE
+        while not listens(place):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"{list(command)} does not listen: {process.stderr.read().decode()}")
             time.sleep(0.01)
-        yield f"nbd+unix:///?socket={path}"
+        yield f"nbd://127.0.0.1:{place}/" if isinstance(place, int) else f"nbd+unix:///?socket={place}"
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        if isinstance(place, Path):
+            place.unlink(missing_ok=True)
 
 
 def nbdkit(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
     """nbdkit with these arguments; the URI of its default export."""
     path = folder / "nbdkit.sock"
-    return running([found("nbdkit", "nbdkit"), "-f", "-U", str(path), *arguments], path)
+    return running([program("nbdkit"), "-f", "-U", str(path), *arguments], path)
 
 
 def qemu_nbd(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
     """qemu-nbd with these arguments, for any number of clients; the URI of its default export."""
     path = folder / "qemu.sock"
-    return running([found("qemu-nbd", "qemu-utils"), "-t", "-k", str(path), *arguments], path)
+    return running([program("qemu-nbd", "qemu-utils"), "-t", "-k", str(path), *arguments], path)
 
 
 class Wire:
