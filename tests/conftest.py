@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lamina import registry
+
 ROOT = Path(__file__).resolve().parent.parent
 # The tests ask `benchmarks.peers` where the peers are; plain `pytest` does not put the repository's root on the path.
 if str(ROOT) not in sys.path:
@@ -196,6 +198,13 @@ def libnbd(request: pytest.FixtureRequest) -> NbdTools:
     """Each libnbd in turn."""
     chosen: NbdTools = request.getfixturevalue(request.param)
     return chosen
+
+
+@pytest.fixture
+def own_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it: other tests of the process would find it."""
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
 
 
 def _open_files() -> dict[str, str]:

@@ -17,7 +17,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "CONTRIBUTING.md"
 
 
 @pytest.fixture
-def example() -> Iterator[types.ModuleType]:
+def example(own_drivers: None) -> Iterator[types.ModuleType]:
     found = re.search(r"```python\n(.*?class Slow.*?)```", PAGE.read_text(), re.DOTALL)
     assert found, "CONTRIBUTING.md shows a filter"
     module = types.ModuleType("slow_example")

@@ -12,12 +12,7 @@ import pytest
 from lamina import detect, registry
 from lamina.errors import OptionError, UnsupportedFeature
 
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
+pytestmark = pytest.mark.usefixtures("own_drivers")
 
 
 @pytest.fixture
