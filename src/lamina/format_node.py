@@ -179,7 +179,7 @@ class FormatNode(Node):
             at += room.length
 
     def _store(self, host: int, part: memoryview, event: str = "write_aio") -> None:
-        """Write bytes of the request to their place. Where that makes the file longer it ends on a sector: otherwise a later
+        """Write bytes to their place in the file. Where that makes the file longer it ends on a sector: otherwise a later
         write of that whole sector could be torn, if the power goes and the new length is lost."""
         self.file.tell(event)
         end = host + len(part)
@@ -209,8 +209,7 @@ class FormatNode(Node):
         if inside:
             self.read_into(after, whole[head + room.length : head + room.length + inside])
         self.file.tell("write_aio")
-        self.file.tell("cow_write")
-        self.file.write(room.host - head, whole)
+        self._store(room.host - head, whole, "cow_write")
 
     def extents(self, offset: int, length: int) -> Extents:
         own = self.map_columns(offset, length)

@@ -18,9 +18,10 @@ import pytest
 
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
-from lamina.testing.power_loss import record
+from lamina.testing.power_loss import cut_power, record
+from lamina.testing.recorder import Marks, Recorder
 
-from .workloads import GEOMETRIES, Geometry, Work
+from .workloads import GEOMETRIES, Geometry, Work, fresh, open_on
 
 STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000"))
 #: States of the geometry whose image is large are few: each takes twenty times as long.
@@ -78,3 +79,29 @@ def test_any_power_cut_leaves_a_whole_image(
             f"\n{geometry}: {states} states of {workloads} workloads, 0 corruptions; {asked} checks by QEMU agree; "
             f"{time.monotonic() - began:.1f} s"
         )
+
+
+@pytest.mark.parametrize(
+    "offset", [4096, 4196, 3996], ids=["at a cluster", "in a cluster", "over data of the layer below"]
+)
+def test_a_sector_at_the_end_of_the_file_is_not_torn(offset: int) -> None:
+    """Only a part of a cluster is written, behind which all reads as zero: the rest need not be in the file. Then that sector
+    is written whole, and the power goes: its bytes may be there while the file is as short as before."""
+    start, below, unit = fresh({"cluster_size": 512}, 64 << 10), b"b" * 4096, slice(4096, 4608)
+
+    def workload(storage: Recorder, marks: Marks) -> None:
+        with open_on(storage, read_only=False, backing=below) as image:
+            image.write(offset, b"1" * 300)
+            image.flush()
+            marks.durable(1)
+            image.write(unit.start, b"2" * 512)
+
+    def verify(content: bytes, state: CrashState) -> bool:
+        with open_on(Recorder(content), read_only=True, backing=below) as image:
+            got = image.read(unit.start, 512)
+        first = bytearray(512)
+        lies = offset - unit.start
+        first[max(lies, 0) : lies + 300] = b"1" * (300 + min(lies, 0))
+        return got in (b"2" * 512, first) or not state.durable
+
+    assert cut_power(workload, verify, start=start) > 10

@@ -86,9 +86,15 @@ class Work:
         self.history = DiskHistory(content)
 
     def __call__(self, storage: Recorder, marks: Marks) -> None:
+        ends = {len(self.start)}
         with open_on(storage, read_only=False, backing=self.backing) as image:
+            header = image.node.header  # type: ignore[attr-defined]
             for number in range(self.operations):
                 self._one(image, marks, number)
+                # Else a later write of that sector is torn where the power goes and the new length is lost. (An L1 table is
+                # never written past its end.)
+                ends.add(header.l1_table_offset + 8 * header.l1_size)
+                assert storage.size % SECTOR == 0 or storage.size in ends, "data ends inside a sector of the file"
 
     def _one(self, image: Image, marks: Marks, number: int) -> None:
         rng, history = self.rng, self.history
