@@ -107,6 +107,7 @@ def test_progress_is_told_in_lines_that_scripts_know(folder: Path, capsys: pytes
     assert main(["convert", "-p", "-q", "-O", "qcow2", "a.raw", "b.qcow2"]) == 0
     assert main(["convert", "-W", "-m", "4", "-O", "qcow2", "a.raw", "b.qcow2"]) == 0
     assert capsys.readouterr().out == ""
+    assert main(["compare", "a.raw", "b.qcow2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,8 @@ def test_progress_is_told_in_lines_that_scripts_know(folder: Path, capsys: pytes
     [
         (["a.raw"], "one source and one target"),
         (["a.raw", "a.raw", "b.raw"], "one source and one target"),
+        (["-m", "0", "-O", "qcow2", "a.raw", "b.qcow2"], "1 to 16"),
+        (["-m", "17", "-O", "qcow2", "a.raw", "b.qcow2"], "1 to 16"),
         (["-n", "a.raw", "b.raw"], "-O"),
         (["-n", "-O", "raw", "a.raw", "b.raw"], "b.raw"),
         (["-n", "-O", "raw", "-o", "size=1M", "a.raw", "b.raw"], "leave -n out"),

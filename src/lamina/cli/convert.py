@@ -75,10 +75,14 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
+    parser.add_size(
+        "-m", "--parallel", metavar="NUMBER",
+        help="requests of 2 MiB to have under way at once (1 to 16; default: 8 from and to NBD servers, else 1)",
+    )  # fmt: skip
     parser.add_argument(
-        "-W", "--oob-writes", action="store_true", help="accepted; there is nothing to gain from it here"
-    )
-    parser.add_size("-m", "--parallel", metavar="NUMBER", help="accepted; there is nothing to gain from it here")
+        "-W", "--oob-writes", action="store_true",
+        help="write in any order, and as much at once as is read (to NBD servers that is the default)",
+    )  # fmt: skip
     for flags, metavar in (
         (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
         (("-r", "--rate", "limiting the rate is not there yet"), "RATE"),
@@ -137,6 +141,8 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         backing=backing,
         backing_format=backing_format,
         references=args.references,
+        parallel=args.parallel,
+        in_order=False if args.oob_writes else None,
         monitor=monitor,
     )
 
@@ -163,6 +169,8 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             blank=args.target_is_zero,
             smallest_hole=args.sparse_size,
             unread=args.unread,
+            parallel=args.parallel,
+            in_order=False if args.oob_writes else None,
             monitor=monitor,
         )
         there.flush()

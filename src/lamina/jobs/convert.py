@@ -1,15 +1,18 @@
 """Copy a disk into another image: only what is stored is read, only what is not zero is written.
 
 The plan comes from the exact extents of the source. A thread of its own reads and looks for zeros; the caller's thread
-writes: reading, writing and comparing release the GIL, so both work at once. Buffers go round in a circle of fixed
-size. What the file system can share between source and target passes neither (see `sharing`).
+writes: reading, writing and comparing release the GIL, so both work at once. Where source or target are far away several
+buffers are read or written beside each other (see `lanes`). Buffers go round in a circle of fixed size. What the file system
+can share between source and target passes neither (see `sharing`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +25,7 @@ from ..limits import KIB, MAX_SIZE, MIB, align_down
 from ..node import Node, StorageNode
 from ..numeric import np
 from ..policy import Policy
+from .lanes import FAR, Lanes, is_far, lanes_for
 from .progress import Monitor
 from .sharing import Place, Sharer, without
 from .windows import stretches, windows
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     from ..image import Image
 
 _BUFFER = 2 * MIB
-_BUFFERS = 4
+#: Buffers besides those that are being read and written.
+_SPARE = 2
 _ZEROS = bytes(_BUFFER)
 #: Ranges to be made zero that one batch holds at most.
 _MANY = 4096
@@ -65,17 +70,19 @@ class Below(NamedTuple):
 
 
 class _Batch:
-    """A full buffer on its way from reader to writer, and what else to do. `end`: the source is dealt with up to
-    there."""
+    """A buffer on its way from reader to writer. `reads`: what is to come into it; `ready`: when that, or its failure, is
+    there, `writes` and `zeros` say what to do. `end`: the source is dealt with up to there."""
 
-    __slots__ = ("buffer", "end", "error", "last", "writes", "zeros")
+    __slots__ = ("buffer", "end", "error", "last", "reads", "ready", "writes", "zeros")
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
+        self.reads: list[tuple[int, memoryview]] = []
         self.writes: list[tuple[int, memoryview]] = []
         self.zeros: list[tuple[int, int]] = []
         self.end = 0
         self.last = False
+        self.ready: Future[None] | None = None
         self.error: BaseException | None = None
 
 
@@ -87,6 +94,8 @@ def convert(
     smallest_hole: int = 4096,
     below: Below | None = None,
     unread: Unread = "",
+    parallel: int | None = None,
+    in_order: bool | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
@@ -98,8 +107,14 @@ def convert(
     `unread`: what lies in a file as it reads is not read, so that nobody looks for zeros in it: "share": where the file
     system lets both files have the same blocks; "copy": else the system copies it. That needs a source that is open for
     reading only. On btrfs and xfs sharing makes 1 GiB in 0.01 s that otherwise takes 1.1 and 0.16; where nothing can be
-    shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked. Raises
-    OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no use.
+    shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked.
+
+    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: 8 where the source is far away (an NBD server), else
+    one. They are written one after the other, or with `in_order` False in any order and as many at once; None: in order
+    unless the target is far away. With 20 ms for each request 512 MiB took 4.1 s one by one, and 0.7 s so.
+
+    Raises OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no
+    use.
     """
     if target.size < source.size:
         raise OptionError(
@@ -110,7 +125,12 @@ def convert(
     # What is compared must be read.
     reads = not unread or (below is not None and below.image is not None)
     sharer = None if reads else Sharer(source, target, only_share=unread == "share")
-    return _Copy(source, target, blank, smallest_hole, below, sharer, monitor or Monitor()).run()
+    readers = lanes_for(source.node, parallel)
+    if in_order is None:
+        in_order = not is_far(target.node)
+    writers = 1 if in_order else parallel or FAR
+    watch = monitor or Monitor()
+    return _Copy(source, target, blank, smallest_hole, below, sharer, watch).run(readers, writers)
 
 
 def convert_to_file(
@@ -125,6 +145,8 @@ def convert_to_file(
     references: Policy | None = None,
     unread: Unread = "",
     compress: bool = False,
+    parallel: int | None = None,
+    in_order: bool | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
@@ -146,11 +168,12 @@ def convert_to_file(
         prepare(values, path)
     with Aside(path) as aside:
         write_image(kind, aside.path, values, durable=False)
+        how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
         if backing is None:
             with _open_made(aside.path, format, {}, references, compress) as target:
                 # A device keeps what was on it; a format above it knows what it has written and what it has not.
                 blank = not aside.in_place or isinstance(target.node, FormatNode)
-                return convert(source, target, blank=blank, smallest_hole=smallest_hole, unread=unread, monitor=monitor)
+                return convert(source, target, blank=blank, monitor=monitor, **how)
         # Names inside the target are relative to its directory; what the user named is opened as such.
         name = os.path.join(os.path.dirname(path), backing)
         base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
@@ -160,7 +183,7 @@ def convert_to_file(
         ):
             depth = layers_above(source.node, name)
             below = Below(image) if depth is None else Below(depth=depth)
-            return convert(source, target, smallest_hole=smallest_hole, below=below, unread=unread, monitor=monitor)
+            return convert(source, target, below=below, monitor=monitor, **how)
 
 
 def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None, compress: bool) -> Image:
@@ -221,42 +244,60 @@ class _Copy:
         self._watch = watch
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
         self._full: SimpleQueue[_Batch] = SimpleQueue()
-        self._read = 0
         self._stopped = False
-        self._compared = bytearray(_UNIT)
+        self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
 
-    def run(self) -> Result:
-        for _ in range(_BUFFERS):
+    def run(self, readers: int, writers: int) -> Result:
+        """With so many buffers being read at once, and so many being written."""
+        for _ in range(readers + writers + _SPARE):
             self._free.put(memoryview(bytearray(_BUFFER)))
-        reader = threading.Thread(target=self._read_all, name="lamina-convert", daemon=True)
-        reader.start()
-        written = zeroed = 0
-        total = self._source.size
+        reading, writing = Lanes(readers, "lamina-convert-read"), Lanes(writers, "lamina-convert-write")
+        planner = threading.Thread(target=self._plan_all, args=(reading,), name="lamina-convert", daemon=True)
+        planner.start()
+        under_way: deque[tuple[_Batch, Future[None]]] = deque()
         try:
-            while True:
+            last = False
+            while not last:
                 batch = self._full.get()
                 if batch.error is not None:
                     raise batch.error
-                for offset, view in batch.writes:
-                    self._target.write(offset, view)
-                    written += len(view)
-                for offset, length in batch.zeros:
-                    self._target.zero(offset, length, unmap=True)
-                    zeroed += length
-                if batch.last:
-                    break
-                self._watch.update(batch.end, total)
-                self._free.put(batch.buffer)
+                if batch.ready is not None:
+                    batch.ready.result()
+                last = batch.last
+                under_way.append((batch, writing.submit(self._write, batch)))
+                while under_way and (last or len(under_way) >= writers):
+                    batch, written = under_way.popleft()
+                    written.result()
+                    self._written(batch)
         finally:
             self._stopped = True
             self._free.put(None)
-            reader.join()
-        self._watch.update(total, total)
-        return Result(self._read, written, zeroed, self._sharer.done if self._sharer else 0)
+            planner.join()
+            reading.close()
+            writing.close()
+        self._watch.update(self._source.size, self._source.size)
+        copied = self._sharer.done if self._sharer else 0
+        return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
 
-    # -- in the reader's thread
+    def _write(self, batch: _Batch) -> None:
+        try:
+            for offset, view in batch.writes:
+                self._target.write(offset, view)
+            for offset, length in batch.zeros:
+                self._target.zero(offset, length, unmap=True)
+        finally:
+            self._free.put(batch.buffer)
 
-    def _read_all(self) -> None:
+    def _written(self, batch: _Batch) -> None:
+        self._bytes_read += sum(len(view) for _, view in batch.reads)
+        self._bytes_written += sum(len(view) for _, view in batch.writes)
+        self._bytes_zeroed += sum(length for _, length in batch.zeros)
+        if not batch.last:
+            self._watch.update(batch.end, self._source.size)
+
+    # -- in the thread that plans, and in those that read
+
+    def _plan_all(self, reading: Lanes) -> None:
         batch: _Batch | None = None
         try:
             batch = self._next()
@@ -268,14 +309,14 @@ class _Copy:
                     batch.zeros.append((start, length))
                     batch.end = start + length
                     if len(batch.zeros) == _MANY:
-                        self._full.put(batch)
+                        self._send(batch, reading)
                         batch, used = self._next(), 0
                     continue
                 at = start
                 if kind >= _PLACES and self._sharer is not None:
                     for at in self._sharer.copy(self._places[kind - _PLACES]):
                         batch.end = at
-                        self._full.put(batch)  # so that its progress is told, and a wish to stop is heard
+                        self._send(batch, reading)  # so that its progress is told, and a wish to stop is heard
                         batch, used = self._next(), 0
                         if batch is None:
                             return
@@ -283,16 +324,17 @@ class _Copy:
                     # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
                     count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
                     if used + count > _BUFFER:
-                        self._full.put(batch)
+                        self._send(batch, reading)
                         batch, used = self._next(), 0
                         if batch is None:
                             return
-                    self._fill(batch, at, batch.buffer[used : used + count])
+                    batch.reads.append((at, batch.buffer[used : used + count]))
                     used += count
                     at += count
+                    batch.end = at
             if batch is not None:
                 batch.last = True
-                self._full.put(batch)
+                self._send(batch, reading)
         except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that waits for this one
             failed = batch or _Batch(memoryview(b""))
             failed.error = error
@@ -302,15 +344,20 @@ class _Copy:
         buffer = self._free.get()
         return None if buffer is None or self._stopped else _Batch(buffer)
 
-    def _fill(self, batch: _Batch, at: int, view: memoryview) -> None:
-        self._source.read_into(at, view)
-        self._read += len(view)
-        batch.end = at + len(view)
-        if self._below is not None and self._below.image is not None:
-            for lo, hi in self._differing(self._below.image, at, view):
-                self._sort(batch, at + lo, view[lo:hi])
-        else:
-            self._sort(batch, at, view)
+    def _send(self, batch: _Batch, reading: Lanes) -> None:
+        """To the writer, in the order of the disk; what it is to hold is read meanwhile."""
+        if batch.reads:
+            batch.ready = reading.submit(self._fill, batch)
+        self._full.put(batch)
+
+    def _fill(self, batch: _Batch) -> None:
+        for at, view in batch.reads:
+            self._source.read_into(at, view)
+            if self._below is not None and self._below.image is not None:
+                for lo, hi in self._differing(self._below.image, at, view):
+                    self._sort(batch, at + lo, view[lo:hi])
+            else:
+                self._sort(batch, at, view)
 
     def _sort(self, batch: _Batch, at: int, view: memoryview) -> None:
         """What of these bytes is written, and what is zero."""
@@ -349,14 +396,14 @@ class _Copy:
 
     def _differing(self, base: Image, at: int, view: memoryview) -> Iterator[tuple[int, int]]:
         """The parts of `view`, in units, in which it is not what the backing file has at the same place."""
-        size = base.size
+        size, compared = base.size, bytearray(_UNIT)
         for lo in range(0, len(view), _UNIT):
             hi = min(lo + _UNIT, len(view))
             inside = min(max(size - at - lo, 0), hi - lo)
-            other = memoryview(self._compared)[:inside]
+            other = memoryview(compared)[:inside]
             if inside:
                 base.read_into(at + lo, other)
-            if not self._compared.startswith(view[lo : lo + inside]) or not _ZEROS.startswith(view[lo + inside : hi]):
+            if not compared.startswith(view[lo : lo + inside]) or not _ZEROS.startswith(view[lo + inside : hi]):
                 yield lo, hi
 
 

@@ -39,6 +39,7 @@ class NbdStorage(StorageNode):
     """
 
     driver: ClassVar[str] = "nbd"
+    far = True
     schema: ClassVar[Schema] = Schema(
         "nbd",
         [

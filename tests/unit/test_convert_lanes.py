@@ -1,0 +1,238 @@
+"""Converting from and to storage that is far away: several buffers at once, each byte in its place, and nothing left behind
+when one of them fails."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import lamina
+from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
+from lamina.image import Image
+from lamina.jobs.convert import Result, convert, convert_to_file
+from lamina.jobs.lanes import FAR, Lanes
+from lamina.jobs.progress import Monitor
+from lamina.storage.memory import MemoryStorage
+from tests.conftest import Qemu
+
+KIB, MIB = 1 << 10, 1 << 20
+#: What `convert` reads at a time.
+BUFFER = 2 * MIB
+SIZE = 24 * MIB + 4096
+
+
+class Slow(MemoryStorage):
+    """Storage on which requests take some time, each another one. `together`: so many must be under way at once, or the
+    first ones fail."""
+
+    def __init__(self, size: int, *, together: int = 1, seed: int = 0) -> None:
+        super().__init__(size)
+        self.most = 0
+        self.order: list[int] = []
+        self._now = 0
+        self._meet = threading.Barrier(together, timeout=20)
+        self._guests = together
+        self._dice = random.Random(seed)
+        self._counting = threading.Lock()
+        self.quick = True
+
+    def _linger(self, offset: int) -> None:
+        if self.quick:
+            return
+        with self._counting:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.order.append(offset)
+            early, pause = len(self.order) <= self._guests, self._dice.random() / 100
+        try:
+            if early:
+                self._meet.wait()
+            time.sleep(pause)
+        finally:
+            with self._counting:
+                self._now -= 1
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._linger(offset)
+        super().read_into(offset, view)
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self._linger(offset)
+        super().write(offset, view, flags)
+
+
+class Far(Slow):
+    far: ClassVar[bool] = True
+
+
+def disk(storage: Slow, content: bytes) -> Image:
+    """`content` on this storage, which takes its time from now on."""
+    image = Image(storage)
+    for at in range(0, len(content), 64 * KIB):
+        if part := content[at : at + 64 * KIB].rstrip(b"\0"):
+            image.write(at, part)
+    storage.quick = False
+    return image
+
+
+@pytest.fixture
+def content(seed: int) -> bytes:
+    """Data, holes and zeros that are stored, of all lengths, in most of the buffers."""
+    dice = random.Random(seed)
+    data = bytearray(SIZE)
+    for at in range(0, SIZE, BUFFER):
+        data[at : at + 4096] = dice.randbytes(min(4096, SIZE - at))
+    for _ in range(40):
+        at = dice.randrange(SIZE)
+        piece = dice.randbytes(dice.choice([1, 4096, 70_000, 3 * MIB]))[: SIZE - at]
+        data[at : at + len(piece)] = piece
+    return bytes(data)
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lamina-convert")]
+
+
+def one_by_one(content: bytes, before: bytes) -> Result:
+    """What a conversion over `before` says where all is near."""
+    with disk(Slow(SIZE), content) as source, disk(Slow(SIZE), before) as target:
+        return convert(source, target)
+
+
+@pytest.mark.parametrize("far", ["source", "target", "both"])
+def test_far_storage_has_several_at_once(content: bytes, far: str) -> None:
+    before = random.Random(1).randbytes(SIZE // 2)
+    source = Far(SIZE, together=FAR) if far != "target" else Slow(SIZE)
+    target = Far(SIZE, together=FAR) if far != "source" else Slow(SIZE)
+    with disk(source, content) as one, disk(target, before) as other:
+        assert convert(one, other) == one_by_one(content, before)
+        target.quick = True
+        assert other.read(0, SIZE) == content
+    assert (source.most > 1, target.most > 1) == (far != "target", far != "source")
+    assert max(source.most, target.most) <= FAR
+    if far == "source":
+        assert target.order == sorted(target.order), "what is near is written in order"
+
+
+def test_as_many_as_asked_for(content: bytes) -> None:
+    source, target = Slow(SIZE, together=3), Slow(SIZE, together=3)
+    with disk(source, content) as one, disk(target, b"") as other:
+        convert(one, other, parallel=3, in_order=False)
+        target.quick = True
+        assert other.read(0, SIZE) == content
+    assert (source.most, target.most) == (3, 3)
+    source, target = Far(SIZE), Far(SIZE)
+    with disk(source, content) as one, disk(target, b"") as other:
+        convert(one, other, parallel=1)
+    assert (source.most, target.most) == (1, 1)
+    assert source.order == sorted(source.order)
+    assert target.order == sorted(target.order)
+
+
+@pytest.mark.parametrize("parallel", [0, 17, -1])
+def test_too_many_are_refused(parallel: int) -> None:
+    with Image(Slow(MIB)) as one, Image(Slow(MIB)) as other, pytest.raises(OptionError, match="1 to 16"):
+        convert(one, other, parallel=parallel)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("options", [{"cluster_size": 512}, {}, {"cluster_size": 2 * MIB}], ids=str)
+def test_an_image_of_any_order_is_whole(
+    tmp_path: Path, qemu: Qemu, content: bytes, in_order: bool, options: dict[str, int]
+) -> None:
+    target = tmp_path / "a.qcow2"
+    with disk(Slow(SIZE), content) as source:
+        convert_to_file(source, str(target), "qcow2", options, parallel=5, in_order=in_order)
+    assert qemu.check(target)[0] == 0
+    with lamina.open(target, format="qcow2") as made:
+        assert made.read(0, SIZE) == content
+
+
+def test_beside_a_backing_file_that_is_compared(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "base.raw").write_bytes(content[: SIZE // 2])
+    changed = bytearray(content)
+    for at in range(0, SIZE, 3 * MIB):
+        changed[at : at + 3] = b"new"
+    with disk(Far(SIZE, together=FAR), bytes(changed)) as source:
+        convert_to_file(
+            source, str(tmp_path / "top.qcow2"), "qcow2", {}, backing="base.raw", backing_format="raw", in_order=False
+        )
+    with lamina.open(tmp_path / "top.qcow2", format="qcow2") as made:
+        assert made.read(0, SIZE) == changed
+        owned = made.extents().where(present=True, depth=0).totals().data
+        assert owned <= SIZE // 2 + 5 * 64 * KIB + 65536
+
+
+@pytest.mark.parametrize("after", [0, 5, 11])
+def test_a_read_that_fails(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    source = Far(SIZE)
+    image = disk(source, content)
+
+    def broken(offset: int, view: memoryview) -> None:
+        if len(source.order) >= after:
+            raise BlockIOError("broken on purpose", offset=offset)
+        Far.read_into(source, offset, view)
+
+    monkeypatch.setattr(source, "read_into", broken)
+    with image, pytest.raises(BlockIOError, match="broken on purpose"):
+        convert_to_file(image, str(tmp_path / "b.qcow2"), "qcow2", {}, in_order=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", [0, 3, 11])
+def test_all_writes_fail_from_one_on(content: bytes, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    target = Far(SIZE)
+
+    def full(offset: int, view: memoryview, flags: int = 0) -> None:
+        if len(target.order) >= after:
+            raise BlockIOError("full on purpose", errno=28)
+        Far.write(target, offset, view, flags)
+
+    monkeypatch.setattr(target, "write", full)
+    failed = pytest.raises(LaminaError, match="full on purpose")
+    with disk(Slow(SIZE), content) as source, disk(target, b"") as there, failed:
+        convert(source, there)
+
+
+def test_it_can_be_stopped(content: bytes) -> None:
+    told: list[int] = []
+
+    def report(done: int, total: int) -> None:
+        told.append(done)
+        monitor.cancel()
+
+    monitor = Monitor(report)
+    with disk(Far(SIZE), content) as source, disk(Far(SIZE), b"") as target, pytest.raises(Cancelled):
+        convert(source, target, monitor=monitor)
+    assert len(told) == 1
+    assert told[0] < SIZE
+
+
+def test_progress_is_told_in_order(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.jobs.progress.INTERVAL", 0)
+    told: list[tuple[int, int]] = []
+    with disk(Far(SIZE), content) as source, disk(Far(SIZE), b"") as target:
+        convert(source, target, monitor=Monitor(lambda *at: told.append(at)))
+    assert told == sorted(told)
+    assert len(told) > 5
+    assert told[-1] == (SIZE, SIZE)
+
+
+def test_one_lane_is_its_callers_thread() -> None:
+    lanes = Lanes(1, "lamina-convert-test")
+    assert lanes.submit(threading.get_ident).result() == threading.get_ident()
+    failed = lanes.submit(int, "no number")
+    with pytest.raises(ValueError, match="no number"):
+        failed.result()
+    lanes.close()
+    several = Lanes(2, "lamina-convert-test")
+    assert several.submit(threading.get_ident).result() != threading.get_ident()
+    several.close()
