@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -12,6 +13,7 @@ from ..node import Node, StorageNode
 #: Requests at once to storage that is far away; and the most that may be asked for.
 FAR, MOST = 8, 16
 
+_I = TypeVar("_I")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -21,6 +23,7 @@ class Lanes:
     that is near only wait for one another."""
 
     def __init__(self, count: int, name: str) -> None:
+        self.count = count
         self._threads = ThreadPoolExecutor(count, name) if count > 1 else None
 
     def submit(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
@@ -33,6 +36,22 @@ class Lanes:
         except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
             done.set_exception(error)
         return done
+
+    def in_order(self, call: Callable[[_I], _T], items: Iterable[_I]) -> Iterator[tuple[_I, _T]]:
+        """(item, call(item)) in the order of the items; as many as there are lanes are under way. What the call raises is
+        raised when it is that item's turn."""
+        if self._threads is None:
+            for item in items:
+                yield item, call(item)
+            return
+        under_way: deque[tuple[_I, Future[_T]]] = deque()
+        for item in items:
+            under_way.append((item, self.submit(call, item)))
+            if len(under_way) == self.count:
+                first, done = under_way.popleft()
+                yield first, done.result()
+        for item, done in under_way:
+            yield item, done.result()
 
     def close(self) -> None:
         """Calls that wait for their turn are given up; returns when none is under way."""

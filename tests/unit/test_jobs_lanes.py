@@ -1,5 +1,5 @@
-"""Converting from and to storage that is far away: several buffers at once, each byte in its place, and nothing left behind
-when one of them fails."""
+"""Jobs on storage that is far away: several buffers at once, each byte in its place, and nothing left behind when one of them
+fails."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import lamina
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
+from lamina.jobs.compare import Difference, compare
 from lamina.jobs.convert import Result, convert, convert_to_file
 from lamina.jobs.lanes import FAR, Lanes
 from lamina.jobs.progress import Monitor
@@ -98,7 +99,7 @@ def content(seed: int) -> bytes:
 @pytest.fixture(autouse=True)
 def no_threads_left() -> Iterator[None]:
     yield
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lamina-convert")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lamina-")]
 
 
 def one_by_one(content: bytes, before: bytes) -> Result:
@@ -226,13 +227,78 @@ def test_progress_is_told_in_order(content: bytes, monkeypatch: pytest.MonkeyPat
     assert told[-1] == (SIZE, SIZE)
 
 
+# -- comparing
+
+
+@pytest.mark.parametrize("far", ["first", "second", "both"])
+def test_comparing_reads_several_at_once(content: bytes, far: str) -> None:
+    first = Far(SIZE, together=FAR) if far != "second" else Slow(SIZE)
+    second = Far(SIZE, together=FAR) if far != "first" else Slow(SIZE)
+    with disk(first, content) as one, disk(second, content) as other:
+        assert compare(one, other) is None
+    assert max(first.most, second.most) == FAR
+
+
+def test_near_images_are_compared_one_by_one(content: bytes) -> None:
+    first, second = Slow(SIZE), Slow(SIZE)
+    with disk(first, content) as one, disk(second, content) as other:
+        assert compare(one, other) is None
+    assert (first.most, second.most) == (1, 1)
+
+
+def test_the_first_difference_counts_and_what_lies_behind_may_be_broken(
+    content: bytes, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice = random.Random(seed)
+    for _ in range(8):
+        changed = bytearray(content)
+        places = sorted(dice.randrange(SIZE) for _ in range(3))
+        for at in places:
+            changed[at] ^= 1
+        storage = Far(SIZE)
+
+        def broken(offset: int, view: memoryview, storage: Far = storage, bad: int = places[0]) -> None:
+            if offset > bad:
+                raise BlockIOError("broken on purpose", offset=offset)
+            Far.read_into(storage, offset, view)
+
+        with disk(storage, bytes(changed)) as one, disk(Slow(SIZE), content) as other:
+            monkeypatch.setattr(storage, "read_into", broken)
+            assert compare(one, other) == Difference("content", places[0])
+            assert compare(other, one) == Difference("content", places[0])
+
+
+def test_a_comparison_that_fails(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Far(SIZE)
+    with disk(storage, content) as one, disk(Slow(SIZE), content) as other:
+
+        def broken(offset: int, view: memoryview) -> None:
+            if offset >= 5 * BUFFER:
+                raise BlockIOError("broken on purpose", offset=offset)
+            Far.read_into(storage, offset, view)
+
+        monkeypatch.setattr(storage, "read_into", broken)
+        with pytest.raises(BlockIOError, match="broken on purpose"):
+            compare(one, other)
+
+
+def test_a_comparison_is_stopped(content: bytes) -> None:
+    monitor = Monitor()
+    monitor.cancel()
+    with disk(Far(SIZE), content) as one, disk(Far(SIZE), content) as other, pytest.raises(Cancelled):
+        compare(one, other, monitor=monitor)
+
+
+# -- lanes
+
+
 def test_one_lane_is_its_callers_thread() -> None:
-    lanes = Lanes(1, "lamina-convert-test")
+    lanes = Lanes(1, "lamina-test")
     assert lanes.submit(threading.get_ident).result() == threading.get_ident()
     failed = lanes.submit(int, "no number")
     with pytest.raises(ValueError, match="no number"):
         failed.result()
     lanes.close()
-    several = Lanes(2, "lamina-convert-test")
+    several = Lanes(2, "lamina-test")
     assert several.submit(threading.get_ident).result() != threading.get_ident()
     several.close()
