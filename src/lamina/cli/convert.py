@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     parser.add_quiet()
     parser.add_size(
         "-m", "--parallel", metavar="NUMBER",
-        help="requests of 2 MiB to have under way at once (1 to 16; default: 8 from and to NBD servers, else 1)",
+        help="requests of 2 MiB to have under way at once (1 to 16; default: 1, or 8 from and to NBD servers that take long)",
     )  # fmt: skip
     parser.add_argument(
         "-W", "--oob-writes", action="store_true",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ..extents import DATA, PRESENT, ZERO
 from ..limits import KIB, MIB
 from ..numeric import np
-from .lanes import Lanes, lanes_for
+from .lanes import lanes_for
 from .progress import Monitor
 from .windows import stretches, windows
 
@@ -45,13 +45,14 @@ def compare(
 
     What one has beyond the end of the other must read as zero. With `strict` the sizes must be equal too, and so must
     be, for each byte, whether it is stored, is zero, and is owned by any layer. `parallel`: so many pieces are read at once,
-    1 to 16; None: 8 where an image is far away (an NBD server), else one. Raises what reading raises, and Cancelled.
+    1 to 16; None: one, or 8 where an image is far away (an NBD server) and lets us wait. Raises what reading raises, and
+    Cancelled.
     """
     watch = monitor or Monitor()
     total = max(first.size, second.size)
     if strict and first.size != second.size:
         return Difference("size", min(first.size, second.size))
-    lanes = Lanes(max(lanes_for(first.node, parallel), lanes_for(second.node, parallel)), "lamina-compare")
+    lanes = lanes_for(first.node, second.node, asked=parallel, name="lamina-compare")
     piece = _PIECE if lanes.count == 1 else _FAR_PIECE
     reader = _Reader(first, second, lanes.count, piece)
     try:

@@ -25,7 +25,7 @@ from ..limits import KIB, MAX_SIZE, MIB, align_down
 from ..node import Node, StorageNode
 from ..numeric import np
 from ..policy import Policy
-from .lanes import FAR, Lanes, is_far, lanes_for
+from .lanes import Lanes, is_far, lanes_for
 from .progress import Monitor
 from .sharing import Place, Sharer, without
 from .windows import stretches, windows
@@ -109,9 +109,9 @@ def convert(
     reading only. On btrfs and xfs sharing makes 1 GiB in 0.01 s that otherwise takes 1.1 and 0.16; where nothing can be
     shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked.
 
-    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: 8 where the source is far away (an NBD server), else
-    one. They are written one after the other, or with `in_order` False in any order and as many at once; None: in order
-    unless the target is far away. With 20 ms for each request 512 MiB took 4.1 s one by one, and 0.7 s so.
+    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: one, or 8 where the source is far away (an NBD
+    server) and lets us wait. They are written one after the other, or with `in_order` False in any order and as many at
+    once; None: in order unless the target is far away. With 20 ms for each request 512 MiB take 0.9 s so, and 3.1 one by one.
 
     Raises OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no
     use.
@@ -125,12 +125,12 @@ def convert(
     # What is compared must be read.
     reads = not unread or (below is not None and below.image is not None)
     sharer = None if reads else Sharer(source, target, only_share=unread == "share")
-    readers = lanes_for(source.node, parallel)
+    watch = monitor or Monitor()
+    reading = lanes_for(source.node, asked=parallel, name="lamina-convert-read")
     if in_order is None:
         in_order = not is_far(target.node)
-    writers = 1 if in_order else parallel or FAR
-    watch = monitor or Monitor()
-    return _Copy(source, target, blank, smallest_hole, below, sharer, watch).run(readers, writers)
+    writing = Lanes(1, "") if in_order else lanes_for(target.node, asked=parallel, name="lamina-convert-write")
+    return _Copy(source, target, blank, smallest_hole, below, sharer, watch).run(reading, writing)
 
 
 def convert_to_file(
@@ -247,11 +247,9 @@ class _Copy:
         self._stopped = False
         self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
 
-    def run(self, readers: int, writers: int) -> Result:
-        """With so many buffers being read at once, and so many being written."""
-        for _ in range(readers + writers + _SPARE):
+    def run(self, reading: Lanes, writing: Lanes) -> Result:
+        for _ in range(reading.count + writing.count + _SPARE):
             self._free.put(memoryview(bytearray(_BUFFER)))
-        reading, writing = Lanes(readers, "lamina-convert-read"), Lanes(writers, "lamina-convert-write")
         planner = threading.Thread(target=self._plan_all, args=(reading,), name="lamina-convert", daemon=True)
         planner.start()
         under_way: deque[tuple[_Batch, Future[None]]] = deque()
@@ -265,7 +263,7 @@ class _Copy:
                     batch.ready.result()
                 last = batch.last
                 under_way.append((batch, writing.submit(self._write, batch)))
-                while under_way and (last or len(under_way) >= writers):
+                while under_way and (last or len(under_way) == writing.count or under_way[0][1].done()):
                     batch, written = under_way.popleft()
                     written.result()
                     self._written(batch)
