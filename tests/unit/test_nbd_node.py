@@ -22,8 +22,10 @@ from lamina.nbd.tls import server_context
 
 from ..certificates import write_certificates
 from ..nbd_fake_server import CHUNKS, Asked, Behave, FakeServer, Serve, answer, exactly, requests, shake, starting
-from ..nbd_scripts import SIZE, greeting, option
+from ..nbd_scripts import greeting, option
 
+#: Four pieces.
+SIZE = 4 * PIECE
 DISK = random.Random(11).randbytes(SIZE)
 
 
