@@ -90,9 +90,11 @@ def disk(storage: Slow, content: bytes) -> Image:
 
 @pytest.fixture
 def content(seed: int) -> bytes:
-    """Data, holes and zeros that are stored, of all lengths, in most of the buffers."""
+    """Data, holes and zeros that are stored, of all lengths: enough for seven buffers, and some in each stretch that one
+    could hold."""
     dice = random.Random(seed)
     data = bytearray(SIZE)
+    data[3 * MIB + 5 : 15 * MIB] = dice.randbytes(12 * MIB - 5)
     for at in range(0, SIZE, BUFFER):
         data[at : at + 4096] = dice.randbytes(min(4096, SIZE - at))
     for _ in range(40):
