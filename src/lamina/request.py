@@ -146,7 +146,8 @@ class Child:
         if not length:
             return
         if node.zero_detected is not None and is_zero(view):
-            self.zero(offset, length, flags & ~COMPRESS | node.zero_detected)
+            # Not `self.zero`: a root edge would wait at its gate, behind an edit that waits for this request.
+            Child.zero(self, offset, length, flags & ~COMPRESS | node.zero_detected)
             return
         passed = flags & node.supported_flags
         if not self._order and self.event is None and length <= self._max_transfer:
@@ -440,10 +441,11 @@ class Child:
         start, stop = align_down(lo, align), align_up(hi, align)
         if stop > size >= hi:
             stop = size
-        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked.
-        if start < lo and not self.reads_zero(start, lo - start):
+        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked. (Nor at
+        # the gate of a root edge, behind an edit that waits for this request.)
+        if start < lo and not Child.reads_zero(self, start, lo - start):
             return None
-        if hi < stop and not self.reads_zero(hi, stop - hi):
+        if hi < stop and not Child.reads_zero(self, hi, stop - hi):
             return None
         return start, stop
 

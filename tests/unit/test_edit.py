@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import lamina
 from lamina.edit import Gate
 from lamina.filters.blkdebug import Blkdebug
 from lamina.format_node import FormatNode
+from lamina.node import FUA, MAY_UNMAP
 
 KIB = 1024
 SIZE = 512 * KIB
@@ -98,6 +99,41 @@ def test_filters_come_and_go_under_load(image: lamina.Image, seed: int) -> None:
     assert image.read(0, SIZE) == users.model
     assert image.format == "qcow2"
     assert image.node.check().clean  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("detect", ["off", "on", "unmap"])
+def test_a_request_passes_the_gate_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detect: str) -> None:
+    """At a second time it would stand behind an edit that waits for it to leave: both for ever."""
+    lamina.create(tmp_path / "disk.qcow2", "qcow2", SIZE, cluster_size=4096)
+    passed = 0
+    enter = Gate.enter
+
+    def counted(gate: Gate) -> None:
+        nonlocal passed
+        passed += 1
+        enter(gate)
+
+    monkeypatch.setattr(Gate, "enter", counted)
+    with lamina.open({**qcow2(tmp_path / "disk.qcow2"), "detect-zeroes": detect}, read_only=False) as image:
+        root, room = image.root, memoryview(bytearray(10_000))
+        requests: list[Callable[[], object]] = [
+            lambda: root.write(5000, memoryview(b"data" * 100)),
+            lambda: root.write(9000, memoryview(bytes(7000))),
+            lambda: root.write(8192, memoryview(bytes(4096)), FUA),
+            lambda: root.zero(4200, 50),
+            lambda: root.zero(30_000, 9000),
+            lambda: root.zero(5000, 20_000, MAY_UNMAP | FUA),
+            lambda: root.discard(100, 20_000),
+            lambda: root.read_into(3, room),
+            lambda: root.reads_zero(3, 9000),
+            lambda: root.extents(0, SIZE),
+            lambda: root.flush(),
+            lambda: root.truncate(2 * SIZE),
+        ]
+        for number, ask in enumerate(requests):
+            before = passed
+            ask()
+            assert passed == before + 1, f"request {number}"
 
 
 def test_overlays_are_stacked_under_load(image: lamina.Image, tmp_path: Path, seed: int) -> None:
