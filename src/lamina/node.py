@@ -220,7 +220,8 @@ class StorageNode(Node):
     path: str | None = None
     #: (device, inode) where it is a file, so that a chain that contains itself is noticed.
     identity: tuple[int, int] | None = None
-    #: Whether most of a request's time goes by in waiting, so that several at once take no longer than one.
+    #: Whether another program, or another machine, does the work: where that takes long, several requests at once take no
+    #: longer than one.
     far: ClassVar[bool] = False
 
     @property

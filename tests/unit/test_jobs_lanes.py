@@ -146,6 +146,16 @@ def test_as_many_as_asked_for(content: bytes) -> None:
     assert target.order == sorted(target.order)
 
 
+def test_what_is_near_is_written_in_any_order_if_asked_for(content: bytes) -> None:
+    """As many at once as are read."""
+    source, target = Far(SIZE), Slow(SIZE, together=TOGETHER)
+    with disk(source, content) as one, disk(target, b"") as other:
+        convert(one, other, in_order=False)
+        target.quick = True
+        assert other.read(0, SIZE) == content
+    assert TOGETHER <= target.most <= FAR
+
+
 @pytest.mark.parametrize("parallel", [0, 17, -1])
 def test_too_many_are_refused(parallel: int) -> None:
     with Image(Slow(MIB)) as one, Image(Slow(MIB)) as other, pytest.raises(OptionError, match="1 to 16"):
@@ -260,7 +270,7 @@ def test_the_first_difference_counts_and_what_lies_behind_may_be_broken(
     dice = random.Random(seed)
     for _ in range(8):
         changed = bytearray(content)
-        places = sorted(dice.randrange(SIZE) for _ in range(3))
+        places = sorted(dice.sample(range(SIZE), 3))
         for at in places:
             changed[at] ^= 1
         storage = Far(SIZE)

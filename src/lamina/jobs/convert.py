@@ -129,7 +129,8 @@ def convert(
     reading = lanes_for(source.node, asked=parallel, name="lamina-convert-read")
     if in_order is None:
         in_order = not is_far(target.node)
-    writing = Lanes(1, "") if in_order else lanes_for(target.node, asked=parallel, name="lamina-convert-write")
+    either = source.node, target.node
+    writing = Lanes(1, "") if in_order else lanes_for(*either, asked=parallel, name="lamina-convert-write")
     return _Copy(source, target, blank, smallest_hole, below, sharer, watch).run(reading, writing)
 
 
