@@ -275,7 +275,7 @@ def test_the_memory_of_those_who_left_is_free_at_once(tmp_path: Path, monkeypatc
 
 
 def test_who_falls_silent_in_the_loop_is_put_out_in_time(tmp_path: Path) -> None:
-    with serving(tmp_path, fast(), idle_time=0.3) as (_, path), ExitStack() as stack:
+    with serving(tmp_path, fast(), idle_time=1.0) as (_, path), ExitStack() as stack:
         silent, *busy = crowd(path, stack)
         deadline = time.monotonic() + PATIENCE
         ended = threading.Event()
