@@ -14,7 +14,7 @@ from . import detect, registry
 from .errors import FormatError, LaminaError, LimitExceeded, OptionError, PolicyError
 from .limits import DEFAULT_BUDGET, Budget
 from .node import MAY_UNMAP, Node, StorageNode
-from .options import parse_name
+from .options import parse_name, to_keyval
 from .policy import Policy, Trail
 from .request import Child
 
@@ -146,7 +146,7 @@ class Opener:
             raise FormatError(
                 f"the format of the {what} {name!r} is not stored in the image, and is never guessed",
                 path=path,
-                hint="give it (backing.driver=raw, or store it with create -F)",
+                hint=self._format_hint(host, name, what, option="backing" if what == "backing file" else what),
             )
         # An image may ask for a format only: never for a filter, nor for storage of its own choice.
         registry.lookup(driver, "format")
@@ -168,6 +168,36 @@ class Opener:
         finally:
             os.close(fd)  # the storage has a copy
         return self._keep(Child(node, "backing"))
+
+    def _format_hint(self, host: StorageNode, name: str, what: str, *, option: str) -> str:
+        """How to give the format of the file `name`, which the image in `host` names without one. The magic of that file is
+        looked at for this text alone, and only where the policy grants the file."""
+        assert host.path is not None
+        visited = self.trail.visited if self.trail else ()
+        top = visited[0][2] if len(visited) > 1 else host.filename
+        try:
+            driver = _magic_of(os.open(top, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)).format
+        except (OSError, LaminaError):
+            driver = "FORMAT"
+        why, format = "give its format", "FORMAT"
+        try:
+            found = _magic_of(self.policy.open_reference(name, referrer=host.path, what=what).fd)
+        except (OSError, LaminaError):
+            pass  # not granted, or not to be read: whoever names its format will hear of that
+        else:
+            format = found.matches[0] if len(found.matches) == 1 else "FORMAT" if found.matches else "raw"
+            if len(found.matches) > 1:
+                why = f"its magic is that of {' and of '.join(found.matches)}: give the right one"
+            elif found.matches and format not in registry.names("format"):
+                return f"its magic is that of {format}, and there is no driver for that yet"
+            elif found.matches:
+                why = f"if it is {format}, as its magic says"
+            else:
+                why = "if it is raw, since it has the magic of no format"
+        spec = {"driver": driver, "file.filename": top, f"{f'{option}.' * max(len(visited), 1)}driver": format}
+        from shlex import quote
+
+        return f"{why}: --image-opts {quote(to_keyval(spec))}"
 
     def close(self) -> None:
         """Close what was opened for a node that then failed to open."""
@@ -205,6 +235,17 @@ def probe(storage: Child) -> detect.Detection:
     storage.read_into(0, memoryview(head))
     storage.read_into(size - len(tail), memoryview(tail))
     return detect.detect(bytes(head), bytes(tail), size, path=storage.node.filename)
+
+
+def _magic_of(fd: int) -> detect.Detection:
+    """What lies in the file behind the descriptor `fd`, which is closed, by its magic."""
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        head = os.pread(fd, detect.HEAD_BYTES, 0)
+        tail = os.pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
+    finally:
+        os.close(fd)
+    return detect.detect(head, tail, size)
 
 
 def open_graph(

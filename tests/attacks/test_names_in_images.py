@@ -88,6 +88,9 @@ def test_row_02_cve_2010_2237_backing_format_is_never_probed(home: Path, secret:
     top = overlay(home, base.name, fmt=None)
     with opened_files() as opened, pytest.raises(FormatError, match="never guessed"):
         lamina.open(top, format="qcow2")
+    assert not strangers(opened, [top, base])  # the magic of the base is looked at for the hint alone
+    with opened_files() as opened, pytest.raises(FormatError, match="never guessed"):
+        lamina.open(top, format="qcow2", references=Policy.none())
     assert not strangers(opened, [top])
     # Whoever says that it is raw reads the bytes of the guest.
     with lamina.open({"driver": "qcow2", "file": {"filename": str(top)}, "backing": {"driver": "raw"}}) as image:
