@@ -6,9 +6,26 @@ from. `open` and `create` are where to start; names are loaded when they are fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
 
-from .version import __version__
+
+def _forget_current_folder() -> None:
+    """`python -m lamina` searches the current folder before all others, and a folder with hostile images may hold modules as
+    well: none is imported from there, unless Lamina itself lies there. (Before anything else is imported.)"""
+    words = sys.orig_argv
+    named = "-mlamina" in words or any(words[at : at + 2] == ["-m", "lamina"] for at in range(len(words)))
+    # While Python looks for the module to run, the first argument is "-m".
+    if named and sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+        own = __file__.rpartition("/")[0].rpartition("/")[0]
+        if sys.path and sys.path[0] != own:
+            del sys.path[0]
+
+
+_forget_current_folder()
+
+from typing import TYPE_CHECKING, Any  # noqa: E402 - see above
+
+from .version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from .api import open, probe

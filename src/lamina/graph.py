@@ -148,8 +148,9 @@ class Opener:
                 path=path,
                 hint=self._format_hint(host, name, what, option="backing" if what == "backing file" else what),
             )
-        # An image may ask for a format only: never for a filter, nor for storage of its own choice.
-        registry.lookup(driver, "format")
+        # An image may ask for a format only: never for a filter, nor for storage of its own choice; and for none of an
+        # installed package.
+        registry.lookup(driver, "format", from_image="driver" not in options)
         trail = self.trail or self.policy.trail().enter(*host.identity, path)
         if len(trail.visited) > MAX_CHAIN:
             raise LimitExceeded(f"the backing chain is deeper than {MAX_CHAIN} files", path=path, hint="flatten it")

@@ -13,6 +13,9 @@ name is the kind, a dot and the driver's name:
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from . import detect
@@ -96,13 +99,19 @@ def names(kind: Kind | None = None) -> tuple[str, ...]:
     return tuple(name for name, entry in _entries.items() if kind is None or entry.kind == kind)
 
 
-def entry(name: str, kind: Kind | None = None) -> Entry:
+def entry(name: str, kind: Kind | None = None, *, from_image: bool = False) -> Entry:
     """The entry that `name`, or an alias, means; nothing of the driver is imported.
 
     With `kind`, one of that kind is needed: whoever got `name` out of an image says so, lest the image pick a filter.
+    `from_image`: the name stands in an image. Only Lamina's own drivers answer it: an image never decides which installed
+    package is imported.
     Raises UnsupportedFeature for a format that is known but has no driver, OptionError for any other name.
     """
-    found = _entries.get(_aliases.get(name, name)) or _installed(name)
+    found = _entries.get(_aliases.get(name, name))
+    if from_image and found is not None and found not in _TABLE:
+        found = None
+    if found is None and not from_image:
+        found = _installed(name)
     if found is None:
         raise _unknown(name, kind)
     if kind is not None and found.kind != kind:
@@ -110,12 +119,12 @@ def entry(name: str, kind: Kind | None = None) -> Entry:
     return found
 
 
-def lookup(name: str, kind: Kind | None = None) -> type[Any]:
-    """The class of the driver that `name`, or an alias, means; imports it.
+def lookup(name: str, kind: Kind | None = None, *, from_image: bool = False) -> type[Any]:
+    """The class of the driver that `name`, or an alias, means; imports it. `from_image` as in `entry`.
 
     Raises what `entry` raises, and UnsupportedFeature if a package that the driver needs is not installed.
     """
-    return _load(entry(name, kind))
+    return _load(entry(name, kind, from_image=from_image))
 
 
 def register(name: str, kind: Kind, target: str, summary: str, aliases: tuple[str, ...] = ()) -> Entry:
@@ -170,14 +179,7 @@ def _not_importable(found: Entry, module: str, error: ImportError) -> Unsupporte
 
 def _installed(name: str) -> Entry | None:
     """The driver of that name that an installed package offers, added to the table; None if there is none."""
-    from importlib.metadata import entry_points
-
-    offers = {
-        (kind, point.value)
-        for point in entry_points(group=ENTRY_POINTS)
-        for kind in KINDS
-        if point.name == f"{kind}.{name}"
-    }
+    offers = {(kind, value) for point, value in _installed_points() for kind in KINDS if point == f"{kind}.{name}"}
     if not offers:
         return None
     if len(offers) > 1:
@@ -185,6 +187,30 @@ def _installed(name: str) -> Entry | None:
         raise OptionError(f'several installed packages offer a driver with the name "{printable(name)}": {targets}')
     ((kind, target),) = offers
     return register(name, kind, target, "from an installed package")
+
+
+def _installed_points() -> Iterator[tuple[str, str]]:
+    """(name, target) of every entry point of our group. The current directory is no place where packages are installed:
+    Python searches it first after `python -m` and `python -c`, and whoever can write there could offer a driver."""
+    from importlib.metadata import distributions
+
+    seen: set[str] = set()
+    for package in distributions(path=_search_path()):
+        # Where a package is found twice the first one counts, as it does for imports.
+        name = str(package.metadata["Name"]).lower().replace("-", "_")
+        if name not in seen:
+            seen.add(name)
+            yield from ((point.name, point.value) for point in package.entry_points.select(group=ENTRY_POINTS))
+
+
+def _search_path() -> list[str]:
+    """`sys.path` without the current directory that Python itself put in front of it."""
+    first, *rest = sys.path or [""]
+    try:
+        here = not sys.flags.safe_path and os.path.samefile(first or ".", ".")
+    except OSError:  # one of them is gone
+        here = False
+    return [place for place in ([] if here else [first]) + rest if place]
 
 
 def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:

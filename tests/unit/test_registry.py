@@ -257,4 +257,5 @@ def test_packages_are_not_searched_for_names_in_the_table(monkeypatch: pytest.Mo
         raise AssertionError("installed packages were searched")
 
     monkeypatch.setattr("importlib.metadata.entry_points", forbidden)
+    monkeypatch.setattr("importlib.metadata.distributions", forbidden)
     assert registry.entry("null-co").name == "null"
