@@ -124,6 +124,13 @@ class Node:
         return is_plain(type(self).read_into) and all(child.node.copyable for child in self.children.values())
 
     @property
+    def faithful(self) -> bool:
+        """Whether its disk follows from its driver and its children alone: no window, and no other option, chooses what is
+        read. Of a filter: whether bytes, offsets, lengths and layers are those of its child. Each class speaks for itself: a
+        subclass that says nothing is not faithful (see `is_faithful`)."""
+        return False
+
+    @property
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         """The dirty bitmaps of this node by name. A filter that leaves bytes and offsets alone has those of its child."""
         return {}
@@ -322,6 +329,11 @@ class FilterNode(_OverImage):
 class TransformNode(_OverImage):
     """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
     passed through unchanged would corrupt data. Only `flush` passes, and the limits are the image's."""
+
+
+def is_faithful(node: Node) -> bool:
+    """Whether the class of `node` itself says that it is `faithful`."""
+    return "faithful" in vars(type(node)) and node.faithful
 
 
 _ZEROS = bytes(1 << 16)

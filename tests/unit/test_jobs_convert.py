@@ -15,7 +15,8 @@ import lamina
 from lamina.creation import Aside, create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
-from lamina.jobs.convert import convert, convert_to_file, layers_above, stored_runs
+from lamina.jobs.beneath import layers_above
+from lamina.jobs.convert import convert, convert_to_file, stored_runs
 from lamina.jobs.progress import Monitor
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -237,8 +238,11 @@ def test_layers_are_found_beneath_filters(chain: tuple[Path, Path, Path]) -> Non
     base, middle, top = chain
     file = {"driver": "qcow2", "file": {"driver": "file", "filename": str(top)}}
     with lamina.open({"driver": "blkdebug", "image": file}) as disk:
-        assert [layers_above(disk.node, str(path)) for path in (top, middle, base)] == [0, 1, 2]
-        assert layers_above(disk.node, __file__) is None
+        for depth, path in enumerate((top, middle, base)):
+            with lamina.open(path, format="qcow2") as layer:
+                assert layers_above(disk.node, layer.node) == depth
+        with lamina.open(__file__, format="raw") as other:
+            assert layers_above(disk.node, other.node) is None
 
 
 # -- when it goes wrong

@@ -17,6 +17,7 @@ class BlockSize(FilterNode):
     child). A child that asks for larger blocks, or smaller transfers, gets its own way."""
 
     driver = "blocksize"
+    faithful = True
     options = (
         Option("minimum", "size", "requests are multiples of it: a power of two", default=1, maximum=64 * MIB),
         Option("maximum", "size", "the largest read or write; 0: as the child", default=0),

@@ -15,6 +15,7 @@ class Compress(FilterNode):
     path completes writes to whole ones. Raises UnsupportedFeature over what packs nothing."""
 
     driver = "compress"
+    faithful = True
 
     def __init__(self, image: Child, **common: Any) -> None:
         super().__init__(image, **common)

@@ -19,6 +19,7 @@ class CopyOnRead(FilterNode):
     Safe for any number of threads: a copy holds its range, and writes of the same bytes wait, so none is ever undone."""
 
     driver = "copy_on_read"
+    faithful = True
     serialise = 512
 
     def __init__(self, image: Child, **common: Any) -> None:

@@ -17,6 +17,7 @@ class Delay(AroundNode):
     is latency, not a limit of throughput (see `throttle`). `clock`: what has a `sleep(seconds)`, for tests."""
 
     driver = "delay"
+    faithful = True
     options = tuple(
         Option(f"{kind}-ms", "int", f"milliseconds before each: {kind}", default=0, minimum=0) for kind in KINDS
     )

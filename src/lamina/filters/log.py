@@ -31,6 +31,7 @@ class Log(AroundNode):
     """
 
     driver = "log"
+    faithful = True
     options = (Option("log", "str", "the file to append to; standard error if there is none"),)
 
     def __init__(self, image: Child, log: str | None = None, **common: Any) -> None:

@@ -44,6 +44,7 @@ class LogWrites(FilterNode):
     """
 
     driver: ClassVar[str] = "logwrites"
+    faithful = True
     schema: ClassVar[Schema] = Schema(
         "logwrites",
         [

@@ -9,6 +9,7 @@ class NoDiscard(FilterNode):
     """`image`, to which no discard passes; zeroes pass, but not the permission to unmap."""
 
     driver = "nodiscard"
+    faithful = True
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.image.zero(offset, length, flags & ~MAY_UNMAP)

@@ -10,6 +10,7 @@ class NoZero(FilterNode):
     """`image`, without quick zeroes: the request path above writes them instead, and refuses those that must be quick."""
 
     driver = "nozero"
+    faithful = True
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Raises NotSupported, touching nothing."""

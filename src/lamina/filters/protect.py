@@ -19,6 +19,7 @@ class Protect(AroundNode):
     write, zero, discard or change of size that touches a byte of them raises ReadOnly and touches no byte at all."""
 
     driver = "protect"
+    faithful = True
     options = (Option("ranges", "str", "what stays as it is: FROM-TO,FROM-,...; TO is not included", required=True),)
 
     def __init__(self, image: Child, ranges: str, **common: Any) -> None:

@@ -16,6 +16,7 @@ class ReadOnlyFilter(FilterNode):
     """`image`, open for reading whatever the graph is opened for. Every change raises ReadOnly and touches no byte."""
 
     driver = "readonly"
+    faithful = True
     writable_hint = "open it without the filter readonly"
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = True) -> None:

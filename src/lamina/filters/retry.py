@@ -26,6 +26,7 @@ class Retry(AroundNode):
     """
 
     driver = "retry"
+    faithful = True
     options = (
         Option("retries", "int", "how often a failed request is tried again", default=5, minimum=0, maximum=1000),
         Option("delay", "int", "milliseconds before it is tried again", default=200, minimum=0),

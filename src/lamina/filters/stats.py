@@ -39,6 +39,7 @@ class Stats(FilterNode):
     """
 
     driver = "stats"
+    faithful = True
     options = (Option("report", "str", "a file for the report: JSON if it ends with .json, else a table"),)
 
     def __init__(self, image: Child, report: str | None = None, *, clock: Any = time, **common: Any) -> None:

@@ -144,6 +144,7 @@ class Throttle(FilterNode):
     """
 
     driver = "throttle"
+    faithful = True
     options = (*_options(), Option("group", "str", "a name: all nodes of this process that have it share the limits"))
 
     def __init__(

@@ -82,6 +82,10 @@ class Raw(Node):
         return max(self.file.node.size - self._offset, 0) if self._window is None else self._window
 
     @property
+    def faithful(self) -> bool:
+        return not self._offset and self._window is None
+
+    @property
     def limits(self) -> Limits:
         """The storage's, as far as the window keeps them aligned."""
         return shifted_limits(self.file.node.limits, self._offset)

@@ -21,10 +21,10 @@ from ..creation import Aside, create_driver, open_aside, write_image
 from ..errors import OptionError
 from ..extents import Extents
 from ..format_node import FormatNode
-from ..limits import KIB, MAX_SIZE, MIB, align_down
-from ..node import Node, StorageNode
+from ..limits import KIB, MAX_SIZE, MIB, align_down, is_power_of_two
 from ..numeric import np
 from ..policy import Policy
+from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
 from .progress import Monitor
 from .sharing import Place, Sharer, without
@@ -41,14 +41,14 @@ _ZEROS = bytes(_BUFFER)
 _MANY = 4096
 #: Zeros are looked for in blocks of this many bytes, or less where shorter runs of them are to become holes.
 _GRANULE = 4 * KIB
-#: Beside a backing file that is compared by content, what is written is a multiple of this.
-_UNIT = 64 * KIB
 
 #: How the source's bytes reach the target besides being read and written.
 Unread = Literal["", "share", "copy"]
 
-# What there is to do with a stretch of the source. From _PLACES on: it is copied from where it lies, each by itself.
-_STORED, _ZERO, _PLACES = 0, 1, 2
+# What there is to do with a stretch of the disk. _ZERO: the target is made zero. _STORED: the source is read. _OVER_ZERO: the
+# same where the target reads as zero already. _COMPARED: source and backing file are read. _BENEATH: the backing file is
+# read, and what it stores there is hidden under zeros. From _PLACES on: it is copied from where it lies, each by itself.
+_STORED, _ZERO, _OVER_ZERO, _COMPARED, _BENEATH, _PLACES = range(6)
 
 
 class Result(NamedTuple):
@@ -61,14 +61,6 @@ class Result(NamedTuple):
     copied: int = 0
 
 
-class Below(NamedTuple):
-    """What lies below the target already. `image`: its content, to compare with; or, where the source itself is built
-    on that very file, `depth`: the number of layers of the source that lie above it."""
-
-    image: Image | None = None
-    depth: int | None = None
-
-
 class _Batch:
     """A buffer on its way from reader to writer. `reads`: what is to come into it; `ready`: when that, or its failure, is
     there, `writes` and `zeros` say what to do. `end`: the source is dealt with up to there."""
@@ -77,7 +69,7 @@ class _Batch:
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
-        self.reads: list[tuple[int, memoryview]] = []
+        self.reads: list[tuple[int, int, memoryview]] = []  # kind, offset, where to
         self.writes: list[tuple[int, memoryview]] = []
         self.zeros: list[tuple[int, int]] = []
         self.end = 0
@@ -176,13 +168,13 @@ def convert_to_file(
                 blank = not aside.in_place or isinstance(target.node, FormatNode)
                 return convert(source, target, blank=blank, monitor=monitor, **how)
         # Names inside the target are relative to its directory; what the user named is opened as such.
-        name = os.path.join(os.path.dirname(path), backing)
+        name = os.path.join(os.path.dirname(aside.target), backing)
         base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         with (
             _open_made(aside.path, format, {"backing": base}, references, compress) as target,
             open_image(base, references=references) as image,
         ):
-            depth = layers_above(source.node, name)
+            depth = layers_above(source.node, image.node)
             below = Below(image) if depth is None else Below(depth=depth)
             return convert(source, target, below=below, monitor=monitor, **how)
 
@@ -198,25 +190,6 @@ def _open_made(path: str, format: str, options: Mapping[str, Any], references: P
     except BaseException:
         file.close()
         raise
-
-
-def layers_above(top: Node, path: str) -> int | None:
-    """How many layers of this graph lie above the one that is stored in the file at `path`; None if none is."""
-    status = os.stat(path)
-    depth = 0
-    node: Node | None = top
-    while node is not None:
-        if "image" in node.children:  # a filter is no layer
-            node = node.children["image"].node
-            continue
-        storage: Node = node
-        while "file" in storage.children:
-            storage = storage.children["file"].node
-        if isinstance(storage, StorageNode) and storage.identity == (status.st_dev, status.st_ino):
-            return depth
-        node = node.children["backing"].node if "backing" in node.children else None
-        depth += 1
-    return None
 
 
 class _Copy:
@@ -237,6 +210,9 @@ class _Copy:
         self._granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
         # Of a target that takes whole blocks (one that packs them, say) none is written in two halves.
         self._block = min(target.alignment, _BUFFER) if sharer is None else 1
+        if below is not None and below.image is not None:
+            # What differs is found, and written, in whole clusters of the target.
+            self._block = max(self._block, _unit(target))
         if smallest_hole and self._block > 1:
             self._hole, self._granule = max(smallest_hole, self._block), max(self._granule, self._block)
         self._below = below
@@ -288,11 +264,11 @@ class _Copy:
             self._free.put(batch.buffer)
 
     def _written(self, batch: _Batch) -> None:
-        self._bytes_read += sum(len(view) for _, view in batch.reads)
+        self._bytes_read += sum(len(view) for kind, _, view in batch.reads if kind != _BENEATH)
         self._bytes_written += sum(len(view) for _, view in batch.writes)
         self._bytes_zeroed += sum(length for _, length in batch.zeros)
         if not batch.last:
-            self._watch.update(batch.end, self._source.size)
+            self._watch.update(min(batch.end, self._source.size), self._source.size)
 
     # -- in the thread that plans, and in those that read
 
@@ -327,7 +303,7 @@ class _Copy:
                         batch, used = self._next(), 0
                         if batch is None:
                             return
-                    batch.reads.append((at, batch.buffer[used : used + count]))
+                    batch.reads.append((kind, at, batch.buffer[used : used + count]))
                     used += count
                     at += count
                     batch.end = at
@@ -350,60 +326,83 @@ class _Copy:
         self._full.put(batch)
 
     def _fill(self, batch: _Batch) -> None:
-        for at, view in batch.reads:
-            self._source.read_into(at, view)
-            if self._below is not None and self._below.image is not None:
-                for lo, hi in self._differing(self._below.image, at, view):
-                    self._sort(batch, at + lo, view[lo:hi])
+        base = self._below.image if self._below is not None else None
+        for kind, at, view in batch.reads:
+            if kind != _BENEATH:
+                self._source.read_into(at, view)
+            if base is None or kind == _OVER_ZERO:
+                self._sort(batch, at, view, blank=self._blank or kind == _OVER_ZERO)
+            elif kind == _BENEATH:
+                batch.zeros += [(at + lo, hi - lo) for lo, hi in stored(base, at, len(view), self._block)]
             else:
-                self._sort(batch, at, view)
+                for lo, hi in differing(base, at, view, self._block):
+                    self._sort(batch, at + lo, view[lo:hi], blank=self._blank)
 
-    def _sort(self, batch: _Batch, at: int, view: memoryview) -> None:
+    def _sort(self, batch: _Batch, at: int, view: memoryview, *, blank: bool) -> None:
         """What of these bytes is written, and what is zero."""
         runs = stored_runs(view, at, self._granule, self._hole)
         batch.writes += [(at + lo, view[lo:hi]) for lo, hi in runs]
-        if not self._blank:
+        if not blank:
             batch.zeros += [(at + lo, hi - lo) for lo, hi in _between(runs, len(view))]
 
     def _plan(self) -> Iterator[tuple[int, int, int]]:
         """(kind, start, length) of what must be done, in order: stored bytes are read, or copied from their place, others
         made zero."""
-        below = self._below
-        layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
+        compared = self._below is not None and self._below.image is not None
         for exact in windows(self._source, 0, self._source.size, grid=self._block):
             found = exact.align(self._block) if self._block > 1 else exact
-            stored = found.where(zero=False) if self._hole else found
-            zero = Extents.empty(found.begin)
-            if self._hole and not self._blank:
-                # What reads as zero there already need not be made so.
-                there = self._target.extents(found.begin, found.end - found.begin)
-                zero = found.where(zero=True).intersect(there.where(zero=False))
-            wanted, owned = stored.depth < layers, zero.depth < layers
-            self._places = places = self._sharer.places(stored, wanted) if self._sharer is not None else []
-            start, length = without(places, stored.start[wanted], stored.length[wanted])
-            # Whether a backing file that stores bytes has zeros there is found by looking, as for all its bytes.
-            other = _STORED if below is not None and below.image is not None else _ZERO
-            # Each place has a kind of its own, so that it is made one with no neighbour.
-            kinds = (
-                np.full(len(start), _STORED),
-                np.full(np.count_nonzero(owned), other),
-                np.arange(len(places)) + _PLACES,
-            )
-            starts = (start, zero.start[owned], np.array([place.start for place in places], np.int64))
-            lengths = (length, zero.length[owned], np.array([place.length for place in places], np.int64))
-            yield from stretches(*map(np.concatenate, (kinds, starts, lengths)))
+            yield from self._over_content(found) if compared else self._over_layers(found)
+        if self._below is not None:
+            # Where the new disk is longer than the source, what a longer backing file has there is hidden.
+            for rest in windows(self._target, self._source.size, self._target.size):
+                shown = rest.where(zero=False)
+                kinds = np.full(len(shown), _BENEATH if compared else _ZERO)
+                yield from stretches(kinds, shown.start, shown.length)
 
-    def _differing(self, base: Image, at: int, view: memoryview) -> Iterator[tuple[int, int]]:
-        """The parts of `view`, in units, in which it is not what the backing file has at the same place."""
-        size, compared = base.size, bytearray(_UNIT)
-        for lo in range(0, len(view), _UNIT):
-            hi = min(lo + _UNIT, len(view))
-            inside = min(max(size - at - lo, 0), hi - lo)
-            other = memoryview(compared)[:inside]
-            if inside:
-                base.read_into(at + lo, other)
-            if not compared.startswith(view[lo : lo + inside]) or not _ZEROS.startswith(view[lo + inside : hi]):
-                yield lo, hi
+    def _over_layers(self, found: Extents) -> Iterator[tuple[int, int, int]]:
+        """The same for a part of the disk, of which the target has what the layers beneath the first `depth` own."""
+        below = self._below
+        layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
+        held = found.where(zero=False) if self._hole else found
+        zero = Extents.empty(found.begin)
+        if self._hole and not self._blank:
+            # What reads as zero there already need not be made so.
+            there = self._target.extents(found.begin, found.end - found.begin)
+            zero = found.where(zero=True).intersect(there.where(zero=False))
+        wanted, owned = held.depth < layers, zero.depth < layers
+        self._places = places = self._sharer.places(held, wanted) if self._sharer is not None else []
+        start, length = without(places, held.start[wanted], held.length[wanted])
+        # Each place has a kind of its own, so that it is made one with no neighbour.
+        kinds = (
+            np.full(len(start), _STORED),
+            np.full(np.count_nonzero(owned), _ZERO),
+            np.arange(len(places)) + _PLACES,
+        )
+        starts = (start, zero.start[owned], np.array([place.start for place in places], np.int64))
+        lengths = (length, zero.length[owned], np.array([place.length for place in places], np.int64))
+        return stretches(*map(np.concatenate, (kinds, starts, lengths)))
+
+    def _over_content(self, found: Extents) -> Iterator[tuple[int, int, int]]:
+        """The same where the target has what the backing file holds, whose bytes are compared where they are not known."""
+        there = self._target.extents(found.begin, found.end - found.begin).align(self._block)
+        if not self._hole:
+            return stretches(np.full(len(found), _COMPARED), found.start, found.length)
+        mine, theirs = found.where(zero=False), there.where(zero=False)
+        parts = {
+            _COMPARED: mine.intersect(theirs),
+            _OVER_ZERO: mine.intersect(there.where(zero=True)),
+            _BENEATH: theirs.intersect(found.where(zero=True)),
+        }
+        kinds = np.repeat(list(parts), [len(part) for part in parts.values()])
+        start = np.concatenate([part.start for part in parts.values()])
+        return stretches(kinds, start, np.concatenate([part.length for part in parts.values()]))
+
+
+def _unit(target: Image) -> int:
+    """In what an overlay allocates, as far as one buffer holds it."""
+    limits = target.node.limits
+    unit = max(limits.zero_alignment, limits.request_alignment, 512)
+    return min(unit, _BUFFER) if is_power_of_two(unit) else 64 * KIB
 
 
 def stored_runs(view: memoryview, at: int, granule: int, smallest_hole: int) -> list[tuple[int, int]]:

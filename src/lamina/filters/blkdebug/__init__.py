@@ -38,6 +38,7 @@ class Blkdebug(FilterNode):
     child's. Requests that fail never reach the child. FUA comes as a flush, which a rule can meet."""
 
     driver: ClassVar[str] = "blkdebug"
+    faithful = True
     schema: ClassVar[Schema] = Schema(
         "blkdebug",
         [

@@ -65,9 +65,10 @@ def prepare(values: dict[str, Any], target: str) -> None:
 def _check_backing(values: dict[str, Any], name: str, target: str) -> None:
     from ...graph import open_graph
 
-    if os.path.realpath(target) == os.path.realpath(os.path.join(os.path.dirname(target), name)):
+    # Where the target is a link, names inside the new image are relative to the folder of the file itself.
+    where = os.path.join(os.path.dirname(os.path.realpath(target)), name)
+    if os.path.realpath(target) == os.path.realpath(where):
         raise OptionError("the backing file is the new image itself", path=target)
-    where = os.path.join(os.path.dirname(os.path.abspath(target)), name)
     # The user names this file, now: it may lie anywhere. Its own backing file is not needed to know its size.
     try:
         node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, no_references=True)

@@ -40,6 +40,7 @@ class Qcow2(FormatNode):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
+    faithful = True
     schema: ClassVar[Schema] = Schema(
         "qcow2",
         [
