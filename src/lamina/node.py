@@ -74,6 +74,9 @@ class Node:
     #: Flags that `write` and `zero` honour themselves; the request path emulates FUA by a flush where it is missing, and
     #: takes COMPRESS away.
     supported_flags: int = 0
+    #: Whether a request path may zero a whole block of `limits.zero_alignment` where a part of it was asked for and the rest
+    #: reads as zero: storage and formats do not tell the two apart, a filter that watches requests does.
+    widens_zero: ClassVar[bool] = True
     #: What to do where a change is refused because the node is read-only.
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
@@ -244,6 +247,7 @@ class _OverImage(Node):
     options: ClassVar[tuple[Option, ...]] = ()
     # The edge to the child does what the child cannot.
     supported_flags = FUA
+    widens_zero = False
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
@@ -278,6 +282,12 @@ class FilterNode(_OverImage):
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(image, name=name, read_only=read_only)
         self.supported_flags |= image.node.supported_flags & COMPRESS
+
+    @property
+    def limits(self) -> Limits:
+        """The image's; but zeroing passes as it comes, for the edge to the image to align."""
+        limits = self.image.node.limits
+        return limits._replace(zero_alignment=limits.request_alignment)
 
     @property
     def size(self) -> int:

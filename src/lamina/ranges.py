@@ -4,90 +4,106 @@ The request path (`request.py`) holds one of these per node. A shared hold exclu
 range; an exclusive hold excludes all. Requests are served in the order of arrival among those that overlap, so nobody
 starves, and a request holds one range of a node at a time, so nobody deadlocks.
 
-While nobody holds or wants a range exclusively, a shared hold is only counted, without a lock or a range: two counters that
-rise say how many there are. Whoever comes for an exclusive hold waits until those have left.
+While nobody holds or wants a range exclusively, a shared hold is only counted, without a range. A request that comes for an
+exclusive hold waits until those have left.
+
+An exception may arrive between any two steps (Ctrl-C is one), and a hold that stayed would make later requests wait for ever.
+So the work is handed to the lock (`shared`, `exclusive`), every step of taking and giving back can be repeated without harm,
+and giving back is done twice: an exception that strikes the first time finds the second. There is no mutex either, which an
+exception could leave locked: each step is one operation of a list or a set, which no other thread can divide.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 #: How often it is looked whether the counted holds have left, in seconds.
 _LOOK_AGAIN = 0.00005
 
+_Result = TypeVar("_Result")
 
-class Hold:
-    """A range that is held, or waited for; give it back with `RangeLock.release`."""
 
-    __slots__ = ("end", "exclusive", "start")
+class _Hold:
+    """A range that is held, or waited for."""
+
+    __slots__ = ("end", "exclusive", "start", "wake")
 
     def __init__(self, start: int, end: int, exclusive: bool) -> None:
         self.start = start
         self.end = end
         self.exclusive = exclusive
-
-
-#: Stands for every shared hold that is only counted.
-COUNTED = Hold(0, 0, False)
+        self.wake = threading.Lock()  # whoever leaves the line releases it; to wait is to acquire it
+        self.wake.acquire()
 
 
 class RangeLock:
     """Shared and exclusive holds on half-open ranges `[start, end)`. Safe for any number of threads."""
 
-    __slots__ = ("_enter", "_exclusive", "_freed", "_leave", "_line", "_mutex")
+    __slots__ = ("_count", "_counted", "_exclusive", "_line", "_uncount")
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._freed = threading.Condition(self._mutex)
-        self._line: list[Hold] = []  # holds and waiters, in the order of arrival
-        self._exclusive = 0  # how many of them are exclusive
-        # Taking a number is one step of the interpreter, so the counters need no lock.
-        self._enter = itertools.count().__next__
-        self._leave = itertools.count().__next__
+        self._line: list[_Hold] = []  # holds and waiters, in the order of arrival
+        self._exclusive: set[_Hold] = set()  # those of them that are exclusive, and those about to come
+        self._counted: set[object] = set()  # shared holds that are only counted
+        self._count = self._counted.add
+        self._uncount = self._counted.discard
 
-    def acquire(self, start: int, end: int, exclusive: bool) -> Hold:
-        """Wait until no earlier hold or waiter conflicts, then hold the range."""
-        if not exclusive:
-            self._enter()
-            if not self._exclusive:  # asked after it is counted: an exclusive one that comes now waits for this one
-                return COUNTED
-            self._leave()
-        hold = Hold(start, end, exclusive)
-        with self._mutex:
-            if exclusive:
-                self._exclusive += 1
-            line = self._line
-            line.append(hold)
+    def shared(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """What `work(*arguments)` returns, called while this thread holds the range with others."""
+        token = object()
+        try:
             try:
-                while self._blocked(hold):
-                    self._freed.wait()
-                if exclusive:
-                    # Who left is asked first, or one that came, saw and left in between would stand for one that is here.
-                    while self._leave() != self._enter():
-                        time.sleep(_LOOK_AGAIN)
-            except BaseException:  # a signal while waiting: leave the line, or all behind wait for ever
-                self._remove(hold)
-                raise
-        return hold
+                self._count(token)
+                if self._exclusive:  # asked after it is counted: an exclusive one that comes now waits for this one
+                    self._uncount(token)
+                    return self._in_line(_Hold(start, end, False), work, arguments)
+                return work(*arguments)
+            finally:
+                self._uncount(token)
+        finally:
+            self._uncount(token)
 
-    def release(self, hold: Hold) -> None:
-        if hold is COUNTED:
-            self._leave()
-            return
-        with self._mutex:
-            self._remove(hold)
+    def exclusive(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """What `work(*arguments)` returns, called while this thread holds the range alone."""
+        return self._in_line(_Hold(start, end, True), work, arguments)
 
-    def _remove(self, hold: Hold) -> None:
-        self._line.remove(hold)
+    def _in_line(self, hold: _Hold, work: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
+        try:
+            try:
+                self._take(hold)
+                return work(*arguments)
+            finally:
+                self._give_back(hold)
+        finally:
+            self._give_back(hold)
+
+    def _take(self, hold: _Hold) -> None:
         if hold.exclusive:
-            self._exclusive -= 1
-        if self._line:
-            self._freed.notify_all()
+            self._exclusive.add(hold)
+        self._line.append(hold)
+        # A hold that is in the line is woken by each that leaves it afterwards, so no departure is missed.
+        while self._blocked(hold):
+            hold.wake.acquire()
+        if hold.exclusive:
+            while self._counted:
+                time.sleep(_LOOK_AGAIN)
 
-    def _blocked(self, hold: Hold) -> bool:
-        for other in self._line:
+    def _give_back(self, hold: _Hold) -> None:
+        if hold in self._line:
+            self._line.remove(hold)
+        self._exclusive.discard(hold)
+        for other in tuple(self._line):
+            try:
+                other.wake.release()
+            except RuntimeError:  # it is awake already
+                continue
+
+    def _blocked(self, hold: _Hold) -> bool:
+        """Whether a hold that came earlier conflicts."""
+        for other in tuple(self._line):
             if other is hold:
                 return False
             if other.start < hold.end and hold.start < other.end and (other.exclusive or hold.exclusive):

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import NotSupported, OutOfRange
-from .limits import MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
+from .limits import GIB, MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
-    from .ranges import Hold
 
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
@@ -30,6 +29,8 @@ _LOOK = 1 << 16
 _ZERO_BYTES = bytes(_LOOK)
 #: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
 _ATOM = 512
+#: The largest step of a request that zeroes or discards, where the driver asks for no smaller one.
+_STEP = 4 * GIB
 #: Rises whenever some node becomes shorter; then no edge trusts the size that it knows.
 _epoch = 0
 
@@ -79,9 +80,11 @@ class Child:
         most = limits.max_transfer or MAX_TRANSFER
         self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)
         self._zero_align = math.lcm(limits.zero_alignment, align)
-        self._max_zero = max(align_down(limits.max_zero or MAX_SIZE, self._zero_align), self._zero_align)
+        self._max_zero = max(align_down(min(limits.max_zero or _STEP, _STEP), self._zero_align), self._zero_align)
         self._discard_align = math.lcm(limits.discard_alignment, align)
-        self._max_discard = max(align_down(limits.max_discard or MAX_SIZE, self._discard_align), self._discard_align)
+        self._max_discard = max(
+            align_down(min(limits.max_discard or _STEP, _STEP), self._discard_align), self._discard_align
+        )
         # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
         self._reads_wait = self.node.serialise > 0
         # Read-modify-write and widened zeroes touch whole blocks, so holds are rounded to a multiple of all three.
@@ -119,18 +122,12 @@ class Child:
         if aligned and length <= self._max_transfer:
             if not self._reads_wait:
                 node.read_into(offset, view)
-                return
-            held = node.ranges.acquire(offset, end, False)
-            try:
-                node.read_into(offset, view)
-            finally:
-                node.ranges.release(held)
-            return
-        hold = self._hold(offset, end, exclusive=False) if self._reads_wait else None
-        try:
+            else:
+                node.ranges.shared(offset, end, node.read_into, offset, view)
+        elif not self._reads_wait:
             self._read_unaligned(offset, view)
-        finally:
-            self._release(hold)
+        else:
+            self._ordered(offset, end, False, self._read_unaligned, offset, view)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         """Make the bytes at `offset` equal to `view`. `flags`: FUA, COMPRESS."""
@@ -176,15 +173,9 @@ class Child:
             return
         if node.zero_detected is not None or self.event is not None or not self._is_aligned(offset, end):
             raise node.refuse("copy from a file here")
-        hold = self._hold(offset, end, exclusive=self._reads_wait) if self._order else None
-        try:
-            step, at = self._max_transfer, offset
-            while at < end:
-                stop = min(at + step - at % step, end)
-                node.copy_from(at, source, source_offset + at - offset, stop - at, flags & ~FUA)
-                at = stop
-        finally:
-            self._release(hold)
+        self._ordered(
+            offset, end, self._reads_wait, self._copy_pieces, offset, source, source_offset, length, flags & ~FUA
+        )
         if flags & FUA:
             node.flush()
 
@@ -202,28 +193,20 @@ class Child:
             return
         if not node.discards:
             flags &= ~MAY_UNMAP  # to give storage back is a discard
-        hold = self._hold(offset, end, exclusive=True) if self._order else None
+        pieces = list(self._blocks(offset, end, self._zero_align))
+        if flags & NO_FALLBACK and not all(self._widen(lo, hi) for lo, hi in pieces):
+            raise NotSupported("not aligned for a fast zero", node=node.name, operation="zero", offset=offset)
+        passed = flags & (node.supported_flags | ~FUA)
+        heard = self.event is not None and any(self._is_aligned(lo, hi) for lo, hi in pieces)
+        if heard:
+            self.tell("pwritev_zero")
         try:
-            passed = flags & (node.supported_flags | ~FUA)
-            pieces = list(self._blocks(offset, end, self._zero_align))
-            widened = [self._widen(lo, hi) for lo, hi in pieces]
-            if flags & NO_FALLBACK and None in widened:
-                raise NotSupported("not aligned for a fast zero", node=node.name, operation="zero", offset=offset)
-            heard = self.event is not None and any(self._is_aligned(lo, hi) for lo, hi in pieces)
-            if heard:
-                self.tell("pwritev_zero")
-            try:
-                for (lo, hi), wide in zip(pieces, widened, strict=True):
-                    if wide is None:
-                        self._write_zeros(lo, hi, passed & FUA)
-                    else:
-                        self._zero_aligned(*wide, passed)
-                    passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
-            finally:
-                if heard:
-                    self.tell("pwritev_done")
+            for lo, hi in self._steps(offset, end, self._max_zero):
+                self._ordered(lo, hi, True, self._zero_step, lo, hi, passed)
+                passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
         finally:
-            self._release(hold)
+            if heard:
+                self.tell("pwritev_done")
         if flags & ~passed & FUA:
             node.flush()
 
@@ -242,14 +225,11 @@ class Child:
         last = end if end == node.size else align_down(end, align)
         if first >= last:
             return
-        hold = self._hold(first, last, exclusive=True) if self._order else None
         try:
-            for lo in range(first, last, self._max_discard):
-                node.discard(lo, min(self._max_discard, last - lo))
+            for lo, hi in self._steps(first, last, self._max_discard):
+                self._ordered(lo, hi, True, node.discard, lo, hi - lo)
         except NotSupported:
             pass  # a discard is advice
-        finally:
-            self._release(hold)
 
     def flush(self) -> None:
         """Everything written before this call is on stable storage when it returns."""
@@ -257,17 +237,18 @@ class Child:
 
     def truncate(self, size: int) -> None:
         """Make the node `size` bytes long; what is added reads as zero."""
-        global _epoch
         require_writable(self.node, "truncate")
         if not 0 <= size <= MAX_SIZE:
             raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
         # No request of a node that orders its requests runs beside a change of size; storage minds that itself.
-        hold = self.node.ranges.acquire(0, MAX_SIZE, True)
+        self.node.ranges.exclusive(0, MAX_SIZE, self._truncate, size)
+
+    def _truncate(self, size: int) -> None:
+        global _epoch
         try:
             self.node.truncate(size)
         finally:
             _epoch += 1
-            self.node.ranges.release(hold)
 
     def extents(self, offset: int, length: int) -> Extents:
         """The exact status of these bytes; see `extents.Extents`."""
@@ -302,13 +283,36 @@ class Child:
             length=end - offset,
         )
 
-    def _hold(self, offset: int, end: int, *, exclusive: bool) -> Hold:
-        unit = self._order
-        return self.node.ranges.acquire(align_down(offset, unit), align_up(end, unit), exclusive)
+    def checkpoint(self) -> None:
+        """Called between two steps of a long request, while it holds nothing. An edge that is being closed raises Closed, so
+        that nobody waits for a request that takes hours."""
 
-    def _release(self, hold: Hold | None) -> None:
-        if hold is not None:
-            self.node.ranges.release(hold)
+    def _steps(self, offset: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+        """The request cut at multiples of `step`. Each step holds its own range, so that requests which wait for one of its
+        bytes, or for the tables of a format, wait for a step and not for the whole."""
+        while offset < end:
+            stop = min(offset - offset % step + step, end)
+            yield offset, stop
+            offset = stop
+            if offset < end:
+                self.checkpoint()
+
+    def _ordered(self, offset: int, end: int, exclusive: bool, work: Callable[..., None], *arguments: Any) -> None:
+        """Call `work(*arguments)` while this request holds [offset, end), as far as the node needs an order."""
+        unit = self._order
+        if not unit:
+            work(*arguments)
+            return
+        ranges = self.node.ranges
+        hold = ranges.exclusive if exclusive else ranges.shared
+        hold(align_down(offset, unit), align_up(end, unit), work, *arguments)
+
+    def _copy_pieces(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int) -> None:
+        step, at, end = self._max_transfer, offset, offset + length
+        while at < end:
+            stop = min(at + step - at % step, end)
+            self.node.copy_from(at, source, source_offset + at - offset, stop - at, flags)
+            at = stop
 
     def _blocks(self, offset: int, end: int, align: int) -> Iterator[tuple[int, int]]:
         """The request cut at the first and the last multiple of `align` inside it: head, whole blocks, tail."""
@@ -355,16 +359,8 @@ class Child:
     def _write_ordered(self, offset: int, view: memoryview, flags: int) -> None:
         align, end = self._align, offset + len(view)
         rmw = align != 1 and bool(offset & (align - 1) or (end & (align - 1) and end != self.node.size))
-        hold = self._hold(offset, end, exclusive=rmw or self._reads_wait) if self._order else None
-        try:
-            if rmw:
-                self._write_unaligned(offset, view, flags)
-            elif self.event is None:
-                self._write_aligned(offset, view, flags)
-            else:
-                self._write_heard(offset, view, flags)
-        finally:
-            self._release(hold)
+        write = self._write_unaligned if rmw else self._write_aligned if self.event is None else self._write_heard
+        self._ordered(offset, end, rmw or self._reads_wait, write, offset, view, flags)
 
     def _write_aligned(self, offset: int, view: memoryview, flags: int) -> None:
         step = self._max_transfer
@@ -436,11 +432,15 @@ class Child:
 
     def _widen(self, lo: int, hi: int) -> tuple[int, int] | None:
         """The aligned range to zero for [lo, hi): itself, or its whole block where the rest of that already reads as zero
-        (so that zeroing a corner of an empty cluster stores nothing); None if it must be written."""
-        align, size = self._zero_align, self.node.size
-        start, stop = align_down(lo, align), align_up(hi, align)
+        (so that zeroing a corner of an empty cluster stores nothing); None if it must be written. Over a filter the block is
+        that of its requests: a longer one, which the filter merely prefers, would touch bytes that nobody asked it to."""
+        size = self.node.size
+        unit = self._zero_align if self.node.widens_zero else self._align
+        start, stop = align_down(lo, unit), align_up(hi, unit)
         if stop > size >= hi:
             stop = size
+        if start % self._zero_align or (stop % self._zero_align and stop != size):
+            return None
         # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked. (Nor at
         # the gate of a root edge, behind an edit that waits for this request.)
         if start < lo and not Child.reads_zero(self, start, lo - start):
@@ -449,16 +449,22 @@ class Child:
             return None
         return start, stop
 
-    def _zero_aligned(self, lo: int, hi: int, flags: int) -> None:
-        for at in range(lo, hi, self._max_zero):
-            stop = min(at + self._max_zero, hi)
-            try:
-                self.node.zero(at, stop - at, flags)
-            except NotSupported:
+    def _zero_step(self, lo: int, hi: int, flags: int) -> None:
+        """Zero what no driver takes in more than one request. The range is held."""
+        for start, stop in self._blocks(lo, hi, self._zero_align):
+            wide = self._widen(start, stop)
+            if wide is None:
                 if flags & NO_FALLBACK:
-                    raise
-                self._write_zeros(at, stop, flags & FUA)
-            flags &= ~NO_FALLBACK
+                    raise NotSupported("not aligned for a fast zero", node=self.node.name, operation="zero", offset=lo)
+                self._write_zeros(start, stop, flags & FUA)
+            else:
+                try:
+                    self.node.zero(wide[0], wide[1] - wide[0], flags)
+                except NotSupported:
+                    if flags & NO_FALLBACK:
+                        raise
+                    self._write_zeros(*wide, flags & FUA)
+            flags &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
 
     def _write_zeros(self, lo: int, hi: int, flags: int) -> None:
         # The range is held already: straight to the driver, not through `write`. Cut at multiples of whole blocks: only the

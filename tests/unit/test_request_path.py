@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import BlockIOError, NotSupported, OutOfRange, ReadOnly
+from lamina.filters.blkdebug import Blkdebug
+from lamina.graph import Opener
 from lamina.limits import Limits
 from lamina.node import FUA, NO_FALLBACK, StorageNode
 from lamina.request import Child
+from lamina.storage.memory import MemoryStorage
 
 
 class Checked(StorageNode):
@@ -363,3 +366,52 @@ def test_an_error_gives_every_hold_back() -> None:
     edge.write(1, memoryview(b"x"))
     with pytest.raises(NotSupported):
         edge.truncate(1)  # it would wait for ever on a hold that was lost
+
+
+def test_a_filter_sees_no_zeroing_that_nobody_asked_for() -> None:
+    """A block that the filter merely prefers is not zeroed whole for a part of it, even where the rest reads as zero."""
+    node = Blkdebug.open(
+        Blkdebug.schema.parse({"image": Child(MemoryStorage(1 << 20), "image", grows=True), "opt-write-zero": 65536}),
+        Opener(read_only=False),
+    )
+    seen: list[tuple[str, int, int]] = []
+    zero, write = node.zero, node.write
+    node.zero = lambda at, length, flags=0: (seen.append(("zero", at, length)), zero(at, length, flags))[1]  # type: ignore[method-assign]
+    node.write = lambda at, view, flags=0: (seen.append(("write", at, len(view))), write(at, view, flags))[1]  # type: ignore[method-assign]
+    edge = Child(node, "root")
+    edge.zero(4096, 4096)
+    edge.zero(65536 - 512, 65536 + 1024)
+    assert seen == [
+        ("write", 4096, 4096),
+        ("write", 65536 - 512, 512),
+        ("zero", 65536, 65536),
+        ("write", 2 * 65536, 512),
+    ]
+
+
+def test_a_long_request_gives_way_between_its_steps() -> None:
+    """Between two steps of a long `zero` or `discard` no range is held, and an edge that is being closed may end it."""
+    node = Blkdebug.open(
+        Blkdebug.schema.parse(
+            {
+                "image": Child(MemoryStorage(1 << 20), "image", grows=True),
+                "align": 512,
+                "max-write-zero": 65536,
+                "max-discard": 65536,
+            }
+        ),
+        Opener(read_only=False),
+    )
+
+    class Edge(Child):
+        rests = 0
+
+        def checkpoint(self) -> None:
+            self.rests += 1
+            assert not self.node.ranges._line
+
+    edge = Edge(node, "root")
+    edge.zero(0, 1 << 20)
+    assert edge.rests == 15
+    edge.discard(512, (1 << 20) - 512)
+    assert edge.rests == 30

@@ -27,18 +27,19 @@ class CopyOnRead(FilterNode):
         self._copies = RangeLock()
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        hold = self._copies.acquire(offset, offset + len(view), not self.image.node.read_only)
-        try:
-            rows = self.image.extents(offset, len(view)) if hold.exclusive else ()
-            below = [row for row in rows if row.present and row.depth > 0]
+        if self.image.node.read_only:
             self.image.read_into(offset, view)
-            try:
-                for row in below:
-                    if row.zero:
-                        self.image.zero(row.start, row.length)
-                    else:
-                        self.image.write(row.start, view[row.start - offset : row.end - offset])
-            except LaminaError as error:
-                self.warn("what was read is not kept: %s", error)
-        finally:
-            self._copies.release(hold)
+        else:
+            self._copies.exclusive(offset, offset + len(view), self._read_and_keep, offset, view)
+
+    def _read_and_keep(self, offset: int, view: memoryview) -> None:
+        below = [row for row in self.image.extents(offset, len(view)) if row.present and row.depth > 0]
+        self.image.read_into(offset, view)
+        try:
+            for row in below:
+                if row.zero:
+                    self.image.zero(row.start, row.length)
+                else:
+                    self.image.write(row.start, view[row.start - offset : row.end - offset])
+        except LaminaError as error:
+            self.warn("what was read is not kept: %s", error)

@@ -103,19 +103,18 @@ class ThrottleGroup:
         if not costs:
             return
         lane = (0, 1) if direction == READ else (1, 2)
-        hold = self._queue.acquire(*lane, True)
-        try:
-            while True:
-                with self._mutex:
-                    now = self.clock.monotonic()
-                    pause = max(bucket.pause(now) for bucket, _ in costs)
-                    if pause < _INSTANT:
-                        for bucket, cost in costs:
-                            bucket.pour(now, cost)
-                        return
-                self.clock.sleep(pause)
-        finally:
-            self._queue.release(hold)
+        self._queue.exclusive(*lane, self._pay, costs)
+
+    def _pay(self, costs: list[tuple[_Bucket, int]]) -> None:
+        while True:
+            with self._mutex:
+                now = self.clock.monotonic()
+                pause = max(bucket.pause(now) for bucket, _ in costs)
+                if pause < _INSTANT:
+                    for bucket, cost in costs:
+                        bucket.pour(now, cost)
+                    return
+            self.clock.sleep(pause)
 
 
 _groups: WeakValueDictionary[str, ThrottleGroup] = WeakValueDictionary()

@@ -166,7 +166,7 @@ def _limits(options: dict[str, Any], below: Limits) -> Limits:
             raise _unmet(name, value, f"a multiple of {multiple} below 2**31 - 1")
         return value or otherwise
 
-    zero = limit("opt-write-zero", unit, below.zero_alignment)
+    zero = limit("opt-write-zero", unit, unit)
     discard = limit("opt-discard", unit, below.discard_alignment)
     # A maximum of the child's that is less than one block here is left to the edge below, which splits again.
     return Limits(
