@@ -10,7 +10,6 @@ from .graph import Opener, open_graph
 from .graph import probe as _probe
 from .image import Image
 from .limits import DEFAULT_BUDGET, Budget
-from .options import parse_name
 from .policy import Policy
 from .request import Child
 
@@ -27,10 +26,10 @@ def open(
 ) -> Image:
     """Open a disk image.
 
-    `source` is a path, a name with a prefix (`json:{...}`, `blkdebug::disk.qcow2`), or nested options
-    (`{"driver": "blkdebug", "align": 4096, "image": {...}}`). `format` names the driver that lies over a plain path; it is
-    never guessed unless asked for with "probe", since the content of a raw disk belongs to its guest. Images open read-only
-    unless told otherwise, and so does every backing file, always.
+    `source` is a path, a name with a prefix (`json:{...}`, `blkdebug::disk.qcow2`; a `Path` is a path, whatever it looks
+    like), or nested options (`{"driver": "blkdebug", "align": 4096, "image": {...}}`). `format` names the driver that lies
+    over a plain path; it is never guessed unless asked for with "probe", since the content of a raw disk belongs to its
+    guest. Images open read-only unless told otherwise, and so does every backing file, always.
 
     `references` decides which files may be opened because an image names them: by default those beneath the directory of the
     image itself. `budget` bounds what opening may allocate. `force_share` reads beside a program that has the image open for
@@ -40,7 +39,7 @@ def open(
     Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
     """
     node = open_graph(
-        os.fspath(source) if isinstance(source, os.PathLike) else source,
+        _named(source),
         format=format,
         read_only=read_only,
         policy=references,
@@ -56,8 +55,13 @@ def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
 
     Raises FormatError if it could be several. A guess is no proof: a guest can write any magic into its raw disk.
     """
-    storage = Child(Opener(force_share=force_share).open(parse_name(os.fspath(source)), storage=True), "file")
+    storage = Child(Opener(force_share=force_share).open(_named(source), storage=True), "file")
     try:
         return _probe(storage).format
     finally:
         storage.close()
+
+
+def _named(source: str | os.PathLike[str] | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """A path object as a name that means that path, whatever it looks like (`parse_name`)."""
+    return f"file:{os.fspath(source)}" if isinstance(source, os.PathLike) else source

@@ -14,6 +14,7 @@ from .errors import BlockIOError, NotSupported, OptionError, UnsupportedFeature
 from .graph import Opener
 from .limits import MIB
 from .node import NO_FALLBACK, FilterNode
+from .options import path_in
 from .policy import Policy
 from .request import Child
 
@@ -96,7 +97,7 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
     kind: Any = create_driver(format)
     values = kind.create_schema.parse({**options, **({} if size is None else {"size": size})})
     prepare = getattr(kind, "prepare_create", None)
-    target = os.fspath(path)
+    target = path_in(path)
     if prepare is not None:
         prepare(values, target)
     if values.get("size") is None:

@@ -9,6 +9,7 @@ All errors are `OptionError`; all functions may run in many threads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike, fspath
 from typing import Any
 
 from .errors import OptionError
@@ -136,15 +137,38 @@ def parse_name(text: str) -> dict[str, Any]:
     Known prefixes: `json:`, `blkdebug:CONFIG:IMAGE`, `blkverify:RAW:IMAGE`, `nbd:unix:PATH[:exportname=NAME]`,
     `nbd:HOST:PORT[:exportname=NAME]`, NBD URIs (`nbd://`, `nbds://`, `nbd+unix://`, ...: passed on as `uri`),
     `file:PATH`, `host_device:PATH`, `null:` and `null-co://`, both with `?size=SIZE`. As in the programs people know,
-    another word before a colon, with no slash before it, is no path: such a file is named `./word:rest`.
+    another word before a colon, with no slash before it, is no path: such a file is named `./word:rest`. `-` is standard
+    input or output, and refused here: a command that can stream asks before (a file of that name is `./-`).
     """
     return _parse_name(text, 1)
+
+
+def path_in(name: str | PathLike[str], *, what: str = "a new image") -> str:
+    """The path of the file that `name` stands for, where nothing but a file will do. In a str a prefix means what it means
+    to `parse_name`; a `PathLike` is a path, whatever it looks like. `what`, for messages: what the file is to be."""
+    if not isinstance(name, str):
+        return fspath(name)
+    options = parse_name(name)
+    path = options.pop("filename", None)
+    if options.pop("driver", "file") not in ("file", "host_device") or options or not isinstance(path, str):
+        raise OptionError(f"{shown(name)} is not the name of a file, and cannot be {what}", hint="name a path")
+    return path
+
+
+def stored_name(name: str) -> str:
+    """What an image stores for the file that `name` stands for: its path, and never a text that is read as anything else."""
+    path = path_in(name, what="stored in an image as that of its backing file")
+    word, colon, _ = path.partition(":")
+    return f"./{path}" if colon and "/" not in word else path
 
 
 def _parse_name(text: str, depth: int) -> dict[str, Any]:
     if len(text) > MAX_TEXT or depth > MAX_DEPTH:
         raise OptionError("the name is too long or nested too deeply")
     prefix, colon, rest = text.partition(":")
+    if text == "-":
+        hint = "name a file; one of that name is ./-"
+        raise OptionError('"-" is standard input or output, which cannot be used here', hint=hint)
     if not colon or "/" in prefix:
         return _file("file", text)
     if prefix == "json":
@@ -160,8 +184,9 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
         if prefix == "blkverify":
             return {"driver": prefix, "raw": _parse_name(first, depth + 1), "test": inner}
         return {"driver": prefix, "config": first, "image": inner} if first else {"driver": prefix, "image": inner}
-    if prefix in ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"):
-        return {"driver": "nbd", "uri": text} if rest.startswith("//") else _nbd_name(text, prefix, rest)
+    scheme = prefix.lower()  # of a URI
+    if scheme in ("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+unix"):
+        return {"driver": "nbd", "uri": text} if rest.startswith("//") else _nbd_name(text, scheme, rest)
     if prefix in ("null", "null-co", "null-aio"):
         query = rest.removeprefix("//")
         if query and not query.startswith("?size="):

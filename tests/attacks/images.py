@@ -108,7 +108,16 @@ def victim(folder: Path, name: str = "hostile.qcow2", *, size: int = MIB, **opti
 def overlay(folder: Path, backing: str, fmt: str | None = "raw", name: str = "overlay.qcow2", size: int = MIB) -> Path:
     """An image that names `backing`, whatever that is; `fmt` None: without saying its format."""
     path = folder / name
-    lamina.create(path, "qcow2", size, backing_file=backing or "x", backing_fmt=fmt or "raw", backing_unchecked=True)
+    # `create` stores paths only: another name of the same length is put into the header by hand.
+    stored = (backing or "x").encode("utf-8", "surrogateescape")
+    room = "x" * len(stored)
+    lamina.create(path, "qcow2", size, backing_file=room, backing_fmt=fmt or "raw", backing_unchecked=True)
+    with open(path, "r+b") as file:
+        offset = int.from_bytes(file.read(16)[8:], "big")
+        file.seek(offset)
+        assert file.read(len(stored)) == room.encode()
+        file.seek(offset)
+        file.write(stored)
     if fmt is None:
         found = Victim(path)
         at = found.bytes.index(q.EXT_BACKING_FORMAT.to_bytes(4, "big"), q.HEADER_V3.size)

@@ -25,7 +25,7 @@ from ..jobs.copy_ends import (
 )
 from ..jobs.copy_journal import Journal, Partial
 from ..jobs.progress import Monitor
-from ..options import format_size, parse_name
+from ..options import format_size, parse_name, path_in
 from ..request import Child
 from .arguments import Parser
 from .nbd_names import export_target, names_export
@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
     piped = args.target == "-"
     if piped and (args.output == "json" or args.flush or args.resume_file is not None):
         raise OptionError("the copy goes to standard output: no summary can, and it can be neither flushed nor resumed")
+    if args.resume_file == "-":
+        raise OptionError("a journal is a file, and - is standard output", hint="a file of that name is ./-")
     if args.resume_file is not None and args.source == "-":
         raise OptionError("what came through a pipe does not come again", hint="leave --resume-file out")
     plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush)
@@ -162,15 +164,9 @@ def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> T
 
 def _path_of(name: str) -> str | None:
     """The path of a target that is a file, or becomes one; None for any other."""
-    if name == "-" or names_export(name):
+    if name == "-" or names_export(name) or parse_name(name).get("driver") == "null":
         return None
-    options = parse_name(name)
-    if options["driver"] not in ("file", "host_device", "null"):
-        raise OptionError(
-            "this cannot be the target of a copy", path=name, hint="name a file, a device, or an NBD export"
-        )
-    path = options.get("filename")
-    return path if isinstance(path, str) else None
+    return path_in(name, what="the target of a copy")
 
 
 # -- the copy
@@ -256,12 +252,15 @@ def _facts(source: Source | PipeSource, args: Namespace) -> dict[str, Any]:
     """What a journal says of the copy: names, sizes, and of a source that is a file whether it is still the same."""
     import os
 
-    names = {
-        word: str(export_target(name)) if names_export(name) else os.path.realpath(name)
-        for word, name in (("source", args.source), ("target", args.target))
-    }
-    facts: dict[str, Any] = {**names, "source-size": None if isinstance(source, PipeSource) else source.size}
-    if not names_export(args.source):
-        status = os.stat(names["source"])
-        facts["source-identity"] = [status.st_dev, status.st_ino, status.st_mtime_ns]
+    facts: dict[str, Any] = {}
+    for word, name in (("source", args.source), ("target", args.target)):
+        path = None if names_export(name) else parse_name(name).get("filename")
+        if isinstance(path, str):
+            facts[word] = os.path.realpath(path)
+            if word == "source":
+                status = os.stat(path)
+                facts["source-identity"] = [status.st_dev, status.st_ino, status.st_mtime_ns]
+        else:
+            facts[word] = str(export_target(name)) if names_export(name) else name
+    facts["source-size"] = None if isinstance(source, PipeSource) else source.size
     return facts

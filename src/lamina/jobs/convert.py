@@ -23,6 +23,7 @@ from ..extents import Extents
 from ..format_node import FormatNode
 from ..limits import KIB, MAX_SIZE, MIB, align_down, is_power_of_two
 from ..numeric import np
+from ..options import path_in
 from ..policy import Policy
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
@@ -128,7 +129,7 @@ def convert(
 
 def convert_to_file(
     source: Image,
-    path: str,
+    path: str | os.PathLike[str],
     format: str,
     options: Mapping[str, Any],
     *,
@@ -149,6 +150,7 @@ def convert_to_file(
     itself built on that file, that is what the layers above it own; else both are read and compared. `compress`: all is
     stored packed, as far as that is smaller; UnsupportedFeature where the format cannot.
     """
+    path = path_in(path)
     kind: Any = create_driver(format)
     given = {"size": source.size, **options}
     if backing is not None:
@@ -168,7 +170,7 @@ def convert_to_file(
                 blank = not aside.in_place or isinstance(target.node, FormatNode)
                 return convert(source, target, blank=blank, monitor=monitor, **how)
         # Names inside the target are relative to its directory; what the user named is opened as such.
-        name = os.path.join(os.path.dirname(aside.target), backing)
+        name = os.path.join(os.path.dirname(aside.target), values["backing_file"])
         base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         with (
             _open_made(aside.path, format, {"backing": base}, references, compress) as target,

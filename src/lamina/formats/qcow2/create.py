@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LaminaError, LimitExceeded, OptionError
 from ...limits import KIB, MIB, is_power_of_two
+from ...options import stored_name
 from ...schema import Option, Schema
 from . import layout as q
 from .header import Header
@@ -52,6 +53,7 @@ def prepare(values: dict[str, Any], target: str) -> None:
         if values.get("backing_fmt"):
             raise OptionError("a backing format is given, but no backing file", path=target)
         return
+    name = values["backing_file"] = stored_name(name)
     if len(name.encode("utf-8", "surrogateescape")) > q.MAX_BACKING_NAME:
         raise LimitExceeded(f"the name of the backing file is longer than {q.MAX_BACKING_NAME} bytes", path=target)
     if not values.get("backing_fmt"):
