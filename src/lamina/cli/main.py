@@ -6,13 +6,18 @@ its exit status for an error is not 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+from errno import EIO
 from importlib import import_module
 from typing import NoReturn
 
-from ..errors import LaminaError, OptionError, printable
+from ..errors import LaminaError, OptionError
 from ..version import __version__
+from . import signals
+from .streams import complain, drop, lost_output, prepare
 
 #: Command -> (module in this package, what it does). In the order of the help.
 COMMANDS = {
@@ -32,7 +37,8 @@ _HINT = "lamina --help lists the commands"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name; that of this process by default). Returns its exit
-    status: 0, 1 for an error, or what the command defines."""
+    status: 0, 1 for an error, or what the command defines. KeyboardInterrupt and BrokenPipeError pass; with LAMINA_DEBUG set
+    in the environment, so does an exception that only a mistake in Lamina explains."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     failure = 1
     try:
@@ -53,37 +59,62 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (LaminaError, OSError) as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"lamina: {printable(str(error))}\n")
+        # A failed write to standard output is one, too: then what was said before it cannot be written either.
+        lost = lost_output()
+        complain(f"standard output: {os.strerror(lost.errno or EIO)}" if lost is not None else str(error))
         return failure
     except SystemExit as stop:  # how argparse ends after --help
         return stop.code if isinstance(stop.code, int) else 0
+    except MemoryError:
+        lost_output()
+        complain("there is not enough memory for this; end other programs, or raise the limit of memory (ulimit -v)")
+        return failure
+    except Exception as error:
+        if os.environ.get("LAMINA_DEBUG"):
+            raise
+        lost_output()
+        words = " ".join(str(error).split())[:300]
+        complain(
+            f"a mistake in lamina: {type(error).__name__}: {words}; please report it, with the traceback that the same "
+            "command shows with LAMINA_DEBUG=1 in the environment"
+        )
+        return failure
 
 
 def run() -> NoReturn:
     """What the installed program `lamina` calls. Ends the process."""
-    import signal
-
-    def terminate(*_: object) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    # So that what is half done is removed, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, terminate)
-    # A name that this terminal cannot show must not end a command.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        signals.install()
+        prepare()
         status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.stderr.write("lamina: interrupted\n")
-        status = 128 + signal.SIGINT
+        lost = lost_output()
+        if lost is not None:
+            complain(f"standard output: {os.strerror(lost.errno or EIO)}")
+            status = status or _failure_status()
+        # An error while the command unwound (a connection that was given up, ...) stands for the interrupt that it replaced.
+        signals.check()
+    except KeyboardInterrupt as stop:
+        words, status = signals.describe(stop)
+        with contextlib.suppress(BrokenPipeError):
+            lost_output()
+        complain(words)
     except BrokenPipeError:
-        # Whoever read our output has enough. Python would complain when it flushes at the end: let it flush into
-        # nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has enough.
+        drop(sys.stdout)
         status = 128 + signal.SIGPIPE
+    signals.finish()
+    try:
+        sys.stderr.flush()
+    except OSError:
+        drop(sys.stderr)
     sys.exit(status)
+
+
+def _failure_status() -> int:
+    """The exit status for an error of the command that this process ran."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    module = sys.modules.get(f"{__package__}.{COMMANDS[name][0]}") if name in COMMANDS else None
+    return int(getattr(module, "FAILURE", 1))
 
 
 def _help() -> str:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..errors import printable
+from . import signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -20,7 +21,8 @@ class Meter:
     """Shows how far a job is; a context manager, whose `report` is the job's progress callback.
 
     With `asked` (`-p`) always: a bar if standard error is a terminal, else the lines that scripts know, on standard
-    output. Without it only a terminal sees a bar, once the job takes long. `quiet` shows nothing at all.
+    output. Without it only a terminal sees a bar, once the job takes long. `quiet` shows nothing at all. SIGUSR1 asks for one
+    line on standard error, always.
     """
 
     def __init__(self, what: str, *, asked: bool, quiet: bool = False) -> None:
@@ -30,10 +32,13 @@ class Meter:
         self._begin = monotonic() + (0.0 if asked else _PATIENCE)
         self._bars = self._terminal and not quiet
         self._shown: tuple[Progress, TaskID] | None = None
+        self._done, self._total = 0, 1
 
     def report(self, done: int, total: int) -> None:
+        signals.check()
+        self._done, self._total = done, total
         if self._lines:
-            sys.stdout.write(f"    ({100 * done / total if total else 100:.2f}/100%)\r")
+            sys.stdout.write(f"{self._percent()}\r")
             sys.stdout.flush()
         elif self._shown is not None:
             bar, task = self._shown
@@ -52,12 +57,17 @@ class Meter:
         bar.start()
         return bar, bar.add_task(escape(printable(self._what)), total=total)
 
+    def _percent(self) -> str:
+        return f"    ({100 * self._done / self._total if self._total else 100:.2f}/100%)"
+
     def __enter__(self) -> Self:
+        signals.progress = lambda: f"{self._percent()}\n"
         if self._lines:
             self.report(0, 1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signals.progress = None
         if self._shown is not None:
             self._shown[0].stop()
         if self._lines:

@@ -14,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, cast
+from weakref import WeakSet
 
 from ..errors import BlockIOError, Closed, LaminaError
 from ..limits import KIB
@@ -92,6 +93,23 @@ class Durability:
         )
 
 
+#: All that are not closed, for `abandon_all`.
+_open_links: WeakSet[Link] = WeakSet()
+
+
+def abandon_all() -> None:
+    """Break every connection of this process and make none anew: whoever waits for a server gets an error now. For a program
+    that ends and whose server says nothing; from any thread."""
+    while True:
+        try:
+            links = list(_open_links)
+        except RuntimeError:  # another thread has just made a connection
+            continue
+        break
+    for link in links:
+        link.abandon()
+
+
 class Link:
     """One connection. `reopen`: makes it anew, and has compared what the server says now with what it said before; None: a
     loss is final. `patience`: seconds that one request waits for that. `request_timeout`: seconds for each reply, or None."""
@@ -123,6 +141,7 @@ class Link:
         #: Why the connection is of no use; who leads next deals with it.
         self._fault: LaminaError | None = None
         self._settle(channel, facts)
+        _open_links.add(self)
 
     def _settle(self, channel: Channel, facts: Facts) -> None:
         self._channel = channel
@@ -348,6 +367,11 @@ class Link:
                     waiter.release()
 
     # -- the end
+
+    def abandon(self) -> None:
+        """Break the connection, and make it anew no more. From any thread, also while others are inside."""
+        self._reopen = None
+        self._break(BlockIOError("the connection was given up", errno=errno.ECANCELED, path=str(self._target)))
 
     def close(self) -> None:
         """Wait for what is on its way (no connection is made anew for it), say goodbye, close. From one thread."""

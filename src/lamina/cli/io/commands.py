@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from errno import ENOMEM
 
 from ...errors import BlockIOError, LaminaError, OptionError
+from .. import signals
 from . import breakpoints, grammar, opening, status, transfers
 from .session import Session
 
@@ -174,6 +175,7 @@ def find(word: str) -> Command:
 
 def execute(session: Session, line: str) -> bool:
     """Carry out one line. What fails is told and noted in `session.failed`; False if the line asks to end."""
+    signals.check()
     words = grammar.split(line)
     if not words:
         return True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import BlockIOError
+from .. import signals
 from .commands import COMMANDS, execute
 from .session import Session
 
@@ -29,6 +31,7 @@ def run(session: Session) -> None:
 
 def _interactive(session: Session) -> None:
     save = _prepare_readline(session)
+    signals.restore_terminal = _terminal_restorer()
     try:
         while True:
             session.output.flush()
@@ -38,11 +41,26 @@ def _interactive(session: Session) -> None:
             except EOFError:
                 session.output.say("")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                if getattr(stop, "number", signal.SIGINT) != signal.SIGINT:
+                    raise
                 # It ends the line, or the command; never the shell.
+                signals.resume()
                 session.output.say("")
     finally:
+        signals.restore_terminal = None
         save()
+
+
+def _terminal_restorer() -> Callable[[], None] | None:
+    """What sets the terminal of standard input as it is now; None if it has no settings."""
+    import termios
+
+    try:
+        settings = termios.tcgetattr(0)
+    except (OSError, termios.error):
+        return None
+    return lambda: termios.tcsetattr(0, termios.TCSANOW, settings)
 
 
 def history_file() -> Path:
