@@ -7,9 +7,10 @@ from typing import Any
 
 from ..api import open as open_any
 from ..creation import create_driver
-from ..errors import OptionError
+from ..errors import Locked, OptionError
 from ..image import Image
 from ..jobs.convert import convert, convert_to_file
+from ..jobs.own_files import refuse_own
 from ..jobs.progress import Monitor
 from .arguments import Parser, format_options, image_source, open_image, print_schema
 from .nbd_names import export_options, names_export
@@ -159,7 +160,13 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
     spec = image_source(target, args, args.target_format, image_opts=args.target_image_opts)
     if not args.target_image_opts and names_export(target):
         spec = {"file": export_options(target, args.connections)}
-    with open_any(spec, format=args.target_format, read_only=False, references=args.references) as there:
+    try:
+        opened = open_any(spec, format=args.target_format, read_only=False, references=args.references)
+    except Locked as error:
+        if error.path is not None:
+            refuse_own(source.node, error.path)  # then it is we who hold it
+        raise
+    with opened as there:
         if args.compress:
             with there.edit() as edit:
                 edit.insert("compress")

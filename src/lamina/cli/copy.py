@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from ..jobs.copy_ends import (
     Target,
 )
 from ..jobs.copy_journal import Journal, Partial
+from ..jobs.own_files import refuse_own, refuse_stream
 from ..jobs.progress import Monitor
 from ..options import format_size, parse_name, path_in
 from ..request import Child
@@ -42,6 +44,8 @@ Nothing is converted: an image that lies in a file or export is copied as the by
 are not read, and zeros are not written where the target is known to be zero. A new file appears when it is whole; a device
 or an export is written in place, and after an error it is told how far the copy came.
 """
+
+_OTHER = "name another file"
 
 
 def main(argv: list[str]) -> int:
@@ -101,6 +105,7 @@ def main(argv: list[str]) -> int:
     with ExitStack() as stack:
         source = _open_source(args.source, args)
         stack.callback(source.close)
+        _refuse_same(source, args)
         meter = stack.enter_context(Meter(args.target, asked=asked, quiet=args.quiet))
         run = _run_with_journal if args.resume_file is not None else _run
         copied = run(source, args, plan, Monitor(meter.report))
@@ -142,6 +147,28 @@ def _open_source(name: str, args: Namespace) -> Source | PipeSource:
         return ExportSource(_connect(name, args, contexts), extents=extents)
     node = Opener(read_only=True, force_share=args.force_share).open(name, storage=True)
     return StorageSource(Image(node), extents=extents)
+
+
+def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
+    """OptionError where the copy would write over what it reads, or over its own journal."""
+    path = _path_of(args.target)
+    if args.resume_file is not None:
+        journal = os.path.realpath(args.resume_file)
+        for name in (path, f"{os.path.realpath(path)}.partial") if path is not None else ():
+            if os.path.realpath(name) == journal:
+                raise OptionError("the journal and the target are one file", path=args.resume_file, hint=_OTHER)
+        if isinstance(source, StorageSource):
+            refuse_own(source.node, journal)
+    if isinstance(source, StorageSource) and path is not None:
+        refuse_own(source.node, path)
+    elif isinstance(source, StorageSource) and args.target == "-":
+        refuse_stream(source.node, sys.stdout.fileno(), "standard output")
+    elif names_export(args.source) and names_export(args.target) and _same_export(args.source, args.target):
+        raise OptionError("this is the source itself", path=args.target, hint="name another target")
+
+
+def _same_export(source: str, target: str) -> bool:
+    return export_target(source) == export_target(target)
 
 
 def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> Target:
@@ -205,7 +232,6 @@ def _copy_in_place(
 
 def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor) -> Copied:
     """As `_run`, but what was copied stays and is found again."""
-    import os
     import stat
 
     path = _path_of(args.target)
@@ -250,8 +276,6 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
 
 def _facts(source: Source | PipeSource, args: Namespace) -> dict[str, Any]:
     """What a journal says of the copy: names, sizes, and of a source that is a file whether it is still the same."""
-    import os
-
     facts: dict[str, Any] = {}
     for word, name in (("source", args.source), ("target", args.target)):
         path = None if names_export(name) else parse_name(name).get("filename")

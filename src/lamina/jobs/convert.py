@@ -27,6 +27,7 @@ from ..options import path_in
 from ..policy import Policy
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
+from .own_files import refuse_own, refuse_shared
 from .progress import Monitor
 from .sharing import Place, Sharer, without
 from .windows import stretches, windows
@@ -106,9 +107,10 @@ def convert(
     server) and lets us wait. They are written one after the other, or with `in_order` False in any order and as many at
     once; None: in order unless the target is far away. With 20 ms for each request 512 MiB take 0.9 s so, and 3.1 one by one.
 
-    Raises OptionError if the target is too small, what reading and writing raise, and Cancelled; the target is then of no
-    use.
+    Raises OptionError if the target is too small, or lies in a file that the source lies in; what reading and writing
+    raise, and Cancelled; the target is then of no use.
     """
+    refuse_shared(source.node, target.node)
     if target.size < source.size:
         raise OptionError(
             f"the target has {target.size} bytes and the source {source.size}",
@@ -151,6 +153,7 @@ def convert_to_file(
     stored packed, as far as that is smaller; UnsupportedFeature where the format cannot.
     """
     path = path_in(path)
+    refuse_own(source.node, path)
     kind: Any = create_driver(format)
     given = {"size": source.size, **options}
     if backing is not None:
@@ -176,6 +179,7 @@ def convert_to_file(
             _open_made(aside.path, format, {"backing": base}, references, compress) as target,
             open_image(base, references=references) as image,
         ):
+            refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Below(image) if depth is None else Below(depth=depth)
             return convert(source, target, below=below, monitor=monitor, **how)

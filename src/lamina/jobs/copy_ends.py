@@ -19,6 +19,7 @@ from ..node import MAY_UNMAP
 
 if TYPE_CHECKING:
     from ..nbd import Client
+    from ..node import Node
     from ..request import Child
 
 #: A part of the source: offset, length, and whether it is known to read as zero.
@@ -96,6 +97,10 @@ class StorageSource:
         self._extents = extents
         self.name = image.filename
         self.size = image.size
+
+    @property
+    def node(self) -> Node:
+        return self._image.node
 
     def parts(self, begin: int) -> Iterator[Part]:
         size = self._image.size

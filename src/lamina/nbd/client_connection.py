@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
+import stat
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -85,7 +87,20 @@ def _unreachable(error: OSError, target: Target) -> LaminaError:
         return BlockIOError(message, errno=errno.EHOSTUNREACH, path=str(target))
     if isinstance(error, TimeoutError):
         error = OSError(errno.ETIMEDOUT, "")
+    if error.errno == errno.ECONNREFUSED and _is_other_file(target.socket):
+        message = "this is no socket, but another kind of file"
+        return BlockIOError(message, errno=errno.ENOTSOCK, path=str(target), hint="name the server's socket")
     return BlockIOError.from_os(error, "cannot connect", path=str(target))
+
+
+def _is_other_file(path: str | None) -> bool:
+    """Whether there is a file at `path` that is no socket."""
+    if path is None or path.startswith("\0"):
+        return False
+    try:
+        return not stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def negotiate(
