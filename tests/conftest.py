@@ -14,14 +14,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lamina import registry
+from lamina import limits, registry
+from lamina.storage import file as storage_file
 
 ROOT = Path(__file__).resolve().parent.parent
 # The tests ask `benchmarks.peers` where the peers are; plain `pytest` does not put the repository's root on the path.
@@ -205,6 +206,17 @@ def own_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it: other tests of the process would find it."""
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with a number: from then on no answer about extents has more rows than that."""
+
+    def bound(rows: int) -> None:
+        monkeypatch.setattr(limits, "MAX_ROWS", rows)
+        monkeypatch.setattr(storage_file, "MAX_ROWS", rows)
+
+    return bound
 
 
 def _open_files() -> dict[str, str]:

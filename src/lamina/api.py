@@ -47,7 +47,7 @@ def open(
         force_share=force_share,
         snapshot=snapshot,
     )
-    return Image(node)
+    return Image(node, budget=budget)
 
 
 def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:

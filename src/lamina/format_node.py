@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UnsupportedFeature
-from .node import COMPRESS, Node, fill_zero, plain
+from .node import COMPRESS, Node, bounded, fill_zero, plain
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -65,7 +65,8 @@ class FormatNode(Node):
         raise NotImplementedError
 
     def map_columns(self, offset: int, length: int) -> Extents:
-        """The same for the whole stretch, as columns made by `columns`; stretches of kind BELOW are not present."""
+        """The same for the whole stretch, as columns made by `columns`, or for as much of it as `limits.MAX_ROWS` rows tell;
+        stretches of kind BELOW are not present."""
         raise NotImplementedError
 
     def reserve(self, offset: int, length: int) -> Reservation:
@@ -217,7 +218,8 @@ class FormatNode(Node):
             return own
         if self.backing is None:
             return _nobody_below(own)
-        return own.over(_status_below(self.backing, offset, length))
+        below = _status_below(self.backing, offset, own.end - offset)
+        return bounded(own.clip(offset, below.end).over(below))
 
     def reads_zero(self, offset: int, length: int) -> bool:
         end = offset + length
@@ -268,5 +270,7 @@ def _status_below(backing: Child, offset: int, length: int) -> Extents:
     if not inside:
         return Extents.single(offset, length, zero=True, present=True)
     below = backing.extents(offset, inside)
+    if inside == length or below.end < offset + inside:
+        return below
     # What is added may be like what the layer below ends with.
-    return below if inside == length else below.pad_zero(offset + length).coalesce()
+    return below.pad_zero(offset + length).coalesce()

@@ -10,13 +10,14 @@ import io
 from typing import TYPE_CHECKING, Any, Self
 
 from .edit import Edit, Entrance
-from .errors import Closed, UnsupportedFeature
+from .errors import Closed, LimitExceeded, UnsupportedFeature
 from .graph import Opener
+from .limits import DEFAULT_BUDGET, Budget
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node
 from .policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
+    from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
 
     from .extents import Extents
 
@@ -28,8 +29,9 @@ class Image:
     storage, CorruptImage where a format's tables contradict themselves.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, budget: Budget = DEFAULT_BUDGET) -> None:
         self._root: Entrance | None = Entrance(node, "root")
+        self._rows = budget.rows
 
     @property
     def root(self) -> Entrance:
@@ -108,10 +110,33 @@ class Image:
 
     def extents(self, offset: int = 0, length: int | None = None) -> Extents:
         """The exact status of these bytes (to the end by default), as columns; see `lamina.extents.Extents`. Round it with
-        `.align(A)` where a consumer needs a granularity."""
+        `.align(A)` where a consumer needs a granularity. Raises LimitExceeded where there are more extents than
+        `Budget.rows`: `windows` hands them out piece by piece. Other threads may write between two pieces."""
         if length is None:
             length = max(self.size - offset, 0)
-        return self.root.extents(offset, length)
+        found = self.root.extents(offset, length)
+        if found.end >= offset + length:
+            return found
+        pieces, rows = [found], len(found)
+        while found.end < offset + length:
+            found = self.root.extents(found.end, offset + length - found.end)
+            _append(pieces, found)
+            rows += len(found)
+            if rows > self._rows:
+                raise LimitExceeded(
+                    f"there are more than {self._rows} extents from {offset} to {found.end}",
+                    path=self.filename,
+                    hint="ask for shorter stretches (windows() does), or raise rows in the budget",
+                )
+        return found.concat(pieces)
+
+    def windows(self, offset: int = 0, length: int | None = None) -> Iterator[Extents]:
+        """What `extents` answers, piece by piece: each takes a few megabytes at most, whatever the image says."""
+        at, end = offset, self.size if length is None else offset + length
+        while at < end:
+            found = self.root.extents(at, end - at)
+            yield found
+            at = found.end
 
     def edit(self, *, references: Policy | None = None) -> Edit:
         """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.
@@ -136,6 +161,18 @@ class Image:
 
     def __repr__(self) -> str:
         return f"<Image {self._root.node!r}>" if self._root else "<Image closed>"
+
+
+def _append(pieces: list[Extents], found: Extents) -> None:
+    """Add a piece that begins where the last one ends, with the rows that meet there made one where they are alike."""
+    last = pieces[-1]
+    seam, first = int(last.start[-1]), int(found.length[0]) + found.begin
+    joined = found.concat([last.clip(seam, last.end), found.clip(found.begin, first)]).coalesce()
+    if len(joined) > 1:
+        pieces.append(found)
+        return
+    parts = [last.clip(last.begin, seam), joined, found.clip(first, found.end)]
+    pieces[-1:] = [part for part in parts if len(part)]
 
 
 def _view(buffer: Any) -> memoryview:

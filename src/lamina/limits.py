@@ -20,6 +20,11 @@ MAX_SIZE = (1 << 63) - 1
 MAX_TRANSFER = 1 * GIB
 
 
+#: The most rows of one answer to a question for extents; whoever asked goes on where the answer ends. It bounds the memory of
+#: every answer (about 40 bytes a row, and a few times that while it is made), whatever an image says.
+MAX_ROWS = 1 << 17
+
+
 def is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
@@ -63,6 +68,8 @@ class Budget(NamedTuple):
     chain_depth: int = 64
     #: Bytes of memory for the tables of one image that are cached.
     cache_bytes: int = 16 * MIB
+    #: Extents of one answer of `Image.extents`, which holds them all at once (about 40 bytes each, twice while it is made).
+    rows: int = 1 << 22
 
 
 #: The default bounds; strict enough for files that nobody vouches for.

@@ -22,6 +22,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+from . import limits
 from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .ranges import RangeLock
@@ -181,7 +182,11 @@ class Node:
         raise self.refuse("truncate")
 
     def extents(self, offset: int, length: int) -> Extents:
-        """The exact status of these bytes: contiguous, covering each byte once, coalesced. Never rounded."""
+        """The exact status of these bytes: contiguous, covering each byte once, coalesced. Never rounded.
+
+        An answer begins at `offset` and has at most `limits.MAX_ROWS` rows: it may end before the request does, wherever the
+        node likes, but not before its first byte. The caller asks again from there (`Image.extents` and `jobs.windows`
+        do). A node that lays several answers over one another cuts them where the shortest ends."""
         raise self.refuse("extents")
 
     def reads_zero(self, offset: int, length: int) -> bool:
@@ -344,6 +349,12 @@ class TransformNode(_OverImage):
 def is_faithful(node: Node) -> bool:
     """Whether the class of `node` itself says that it is `faithful`."""
     return "faithful" in vars(type(node)) and node.faithful
+
+
+def bounded(found: Extents) -> Extents:
+    """As much of `found` as one answer may hold (see `Node.extents`)."""
+    most = limits.MAX_ROWS
+    return found if len(found) <= most else found.clip(found.begin, int(found.start[most]))
 
 
 _ZEROS = bytes(1 << 16)

@@ -251,7 +251,7 @@ class Child:
             _epoch += 1
 
     def extents(self, offset: int, length: int) -> Extents:
-        """The exact status of these bytes; see `extents.Extents`."""
+        """The exact status of these bytes, or of as many as one answer holds; see `Node.extents`."""
         if length < 0 or offset < 0 or offset + length > self.node.size:
             self._bound(offset, offset + length, "extents", grows=False)
         if not length:

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from tests.conftest import Qemu
 from lamina.cli import map as command
 from lamina.cli.main import main
 from lamina.extents import Extents
-from lamina.jobs import windows
 
 MIB = 1 << 20
 
@@ -113,7 +112,7 @@ def test_random_images_map_as_the_peer_says(
 
 
 def test_windows_do_not_show(
-    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], few_rows: Callable[[int], None]
 ) -> None:
     disk = tmp_path / "disk.raw"
     with disk.open("wb") as file:
@@ -121,8 +120,7 @@ def test_windows_do_not_show(
             file.seek(at * MIB)
             file.write(b"x" * MIB)
     whole = lamina_map(capsysbinary, "--output=json", "-f", "raw", str(disk))
-    monkeypatch.setattr(windows, "_FIRST", MIB)
-    monkeypatch.setattr(windows, "_ROWS", 4)
+    few_rows(2)
     assert lamina_map(capsysbinary, "--output=json", "-f", "raw", str(disk)) == whole
     assert len(json.loads(whole)) == 6
 

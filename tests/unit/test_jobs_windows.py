@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,14 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina.extents import Extents
-from lamina.jobs import windows as module
 from lamina.jobs.windows import stretches, windows
 
 
 @pytest.mark.parametrize("grid", [1, 4096, 1 << 21])
 def test_windows_cover_the_range_once_and_meet_on_the_grid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: int
+    tmp_path: Path, few_rows: Callable[[int], None], grid: int
 ) -> None:
-    monkeypatch.setattr(module, "_FIRST", 1 << 20)
-    monkeypatch.setattr(module, "_ROWS", 16)
+    few_rows(16)
     disk = tmp_path / "disk.raw"
     with disk.open("wb") as file:
         file.truncate((10 << 20) + 777)

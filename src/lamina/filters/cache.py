@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LaminaError, OptionError
 from ..limits import MIB, is_power_of_two
-from ..node import FUA, TransformNode
+from ..node import FUA, TransformNode, bounded
 from ..request import Child
 from ..schema import Option
 
@@ -129,13 +129,15 @@ class Cache(TransformNode):
                 at = max(at, last)
             inside = min(max(self.image.size - offset, 0), length)
             below = self.image.extents(offset, inside) if inside else Extents.empty(offset)
-        below = below.pad_zero(end).coalesce()
+        if below.end == offset + inside:
+            below = below.pad_zero(end).coalesce()
         if not rows:
-            return below
+            return bounded(below)
         rows += [(at, end - at, 0)] * (at < end)
         start, lengths, dirty = zip(*rows, strict=True)
         flags = [(DATA | PRESENT) * row for row in dirty]
-        return Extents.from_columns(start, lengths, flags).masking(below).coalesce()
+        own = Extents.from_columns(start, lengths, flags).clip(offset, below.end)
+        return bounded(own.masking(below).coalesce())
 
     def reads_zero(self, offset: int, length: int) -> bool:
         with self._mutex:

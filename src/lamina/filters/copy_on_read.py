@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LaminaError
 from ..node import FilterNode
 from ..ranges import RangeLock
 from ..request import Child
+
+if TYPE_CHECKING:
+    from ..extents import Extent
 
 
 class CopyOnRead(FilterNode):
@@ -33,7 +36,12 @@ class CopyOnRead(FilterNode):
             self._copies.exclusive(offset, offset + len(view), self._read_and_keep, offset, view)
 
     def _read_and_keep(self, offset: int, view: memoryview) -> None:
-        below = [row for row in self.image.extents(offset, len(view)) if row.present and row.depth > 0]
+        below: list[Extent] = []
+        at, end = offset, offset + len(view)
+        while at < end:
+            rows = self.image.extents(at, end - at)
+            below += [row for row in rows if row.present and row.depth > 0]
+            at = rows.end
         self.image.read_into(offset, view)
         try:
             for row in below:

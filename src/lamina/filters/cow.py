@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .. import registry
+from .. import limits, registry
 from ..limits import Limits
-from ..node import FUA, TransformNode, fill_zero
+from ..node import FUA, TransformNode, bounded, fill_zero
 from ..request import Child
 from ..schema import Option, Schema
 
@@ -102,14 +103,14 @@ class Cow(TransformNode):
 
         from ..extents import DATA, PRESENT, ZERO, Extents
 
-        end = offset + length
         inside = min(max(self._below - offset, 0), length)
         below = self.image.extents(offset, inside) if inside else Extents.empty(offset)
-        below = below.pad_zero(end).coalesce()
-        changed = np.array(list(self._changed.within(offset, end)), np.int64)
+        if below.end == offset + inside:
+            below = below.pad_zero(offset + length).coalesce()
+        changed = np.array(list(islice(self._changed.within(offset, below.end), limits.MAX_ROWS)), np.int64)
         flags = np.array([ZERO | PRESENT, DATA | PRESENT, 0], np.uint8)[changed[:, 2]]  # _BELOW finds the last
         own = Extents.from_columns(changed[:, 0], changed[:, 1] - changed[:, 0], flags)
-        return own.masking(below).coalesce()
+        return bounded(own.masking(below.clip(offset, own.end)).coalesce())
 
     def reads_zero(self, offset: int, length: int) -> bool:
         for lo, hi, kind in self._changed.within(offset, offset + length):

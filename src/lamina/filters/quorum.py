@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import Limits
-from ..node import FUA, NO_FALLBACK, Node
+from ..node import FUA, NO_FALLBACK, Node, bounded
 from ..request import Child
 from ..schema import Option, Schema
 
@@ -140,6 +140,8 @@ class Quorum(Node):
     def extents(self, offset: int, length: int) -> Extents:
         """Data where any copy has data, zero only where all are; a place in a file only if all say the same."""
         answers = list(self._ask(lambda child: child.extents(offset, length), "extents", offset, length).values())
+        end = min(answer.end for answer in answers)
+        answers = [answer.clip(offset, end) for answer in answers]
         first = answers[0]
         return first if all(answer == first for answer in answers) else _merged(answers)
 
@@ -191,4 +193,4 @@ def _merged(answers: list[Extents]) -> Extents:
     flags = np.bitwise_or.reduce([answer.flags[row] ^ ZERO for answer, row in zip(answers, rows, strict=True)]) ^ ZERO
     depth = np.minimum.reduce([answer.depth[row] for answer, row in zip(answers, rows, strict=True)])
     length = np.diff(np.append(edges, answers[0].end))
-    return Extents.from_columns(edges, length, flags.astype(np.uint8), depth=depth).coalesce()
+    return bounded(Extents.from_columns(edges, length, flags.astype(np.uint8), depth=depth).coalesce())

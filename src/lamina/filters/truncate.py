@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, OptionError
 from ..limits import MAX_SIZE, align_down, align_up
-from ..node import FUA, TransformNode, fill_zero
+from ..node import FUA, TransformNode, bounded, fill_zero
 from ..request import Child
 from ..schema import Option
 
@@ -103,7 +103,10 @@ class Truncate(TransformNode):
         inside = self._split(offset, length)
         if not inside:
             return Extents.single(offset, length, zero=True, present=True)
-        return self.image.extents(offset, inside).pad_zero(offset + length).coalesce()
+        found = self.image.extents(offset, inside)
+        if found.end < offset + inside:
+            return found
+        return bounded(found.pad_zero(offset + length).coalesce())
 
     def reads_zero(self, offset: int, length: int) -> bool:
         inside = self._split(offset, length)

@@ -11,7 +11,7 @@ from ..limits import KIB, MIB
 from ..numeric import np
 from .lanes import lanes_for
 from .progress import Monitor
-from .windows import stretches, windows
+from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
     from ..extents import Extents
@@ -76,8 +76,7 @@ class _Step(NamedTuple):
 def _steps(first: Image, second: Image, strict: bool, piece: int) -> Iterator[_Step]:
     """What must be looked at, in order, in pieces of at most `piece` bytes."""
     shared = min(first.size, second.size)
-    for mine in windows(first, 0, shared):
-        theirs = second.extents(mine.begin, mine.end - mine.begin)
+    for mine, theirs in pairs(first, second, 0, shared):
         status = _first_status(mine, theirs) if strict else None
         end = mine.end if status is None else status
         for which, begin, length in _unequal(mine.clip(mine.begin, end), theirs.clip(mine.begin, end)):

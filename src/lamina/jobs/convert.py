@@ -30,7 +30,7 @@ from .lanes import Lanes, is_far, lanes_for
 from .own_files import refuse_own, refuse_shared
 from .progress import Monitor
 from .sharing import Place, Sharer, without
-from .windows import stretches, windows
+from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
     from ..image import Image
@@ -355,9 +355,9 @@ class _Copy:
         """(kind, start, length) of what must be done, in order: stored bytes are read, or copied from their place, others
         made zero."""
         compared = self._below is not None and self._below.image is not None
-        for exact in windows(self._source, 0, self._source.size, grid=self._block):
+        for exact, there in self._pieces(compared):
             found = exact.align(self._block) if self._block > 1 else exact
-            yield from self._over_content(found) if compared else self._over_layers(found)
+            yield from self._over_content(found, there) if compared else self._over_layers(found, there)
         if self._below is not None:
             # Where the new disk is longer than the source, what a longer backing file has there is hidden.
             for rest in windows(self._target, self._source.size, self._target.size):
@@ -365,15 +365,23 @@ class _Copy:
                 kinds = np.full(len(shown), _BENEATH if compared else _ZERO)
                 yield from stretches(kinds, shown.start, shown.length)
 
-    def _over_layers(self, found: Extents) -> Iterator[tuple[int, int, int]]:
+    def _pieces(self, compared: bool) -> Iterator[tuple[Extents, Extents | None]]:
+        """What the source says, and the target of the same bytes where that matters, piece by piece."""
+        size = self._source.size
+        if self._hole and (compared or not self._blank):
+            yield from pairs(self._source, self._target, 0, size, grid=self._block)
+            return
+        for exact in windows(self._source, 0, size, grid=self._block):
+            yield exact, None
+
+    def _over_layers(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
         """The same for a part of the disk, of which the target has what the layers beneath the first `depth` own."""
         below = self._below
         layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
         held = found.where(zero=False) if self._hole else found
         zero = Extents.empty(found.begin)
-        if self._hole and not self._blank:
+        if there is not None:
             # What reads as zero there already need not be made so.
-            there = self._target.extents(found.begin, found.end - found.begin)
             zero = found.where(zero=True).intersect(there.where(zero=False))
         wanted, owned = held.depth < layers, zero.depth < layers
         self._places = places = self._sharer.places(held, wanted) if self._sharer is not None else []
@@ -388,11 +396,11 @@ class _Copy:
         lengths = (length, zero.length[owned], np.array([place.length for place in places], np.int64))
         return stretches(*map(np.concatenate, (kinds, starts, lengths)))
 
-    def _over_content(self, found: Extents) -> Iterator[tuple[int, int, int]]:
+    def _over_content(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
         """The same where the target has what the backing file holds, whose bytes are compared where they are not known."""
-        there = self._target.extents(found.begin, found.end - found.begin).align(self._block)
-        if not self._hole:
+        if there is None:
             return stretches(np.full(len(found), _COMPARED), found.start, found.length)
+        there = there.align(self._block)
         mine, theirs = found.where(zero=False), there.where(zero=False)
         parts = {
             _COMPARED: mine.intersect(theirs),

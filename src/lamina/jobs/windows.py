@@ -1,38 +1,50 @@
-"""Walking over the status of a whole image in windows, so that the columns of no answer need much memory."""
+"""Walking over the status of a whole image in windows, so that no answer needs much memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..limits import MIB, align_up
+from ..errors import LimitExceeded
+from ..extents import Extents
+from ..limits import align_down
 from ..numeric import np
 
 if TYPE_CHECKING:
-    from ..extents import Extents
     from ..image import Image
     from ..numeric import NDArray
 
-#: The first window; even at one extent per 512 bytes its columns are small.
-_FIRST = 64 * MIB
-#: Windows grow and shrink towards this many rows (about 40 bytes each).
-_ROWS = 1 << 17
+#: The most rows that are held while a block of the grid is put together.
+_MAX_HELD = 1 << 21
 
 
 def windows(image: Image, begin: int, end: int, *, grid: int = 1) -> Iterator[Extents]:
-    """The exact extents from `begin` to `end`, one piece after the other. Pieces meet at multiples of `grid`, a power
-    of two, and are as long as gives about a hundred thousand rows each; the first is short."""
-    length = max(_FIRST, grid)
-    while begin < end:
-        stop = min(align_up(begin + length, max(grid, MIB)), end)
-        found = image.extents(begin, stop - begin)
-        yield found
-        rows = len(found)
-        if rows < _ROWS // 4:
-            length *= 4
-        elif rows > _ROWS * 2:
-            length = max(length * _ROWS // rows, MIB)
-        begin = stop
+    """The exact extents from `begin` to `end`, one piece after the other. Pieces meet at multiples of `grid`, a power of
+    two, and each is what one answer of the image holds (see `Node.extents`): its memory is bounded by its rows, however long
+    it is. Raises LimitExceeded where a single block of `grid` bytes has millions of extents."""
+    held: Extents | None = None
+    at = begin
+    while at < end:
+        found = image.root.extents(at, end - at)
+        at = found.end
+        held = found if held is None else Extents.concat([held, found])
+        cut = end if at == end else align_down(at, grid)
+        if held.begin < cut:
+            yield held.clip(held.begin, cut)
+            held = held.clip(cut, at) if cut < at else None
+        elif len(held) > _MAX_HELD:
+            raise LimitExceeded(
+                f"the {grid} bytes from {held.begin} on have more than {_MAX_HELD} extents",
+                path=image.filename,
+                hint="use a smaller alignment, or the exact status (map --exact)",
+            )
+
+
+def pairs(first: Image, second: Image, begin: int, end: int, *, grid: int = 1) -> Iterator[tuple[Extents, Extents]]:
+    """The same of two images, which are both at least `end` bytes long: pieces of the two about the same bytes."""
+    for mine in windows(first, begin, end, grid=grid):
+        for theirs in windows(second, mine.begin, mine.end, grid=grid):
+            yield mine.clip(theirs.begin, theirs.end), theirs
 
 
 def stretches(

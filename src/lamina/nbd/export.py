@@ -172,6 +172,13 @@ class Export:
         while at < stop:
             upto = min(align_up(at + window, _FIRST_OF_ONE), stop)
             exact = self._exact(at, upto)
+            if exact is not None and exact.end < at + self._inside(at, upto - at):
+                # The answer is as long as one may be: what is left of the last block is asked again.
+                upto = align_down(exact.end, self.minimum)
+                if upto == at:
+                    upto = at + self.minimum
+                    exact = self.image.extents(at, self._inside(at, self.minimum))
+                exact = exact.clip(at, upto)
             for name in names:
                 found[name].append(self._runs(name, exact, at, upto))
             at = upto

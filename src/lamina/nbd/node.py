@@ -8,9 +8,10 @@ from __future__ import annotations
 from errno import EINVAL
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
+from .. import limits
 from ..errors import BlockIOError, ReadOnly
 from ..limits import KIB, Limits, align_down
-from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded
 from ..schema import Option, Schema
 from . import wire
 from .client import Client
@@ -146,7 +147,7 @@ class NbdStorage(StorageNode):
                 lengths.append(size)
                 states.append(status & (wire.STATE_HOLE | wire.STATE_ZERO))
                 at += size
-            if at == end:
+            if at == end or len(lengths) >= limits.MAX_ROWS:
                 break
         else:
             lengths.append(end - at)
@@ -157,7 +158,7 @@ class NbdStorage(StorageNode):
         start = np.cumsum(sizes) - sizes + offset
         flags = meaning[np.array(states, np.int64)]
         found = Extents.from_columns(start, sizes, flags, file=0, offset=start.copy(), files=(self,))
-        return found.coalesce()
+        return bounded(found.coalesce())
 
     def _ask(self, offset: int, length: int) -> list[tuple[int, int]]:
         """(length, flags) of base:allocation from `offset` on. The last bytes of an export whose size is no multiple of its

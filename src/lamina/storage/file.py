@@ -18,8 +18,8 @@ from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
-from ..limits import MIB, Limits, align_down, align_up
-from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
+from ..limits import MAX_ROWS, MIB, Limits, align_down, align_up
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded, fill_zero, plain
 from ..schema import Option, Schema
 from . import aligned, locks, system
 from .system import fallocate as _libc_fallocate
@@ -256,9 +256,8 @@ class FileStorage(StorageNode):
         rows = np.flatnonzero(lengths)
         start = edges[rows]
         # Neighbours are alike only if the file changed while it was asked.
-        return Extents.from_columns(
-            start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,)
-        ).coalesce()
+        found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
+        return bounded(found.coalesce())
 
     def reads_zero(self, offset: int, length: int) -> bool:
         try:
@@ -358,7 +357,7 @@ class FileStorage(StorageNode):
 
     def _edges(self, offset: int, end: int) -> array[int]:
         """Where, between `offset` and `end`, a hole and data take turns; what starts at `offset` is a hole, maybe
-        empty."""
+        empty. The last edge is `end`, or where one answer has as many rows as it may."""
         fd, seek, to_data, to_hole = self._fd, os.lseek, os.SEEK_DATA, os.SEEK_HOLE
         edges = array("q", (offset,))
         add = edges.append
@@ -369,6 +368,8 @@ class FileStorage(StorageNode):
                 if (at := seek(fd, at, to_hole)) >= end:
                     break
                 add(at)
+                if len(edges) > MAX_ROWS:
+                    return edges
         except OSError as error:
             if error.errno == errno.EINVAL and len(edges) == 1:
                 add(offset)  # this system does not know holes: all is data

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Closed
-from ..node import FUA, StorageNode, fill_zero
+from ..node import FUA, StorageNode, bounded, fill_zero
 from ..schema import Option, Schema
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class MemoryStorage(StorageNode):
         lengths = np.diff(edges)
         rows = np.flatnonzero(lengths)
         start = edges[rows]
-        return Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
+        found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
+        return bounded(found)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         with self._mutex:

@@ -20,9 +20,6 @@ Flags = dict[str, list[str]]
 
 PREALLOCATION = ("off", "metadata", "falloc", "full")
 
-#: Bytes whose status is asked for at a time: what `map` of a huge image needs stays small.
-_STRETCH = 1 << 40
-
 
 def flush(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     image = session.image
@@ -101,10 +98,12 @@ def alloc(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 
 def _runs(image: Image, offset: int, count: int) -> Iterator[tuple[int, int, bool]]:
     """(start, length, allocated), in turns, where allocated means that the top layer holds the bytes, be it as zeros."""
+    from ...jobs.windows import windows
+
     end = offset + count
     start, state = offset, None
-    for at in range(offset, end, _STRETCH):
-        for extent in image.extents(at, min(_STRETCH, end - at)):
+    for piece in windows(image, offset, end):
+        for extent in piece:
             mine = extent.present and extent.depth == 0
             if state is None:
                 state = mine

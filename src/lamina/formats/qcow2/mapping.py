@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import sys
 from array import array
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ... import limits
 from ...errors import CorruptImage
 from ...format_node import BELOW, COMPRESSED, DATA, ZERO, Mapping
 from ...limits import align_up
 from . import layout as q
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...request import Child
     from .header import Header
 
@@ -28,6 +31,10 @@ _SWAP = sys.byteorder == "little"
 _new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
 _BATCH = 1 << 20
+#: L1 entries that it looks at in one go.
+_L1_BATCH = 1 << 16
+#: Batches, and runs of tables that do not exist, that one answer looks at: half a second of work, and much of a disk.
+_STEPS = 1 << 9
 
 
 class Table:
@@ -144,47 +151,65 @@ class Mappings:
         return 0 if table is None else table.entries[offset >> self._cluster_bits & self.per_table - 1]
 
     def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
-        """Columns (start, length, flags, host offset or -1) for the whole stretch, equal and contiguous neighbours joined;
-        rows of flags 0 belong to the layer below."""
+        """Columns (start, length, flags, host offset or -1) for the stretch, equal and contiguous neighbours joined; rows of
+        flags 0 belong to the layer below. The answer ends early, on a cluster, where it has `limits.MAX_ROWS` rows, or where
+        it took many steps: neither memory nor time depend on how much the tables of an image say."""
         from ...numeric import np
 
         bits, table_bits = self._cluster_bits, self._table_bits
         first, last = offset >> bits, offset + length - 1 >> bits
-        l1_first, l1_last = first >> table_bits, last >> table_bits
-        pointers = np.frombuffer(self.l1, dtype=np.uint64, count=l1_last - l1_first + 1, offset=8 * l1_first)
-        there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
-        edges = np.flatnonzero(there[1:] != there[:-1]) + 1
-        step = max(_BATCH >> bits, 1)
         starts: list[Any] = []
         flags: list[Any] = []
         hosts: list[Any] = []
-        for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
-            for at in range(lo, hi, step) if there[lo] else (lo,):
-                base = l1_first + at << table_bits
-                if there[lo]:
-                    entries = self._batch(l1_first + at, min(step, hi - at))
-                    # Only the clusters that were asked about: entries past the end of the disk mean nothing.
-                    low, high = max(first - base, 0), min(last + 1 - base, len(entries))
-                    start, flag, host = self._rows(entries[low:high])
-                    start += base + low
-                else:
-                    start, flag, host = np.array([max(base, first)]), np.zeros(1, np.uint8), np.array([-1])
-                # A row goes on across the seam of two batches where it is alike and contiguous.
-                if starts and flag[0] == flags[-1][-1]:
-                    run = int(start[0] - starts[-1][-1]) << bits
-                    if host[0] == (hosts[-1][-1] + run if hosts[-1][-1] >= 0 else -1):
-                        start, flag, host = start[1:], flag[1:], host[1:]
-                if len(start):
-                    starts.append(start)
-                    flags.append(flag)
-                    hosts.append(host)
+        rows = 0
+        end = offset
+        for which, count, there in islice(self._l1_runs(first >> table_bits, last >> table_bits), _STEPS):
+            base = which << table_bits
+            # Only the clusters that were asked about: entries past the end of the disk mean nothing.
+            low, high = max(first - base, 0), min(last + 1 - base, count << table_bits)
+            if there:
+                start, flag, host = self._rows(self._batch(which, count)[low:high])
+                start += base + low
+            else:
+                start, flag, host = np.array([base + low]), np.zeros(1, np.uint8), np.array([-1])
+            end = base + high << bits
+            # A row goes on across the seam of two batches where it is alike and contiguous.
+            if starts and flag[0] == flags[-1][-1]:
+                run = int(start[0] - starts[-1][-1]) << bits
+                if host[0] == (hosts[-1][-1] + run if hosts[-1][-1] >= 0 else -1):
+                    start, flag, host = start[1:], flag[1:], host[1:]
+            if len(start):
+                starts.append(start)
+                flags.append(flag)
+                hosts.append(host)
+                rows += len(start)
+                if rows >= limits.MAX_ROWS:
+                    break
         begin = np.concatenate(starts)
         begin <<= bits
-        host = np.concatenate(hosts)
+        most = limits.MAX_ROWS
+        end = min(end, offset + length) if rows <= most else int(begin[most])
+        begin, host = begin[:most], np.concatenate(hosts)[:most]
         if host[0] >= 0:
             host[0] += offset - begin[0]
         begin[0] = offset
-        return begin, np.diff(begin, append=offset + length), np.concatenate(flags), host
+        return begin, np.diff(begin, append=end), np.concatenate(flags)[:most], host
+
+    def _l1_runs(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
+        """(L1 index, number, whether the L2 tables exist) of runs of entries from `first` to `last`: all that do not exist,
+        or as many that do as `_batch` reads at once."""
+        from ...numeric import np
+
+        step = max(_BATCH >> self._cluster_bits, 1)
+        for begin in range(first, last + 1, _L1_BATCH):
+            pointers = np.frombuffer(self.l1, np.uint64, min(_L1_BATCH, last + 1 - begin), 8 * begin)
+            there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
+            edges = np.flatnonzero(there[1:] != there[:-1]) + 1
+            for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
+                if there[lo]:
+                    yield from ((begin + at, min(step, hi - at), True) for at in range(lo, hi, step))
+                else:
+                    yield begin + lo, hi - lo, False
 
     def _rows(self, entries: Any) -> tuple[Any, Any, Any]:
         """Entries of consecutive clusters as rows (first cluster, flags, host), equal and contiguous ones joined."""
