@@ -132,11 +132,7 @@ class Image:
 
     def windows(self, offset: int = 0, length: int | None = None) -> Iterator[Extents]:
         """What `extents` answers, piece by piece: each takes a few megabytes at most, whatever the image says."""
-        at, end = offset, self.size if length is None else offset + length
-        while at < end:
-            found = self.root.extents(at, end - at)
-            yield found
-            at = found.end
+        yield from self.root.windows(offset, max(self.size - offset, 0) if length is None else length)
 
     def edit(self, *, references: Policy | None = None) -> Edit:
         """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.

@@ -260,6 +260,14 @@ class Child:
             return Extents.empty(offset)
         return self.node.extents(offset, length)
 
+    def windows(self, offset: int, length: int) -> Iterator[Extents]:
+        """The exact status of all these bytes, one answer after the other."""
+        end = offset + length
+        while offset < end:
+            found = self.extents(offset, end - offset)
+            yield found
+            offset = found.end
+
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether these bytes are known to read as zero. May miss, never invents."""
         inside = min(offset + length, self.node.size) - offset

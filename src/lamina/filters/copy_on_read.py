@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
 from ..errors import LaminaError
 from ..node import FilterNode
 from ..ranges import RangeLock
 from ..request import Child
-
-if TYPE_CHECKING:
-    from ..extents import Extent
 
 
 class CopyOnRead(FilterNode):
@@ -36,12 +34,8 @@ class CopyOnRead(FilterNode):
             self._copies.exclusive(offset, offset + len(view), self._read_and_keep, offset, view)
 
     def _read_and_keep(self, offset: int, view: memoryview) -> None:
-        below: list[Extent] = []
-        at, end = offset, offset + len(view)
-        while at < end:
-            rows = self.image.extents(at, end - at)
-            below += [row for row in rows if row.present and row.depth > 0]
-            at = rows.end
+        rows = chain.from_iterable(self.image.windows(offset, len(view)))
+        below = [row for row in rows if row.present and row.depth > 0]
         self.image.read_into(offset, view)
         try:
             for row in below:

@@ -23,9 +23,7 @@ def windows(image: Image, begin: int, end: int, *, grid: int = 1) -> Iterator[Ex
     two, and each is what one answer of the image holds (see `Node.extents`): its memory is bounded by its rows, however long
     it is. Raises LimitExceeded where a single block of `grid` bytes has millions of extents."""
     held: Extents | None = None
-    at = begin
-    while at < end:
-        found = image.root.extents(at, end - at)
+    for found in image.root.windows(begin, end - begin):
         at = found.end
         held = found if held is None else Extents.concat([held, found])
         cut = end if at == end else align_down(at, grid)
