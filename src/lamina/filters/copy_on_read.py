@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 from ..errors import LaminaError
@@ -34,8 +33,8 @@ class CopyOnRead(FilterNode):
             self._copies.exclusive(offset, offset + len(view), self._read_and_keep, offset, view)
 
     def _read_and_keep(self, offset: int, view: memoryview) -> None:
-        rows = chain.from_iterable(self.image.windows(offset, len(view)))
-        below = [row for row in rows if row.present and row.depth > 0]
+        found = self.image.windows(offset, len(view))
+        below = [row for rows in found for row in rows if row.present and row.depth > 0]
         self.image.read_into(offset, view)
         try:
             for row in below:
