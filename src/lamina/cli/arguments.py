@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, UnsupportedFeature
-from ..options import asks_for_help, parse_keyval, parse_size
+from ..options import asks_for_help, clip, parse_keyval, parse_size, shown
 
 if TYPE_CHECKING:
     from ..graph import Spec
     from ..image import Image
     from ..policy import Policy
     from ..schema import Schema
+
+#: The longest time that an option can say, in seconds: longer ones do not fit what the system waits with.
+LONGEST = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,12 +32,72 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._command = command
+        self._names: dict[str, str] = {}
+        # What Python reads as a number, and what is one for us, are not the same (5,000 digits, nan, 1_0).
+        self.register("type", int, _whole)
+        self.register("type", float, _seconds)
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{self._command}: {message}", hint=f"lamina {self._command} --help shows how it is used")
+        for stand_in, name in self._names.items():
+            message = message.replace(stand_in, name)
+        near = self._nearest(message)
+        message = message if len(message) <= 1000 else f"{message[:1000]}..."
+        shows = f"lamina {self._command} --help shows how it is used"
+        raise OptionError(f"{self._command}: {message}", hint=f"did you mean {near}? {shows}" if near else shows)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        return self.parse_intermixed_args(argv)
+        """What `argv` says. All words behind a `--` are names, whatever they begin with."""
+        end = argv.index("--") if "--" in argv else len(argv)
+        self._refuse_unknown(argv[:end])
+        # The words that only stand for these names cannot be options, nor come from a command line: they begin with NUL.
+        self._names = names = {f"\0{number}\0": word for number, word in enumerate(argv[end + 1 :])}
+        args = self.parse_intermixed_args([*argv[:end], *names])
+        for key, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, key, names.get(value, value))
+            elif isinstance(value, list):
+                value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
+        return args
+
+    def _registry_get(self, registry_name: str, value: Any, default: Any = None) -> Any:
+        found = super()._registry_get(registry_name, value, default)
+        return _told(found) if registry_name == "type" and value is not None else found
+
+    def _refuse_unknown(self, words: list[str]) -> None:
+        """Tell of an option that is not there before what is missing for want of it."""
+        for word in words:
+            name = word.partition("=")[0]
+            if (
+                word.startswith("-")
+                and len(word) > 1
+                and " " not in word
+                and name not in self._option_string_actions
+                and (word.startswith("--") or (word[:2] not in self._option_string_actions and not _is_number(word)))
+            ):
+                self.error(f"unrecognized arguments: {word}")
+
+    def _nearest(self, message: str) -> str | None:
+        """The option, or the value of one, that was probably meant where argparse complains of what is not there."""
+        import re
+        from difflib import get_close_matches
+
+        known: list[str] = []
+        word = ""
+        if found := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            word = found[1]
+            known = [
+                name
+                for action in self._actions
+                if action.help is not argparse.SUPPRESS
+                for name in action.option_strings
+                if name.startswith("--")
+            ]
+        elif found := re.match(r"argument ([^:]+): invalid choice: '(.*)' \(choose from ", message):
+            word = found[2]
+            actions = [action for action in self._actions if found[1] == "/".join(action.option_strings)]
+            known = [str(choice) for action in actions for choice in action.choices or ()]
+        near = get_close_matches(word[:64], known, 1)
+        return near[0] if near else None
 
     def add_format(self, *flags: str, dest: str, help: str) -> None:
         self.add_argument(*flags, dest=dest, metavar="FMT", help=help)
@@ -70,7 +133,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_size(self, *flags: str, **settings: Any) -> None:
-        self.add_argument(*flags, type=_size, **settings)
+        self.add_argument(*flags, type=parse_size, **settings)
 
     def add_later(self, *flags: str, metavar: str | None = None, group: Any = None) -> None:
         """An option that users of the other tools know, and that is refused by name instead of being unknown."""
@@ -104,14 +167,46 @@ class _Later(argparse.Action):
         raise UnsupportedFeature(f"{option_string}: {self.const}")
 
 
-def _size(text: str) -> int:
-    return parse_size(text)
+def _is_number(word: str) -> bool:
+    """Whether argparse takes `word`, which begins with a dash, for a negative number, and no option."""
+    return word[1:].replace(".", "", 1).isdecimal()
+
+
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read` as argparse needs it: it would hide the words of an OptionError behind "invalid ... value"."""
+
+    def tell(text: str) -> Any:
+        try:
+            return read(text)
+        except OptionError as error:
+            message = f"{error.message}; {error.hint}" if error.hint else error.message
+            raise argparse.ArgumentTypeError(message.replace(text, clip(text)) if text else message) from error
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(text)} cannot be read") from error
+
+    return tell
 
 
 def _policy(text: str) -> Policy:
     from ..policy import Policy
 
     return Policy.parse(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not text.isascii() or not text.removeprefix("-").isdecimal():
+        raise OptionError(f"{shown(text)} is not a whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text) if len(text) <= 40 and text.isascii() and "_" not in text else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= LONGEST:
+        raise OptionError(f"{shown(text)} is not a number of seconds", hint=f"it takes 0 to {LONGEST}")
+    return value
 
 
 def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
