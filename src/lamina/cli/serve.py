@@ -144,7 +144,7 @@ def _parser() -> Parser:
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
+    if len(text) > 5 or not text.isascii() or not text.isdecimal() or int(text) > 65535:
         raise OptionError(f"{printable(text)} is no port", hint="0 to 65535")
     return int(text)
 
