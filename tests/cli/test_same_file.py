@@ -100,12 +100,12 @@ def test_standard_output_that_is_the_source(folder: Path) -> None:
 
 
 def test_an_export_onto_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with lamina.open({"driver": "memory", "size": MIB}, read_only=False) as image:
-        with Server([Export(image, "disk", writable=True)], unix="socket"):
-            name = "nbd+unix:///disk?socket=socket"
-            for command in (["copy", name], ["convert", "-n", "-f", "raw", "-O", "raw", name]):
-                assert main([*command, name]) == 1
-                assert "the source itself" in capsys.readouterr().err
+    image = lamina.open({"driver": "memory", "size": MIB}, read_only=False)
+    with image, Server([Export(image, "disk", writable=True)], unix="socket"):
+        name = "nbd+unix:///disk?socket=socket"
+        for command in (["copy", name], ["convert", "-n", "-f", "raw", "-O", "raw", name]):
+            assert main([*command, name]) == 1
+            assert "the source itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["info", "map", "copy to", "copy from", "convert", "io"])

@@ -156,6 +156,24 @@ def test_what_was_in_an_existing_target_is_gone(tmp_path: Path, format: str, see
     assert content_of(target, format) == content + old[len(content) :]
 
 
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_zeros_over_what_reads_as_zero_already(tmp_path: Path, format: str, seed: int) -> None:
+    """Where a stretch of the target is known to be zero, zeros that are found in the source are left out."""
+    dice = random.Random(seed)
+    length = 16 * MIB + 700
+    for _ in range(3):
+        content = patched(length, dice.randrange(1 << 30), density=20)
+        (tmp_path / "a.raw").write_bytes(content)
+        create(tmp_path / "b", format, length)
+        with lamina.open(tmp_path / "b", format=format, read_only=False) as target:
+            for _ in range(3):
+                target.write(dice.randrange(length - 100_000), b"o" * dice.choice([1, 5000, 100_000]))
+            with lamina.open(tmp_path / "a.raw", format="raw") as source:
+                result = convert(source, target, smallest_hole=dice.choice([4096, 512]), parallel=dice.choice([1, 3]))
+        assert content_of(tmp_path / "b", format) == content
+        assert result.written + result.zeroed < result.read
+
+
 def test_a_target_that_is_too_small_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "b").write_bytes(b"1234")

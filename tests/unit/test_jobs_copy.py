@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina.errors import LaminaError, OptionError
+from lamina.jobs import copy_ends
 from lamina.jobs.copy import Copied, Copy, Plan
 from lamina.jobs.copy_ends import DONE, Part, PipeSource, StorageTarget, Wait, on_grid
 from lamina.jobs.copy_journal import Journal, Partial
@@ -86,6 +87,77 @@ def test_zeros_behind_a_first_byte_that_is_zero() -> None:
     assert stored_parts(memoryview(data), 0, 4096, 4096) == [(4096, 8192), (1 << 15, (1 << 15) + 4096)]
 
 
+class _Answers:
+    """An export of which only the status is asked: `runs` of (length, zero), told `most` bytes at a time."""
+
+    def __init__(self, runs: list[tuple[int, bool]], most: int, fails: int) -> None:
+        self.contexts = {"base:allocation": 1}
+        self.zero = [zero for length, zero in runs for _ in range(length)]
+        self.size = len(self.zero)
+        self.asked = 0
+        self._most, self._fails = most, fails
+
+    def start_block_status(self, offset: int, length: int) -> Any:
+        assert 0 < length <= self.size - offset
+        self.asked += 1
+        if self.asked == self._fails:
+            raise LaminaError("no status")
+        told = [(1, 3 * zero) for zero in self.zero[offset : offset + min(length, self._most)]]
+        return _Said({"base:allocation": told})
+
+
+class _Said:
+    def __init__(self, found: Any) -> None:
+        self.wait = lambda: found
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12),
+    block=BLOCKS,
+    most=st.integers(1, 50),
+    fails=st.sampled_from([-1, -1, 1, 3]),
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=20),
+    again=st.integers(0, 20),
+)
+def test_what_must_be_made_zero(
+    runs: list[tuple[int, bool]], block: int, most: int, fails: int, lengths: list[tuple[int, int]], again: int
+) -> None:
+    """In whole blocks, inside what was asked, and never without a byte that is not zero."""
+    answers = _Answers(runs, most, fails)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copy_ends, "_WORTH_ASKING", 2)
+        patch.setattr(copy_ends, "_FREE_QUESTIONS", 7)
+        status = copy_ends._Status(answers, block)  # type: ignore[arg-type]
+        at = 0
+        for number, (gap, count) in enumerate(lengths):
+            if number == again:
+                status.forget()
+                at = 0
+            lo = min(at + gap * block, answers.size // block * block)
+            hi = min(lo + count * block, answers.size)
+            if hi <= lo:
+                break
+            parts = status.not_zero(lo, hi - lo)
+            inside = set()
+            for start, length in parts:
+                assert lo <= start < start + length <= hi
+                assert start % block == 0
+                assert (start + length) % block == 0 or start + length == hi
+                assert not inside & set(range(start, start + length))
+                inside |= set(range(start, start + length))
+            assert all(answers.zero[place] for place in set(range(lo, hi)) - inside)
+            at = hi
+        assert answers.asked <= 2 * (7 + 1)  # of two, one is asked ahead
+
+
+def test_a_source_that_tells_of_single_bytes_is_read() -> None:
+    answers = _Answers([(300_000, False)], 1, -1)
+    answers.target = "export"  # type: ignore[attr-defined]
+    parts = list(copy_ends.ExportSource(answers).parts(0))  # type: ignore[arg-type]
+    assert sum(length for _, length, _ in parts) == 300_000
+    assert answers.asked < 1000
+
+
 class _Memory:
     """Source and target in memory, for a copy whose every step can fail: `fail` names the request that does."""
 
@@ -118,6 +190,12 @@ class _Memory:
     def start_zero(self, offset: int, length: int) -> Wait:
         self.data[offset : offset + length] = bytes(length)
         return DONE
+
+    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(offset, length)]
+
+    def forget(self) -> None:
+        pass
 
     def flush(self) -> None:
         self._step()

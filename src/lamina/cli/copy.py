@@ -176,7 +176,7 @@ def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> T
     if name == "-":
         return PipeTarget(sys.stdout.fileno(), "standard output")
     if names_export(name):
-        client = _connect(name, args, ())
+        client = _connect(name, args, () if args.blank or args.allocated else ("base:allocation",))
         try:
             return ExportTarget(client, blank=args.blank, allocated=args.allocated, reconnects=args.reconnect > 0)
         except BaseException:

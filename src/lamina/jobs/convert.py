@@ -379,21 +379,26 @@ class _Copy:
         below = self._below
         layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
         held = found.where(zero=False) if self._hole else found
-        zero = Extents.empty(found.begin)
+        zero = over_zero = Extents.empty(found.begin)
         if there is not None:
             # What reads as zero there already need not be made so.
             zero = found.where(zero=True).intersect(there.where(zero=False))
+            if self._sharer is None and below is None:
+                blocks = there.align(_BUFFER)  # so that no read becomes shorter for it
+                over_zero = held.intersect(blocks.where(zero=True))
+                held = held.intersect(blocks.where(zero=False))
         wanted, owned = held.depth < layers, zero.depth < layers
         self._places = places = self._sharer.places(held, wanted) if self._sharer is not None else []
         start, length = without(places, held.start[wanted], held.length[wanted])
         # Each place has a kind of its own, so that it is made one with no neighbour.
         kinds = (
             np.full(len(start), _STORED),
+            np.full(len(over_zero), _OVER_ZERO),
             np.full(np.count_nonzero(owned), _ZERO),
             np.arange(len(places)) + _PLACES,
         )
-        starts = (start, zero.start[owned], np.array([place.start for place in places], np.int64))
-        lengths = (length, zero.length[owned], np.array([place.length for place in places], np.int64))
+        starts = (start, over_zero.start, zero.start[owned], np.array([place.start for place in places], np.int64))
+        lengths = (length, over_zero.length, zero.length[owned], np.array([place.length for place in places], np.int64))
         return stretches(*map(np.concatenate, (kinds, starts, lengths)))
 
     def _over_content(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:

@@ -166,6 +166,7 @@ class Copy:
                 if not (self._flushing and self._target.forgets) or attempts >= _ATTEMPTS:
                     raise
             self._flushing = False
+            self._target.forget()
             self._position = self._durable
 
     def _copy_from(self, source: Source, begin: int) -> None:
@@ -257,8 +258,11 @@ class Copy:
         if self._target.blank:
             self._skipped += length
             return []
-        self._zeroed += length
-        return [self._target.start_zero(offset, length)]
+        parts = self._target.to_zero(offset, length)
+        changed = sum(length for _, length in parts)
+        self._zeroed += changed
+        self._skipped += length - changed
+        return [self._target.start_zero(at, length) for at, length in parts]
 
     def _settle(self) -> None:
         """The oldest write is waited for."""

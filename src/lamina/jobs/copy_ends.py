@@ -7,12 +7,13 @@ a file is asked is done when `start_...` returns. All offsets and lengths are by
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import BlockIOError, OptionError
+from ..errors import BlockIOError, LaminaError, OptionError
 from ..image import Image
-from ..limits import GIB, MIB
+from ..limits import GIB, KIB, MIB
 from ..nbd import wire
 from ..nbd.node import NbdStorage
 from ..node import MAY_UNMAP
@@ -28,6 +29,10 @@ Part = tuple[int, int, bool]
 #: The longest request to make zero, so that progress is told.
 _MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
+#: An export is asked whether it reads as zero where at least so many bytes are to become zero...
+_WORTH_ASKING = 64 * KIB
+#: ... and no longer once it was asked so often, and its answers told of less than 1 MiB each.
+_FREE_QUESTIONS = 256
 
 
 class Wait(Protocol):
@@ -79,6 +84,13 @@ class Target(Protocol):
 
     def start_zero(self, offset: int, length: int) -> Wait:
         """Begin to make these bytes zero."""
+
+    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Which of these bytes must be made zero, as (offset, length): all that are not known to read as zero already. It is
+        asked in the order of the disk, before anything was written there."""
+
+    def forget(self) -> None:
+        """What was written since the last flush may be lost: so is what `to_zero` knew."""
 
     def flush(self) -> None:
         """All that is done is on stable storage on return."""
@@ -136,10 +148,19 @@ class ExportSource:
             if at < size:
                 yield at, size - at, False
             return
+        answers = 0
         asked = client.start_block_status(at, size - at) if at < size else None
         while asked is not None:
             extents: list[tuple[int, int]] = asked.wait()[wire.BASE_ALLOCATION]
             end = at + sum(length for length, _ in extents)
+            answers += 1
+            if end < size and answers > _FREE_QUESTIONS + (end - begin) // (64 * KIB):
+                # Answers so short cost more than reading.
+                for length, status in extents:
+                    yield at, length, bool(status & wire.STATE_ZERO)
+                    at += length
+                yield end, size - end, False
+                return
             # The next answer comes while this one is worked on.
             asked = client.start_block_status(end, size - end) if end < size else None
             for length, status in extents:
@@ -203,6 +224,13 @@ class StorageTarget:
         self._child.zero(offset, length, self._flags)
         return DONE
 
+    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        known = self._flags and self._child.reads_zero(offset, length)
+        return [] if known else [(offset, length)]
+
+    def forget(self) -> None:
+        pass
+
     def flush(self) -> None:
         below = self._child.node.children.get("image") if self._grows else None
         (below or self._child).flush()  # a file that is being made lies under `creation.Unsynced`
@@ -229,6 +257,8 @@ class ExportTarget:
         self.block = client.minimum
         self.size: int | None = client.size
         self.forgets = reconnects
+        asks = not (blank or allocated) and wire.BASE_ALLOCATION in client.contexts
+        self._status = _Status(client, self.block) if asks else None
 
     def start_write(self, offset: int, view: memoryview) -> Wait:
         end = offset + len(view)
@@ -245,6 +275,13 @@ class ExportTarget:
             return DONE
         return self._client.start_zero(offset, length, no_hole=self._allocated)
 
+    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(offset, length)] if self._status is None else self._status.not_zero(offset, length)
+
+    def forget(self) -> None:
+        if self._status is not None:
+            self._status.forget()
+
     def flush(self) -> None:
         self._client.flush()
 
@@ -253,6 +290,75 @@ class ExportTarget:
 
     def close(self) -> None:
         self._image.close()
+
+
+class _Status:
+    """What an export reads as, asked as a copy comes along. Parts are whole blocks of `block` bytes."""
+
+    def __init__(self, client: Client, block: int) -> None:
+        self._client = client
+        self._block = block
+        self._asking = True
+        self._asked = self._told = 0  # questions, and bytes that were told of
+        self.forget()
+
+    def forget(self) -> None:
+        #: (end, whether it reads as zero) of stretches that follow each other from `_begin` to `_end`.
+        self._runs: deque[tuple[int, bool]] = deque()
+        self._begin = self._end = 0
+        self._next: Any = None  # the question about what follows `_end`
+
+    def not_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of these bytes that are not known to read as zero."""
+        found: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        while at < end:
+            if not self._begin <= at < self._end and not (end - at >= _WORTH_ASKING and self._ask(at)):
+                self._append(found, offset, at, end, end)
+                break
+            while self._runs[0][0] <= at:
+                self._begin = self._runs.popleft()[0]
+            stop, zero = self._runs[0]
+            stop = min(stop, end)
+            if not zero:
+                self._append(found, offset, at, stop, end)
+            at = stop
+        return found
+
+    def _append(self, found: list[tuple[int, int]], offset: int, lo: int, hi: int, end: int) -> None:
+        """Whole blocks around [lo, hi), as far as [offset, end) reaches, which begins with one."""
+        lo -= (lo - offset) % self._block
+        hi = min(hi + -(hi - offset) % self._block, end)
+        if found and sum(found[-1]) >= lo:
+            lo = found.pop()[0]
+        found.append((lo, hi - lo))
+
+    def _ask(self, at: int) -> bool:
+        """Learn what follows `at`. False where the server does not say, or in so small parts that to ask costs more than it
+        can save."""
+        if not self._asking:
+            return False
+        asked = self._next if at == self._end else None
+        self.forget()
+        self._begin = self._end = at
+        try:
+            asked = asked or self._client.start_block_status(at, self._client.size - at)
+            told: list[tuple[int, int]] = asked.wait()[wire.BASE_ALLOCATION]
+            for length, flags in told:
+                self._end += length
+                zero = bool(flags & wire.STATE_ZERO)
+                if self._runs and self._runs[-1][1] == zero:
+                    self._runs.pop()
+                self._runs.append((self._end, zero))
+            self._asked += 1
+            self._told += self._end - at
+            self._asking = self._asked < _FREE_QUESTIONS + self._told // MIB
+            if len(self._runs) == 1 and self._runs[0][1] and self._end < self._client.size:
+                # Much of it is empty: the next answer comes while this one is worked on.
+                self._next = self._client.start_block_status(self._end, self._client.size - self._end)
+        except LaminaError:
+            self._asking = False  # nothing is lost by not knowing
+        return self._end > at
 
 
 class PipeTarget:
@@ -284,6 +390,12 @@ class PipeTarget:
             self.start_write(offset, _ZEROS[:count])
             length -= count
         return DONE
+
+    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(offset, length)]
+
+    def forget(self) -> None:
+        pass
 
     def flush(self) -> None:
         raise OptionError("a pipe cannot be flushed", path=self.name, hint="leave --flush out")
