@@ -1,16 +1,19 @@
-"""New images: made aside under another name and renamed when they are whole, so that nobody ever sees half of one."""
+"""New images, in files that appear under their name when they are whole (`atomic_file`): nobody ever sees half of one.
+
+Where a file that is there cannot be replaced, or is a block device, the new image is written in place: its first bytes, where
+the headers of all formats lie, are kept back and written last.
+"""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from . import registry
-from .beside import open_beside
-from .errors import BlockIOError, NotSupported, OptionError, UnsupportedFeature
+from .atomic_file import HEADER_BYTES, AtomicFile
+from .detect import HEAD_BYTES, TAIL_BYTES
+from .errors import NotSupported, OptionError, UnsupportedFeature, printable
 from .graph import Opener
 from .limits import MIB
 from .node import NO_FALLBACK, FilterNode
@@ -21,62 +24,6 @@ from .request import Child
 if TYPE_CHECKING:
     from .extents import HostFile
     from .node import Node
-
-
-class Aside:
-    """A file that is written beside its final name. Use as a context manager: `path` is where to write; leaving without an
-    error renames it to `target`, an error removes it. A block device, and any other target that is not a regular file, is
-    written in place, since it cannot be replaced. An existing file is replaced, and keeps its permissions."""
-
-    def __init__(self, target: str) -> None:
-        self.target = os.path.realpath(target)
-        self.in_place = False
-        try:
-            status = os.stat(self.target)
-        except FileNotFoundError:
-            self._mode: int | None = None
-        except OSError as error:
-            raise BlockIOError.from_os(error, "cannot create the image", path=target) from error
-        else:
-            if stat.S_ISDIR(status.st_mode):
-                raise BlockIOError("it is a directory", errno=21, path=target, hint="name a file in it")
-            self.in_place = not stat.S_ISREG(status.st_mode)
-            self._mode = stat.S_IMODE(status.st_mode)
-        self.path = self.target
-        if self.in_place:
-            return
-        if self._mode is not None:
-            self._refuse_locked()
-        try:
-            fd, self.path = open_beside(self.target)
-        except OSError as error:
-            raise BlockIOError.from_os(error, "cannot create a file there", path=target) from error
-        if self._mode is None:
-            mask = os.umask(0)
-            os.umask(mask)
-            self._mode = 0o666 & ~mask
-        os.fchmod(fd, self._mode)
-        os.close(fd)
-
-    def _refuse_locked(self) -> None:
-        """What another program has open for writing is not replaced under it."""
-        Opener(read_only=False).open({"driver": "file", "filename": self.target}).close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.in_place:
-            return
-        try:
-            if kind is None:
-                os.replace(self.path, self.target)
-            else:
-                os.unlink(self.path)
-        except OSError as problem:
-            raise BlockIOError.from_os(
-                problem, "the new image was made but cannot be put there", path=self.target
-            ) from problem
 
 
 def create_driver(name: str) -> type[Node]:
@@ -91,8 +38,9 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
     """Make a new image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
     `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them.
 
-    The file appears under its name only when it is whole; a file that is there already is replaced, unless another program
-    has it open. Raises OptionError, LimitExceeded, Locked, BlockIOError.
+    The file appears under its name only when it is whole; a file that is there already is replaced (`AtomicFile` says how),
+    unless another program has it open. The new image is on stable storage when this returns. Raises OptionError,
+    LimitExceeded, Locked, BlockIOError.
     """
     kind: Any = create_driver(format)
     values = kind.create_schema.parse({**options, **({} if size is None else {"size": size})})
@@ -102,8 +50,28 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
         prepare(values, target)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
-    with Aside(target) as aside:
-        write_image(kind, aside.path, values)
+    with new_file(target, durable=True) as file:
+        write_image(kind, file, values)
+
+
+def new_file(target: str, *, durable: bool = False) -> AtomicFile:
+    """The file of a new image at `target`, a context manager; `open_new` opens it. Meanwhile no other program can open a file
+    that it replaces (or writes in place) as an image. `durable` as for `AtomicFile`."""
+    return AtomicFile(target, durable=durable, lock=lock_for_writing, tell=lambda text: tell(target, text))
+
+
+def lock_for_writing(fd: int, path: str) -> None:
+    """Take the locks of a writer of images on `fd`, a descriptor of the file at `path`; they last as long as it is open.
+    Raises Locked if another program uses the file."""
+    # Locks belong to what was opened, not to the copy of the descriptor that this node has.
+    Opener(read_only=False, fd=fd).open({"driver": "file", "filename": path}).close()
+
+
+def tell(path: str, text: str) -> None:
+    """Say something about a new image that is no error: on standard error, unless the log "lamina" goes elsewhere."""
+    import logging
+
+    logging.getLogger("lamina").warning("%s: %s", printable(path), text)
 
 
 class Unsynced(FilterNode):
@@ -130,20 +98,106 @@ class Unsynced(FilterNode):
         pass
 
 
-def open_aside(path: str) -> Child:
-    """The storage of an image that is being made at `path`, for writing, without syncs."""
+class HeaderLast(Unsynced):
+    """Lies over a file that is written in place: the first bytes are kept in the header of `file`, and are zero in the file
+    until it is whole."""
+
+    driver = "header-last"
+
+    def __init__(self, image: Child, file: AtomicFile) -> None:
+        super().__init__(image)
+        self._file = file
+
+    def begin(self) -> None:
+        """The old content is gone when this returns, also after a power cut: as much of it as could be taken for an image."""
+        if self._file.begun:
+            return
+        self._file.begun = True
+        if self.growable:
+            self.image.truncate(0)
+        else:
+            size = self.image.size
+            head, tail = min(HEAD_BYTES, size), min(TAIL_BYTES, size)
+            self.image.write(0, memoryview(bytes(head)))
+            self.image.write(size - tail, memoryview(bytes(tail)))
+        self.image.flush()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.image.read_into(offset, view)
+        if offset < HEADER_BYTES:
+            count = min(HEADER_BYTES - offset, len(view))
+            view[:count] = self._file.header[offset : offset + count]
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.begin()
+        if offset < HEADER_BYTES:
+            count = min(HEADER_BYTES - offset, len(view))
+            self._file.header[offset : offset + count] = view[:count]
+            self.image.write(offset, memoryview(bytes(count)))  # so that the file is as long as it would be
+            offset, view = offset + count, view[count:]
+        if len(view):
+            super().write(offset, view, flags)
+
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        if offset < HEADER_BYTES:
+            raise self.refuse("copy from a file here")
+        self.begin()
+        super().copy_from(offset, source, source_offset, length, flags)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.begin()
+        if offset < HEADER_BYTES:
+            end = min(offset + length, HEADER_BYTES)
+            self._file.header[offset:end] = bytes(end - offset)
+        self.image.zero(offset, length, flags)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.begin()
+        start = max(offset, HEADER_BYTES)
+        if start < offset + length:
+            self.image.discard(start, offset + length - start)
+
+    def truncate(self, size: int) -> None:
+        self.begin()
+        if size < HEADER_BYTES:
+            self._file.header[size:] = bytes(HEADER_BYTES - size)
+        self.image.truncate(size)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        if offset < HEADER_BYTES and any(self._file.header[offset : offset + length]):
+            return False
+        return self.image.reads_zero(offset, length)
+
+
+def open_new(file: AtomicFile) -> Child:
+    """The storage of the image that is being made in `file`, for writing, without syncs. May be opened again once it is
+    closed. Where the image is written in place the old content is kept until the first change."""
+    # The policy is for names inside images: here is none.
+    opener = Opener(read_only=False, policy=Policy.none(), fd=file.fd)
+    storage = opener.child("file", {"driver": "file", "filename": file.path}, grows=True)
+    over = HeaderLast(storage, file) if file.in_place else Unsynced(storage)
+    return Child(over, "file", grows=True)
+
+
+def open_unsynced(path: str) -> Child:
+    """The same of a file at `path` that is no `AtomicFile`: one that stays, under its name, though it is not whole."""
     opener = Opener(read_only=False, policy=Policy.none())
     storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
     return Child(Unsynced(storage), "file", grows=True)
 
 
-def write_image(kind: Any, path: str, values: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Lay an image out in the file at `path`, which exists. `values` as parsed by `kind.create_schema`. `durable`: it is
-    on stable storage before this returns."""
-    storage = open_aside(path)
+def begin(storage: Child) -> None:
+    """From here on the storage that `open_new` gave has none of its old content, or on a block device none that could be
+    taken for an image."""
+    if isinstance(storage.node, HeaderLast):
+        storage.node.begin()
+
+
+def write_image(kind: Any, file: AtomicFile, values: Mapping[str, Any]) -> None:
+    """Lay an image out in `file`. `values` as parsed by `kind.create_schema`."""
+    storage = open_new(file)
     try:
         kind.create(storage, values["size"], values)
-        if durable:
-            storage.node.children["image"].flush()
+        begin(storage)  # where nothing was to be written
     finally:
         storage.close()

@@ -154,14 +154,23 @@ def test_options_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cluster_size=" in capsys.readouterr().out
 
 
-def test_sizes_that_are_no_multiple_of_a_sector_arrive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_qcow2_is_whole_sectors(
+    qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "odd.raw").write_bytes(b"x" * 1001)
-    assert main(["convert", "-O", "qcow2", "odd.raw", "odd.qcow2"]) == 0
-    assert main(["convert", "-O", "raw", "odd.qcow2", "back.raw"]) == 0
-    assert (folder / "back.raw").read_bytes() == b"x" * 1001
     capsys.readouterr()
+    assert main(["convert", "-q", "-O", "qcow2", "odd.raw", "odd.qcow2"]) == 0
+    assert caplog.messages == [
+        "odd.qcow2: the size 1001 is rounded up to 1024: a qcow2 disk is whole sectors of 512 bytes"
+    ]
     assert main(["info", "--output=json", "odd.qcow2"]) == 0
-    assert json.loads(capsys.readouterr().out)["virtual-size"] == 1001
+    assert json.loads(capsys.readouterr().out)["virtual-size"] == 1024
+    for command in (["convert", "-O", "raw", "odd.qcow2", "back.raw"], ["compare", "odd.raw", "odd.qcow2"]):
+        assert main(command) == 0
+    assert (folder / "back.raw").read_bytes() == b"x" * 1001 + bytes(23)
+    assert main(["convert", "-O", "raw", "odd.raw", "exact.raw"]) == 0
+    assert (folder / "exact.raw").read_bytes() == b"x" * 1001
+    same(qemu, "odd.raw", "odd.qcow2")
 
 
 @pytest.mark.parametrize("source", ["a.raw", "a.qcow2"])

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lamina
-from lamina.creation import Aside, create
+from lamina.creation import create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
 from lamina.jobs.beneath import layers_above
 from lamina.jobs.convert import convert, convert_to_file, stored_runs
 from lamina.jobs.progress import Monitor
+from lamina.storage.file import FileStorage
+from lamina.target_file import Target
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 64 * KIB
@@ -88,6 +90,7 @@ def test_there_and_back(tmp_path: Path, seed: int, length: int) -> None:
     (tmp_path / "a.raw").write_bytes(content)
     with lamina.open(tmp_path / "a.raw", format="raw") as source:
         convert_to_file(source, str(tmp_path / "b.qcow2"), "qcow2", {"cluster_size": 512 << seed})
+    content += bytes(-length % 512)  # a qcow2 disk is whole sectors
     assert content_of(tmp_path / "b.qcow2", "qcow2") == content
     with lamina.open(tmp_path / "b.qcow2", format="qcow2") as source:
         assert source.node.check().clean  # type: ignore[attr-defined]
@@ -170,7 +173,7 @@ def test_zeros_over_what_reads_as_zero_already(tmp_path: Path, format: str, seed
                 target.write(dice.randrange(length - 100_000), b"o" * dice.choice([1, 5000, 100_000]))
             with lamina.open(tmp_path / "a.raw", format="raw") as source:
                 result = convert(source, target, smallest_hole=dice.choice([4096, 512]), parallel=dice.choice([1, 3]))
-        assert content_of(tmp_path / "b", format) == content
+        assert content_of(tmp_path / "b", format)[:length] == content  # a qcow2 disk is whole sectors
         assert result.written + result.zeroed < result.read
 
 
@@ -187,13 +190,8 @@ def test_a_target_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device(Aside):
-        def __init__(self, target: str) -> None:
-            super().__init__(target)
-            os.unlink(self.path)
-            self.path, self.in_place = target, True
-
-    monkeypatch.setattr("lamina.jobs.convert.Aside", Device)
+    monkeypatch.setattr(Target, "is_device", True)
+    monkeypatch.setattr(FileStorage, "growable", False)
     (tmp_path / "a").write_bytes(bytes(MIB) + b"x" * MIB)
     (tmp_path / "device").write_bytes(b"old" * MIB)
     with lamina.open(tmp_path / "a", format="raw") as source:

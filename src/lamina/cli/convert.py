@@ -10,8 +10,8 @@ from ..creation import create_driver
 from ..errors import Locked, OptionError
 from ..image import Image
 from ..jobs.convert import convert, convert_to_file
-from ..jobs.own_files import refuse_own
 from ..jobs.progress import Monitor
+from ..own_files import refuse_own
 from .arguments import Parser, format_options, image_source, open_image, print_schema
 from .nbd_names import export_options, names_export
 from .terminal import Meter
@@ -74,6 +74,11 @@ def main(argv: list[str]) -> int:
         "--connections", metavar="NUMBER", default=1,
         help="connections to each NBD server that says that several are coherent (1 to 16; default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--flush",
+        action="store_true",
+        help="the target is on stable storage when the command ends (a file that is replaced is in any case)",
+    )
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_size(
@@ -144,6 +149,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         references=args.references,
         parallel=args.parallel,
         in_order=False if args.oob_writes else None,
+        durable=args.flush,
         monitor=monitor,
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from argparse import Namespace
 from contextlib import ExitStack
 from time import monotonic
 from typing import Any
 
-from ..creation import Aside, open_aside
+from ..creation import begin, new_file, open_new, open_unsynced
 from ..errors import LaminaError, OptionError
 from ..graph import Opener
 from ..image import Image
@@ -25,9 +26,9 @@ from ..jobs.copy_ends import (
     Target,
 )
 from ..jobs.copy_journal import Journal, Partial
-from ..jobs.own_files import refuse_own, refuse_stream
 from ..jobs.progress import Monitor
 from ..options import format_size, parse_name, path_in
+from ..own_files import refuse_own, refuse_stream
 from ..request import Child
 from .arguments import Parser
 from .nbd_names import export_target, names_export
@@ -190,10 +191,11 @@ def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> T
 
 
 def _path_of(name: str) -> str | None:
-    """The path of a target that is a file, or becomes one; None for any other."""
+    """The path of a target that is a regular file, or becomes one; None for any other."""
     if name == "-" or names_export(name) or parse_name(name).get("driver") == "null":
         return None
-    return path_in(name, what="the target of a copy")
+    path = path_in(name, what="the target of a copy")
+    return None if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode) else path
 
 
 # -- the copy
@@ -203,11 +205,11 @@ def _run(source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Moni
     path = _path_of(args.target)
     if path is None:
         return _copy_in_place(source, args, plan, monitor)
-    with Aside(path) as aside:
-        if aside.in_place:
-            return _copy_in_place(source, args, plan, monitor)
-        target = StorageTarget(open_aside(aside.path), path, blank=True, grows=True, allocated=args.allocated)
+    with new_file(path, durable=args.flush) as file:
+        storage = open_new(file)
+        target = StorageTarget(storage, path, blank=True, grows=True, allocated=args.allocated)
         try:
+            begin(storage)
             return Copy(source, target, plan, monitor=monitor).run()
         finally:
             target.close()
@@ -232,11 +234,7 @@ def _copy_in_place(
 
 def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor) -> Copied:
     """As `_run`, but what was copied stays and is found again."""
-    import stat
-
     path = _path_of(args.target)
-    if path is not None and os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        path = None
     known = Journal.resume(args.resume_file)
     facts = _facts(source, args)
     partial = None
@@ -259,7 +257,7 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
         if partial is None:
             copied = _copy_in_place(source, args, plan, monitor, journal)
         else:
-            child = open_aside(partial.path)
+            child = open_unsynced(partial.path)
             target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=args.allocated)
             try:
                 copied = Copy(source, target, plan, journal=journal, monitor=monitor).run()

@@ -13,26 +13,28 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..api import open as open_image
-from ..creation import Aside, create_driver, open_aside, write_image
+from ..creation import create_driver, new_file, open_new, write_image
 from ..errors import OptionError
 from ..extents import Extents
 from ..format_node import FormatNode
 from ..limits import KIB, MAX_SIZE, MIB, align_down, is_power_of_two
 from ..numeric import np
 from ..options import path_in
+from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
-from .own_files import refuse_own, refuse_shared
 from .progress import Monitor
 from .sharing import Place, Sharer, without
 from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
+    from ..atomic_file import AtomicFile
     from ..image import Image
 
 _BUFFER = 2 * MIB
@@ -143,10 +145,12 @@ def convert_to_file(
     compress: bool = False,
     parallel: int | None = None,
     in_order: bool | None = None,
+    durable: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
     goes wrong, nothing is left of it. `options` are those of `create`; a `size` among them may make the disk longer.
+    `durable`: it is on stable storage when this returns; where a file is replaced it is in any case (see `AtomicFile`).
 
     With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
     itself built on that file, that is what the layers above it own; else both are read and compared. `compress`: all is
@@ -164,37 +168,38 @@ def convert_to_file(
     prepare = getattr(kind, "prepare_create", None)
     if prepare is not None:
         prepare(values, path)
-    with Aside(path) as aside:
-        write_image(kind, aside.path, values, durable=False)
-        how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
-        if backing is None:
-            with _open_made(aside.path, format, {}, references, compress) as target:
-                # A device keeps what was on it; a format above it knows what it has written and what it has not.
-                blank = not aside.in_place or isinstance(target.node, FormatNode)
-                return convert(source, target, blank=blank, monitor=monitor, **how)
-        # Names inside the target are relative to its directory; what the user named is opened as such.
-        name = os.path.join(os.path.dirname(aside.target), values["backing_file"])
-        base = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
-        with (
-            _open_made(aside.path, format, {"backing": base}, references, compress) as target,
-            open_image(base, references=references) as image,
-        ):
+    how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
+    below: Below | None = None
+    given = {}
+    with ExitStack() as stack:
+        if backing is not None:
+            # Names inside the target are relative to its directory; what the user named is opened as such.
+            name = os.path.join(os.path.dirname(os.path.realpath(path)), values["backing_file"])
+            given = {"backing": {"driver": backing_format, "file": {"driver": "file", "filename": name}}}
+            image = stack.enter_context(open_image(given["backing"], references=references))
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Below(image) if depth is None else Below(depth=depth)
-            return convert(source, target, below=below, monitor=monitor, **how)
+        file = stack.enter_context(new_file(path, durable=durable))
+        write_image(kind, file, values)
+        with _open_made(file, format, given, references, compress) as target:
+            # A device keeps what was on it; a format above it knows what it has written and what it has not.
+            blank = backing is None and (not file.is_device or isinstance(target.node, FormatNode))
+            return convert(source, target, blank=blank, below=below, monitor=monitor, **how)
 
 
-def _open_made(path: str, format: str, options: Mapping[str, Any], references: Policy | None, compress: bool) -> Image:
-    """The image that is being made in the file at `path`, for writing."""
-    file = open_aside(path)
-    made: dict[str, Any] = {"driver": format, "file": file, **options}
+def _open_made(
+    file: AtomicFile, format: str, options: Mapping[str, Any], references: Policy | None, compress: bool
+) -> Image:
+    """The image that is being made in `file`, for writing."""
+    storage = open_new(file)
+    made: dict[str, Any] = {"driver": format, "file": storage, **options}
     if compress:
         made = {"driver": "compress", "image": made}
     try:
         return open_image(made, read_only=False, references=references)
     except BaseException:
-        file.close()
+        storage.close()
         raise
 
 

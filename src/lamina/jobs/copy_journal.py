@@ -11,7 +11,7 @@ import contextlib
 import os
 from typing import Any, Self
 
-from ..beside import open_beside
+from ..atomic_file import sync_folder, write_file
 from ..errors import BlockIOError, FormatError, OptionError
 
 _VERSION = 1
@@ -69,18 +69,7 @@ class Journal:
 
         text = json.dumps({"lamina-copy": _VERSION, "position": position, "facts": self.facts}, indent=2) + "\n"
         try:
-            fd, name = open_beside(self.path)
-            try:
-                with open(fd, "w") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(name, self.path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
-                raise
-            _sync_folder(os.path.dirname(name))
+            write_file(self.path, text.encode(), durable=True, mode=0o600)
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot write the journal of the copy", path=self.path) from error
         self.position = position
@@ -94,8 +83,8 @@ class Journal:
 
 
 class Partial:
-    """The file `TARGET.partial` that becomes `target` when it is whole, and stays when it is not. Unlike `creation.Aside` its
-    name is known, so that it is found again: `identity` says that it is the same file."""
+    """The file `TARGET.partial` that becomes `target` when it is whole, and stays when it is not. Unlike an `AtomicFile` it
+    is found again, by its name: `identity` says that it is the same file."""
 
     def __init__(self, target: str, identity: list[int] | None) -> None:
         """Make the file, or with the `identity` that a journal has of it find it again. OptionError if it is in the way, or
@@ -135,14 +124,6 @@ class Partial:
         """It is whole, and durable: give it its name."""
         try:
             os.replace(self.path, self.target)
-            _sync_folder(os.path.dirname(self.target))
+            sync_folder(os.path.dirname(self.target))
         except OSError as error:
             raise BlockIOError.from_os(error, "the copy is whole but cannot be put there", path=self.target) from error
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ...creation import tell
 from ...errors import LaminaError, LimitExceeded, OptionError
-from ...limits import KIB, MIB, is_power_of_two
+from ...limits import KIB, MIB, align_up, is_power_of_two
 from ...options import stored_name
+from ...own_files import refuse_own
 from ...schema import Option, Schema
 from . import layout as q
 from .header import Header
@@ -52,6 +54,7 @@ def prepare(values: dict[str, Any], target: str) -> None:
     if not name:
         if values.get("backing_fmt"):
             raise OptionError("a backing format is given, but no backing file", path=target)
+        _round_size(values, target)
         return
     name = values["backing_file"] = stored_name(name)
     if len(name.encode("utf-8", "surrogateescape")) > q.MAX_BACKING_NAME:
@@ -60,17 +63,37 @@ def prepare(values: dict[str, Any], target: str) -> None:
         raise OptionError(
             f"the format of the backing file {name} is not given", path=target, hint="give it (-F qcow2, -F raw)"
         )
-    if not values.get("backing_unchecked"):
-        _check_backing(values, name, target)
-
-
-def _check_backing(values: dict[str, Any], name: str, target: str) -> None:
-    from ...graph import open_graph
-
     # Where the target is a link, names inside the new image are relative to the folder of the file itself.
     where = os.path.join(os.path.dirname(os.path.realpath(target)), name)
-    if os.path.realpath(target) == os.path.realpath(where):
-        raise OptionError("the backing file is the new image itself", path=target)
+    if _is_same_file(target, where):
+        raise OptionError("the backing file is the new image itself", path=target, hint="name another file")
+    if not values.get("backing_unchecked"):
+        _check_backing(values, where, target)
+    _round_size(values, target)
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    """Whether two paths name one file, be it by links of either kind; or would, since there is none yet."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return os.path.realpath(first) == os.path.realpath(second)
+
+
+def _round_size(values: dict[str, Any], target: str) -> None:
+    """A disk is whole sectors: of one that is not, QEMU shows less than it has."""
+    size = values.get("size")
+    if size is not None and size % q.SECTOR:
+        values["size"] = align_up(size, q.SECTOR)
+        tell(
+            target,
+            f"the size {size} is rounded up to {values['size']}: a qcow2 disk is whole sectors of {q.SECTOR} bytes",
+        )
+
+
+def _check_backing(values: dict[str, Any], where: str, target: str) -> None:
+    from ...graph import open_graph
+
     # The user names this file, now: it may lie anywhere. Its own backing file is not needed to know its size.
     try:
         node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, no_references=True)
@@ -82,11 +105,22 @@ def _check_backing(values: dict[str, Any], name: str, target: str) -> None:
             values["size"] = node.size
     finally:
         node.close()
+    if os.path.lexists(target):
+        # Nor may it be a file deeper in the chain. (Only looked at: locks say nothing about that.)
+        try:
+            node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, force_share=True)
+        except LaminaError:
+            return  # one that does not open by itself, which is allowed here
+        try:
+            refuse_own(node, target, what="backing file")
+        finally:
+            node.close()
 
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Lay a new image of `size` bytes out in `storage`, which is empty. `values` as parsed by SCHEMA."""
     from .driver import Qcow2
+    from .resize import change_size
 
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
@@ -112,7 +146,14 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         header.compression_type, header.incompatible_features = 1, q.COMPRESSION_TYPE
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
-    storage.truncate(0)
+    if storage.node.growable:
+        storage.truncate(0)
+    elif storage.size < 3 * cluster_size:
+        raise OptionError(
+            f"an image needs more than the {storage.size} bytes that there are",
+            path=storage.node.filename,
+            hint="use a larger device, or a smaller cluster_size",
+        )
     # An empty disk first: header, a refcount table, and one refcount block that counts these three clusters.
     first = bytearray(3 * cluster_size)
     whole = header.to_bytes()
@@ -123,7 +164,7 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     storage.write(0, memoryview(first))
     node = Qcow2(storage, header, read_only=False, cache_bytes=MIB, name="new image")
     try:
-        node.truncate(size)
+        change_size(node, size)
         node.flush()
     finally:
         node.children.clear()  # the storage is the caller's

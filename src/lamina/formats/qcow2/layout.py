@@ -117,6 +117,9 @@ OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  #: bits 9 to 55
 #: Entries of the refcount table: bits 9 to 63.
 REFBLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 
+#: A disk is whole sectors of this many bytes, for QEMU at least; files that say otherwise exist.
+SECTOR: Final = 512
+
 # Limits. Those of the format's reference implementation, so that each opens what the other makes.
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...errors import LimitExceeded
-from ...limits import MIB, align_up
+from ...errors import LimitExceeded, OptionError
+from ...limits import MIB, align_down, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -18,8 +18,20 @@ _ZEROS = memoryview(bytes(MIB))
 
 
 def resize(node: Qcow2, size: int) -> None:
-    """Give the disk of `node` the size `size`. The order of writes: a larger disk is announced when all that it adds is
-    known to read as zero, a smaller one before its clusters are given back."""
+    """Give the disk of `node` the size `size`, whole sectors: OptionError for any other size than the one that it has."""
+    if size % q.SECTOR and size != node.header.size:
+        below = align_down(size, q.SECTOR)
+        raise OptionError(
+            f"{size} bytes are no whole number of sectors of {q.SECTOR} bytes",
+            path=node.filename,
+            hint=f"choose {below} or {below + q.SECTOR}",
+        )
+    change_size(node, size)
+
+
+def change_size(node: Qcow2, size: int) -> None:
+    """The same for any size, which images that exist may have. The order of writes: a larger disk is announced when all that
+    it adds is known to read as zero, a smaller one before its clusters are given back."""
     old = node.header.size
     if size > old:
         _forget_leftovers(node, old, size)

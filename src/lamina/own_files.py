@@ -6,8 +6,8 @@ import os
 import stat
 from collections.abc import Iterator
 
-from ..errors import OptionError
-from ..node import Node, StorageNode
+from .errors import OptionError
+from .node import Node, StorageNode
 
 _HINT = "name another target"
 
