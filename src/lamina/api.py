@@ -47,7 +47,11 @@ def open(
         force_share=force_share,
         snapshot=snapshot,
     )
-    return Image(node, budget=budget)
+    try:
+        return Image(node, budget=budget)
+    except BaseException:
+        node.close()
+        raise
 
 
 def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:

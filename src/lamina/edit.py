@@ -7,139 +7,310 @@ requests in. So a request sees the graph before or after an edit, never in betwe
 
 from __future__ import annotations
 
-import itertools
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import LaminaError, OptionError
+from . import lifecycle
+from .errors import Closed, LaminaError, OptionError
 from .format_node import FormatNode
 from .graph import Opener
 from .node import Node
 from .request import Child
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from .extents import Extents, HostFile
 
-#: How often an edit that waits for idle looks again, in seconds.
+#: How often who waits at a gate looks again, in seconds.
 _LOOK_AGAIN = 0.0005
+#: What the state of a gate is made of: `Turn`, and whether it is shut for ever.
+_BY, _CLOSED = "by", "closed"
+
+
+class Turn:
+    """Whoever shuts a gate, for as long as it is shut."""
+
+    __slots__ = ("thread", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.thread = threading.get_ident()
 
 
 class Gate:
-    """Lets requests pass while it is open. Two counters that only rise say how many are inside: taking a number from
-    `itertools.count` is one step of the interpreter, so that passing takes no lock."""
+    """Lets requests pass while it is open. Each request brings a token of its own, and is inside as long as that is in a set:
+    adding and discarding are single steps of the interpreter that may be repeated, so that passing takes no lock, and an
+    interrupt at any point leaves nobody inside who left, provided that the request leaves twice:
 
-    __slots__ = ("_entered", "_left", "_opened", "_shut", "enter_quietly", "leave")
+        try:
+            try:
+                gate.enter(token)
+                ...
+            finally:
+                gate.leave(token)
+        finally:
+            gate.leave(token)
+
+    (The second time counts where the first was cut off.) Who shuts the gate, waits for it and opens it again in the same way:
+    taking it is one step, and so is giving it up, which does nothing where another has it."""
+
+    __slots__ = ("_state", "inside", "leave")
 
     def __init__(self) -> None:
-        self._entered = itertools.count()
-        self._left = itertools.count()
-        self.enter_quietly = self._entered.__next__
-        self.leave = self._left.__next__
-        self._shut = False
-        self._opened = threading.Condition()
+        self.inside: set[object] = set()
+        self.leave = self.inside.discard
+        #: Empty while it is open.
+        self._state: dict[str, object] = {}
 
-    def enter(self) -> None:
-        self.enter_quietly()
-        while (
-            self._shut
-        ):  # asked after entering: whoever shuts the gate then sees this request inside, or it sees the gate
-            self.leave()
-            with self._opened:
-                while self._shut:
-                    self._opened.wait()
-            self.enter_quietly()
+    def enter(self, token: object) -> None:
+        """Pass, or wait until it is open. Raises Closed once it is shut for ever."""
+        self.inside.add(token)
+        # Asked after entering: whoever shuts the gate then sees this request inside, or it sees the gate.
+        if self._state:
+            self._wait(token)
 
-    def shut(self) -> None:
-        """Let nobody in, and wait until all have left. One at a time."""
-        with self._opened:
-            while self._shut:
-                self._opened.wait()
-            self._shut = True
-        # Each look takes a number of either counter, so that their difference stays what it is. Who left is asked first: a
-        # request that comes, sees the gate shut and leaves between the two looks must not stand for one that is inside.
-        while self.leave() != self.enter_quietly():
+    def _wait(self, token: object) -> None:
+        while self._state:
+            self.leave(token)
+            if _CLOSED in self._state:
+                raise Closed("this image was closed")
+            self._require_another_thread("make a request")
+            time.sleep(_LOOK_AGAIN)
+            self.inside.add(token)
+
+    def shut(self, owner: Turn) -> None:
+        """Let nobody in, and wait until all have left. One owner at a time; Closed if it is shut for ever. Whatever this
+        raises: call `open` afterwards."""
+        self._require_outside("edit the graph")
+        self._take(owner)
+        if _CLOSED in self._state:
+            raise Closed("this image was closed")
+        self._empty()
+
+    def close(self, owner: Turn) -> None:
+        """Shut it for ever, and wait until all have left. Called again it waits again. Call `open` afterwards, for the next
+        who closes."""
+        self._require_outside("close the image")
+        self._require_another_thread("close the image")
+        self.refuse()
+        self._take(owner)
+        self._empty()
+
+    def refuse(self) -> None:
+        """Let nobody in any more; those inside go on."""
+        self._state[_CLOSED] = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is shut for ever."""
+        return _CLOSED in self._state
+
+    def open(self, owner: Turn) -> None:
+        """Let the waiting requests in, if `owner` is who shut it."""
+        if self._state.get(_BY) is owner:
+            self._state.pop(_BY, None)
+
+    def is_shut_by(self, owner: Turn) -> bool:
+        return self._state.get(_BY) is owner
+
+    def _take(self, owner: Turn) -> None:
+        while self._state.setdefault(_BY, owner) is not owner:
+            self._require_another_thread("edit or close the image")
             time.sleep(_LOOK_AGAIN)
 
-    def open(self) -> None:
-        with self._opened:
-            self._shut = False
-            self._opened.notify_all()
+    def _empty(self) -> None:
+        while self.inside:
+            time.sleep(_LOOK_AGAIN)
+
+    def _require_another_thread(self, what: str) -> None:
+        by = self._state.get(_BY)
+        if isinstance(by, Turn) and by.thread == threading.get_ident():
+            raise LaminaError(
+                f"this thread {by.what}, and cannot {what} before that is done",
+                hint="do it afterwards, or in another thread",
+            )
+
+    def _require_outside(self, what: str) -> None:
+        """Raise LaminaError where this thread is inside a request itself, and would wait for its own end: a signal handler,
+        or a node below."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in _PASSING and frame.f_locals.get("token") in self.inside:
+                raise LaminaError(
+                    f"this thread is inside a request of this image, and cannot {what} before that is done",
+                    hint="do it after the request, or in another thread",
+                )
+            frame = frame.f_back
 
 
 class Entrance(Child):
     """The root edge of a graph: a `Child` whose requests pass a gate. (`Child.read_into(self, ...)` costs 0.1 us less than
     `super()`, in a request that takes 2.)"""
 
-    __slots__ = ("gate",)
+    __slots__ = ("__weakref__", "closed", "gate")
 
     def __init__(self, node: Node, role: str) -> None:
         super().__init__(node, role)
         self.gate = Gate()
+        #: Whether `close` came to its end.
+        self.closed = False
+        lifecycle.entrances.add(self)
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.read_into(self, offset, view)
+            try:
+                gate.enter(token)
+                Child.read_into(self, offset, view)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.write(self, offset, view, flags)
+            try:
+                gate.enter(token)
+                Child.write(self, offset, view, flags)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.copy_from(self, offset, source, source_offset, length, flags)
+            try:
+                gate.enter(token)
+                Child.copy_from(self, offset, source, source_offset, length, flags)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.zero(self, offset, length, flags)
+            try:
+                gate.enter(token)
+                Child.zero(self, offset, length, flags)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def discard(self, offset: int, length: int) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.discard(self, offset, length)
+            try:
+                gate.enter(token)
+                Child.discard(self, offset, length)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def flush(self) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.flush(self)
+            try:
+                gate.enter(token)
+                Child.flush(self)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def truncate(self, size: int) -> None:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            Child.truncate(self, size)
+            try:
+                gate.enter(token)
+                Child.truncate(self, size)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def extents(self, offset: int, length: int) -> Extents:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            return Child.extents(self, offset, length)
+            try:
+                gate.enter(token)
+                return Child.extents(self, offset, length)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
 
     def reads_zero(self, offset: int, length: int) -> bool:
-        self.gate.enter()
+        gate, token = self.gate, object()
         try:
-            return Child.reads_zero(self, offset, length)
+            try:
+                gate.enter(token)
+                return Child.reads_zero(self, offset, length)
+            finally:
+                gate.leave(token)
         finally:
-            self.gate.leave()
+            gate.leave(token)
+
+    def checkpoint(self) -> None:
+        if self.gate.closed:
+            raise Closed("this image was closed")
+
+    def close(self) -> None:
+        """Let no request in any more (Closed), wait for those inside, then close the graph. From any thread, and from several
+        at once: each returns when it is closed. Where it is interrupted, the next call does the rest. LaminaError in a thread
+        that is inside a request of this edge, or edits the graph, and so would wait for itself."""
+        if self.node.foreign:
+            self.gate.refuse()
+            self.node.close()
+            self.closed = True
+            return
+        gate, token = self.gate, Turn("closes the image")
+        try:
+            try:
+                gate.close(token)
+                if not self.closed:
+                    self._close_node()
+            finally:
+                gate.open(token)
+        finally:
+            gate.open(token)
+
+    def _close_node(self) -> None:
+        try:
+            self.node.close()
+        except Exception:  # everything was given back all the same; after an interrupt it was not
+            self.closed = True
+            raise
+        self.closed = True
+
+    def after_fork(self) -> None:
+        """In a child process: the requests that were inside belong to threads that only the parent has."""
+        self.gate = Gate()
+
+
+#: The code of the methods that pass the gate.
+_PASSING = {
+    method.__code__
+    for method in (
+        Entrance.read_into,
+        Entrance.write,
+        Entrance.copy_from,
+        Entrance.zero,
+        Entrance.discard,
+        Entrance.flush,
+        Entrance.truncate,
+        Entrance.extents,
+        Entrance.reads_zero,
+    )
+}
 
 
 class Edit:
@@ -147,19 +318,52 @@ class Edit:
     made inside it by this thread either. What was done stays done if a later step fails; every single step is all or
     nothing. `opener` decides what may be opened."""
 
+    # The gate knows this one, not the edit: an edit that an interrupt dropped is collected, and opens the gate.
+    _turn: Turn | None = None
+
     def __init__(self, entrance: Entrance, opener: Opener) -> None:
         self._entrance = entrance
-        self._opener = opener
+        self._opener = opener.for_parts()
+        self._opened_at: str | None = None
 
     def __enter__(self) -> Edit:
-        self._entrance.gate.shut()
+        gate = self._entrance.gate
+        turn = self._turn = Turn("edits the graph")
+        try:
+            gate.shut(turn)
+            self._opened_at = self._entrance.node.opened_at
+        except BaseException:
+            try:
+                gate.open(turn)
+            finally:
+                gate.open(turn)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            refresh(self._entrance)
+            self._settle()
         finally:
-            self._entrance.gate.open()
+            self._settle()  # once more, where an interrupt cut that short
+
+    def __del__(self) -> None:
+        # An interrupt between `__enter__` and the block, or before the first line of `__exit__`.
+        if self._turn is not None and not self._entrance.node.foreign:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Have all edges read the limits of their nodes again, and let requests in, unless that was done."""
+        gate, turn = self._entrance.gate, self._turn
+        if turn is None or not gate.is_shut_by(turn):
+            return
+        try:
+            if self._opened_at is not None:
+                lifecycle.guard(self._entrance.node, self._opened_at)
+            refresh(self._entrance)
+        except Exception:
+            gate.open(turn)
+            raise
+        gate.open(turn)
 
     @property
     def root(self) -> Child:
@@ -187,6 +391,7 @@ class Edit:
             raise OptionError("only a filter can be taken out", node=node.name)
         node.flush()
         below = node.children["image"]
+        lifecycle.release(node)  # who forgets it from now on does not forget the graph
         edge.node = below.node
         try:
             refresh(self._entrance)

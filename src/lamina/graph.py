@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from . import detect, registry
+from . import detect, lifecycle, registry
 from .errors import FormatError, LaminaError, LimitExceeded, OptionError, PolicyError
 from .limits import DEFAULT_BUDGET, Budget
 from .node import MAY_UNMAP, Node, StorageNode
@@ -63,12 +63,17 @@ class Opener:
         self.taken: frozenset[int] = frozenset()
         self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []
+        self._top = True  # what this opens is the top of a graph
 
     def _but(self, **changes: Any) -> Opener:
         """The same, but for these attributes."""
         other = Opener.__new__(Opener)
         other.__dict__.update(self.__dict__, **changes)
         return other
+
+    def for_parts(self) -> Opener:
+        """The same for nodes that become part of a graph which somebody else closes."""
+        return self._but(_top=False)
 
     def permitting(self, taken: Iterable[int], unshared: Iterable[int]) -> Opener:
         """The same for the children of this node, whose files use, and keep from others, these permissions as well."""
@@ -83,7 +88,7 @@ class Opener:
             return self._snapshot(options, storage)
         zero_detected = _choice(options, "detect-zeroes", {"off": None, "on": 0, "unmap": MAY_UNMAP})
         discards = _choice(options, "discard", {"unmap": True, "on": True, "ignore": False, "off": False})
-        inner = self._but(_opened=[], name=None)
+        inner = self._but(_opened=[], name=None, _top=False)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
                 inner.name = str(value)
@@ -95,6 +100,8 @@ class Opener:
             node = inner._open_driver(options) if "driver" in options else inner._probe(options)
             node.zero_detected = zero_detected
             node.discards = discards is not False
+            if self._top:
+                lifecycle.guard(node)
             return node
         except BaseException:
             inner.close()
@@ -112,14 +119,18 @@ class Opener:
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` that keeps all changes to itself."""
-        node = self._but(read_only=True).open(options, storage=storage)
+        node = self._but(read_only=True, _top=False).open(options, storage=storage)
         cow = registry.lookup("cow", "filter")
-        return cast(Node, cow(Child(node, "image"), read_only=self.read_only))
+        top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
+        if self._top:
+            lifecycle.guard(top)
+        return top
 
     def child(self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False) -> Child:
         """An edge to a new child, or the one that is open already. `grows` as in `request.Child`; `read_only` where the
         child is only ever read."""
         if isinstance(spec, Child):
+            lifecycle.release(spec.node)
             return spec
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None

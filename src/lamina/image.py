@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from .extents import Extents
 
 
+#: Reads of no more bytes than this ask for their memory first, and whether they are inside the disk afterwards.
+_MODEST = 1 << 20
+
+
 class Image:
-    """A virtual disk. Offsets and lengths are bytes; sizes are exact. Safe for any number of threads, except `close`.
+    """A virtual disk. Offsets and lengths are bytes; sizes are exact. Safe for any number of threads, `close` included.
 
     Errors are `LaminaError`s: OutOfRange for a request outside the disk, ReadOnly, BlockIOError (an OSError with errno) from
     storage, CorruptImage where a format's tables contradict themselves.
@@ -69,9 +73,12 @@ class Image:
         return self.root.node.limits.request_alignment
 
     def read(self, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset`."""
+        """The `length` bytes at `offset`. OutOfRange, before any memory is asked for, where they are not inside the disk."""
+        root = self.root
+        if not 0 <= length <= _MODEST:
+            root.require_inside(offset, length, "read")
         buffer = bytearray(length)
-        self.root.read_into(offset, memoryview(buffer))
+        root.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
@@ -140,14 +147,26 @@ class Image:
         return Edit(self.root, Opener(policy=references, read_only=self.read_only))
 
     def as_file(self) -> io.RawIOBase:
-        """A seekable raw file over this image, with a position of its own. Closing it leaves the image open."""
+        """A seekable raw file over this image, with a position of its own. Closing it leaves the image open. Once either is
+        closed, its operations raise ValueError."""
         return _RawView(self)
 
     def close(self) -> None:
-        """Flush what this image holds back, and give every file back. Calling it again does nothing."""
-        root, self._root = self._root, None
+        """Flush what this image holds back, and give every file back. From any thread: requests that are under way end first,
+        and what they acknowledged is there; those that come now raise Closed. Calling it again does nothing, but for the
+        rest of a `close` that was interrupted. LaminaError where it is called inside a request of this image (by a signal
+        handler, say), or inside this thread's own `with image.edit()`.
+
+        An image that is not closed is closed when nothing refers to it any more, or at the end of the program, with a
+        ResourceWarning that names the line that opened it. After a fork, closing in the child gives descriptors back and
+        writes nothing."""
+        root = self._root
         if root is not None:
-            root.close()
+            try:
+                root.close()
+            finally:
+                if root.closed:
+                    self._root = None
 
     def __enter__(self) -> Self:
         return self
@@ -177,35 +196,50 @@ def _view(buffer: Any) -> memoryview:
 
 
 class _RawView(io.RawIOBase):
-    """`Image` as the standard library's raw file: reads stop at the end of the disk, writes past it are refused."""
+    """`Image` as the standard library's raw file: reads stop at the end of the disk, writes past it are refused. `Closed`, of
+    a closed image, is a ValueError."""
 
     def __init__(self, image: Image) -> None:
-        self._image = image
+        self._of = image
         self._at = 0
 
+    @property
+    def _image(self) -> Image:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        return self._of
+
     def readable(self) -> bool:
-        return True
+        return self._image.size >= 0
 
     def writable(self) -> bool:
         return not self._image.read_only
 
     def seekable(self) -> bool:
-        return True
+        return self._image.size >= 0
 
     def tell(self) -> int:
-        return self._at
+        return self._at if self._image.size >= 0 else 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}[whence]
+        end = self._image.size
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
         if base + offset < 0:
             raise ValueError(f"seek to {base + offset}, before the start")
         self._at = base + offset
         return self._at
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes; to the end of the disk if it is negative. No memory is asked for past that end."""
+        room = max(self._image.size - self._at, 0)
+        if size is None or size < 0:
+            return self.readall()
+        return super().read(min(size, room)) or b""
+
     def readinto(self, buffer: Any) -> int:
-        view = _view(buffer)
-        count = min(len(view), max(self._image.size - self._at, 0))
-        self._image.read_into(self._at, view[:count])
+        image, view = self._image, _view(buffer)
+        count = min(len(view), max(image.size - self._at, 0))
+        image.read_into(self._at, view[:count])
         self._at += count
         return count
 

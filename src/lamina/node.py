@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
-from . import limits
+from . import lifecycle, limits
 from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .ranges import RangeLock
@@ -78,6 +79,10 @@ class Node:
     #: Whether a request path may zero a whole block of `limits.zero_alignment` where a part of it was asked for and the rest
     #: reads as zero: storage and formats do not tell the two apart, a filter that watches requests does.
     widens_zero: ClassVar[bool] = True
+    #: Who opened the graph of which this is the top, as "file:line", as long as `lifecycle` closes it if nobody else does.
+    opened_at: str | None = None
+    #: Whether another process opened it: this one was forked from that.
+    foreign: bool = False
     #: What to do where a change is refused because the node is read-only.
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
@@ -87,6 +92,11 @@ class Node:
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}
         self.ranges = RangeLock()
+        lifecycle.nodes.add(self)
+
+    def __del__(self) -> None:
+        if self.opened_at is not None:
+            lifecycle.forget(self)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -138,6 +148,11 @@ class Node:
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         """The dirty bitmaps of this node by name. A filter that leaves bytes and offsets alone has those of its child."""
         return {}
+
+    @property
+    def held(self) -> bool:
+        """Whether this node, or one below, still holds what only `close` gives back: a descriptor, a connection."""
+        return any(child.node.held for child in self.children.values())
 
     @property
     def filename(self) -> str:
@@ -201,8 +216,8 @@ class Node:
         """A node below was exchanged; no request runs. What was derived from the children is derived again."""
 
     def close(self) -> None:
-        """Give everything back, children last. Called once, with no request running. Storage is closed even if an earlier
-        step fails; the first error is raised."""
+        """Give everything back, children last. Called with no request running; called again only where an interrupt cut it
+        short, and then it does the rest. Storage is closed even if an earlier step fails; the first error is raised."""
         first: BaseException | None = None
         for child in self.children.values():
             try:
@@ -212,6 +227,24 @@ class Node:
         self.children = {}
         if first is not None:
             raise first
+
+    # -- after a fork
+
+    def after_fork(self) -> None:
+        """Called in a child process, which may read through this node from now on, and change nothing. Its locks are free
+        again, also those that a thread held which only the parent has. (The methods are replaced in the child alone, so that
+        no request asks in which process it runs.)"""
+        self.foreign, self.read_only, self.opened_at = True, True, None
+        for operation in ("write", "zero", "discard", "flush", "truncate", "copy_from"):
+            setattr(self, operation, partial(_refuse_foreign, self, operation))
+        self.close = self.forsake  # type: ignore[method-assign]
+        lifecycle.renew_locks(self, set())
+
+    def forsake(self) -> None:
+        """What `close` does in a process that only inherited this node: give descriptors back, and nothing else."""
+        for child in self.children.values():
+            child.node.forsake()
+        self.children = {}
 
     def refuse(self, operation: str) -> NotSupported:
         """The error that says that this driver cannot do `operation`."""
@@ -369,8 +402,24 @@ def fill_zero(view: memoryview) -> None:
         view[:] = bytes(length)
 
 
+def _refuse_foreign(node: Node, operation: str, *_: object, **__: object) -> NoReturn:
+    raise foreign(node, operation)
+
+
+def foreign(node: Node, operation: str) -> ReadOnly:
+    """The error for an operation that only the process which opened `node` may do."""
+    return ReadOnly(
+        "another process opened it, and this one was forked from that: it can only read here",
+        path=node.filename,
+        operation=operation,
+        hint="open it in this process, after the fork",
+    )
+
+
 def require_writable(node: Node, operation: str) -> None:
-    """Raise ReadOnly if `node` was opened read-only."""
+    """Raise ReadOnly if `node` was opened read-only, or by another process."""
+    if node.foreign:
+        raise foreign(node, operation)
     if node.read_only:
         raise ReadOnly(
             "it was opened read-only",

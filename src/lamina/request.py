@@ -273,6 +273,11 @@ class Child:
         inside = min(offset + length, self.node.size) - offset
         return inside <= 0 or self.node.reads_zero(offset, inside)
 
+    def require_inside(self, offset: int, length: int, operation: str) -> None:
+        """Raise OutOfRange if these bytes are not all inside the node."""
+        if length < 0 or offset < 0 or offset + length > self.node.size:
+            self._bound(offset, offset + length, operation, grows=False)
+
     def close(self) -> None:
         self.node.close()
 

@@ -46,6 +46,7 @@ FLOORS = [
         "format_node",
         "graph",
         "image",
+        "lifecycle",
         "node",
         "own_files",
         "ranges",

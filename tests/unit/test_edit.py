@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina.edit import Gate
+from lamina.edit import Gate, Turn
 from lamina.filters.blkdebug import Blkdebug
 from lamina.format_node import FormatNode
 from lamina.node import FUA, MAY_UNMAP
@@ -108,10 +108,10 @@ def test_a_request_passes_the_gate_once(tmp_path: Path, monkeypatch: pytest.Monk
     passed = 0
     enter = Gate.enter
 
-    def counted(gate: Gate) -> None:
+    def counted(gate: Gate, token: object) -> None:
         nonlocal passed
         passed += 1
-        enter(gate)
+        enter(gate, token)
 
     monkeypatch.setattr(Gate, "enter", counted)
     with lamina.open({**qcow2(tmp_path / "disk.qcow2"), "detect-zeroes": detect}, read_only=False) as image:
@@ -209,19 +209,21 @@ def test_a_gate_that_is_shut_is_empty(seed: int) -> None:
 
     def pass_through(number: int) -> None:
         while not stop.is_set():
-            gate.enter()
+            token = object()
+            gate.enter(token)
             inside[number] = 1
             inside[number] = 0
-            gate.leave()
+            gate.leave(token)
 
     threads = [threading.Thread(target=pass_through, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(100):
-            gate.shut()
+            owner = Turn("edits")
+            gate.shut(owner)
             assert not any(inside)
-            gate.open()
+            gate.open(owner)
     finally:
         stop.set()
         for thread in threads:
@@ -230,23 +232,62 @@ def test_a_gate_that_is_shut_is_empty(seed: int) -> None:
 
 def test_who_is_turned_away_does_not_stand_for_one_inside() -> None:
     gate = Gate()
-    looks: list[int] = []
-    real = gate.leave
-
-    def turned_away_between_two_looks() -> int:
-        """What a look at the one counter may see: a request came and went before the look at the other."""
-        looks.append(len(looks))
-        if len(looks) < 5:
-            gate.enter_quietly()
-            real()
-        return real()
-
-    gate.enter()  # one request stays inside
+    staying, owner = object(), Turn("edits")
+    gate.enter(staying)
     shut = threading.Event()
-    gate.leave = turned_away_between_two_looks
-    editor = threading.Thread(target=lambda: (gate.shut(), shut.set()))
+    editor = threading.Thread(target=lambda: (gate.shut(owner), shut.set()))
     editor.start()
+    while not gate.is_shut_by(owner):
+        pass
+    for _ in range(100):  # what one that comes, sees the gate shut and goes away again leaves behind
+        passing = object()
+        gate.inside.add(passing)
+        gate.leave(passing)
+        gate.leave(passing)
     assert not shut.wait(0.05)
-    real()
-    assert shut.wait(5)
+    gate.leave(staying)
+    assert shut.wait(20)
     editor.join()
+
+
+def test_only_who_shut_a_gate_opens_it() -> None:
+    gate, owner = Gate(), Turn("edits")
+    gate.shut(owner)
+    gate.open(Turn("edits"))
+    assert gate.is_shut_by(owner)
+    gate.open(owner)
+    gate.open(owner)
+    gate.enter(object())
+
+
+def test_a_thread_that_edits_is_told_not_to_wait_for_itself(image: lamina.Image) -> None:
+    with image.edit():
+        for ask in (lambda: image.read(0, 1), image.close, image.flush, lambda: image.edit().__enter__()):
+            with pytest.raises(lamina.LaminaError, match="edits the graph"):
+                ask()
+    assert image.read(0, 1) == b"\0"
+
+
+def test_a_thread_inside_a_request_is_told_not_to_wait_for_itself(image: lamina.Image) -> None:
+    said: list[str] = []
+
+    class Calling(Blkdebug):
+        """Does what a signal handler might do in the middle of a request."""
+
+        def read_into(self, offset: int, view: memoryview) -> None:
+            for ask in (image.close, lambda: image.edit().__enter__()):
+                try:
+                    ask()
+                except lamina.LaminaError as error:
+                    said.append(error.message)
+            super().read_into(offset, view)
+
+    with image.edit() as edit:
+        node = edit.insert("blkdebug")
+    node.__class__ = Calling
+    assert image.read(0, 1) == b"\0"
+    assert len(said) == 2
+    assert all("inside a request" in text for text in said)
+    node.__class__ = Blkdebug
+    image.write(0, b"x")
+    assert image.read(0, 1) == b"x"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, Self
 
+from .. import lifecycle
 from ..errors import BlockIOError, OptionError
 
 #: The first descriptor that a service manager passes.
@@ -45,7 +46,9 @@ def fork_to_background() -> Callable[[], None]:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.fork():
+    with lifecycle.handing_over():  # the images are the child's
+        pid = os.fork()
+    if pid:
         os.close(writer)
         _wait_for(reader)
     os.close(reader)

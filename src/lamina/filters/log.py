@@ -73,6 +73,11 @@ class Log(AroundNode):
                 except OSError as error:  # what it could not write before, it tries again
                     raise BlockIOError.from_os(error, "the log cannot be written", path=self._path) from error
 
+    def forsake(self) -> None:
+        super().forsake()
+        if self._file is not None:
+            self._file.close()
+
     def _put(self, line: str) -> None:
         with self._mutex:
             try:

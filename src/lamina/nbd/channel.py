@@ -80,6 +80,10 @@ class Channel(Protocol):
         """End the connection, both ways, waking whoever is blocked in it. From any thread, any number of times."""
         ...
 
+    def forsake(self) -> None:
+        """Give the descriptor back after a fork, in the child; the connection goes on, and is the parent's. Takes no lock."""
+        ...
+
     def fileno(self) -> int:
         """The socket's descriptor, or -1 after `close`."""
         ...
@@ -249,6 +253,10 @@ class PlainChannel:
         with self._receiving, self._sending:
             self._torn = True
             self._socket.close()
+
+    def forsake(self) -> None:
+        self._closed = self._torn = True
+        self._socket.close()
 
     def fileno(self) -> int:
         return self._socket.fileno()

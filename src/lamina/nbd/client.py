@@ -448,6 +448,17 @@ class Client:
         for link in self._links:
             link.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def forsake(self) -> None:
+        """Give the descriptors back in a process that only inherited this client by a fork; the server hears nothing."""
+        self._closed = True
+        for link in self._links:
+            link.forsake()
+
     def __enter__(self) -> Self:
         return self
 

@@ -390,3 +390,7 @@ class Link:
             farewell = self._session.disconnect() if self._fault is None and self._dead is None else b""
             self._dead = Closed("the connection was closed", path=str(self._target))
             leave(self._channel, farewell)
+
+    def forsake(self) -> None:
+        """After a fork, in the child: no lock is taken, since threads that only the parent has may hold them."""
+        self._channel.forsake()

@@ -6,10 +6,11 @@ Nothing found inside an image ever leads here: such names are paths, and the pol
 from __future__ import annotations
 
 from errno import EINVAL
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self
 
 from .. import limits
-from ..errors import BlockIOError, ReadOnly
+from ..errors import BlockIOError, Closed, ReadOnly
 from ..limits import KIB, Limits, align_down
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded
 from ..schema import Option, Schema
@@ -176,5 +177,26 @@ class NbdStorage(StorageNode):
         size, status = self.client.block_status(offset, length, one=True)[wire.BASE_ALLOCATION][0]
         return size >= length and bool(status & wire.STATE_ZERO)
 
+    @property
+    def held(self) -> bool:
+        return not self.client.closed
+
     def close(self) -> None:
         self.client.close()
+
+    def after_fork(self) -> None:
+        """The connection is the parent's: a request of this process would take the reply to one of that."""
+        super().after_fork()
+        for operation in ("read_into", "write", "zero", "discard", "flush", "extents", "reads_zero"):
+            setattr(self, operation, partial(self._refuse_foreign, operation))
+
+    def _refuse_foreign(self, operation: str, *_: object, **__: object) -> NoReturn:
+        raise Closed(
+            "another process opened it, and this one was forked from that: the connection is not its own",
+            path=self.filename,
+            operation=operation,
+            hint="open it in this process, after the fork",
+        )
+
+    def forsake(self) -> None:
+        self.client.forsake()

@@ -236,6 +236,9 @@ class TlsChannel:
                 self._sending.release()
         self._plain.close()
 
+    def forsake(self) -> None:
+        self._plain.forsake()
+
     def fileno(self) -> int:
         return self._plain.fileno()
 

@@ -74,6 +74,8 @@ class FileStorage(StorageNode):
         """The file behind the descriptor `fd`, which belongs to this node from now on."""
         super().__init__(name=name, read_only=read_only)
         self._fd = fd
+        #: Closes `fd` when it is asked for its next element, once: one step, which no interrupt cuts in two.
+        self._give_back = map(os.close, (fd,))
         self._filename = filename
         self.path = _path_of(fd, filename)
         status = os.fstat(fd)
@@ -266,13 +268,21 @@ class FileStorage(StorageNode):
             # ENXIO: no data from here to the end. Anything else: not known, which this question allows.
             return error.errno == errno.ENXIO
 
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            try:
-                os.close(fd)
-            except OSError as error:
-                raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
+        try:
+            next(self._give_back, None)
+        except OSError as error:
+            self._fd = -1
+            raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
+        self._fd = -1
+
+    def forsake(self) -> None:
+        # Locks belong to the open file, which the parent has too: closing a descriptor of it leaves them alone.
+        FileStorage.close(self)
 
     # -- how it is done
 
@@ -406,6 +416,10 @@ class DirectFileStorage(FileStorage):
             ) from error
         self._pool = aligned.Pool()
         self._buffered = threading.Lock()
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._pool = aligned.Pool()
 
     @property
     def limits(self) -> Limits:

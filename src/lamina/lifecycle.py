@@ -1,0 +1,223 @@
+"""The end of graphs that nobody closed: forgotten ones, those open when the program ends, and those of a forked child.
+
+Whoever opens a graph closes it. Where that does not happen:
+
+- A graph that nothing refers to any more is closed by a thread of its own, with a `ResourceWarning` that names the line
+  that opened it. Garbage is collected inside any allocation, also in a thread that holds a lock of this very graph: so the
+  finalizer takes no lock and does no I/O, it only hands the graph to that thread.
+- When the program ends, every graph is flushed while all threads still run, and closed after they ended.
+- After a fork, the child may read files through the graphs of its parent. It changes nothing, flushes nothing, and gives back
+  descriptors and nothing else: the tables in its memory grow old, and locks of files belong to the parent too.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import os
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
+
+from .errors import LaminaError
+from .ranges import RangeLock
+
+if TYPE_CHECKING:
+    from .edit import Entrance
+    from .node import Node
+
+T = TypeVar("T")
+
+#: Seconds that the end of the program waits for requests of threads that still run, and for graphs that are being closed.
+_PATIENCE = 10.0
+_LOOK_AGAIN = 0.001
+
+#: All nodes, and all edges by which users enter graphs.
+nodes: WeakSet[Node] = WeakSet()
+entrances: WeakSet[Entrance] = WeakSet()
+
+_guarded: WeakSet[Node] = WeakSet()  # the top nodes of graphs that are closed here if nobody else does
+_forgotten: deque[Node] = deque()  # graphs that a thread is to close
+_closers: set[object] = set()  # the threads that do
+_handed_over = False
+_late = False  # whether `_flush_all` was registered behind the thread pools of the standard library
+
+
+def guard(node: Node, opened_at: str | None = None) -> None:
+    """Close `node`, the top of a graph, where nobody else does. `opened_at`: who opened it, as "file:line"; by default the
+    stack tells."""
+    node.opened_at = opened_at or _caller()
+    _guarded.add(node)
+    if not _late and "concurrent.futures.thread" in sys.modules:
+        before_pools()
+
+
+def release(node: Node) -> None:
+    """`node` is part of a larger graph from now on, and closed with that."""
+    node.opened_at = None
+    _guarded.discard(node)
+
+
+def forget(node: Node) -> None:
+    """Called where a guarded node is about to vanish; it is kept, and closed by another thread, if it is still open."""
+    where, node.opened_at = node.opened_at, None
+    if where is None or not node.held:
+        return
+    _forgotten.append(node)
+    if len(_closers) < 2:  # two, since the one that is there may be about to end
+        with suppress(RuntimeError):  # too many threads, or too late: the end of the program closes it
+            _thread.start_new_thread(_close_forgotten, ())
+    _warn(node, where)
+
+
+def before_pools() -> None:
+    """Have graphs flushed before thread pools stop at the end of the program. Called where the first pool is made: what was
+    registered last runs first."""
+    global _late
+    _late = "concurrent.futures.thread" in sys.modules
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with suppress(RuntimeError):  # the program is ending: what was registered before runs
+            register(_flush_all)
+
+
+@contextmanager
+def handing_over() -> Iterator[None]:
+    """A process forked inside becomes the owner of all graphs; its parent leaves them alone from then on."""
+    global _handed_over
+    _handed_over = True
+    try:
+        yield
+    finally:
+        _handed_over = False
+
+
+def _caller() -> str:
+    """File and line of the innermost frame outside Lamina."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lamina":
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _warn(node: Node, opened_at: str) -> None:
+    text = f"{node.filename}, opened at {opened_at}, was never closed: close it, or open it in a `with` statement"
+    warnings.warn(text, ResourceWarning, stacklevel=2, source=node)
+
+
+def _close_forgotten() -> None:
+    me = object()
+    _closers.add(me)
+    while True:
+        try:
+            node = _forgotten.popleft()
+        except IndexError:
+            _closers.discard(me)
+            if not _forgotten:  # asked after this one was crossed out: whoever forgets now starts another
+                return
+            _closers.add(me)
+            continue
+        _settle(node)
+        del node
+
+
+def _settle(node: Node) -> None:
+    try:
+        node.close()
+    except Exception as error:  # noqa: BLE001 - nobody is there to catch it
+        node.warn("%s was never closed, and what it held back could not be written: %s", node.filename, error)
+
+
+def _all(things: WeakSet[T]) -> list[T]:
+    while True:
+        try:
+            return list(things)
+        except RuntimeError:  # another thread opened something meanwhile
+            continue
+
+
+def _flush_all() -> None:
+    """The end has begun; other threads and thread pools still run."""
+    for node in [*(edge.node for edge in _all(entrances)), *_all(_guarded)]:
+        if node.held and not node.read_only:
+            try:
+                node.flush()
+            except LaminaError as error:
+                node.warn("%s could not be flushed at the end of the program: %s", node.filename, error)
+
+
+def _close_all() -> None:
+    """No thread runs any more, but daemons."""
+    deadline = time.monotonic() + _PATIENCE
+    edges = _all(entrances)
+    for edge in edges:
+        edge.gate.refuse()
+    while (_closers or _forgotten or any(edge.gate.inside for edge in edges)) and time.monotonic() < deadline:
+        if _forgotten and not _closers:
+            _close_forgotten()
+        time.sleep(_LOOK_AGAIN)
+    _flush_all()
+    if any(edge.gate.inside for edge in edges):
+        return  # a descriptor under a request that runs stays open until the process is gone
+    for node in _all(_guarded):
+        where = node.opened_at
+        if where is not None and node.held:
+            try:
+                _warn(node, where)
+            finally:
+                release(node)
+                _settle(node)
+
+
+# -- forks
+
+
+def _in_child() -> None:
+    if _handed_over:
+        return
+    forgotten = list(_forgotten)
+    _forgotten.clear()
+    _closers.clear()
+    for edge in _all(entrances):
+        edge.after_fork()
+    for node in [*_all(nodes), *forgotten]:
+        node.after_fork()
+    for node in forgotten:
+        node.close()
+
+
+_LOCKS = (_thread.LockType, _thread.RLock, threading.Condition)
+
+
+def renew_locks(thing: Any, seen: set[int]) -> None:
+    """Free the locks that `thing`, a node or a part of one, holds in its attributes: who held them did not come along. Pools
+    of threads are forgotten."""
+    seen.add(id(thing))
+    slots = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
+    for name in {*getattr(thing, "__dict__", ()), *slots}:
+        value = getattr(thing, name, None)
+        if isinstance(value, _LOCKS):
+            value._at_fork_reinit()  # type: ignore[union-attr]
+        elif isinstance(value, RangeLock):
+            setattr(thing, name, RangeLock())
+        elif type(value).__name__ == "ThreadPoolExecutor":
+            setattr(thing, name, None)
+        elif _is_part(value) and id(value) not in seen:
+            renew_locks(value, seen)
+
+
+def _is_part(value: object) -> bool:
+    """Whether it may be a part of one node: other nodes and edges see to themselves."""
+    kind = type(value)
+    return kind.__module__.startswith("lamina.") and not hasattr(kind, "after_fork") and kind.__name__ != "Child"
+
+
+atexit.register(_close_all)
+before_pools()
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,186 @@
+"""An interrupt at any opcode of the gate, of a request at the root edge, of an edit or of a close: nobody waits for ever.
+
+`sys.settrace` sees each opcode before it runs, and raises KeyboardInterrupt at the first, the second, ... of those that the
+module `lamina.edit` (or `lamina.image`) runs for one operation, until the operation comes to its end. That is more than a
+signal can do, which is seen at calls and jumps alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import lamina
+from lamina import edit as edit_module
+from lamina import image as image_module
+
+SIZE = 256 * 1024
+PATIENCE = 20.0
+FILES = {edit_module.__file__, image_module.__file__}
+
+
+@contextmanager
+def interrupted_at(number: int, files: set[str | None]) -> Iterator[list[int]]:
+    """KeyboardInterrupt at that opcode, counted from 1, of all that these files run in this thread. Yields how many ran.
+    (Finalizers are left out: what they raise reaches nobody.)"""
+    seen = [0]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in files or (event == "call" and is_in_finalizer(frame)):
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            seen[0] += 1
+            if seen[0] == number:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield seen
+    finally:
+        sys.settrace(before)
+
+
+def is_in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def in_another_thread(work: Callable[[], None]) -> None:
+    """Do it there; fail the test if it does not come to its end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - told by the thread that waits for this one
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "it waits for ever"
+    assert not errors, errors
+
+
+def edit(image: lamina.Image) -> None:
+    with image.edit() as editing:
+        node = editing.insert("blkdebug", {"align": 512})
+        editing.remove(node)
+
+
+def take_out(image: lamina.Image) -> None:
+    """Filters that an interrupted edit left there."""
+    with image.edit() as editing:
+        while editing.root.node.driver == "blkdebug":
+            editing.remove(editing.root.node)
+
+
+def empty_edit(image: lamina.Image) -> None:
+    with image.edit():
+        pass
+
+
+OPERATIONS: dict[str, Callable[[lamina.Image], object]] = {
+    "read": lambda image: image.read(10, 100),
+    "read_into": lambda image: image.read_into(10, bytearray(100)),
+    "write": lambda image: image.write(SIZE // 2, b"later"),
+    "zero": lambda image: image.zero(SIZE // 2, 4096),
+    "discard": lambda image: image.discard(SIZE // 2, 4096),
+    "flush": lambda image: image.flush(),
+    "truncate": lambda image: image.truncate(SIZE),
+    "extents": lambda image: image.extents(),
+    "reads_zero": lambda image: image.root.reads_zero(0, 100),
+    "edit": edit,
+    "empty edit": empty_edit,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_gate_stays_shut_and_nobody_inside(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", SIZE, cluster_size=4096)
+    operation = OPERATIONS[name]
+    image = lamina.open(path, format="qcow2", read_only=False)
+    try:
+        image.write(0, b"first")
+        number = 0
+        done = False
+        while not done:
+            number += 1
+            assert number < 5000
+            with interrupted_at(number, {edit_module.__file__}) as seen:
+                try:
+                    operation(image)
+                    done = True
+                except KeyboardInterrupt:
+                    pass
+            assert not image.root.gate.inside
+            in_another_thread(lambda: take_out(image))
+            assert image.read(0, 5) == b"first"
+        assert seen[0] < number
+        assert number > 20
+        in_another_thread(lambda: edit(image))
+    finally:
+        in_another_thread(image.close)
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 5) == b"first"
+        assert image.node.check().clean  # type: ignore[attr-defined]
+
+
+def test_requests_that_waited_for_an_interrupted_edit_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", SIZE, cluster_size=4096)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        stop = threading.Event()
+        thread = threading.Thread(target=lambda: [image.write(0, b"x") for _ in iter(stop.is_set, True)])
+        thread.start()
+        try:
+            for number in range(1, 2000):
+                with interrupted_at(number, {edit_module.__file__}) as seen, suppress(KeyboardInterrupt):
+                    empty_edit(image)
+                if seen[0] < number:
+                    break
+        finally:
+            stop.set()
+            thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("within", ["the gate", "all of Lamina"])
+def test_a_close_that_was_interrupted_is_called_again(tmp_path: Path, within: str) -> None:
+    path, base = tmp_path / "disk.qcow2", tmp_path / "base.raw"
+    base.write_bytes(b"b" * SIZE)
+    package = Path(lamina.__file__).parent
+    files: set[str | None] = FILES if within == "the gate" else {str(file) for file in package.rglob("*.py")}
+    # All of Lamina runs thousands of opcodes: a prime step takes other ones each time.
+    number, step = 1, 1 if within == "the gate" else 23
+    seen = [1 << 30]
+    while seen[0] >= number:
+        path.unlink(missing_ok=True)
+        lamina.create(path, "qcow2", cluster_size=4096, backing_file=base.name, backing_fmt="raw")
+        spec = {"driver": "cache", "image": {"driver": "qcow2", "file.filename": str(path)}}
+        image = lamina.open(spec, read_only=False)
+        image.write(100, b"written")
+        with interrupted_at(number, files) as seen, suppress(KeyboardInterrupt):
+            image.close()
+        in_another_thread(image.close)
+        with pytest.raises(lamina.Closed):
+            image.read(0, 1)
+        with lamina.open(path, format="qcow2", read_only=False) as again:  # the lock was given back
+            assert again.read(99, 9) == b"bwrittenb"
+            assert again.node.check().corruptions == 0  # type: ignore[attr-defined]
+        number += step
