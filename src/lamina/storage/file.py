@@ -22,6 +22,7 @@ from ..limits import MAX_ROWS, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded, fill_zero, plain
 from ..schema import Option, Schema
 from . import aligned, locks, system
+from .opening import open_file, path_of, require_file
 from .system import fallocate as _libc_fallocate
 
 if TYPE_CHECKING:
@@ -31,13 +32,6 @@ if TYPE_CHECKING:
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
-
-_TYPES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-}
 
 _HINTS = {
     errno.ENOSPC: "free some space there, then try again",
@@ -77,7 +71,7 @@ class FileStorage(StorageNode):
         #: Closes `fd` when it is asked for its next element, once: one step, which no interrupt cuts in two.
         self._give_back = map(os.close, (fd,))
         self._filename = filename
-        self.path = _path_of(fd, filename)
+        self.path = path_of(fd, filename)
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
         self._regular = stat.S_ISREG(status.st_mode)
@@ -98,9 +92,9 @@ class FileStorage(StorageNode):
             raise OptionError(
                 "force-share is only for reading", path=filename, hint="open it read-only, or without force-share"
             )
-        fd = _open(filename, writing) if opener.fd is None else os.dup(opener.fd)
+        fd = open_file(filename, writing) if opener.fd is None else os.dup(opener.fd)
         try:
-            _require_file(os.fstat(fd).st_mode, filename)
+            require_file(os.fstat(fd).st_mode, filename)
             locking = options.get("locking", "auto")
             if locking != "off" and not opener.force_share:
                 locks.acquire(
@@ -468,46 +462,3 @@ class DirectFileStorage(FileStorage):
                 super()._write(offset, view, flags)
             finally:
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags | os.O_DIRECT)
-
-
-def _path_of(fd: int, filename: str) -> str:
-    """The real path of what `fd` is open on: asked of the system, since the name may mean another file by now."""
-    try:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:  # no such file system here
-        path = ""
-    return path if path.startswith("/") and not path.endswith(" (deleted)") else os.path.realpath(filename)
-
-
-def _open(filename: str, writing: bool) -> int:
-    flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
-    try:
-        # Looked at before it is opened: opening a FIFO or a device can block, or do something.
-        _require_file(os.stat(filename).st_mode, filename)
-        fd = os.open(filename, flags | os.O_NONBLOCK)
-        os.set_blocking(fd, True)
-    except OSError as error:
-        if isinstance(error, LaminaError):
-            raise
-        hint = None
-        if error.errno == errno.ENOENT:
-            hint = "check the name, or create it first"
-        elif writing and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
-            hint = "ask for the right to write it, or open it read-only (-r)"
-        raise BlockIOError.from_os(error, "cannot be opened", path=filename, operation="open", hint=hint) from error
-    except ValueError as error:
-        raise OptionError(f"this cannot be a file name: {error}", path=filename) from error
-    return fd
-
-
-def _require_file(mode: int, filename: str) -> None:
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return
-    kind = _TYPES.get(stat.S_IFMT(mode), "not a file")
-    raise BlockIOError(
-        f"it is {kind}",
-        errno=errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL,
-        path=filename,
-        operation="open",
-        hint="name a regular file or a block device",
-    )

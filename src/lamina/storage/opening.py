@@ -1,0 +1,59 @@
+"""How the driver `file` comes to a descriptor: what may be opened, and what a name means."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ..errors import BlockIOError, LaminaError, OptionError
+
+_TYPES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+}
+
+
+def path_of(fd: int, filename: str) -> str:
+    """The real path of what `fd` is open on: asked of the system, since the name may mean another file by now."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no such file system here
+        path = ""
+    return path if path.startswith("/") and not path.endswith(" (deleted)") else os.path.realpath(filename)
+
+
+def open_file(filename: str, writing: bool) -> int:
+    flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        # Looked at before it is opened: opening a FIFO or a device can block, or do something.
+        require_file(os.stat(filename).st_mode, filename)
+        fd = os.open(filename, flags | os.O_NONBLOCK)
+        os.set_blocking(fd, True)
+    except OSError as error:
+        if isinstance(error, LaminaError):
+            raise
+        hint = None
+        if error.errno == errno.ENOENT:
+            hint = "check the name, or create it first"
+        elif writing and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+            hint = "ask for the right to write it, or open it read-only (-r)"
+        raise BlockIOError.from_os(error, "cannot be opened", path=filename, operation="open", hint=hint) from error
+    except ValueError as error:
+        raise OptionError(f"this cannot be a file name: {error}", path=filename) from error
+    return fd
+
+
+def require_file(mode: int, filename: str) -> None:
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return
+    kind = _TYPES.get(stat.S_IFMT(mode), "not a file")
+    raise BlockIOError(
+        f"it is {kind}",
+        errno=errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL,
+        path=filename,
+        operation="open",
+        hint="name a regular file or a block device",
+    )
