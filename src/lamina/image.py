@@ -35,6 +35,8 @@ class Image:
 
     def __init__(self, node: Node, *, budget: Budget = DEFAULT_BUDGET) -> None:
         self._root: Entrance | None = Entrance(node, "root")
+        #: What it was opened within; jobs that read from it keep to its `max_output`.
+        self.budget = budget
         self._rows = budget.rows
 
     @property

@@ -70,6 +70,9 @@ class Budget(NamedTuple):
     cache_bytes: int = 16 * MIB
     #: Extents of one answer of `Image.extents`, which holds them all at once (about 40 bytes each, twice while it is made).
     rows: int = 1 << 22
+    #: Bytes of data that a job (convert, copy) writes of what it reads from the image, at most; None: any number. Zeros that
+    #: are left out, or made without being written, do not count. A small file may read as terabytes.
+    max_output: int | None = None
 
 
 #: The default bounds; strict enough for files that nobody vouches for.

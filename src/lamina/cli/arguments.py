@@ -127,6 +127,14 @@ class Parser(argparse.ArgumentParser):
     def add_quiet(self) -> None:
         self.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
+    def add_max_output(self) -> None:
+        self.add_size(
+            "--max-output",
+            metavar="SIZE",
+            help="write at most so many bytes of data, and fail where there are more (default: any number); zeros that are "
+            "left out do not count",
+        )
+
     def add_output(self) -> None:
         self.add_argument(
             "--output", choices=("human", "json"), default="human", help="for people (default) or programs"

@@ -79,6 +79,7 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="the target is on stable storage when the command ends (a file that is replaced is in any case)",
     )
+    parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_size(
@@ -150,6 +151,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         parallel=args.parallel,
         in_order=False if args.oob_writes else None,
         durable=args.flush,
+        max_output=args.max_output,
         monitor=monitor,
     )
 
@@ -184,6 +186,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             unread=args.unread,
             parallel=args.parallel,
             in_order=False if args.oob_writes else None,
+            max_output=args.max_output,
             monitor=monitor,
         )
         there.flush()

@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
         help="record there, every ten seconds, how much of the copy is on stable storage; if it is there already, go on "
         "from there. It is removed at the end",
     )
+    parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_argument(
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
         raise OptionError("a journal is a file, and - is standard output", hint="a file of that name is ./-")
     if args.resume_file is not None and args.source == "-":
         raise OptionError("what came through a pipe does not come again", hint="leave --resume-file out")
-    plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush)
+    plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush, args.max_output)
     begin = monotonic()
     # Lines of progress go to standard output, where no line must come between the bytes.
     asked = args.progress and not (piped and not sys.stderr.isatty())

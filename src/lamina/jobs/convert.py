@@ -29,6 +29,7 @@ from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
+from .output import Output
 from .progress import Monitor
 from .sharing import Place, Sharer, without
 from .windows import pairs, stretches, windows
@@ -92,6 +93,7 @@ def convert(
     unread: Unread = "",
     parallel: int | None = None,
     in_order: bool | None = None,
+    max_output: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
@@ -109,8 +111,11 @@ def convert(
     server) and lets us wait. They are written one after the other, or with `in_order` False in any order and as many at
     once; None: in order unless the target is far away. With 20 ms for each request 512 MiB take 0.9 s so, and 3.1 one by one.
 
-    Raises OptionError if the target is too small, or lies in a file that the source lies in; what reading and writing
-    raise, and Cancelled; the target is then of no use.
+    `max_output`: the most bytes of data that are written or copied, whether they are packed then or not; None: as many as
+    the budget of the source allows. Zeros that are left out or made without being written do not count.
+
+    Raises LimitExceeded where that is too little; OptionError if the target is too small, or lies in a file that the source
+    lies in; what reading and writing raise; and Cancelled. The target is then of no use.
     """
     refuse_shared(source.node, target.node)
     if target.size < source.size:
@@ -128,7 +133,8 @@ def convert(
         in_order = not is_far(target.node)
     either = source.node, target.node
     writing = Lanes(1, "") if in_order else lanes_for(*either, asked=parallel, name="lamina-convert-write")
-    return _Copy(source, target, blank, smallest_hole, below, sharer, watch).run(reading, writing)
+    output = Output(source.budget.max_output if max_output is None else max_output, source.filename)
+    return _Copy(source, target, blank, smallest_hole, below, sharer, output, watch).run(reading, writing)
 
 
 def convert_to_file(
@@ -146,6 +152,7 @@ def convert_to_file(
     parallel: int | None = None,
     in_order: bool | None = None,
     durable: bool = False,
+    max_output: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
@@ -169,6 +176,7 @@ def convert_to_file(
     if prepare is not None:
         prepare(values, path)
     how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
+    how["max_output"] = max_output
     below: Below | None = None
     given = {}
     with ExitStack() as stack:
@@ -212,6 +220,7 @@ class _Copy:
         smallest_hole: int,
         below: Below | None,
         sharer: Sharer | None,
+        output: Output,
         watch: Monitor,
     ) -> None:
         self._source = source
@@ -229,6 +238,7 @@ class _Copy:
         self._below = below
         self._sharer = sharer
         self._places: list[Place] = []
+        self._output = output
         self._watch = watch
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
         self._full: SimpleQueue[_Batch] = SimpleQueue()
@@ -250,6 +260,7 @@ class _Copy:
                 if batch.ready is not None:
                     batch.ready.result()
                 last = batch.last
+                self._output.add(sum(len(view) for _, view in batch.writes))
                 under_way.append((batch, writing.submit(self._write, batch)))
                 while under_way and (last or len(under_way) == writing.count or under_way[0][1].done()):
                     batch, written = under_way.popleft()
@@ -301,6 +312,7 @@ class _Copy:
                 at = start
                 if kind >= _PLACES and self._sharer is not None:
                     for at in self._sharer.copy(self._places[kind - _PLACES]):
+                        self._output.also(self._sharer.done)
                         batch.end = at
                         self._send(batch, reading)  # so that its progress is told, and a wish to stop is heard
                         batch, used = self._next(), 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import KIB, is_power_of_two
 from .copy_ends import DONE, PipeSource, Source, Target, Wait, on_grid
+from .output import Output
 from .progress import Monitor
 from .zero_blocks import stored_parts
 
@@ -44,12 +45,18 @@ class Copied(NamedTuple):
 class Plan:
     """How to copy. `request`: the longest read, in bytes; `requests`: so many are on their way at once, so that their
     product is the memory this takes (twice as many of half that length cost a tenth more time); `smallest_hole`: shorter
-    runs of zeros that were read are written, 0: all are; `flush`: the copy is on stable storage when it is done."""
+    runs of zeros that were read are written, 0: all are; `flush`: the copy is on stable storage when it is done;
+    `max_output`: the most bytes that are written, not counting zeros that are left out or made without being written."""
 
-    __slots__ = ("flush", "request", "requests", "smallest_hole")
+    __slots__ = ("flush", "max_output", "request", "requests", "smallest_hole")
 
     def __init__(
-        self, request: int = 512 * KIB, requests: int = 32, smallest_hole: int = 4096, flush: bool = False
+        self,
+        request: int = 512 * KIB,
+        requests: int = 32,
+        smallest_hole: int = 4096,
+        flush: bool = False,
+        max_output: int | None = None,
     ) -> None:
         if not (is_power_of_two(request) and 4096 <= request <= 32 << 20):
             raise OptionError("the size of a request is a power of two from 4k to 32M")
@@ -59,6 +66,7 @@ class Plan:
         self.requests = requests
         self.smallest_hole = smallest_hole
         self.flush = flush
+        self.max_output = max_output
 
 
 class _Reading(NamedTuple):
@@ -114,6 +122,8 @@ class Copy:
         self._granule = max(_GRANULE, target.block)
         # Zeros go through a pipe as any other bytes.
         self._hole = 0 if target.ordered else plan.smallest_hole
+        self._output = Output(plan.max_output, source.name)
+        self._output_durable = 0
         self._flushes = plan.flush or journal is not None or target.forgets
         self._checkpoints = journal is not None or (target.forgets and not piped)
         self._free: list[memoryview] = []
@@ -167,6 +177,7 @@ class Copy:
                     raise
             self._flushing = False
             self._target.forget()
+            self._output.added = self._output_durable
             self._position = self._durable
 
     def _copy_from(self, source: Source, begin: int) -> None:
@@ -240,6 +251,7 @@ class Copy:
     def _store(self, offset: int, view: memoryview) -> list[Wait]:
         """Write what holds something of these bytes, and make the rest zero."""
         if not self._hole:
+            self._output.add(len(view))
             self._written += len(view)
             return [self._target.start_write(offset, view)]
         waits = []
@@ -247,6 +259,7 @@ class Copy:
         for lo, hi in stored_parts(view, offset, self._granule, self._hole):
             if at < lo:
                 waits += self._zero(offset + at, lo - at)
+            self._output.add(hi - lo)
             self._written += hi - lo
             waits.append(self._target.start_write(offset + lo, view[lo:hi]))
             at = hi
@@ -260,6 +273,8 @@ class Copy:
             return []
         parts = self._target.to_zero(offset, length)
         changed = sum(length for _, length in parts)
+        if self._target.ordered:
+            self._output.add(changed)
         self._zeroed += changed
         self._skipped += length - changed
         return [self._target.start_zero(at, length) for at, length in parts]
@@ -294,6 +309,6 @@ class Copy:
         self._flushing = True
         self._target.flush()
         self._flushing = False
-        self._durable = self._position
+        self._durable, self._output_durable = self._position, self._output.added
         if self._journal is not None:
             self._journal.record(self._position)
