@@ -34,6 +34,7 @@ FLOORS = [
         "policy",
         "registry",
         "schema",
+        "side_file",
         "report",
         "target_file",
         "version",

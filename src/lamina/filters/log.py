@@ -12,20 +12,22 @@ import json
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from ..around import AroundNode, Request
 from ..errors import BlockIOError
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK
 from ..request import Child
 from ..schema import Option
+from ..side_file import SideFile
 
 _FLAGS = {FUA: "fua", MAY_UNMAP: "may_unmap", NO_FALLBACK: "no_fallback"}
 
 
 class Log(AroundNode):
-    """`image`, whose requests are logged to the file `log`, appended, or to standard error. Lines of threads come whole, in
-    the order in which requests ended. `clock`: has `time()` and `perf_counter()`, seconds.
+    """`image`, whose requests are logged to the file `log`, appended, or to standard error; which files are written is said
+    in `side_file`. Lines of threads come whole, in the order in which requests ended. `clock`: has `time()` and
+    `perf_counter()`, seconds.
 
     Raises BlockIOError if the log cannot be opened or written: a log with gaps would mislead.
     """
@@ -38,12 +40,7 @@ class Log(AroundNode):
         super().__init__(image, **common)
         self._path = log
         self._mutex = threading.Lock()
-        self._file: TextIO | None = None
-        if log is not None:
-            try:
-                self._file = open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-            except OSError as error:
-                raise BlockIOError.from_os(error, "the log cannot be opened", path=log) from error
+        self._file = None if log is None else SideFile(log, append=True, failure="the log cannot be written")
 
     def around(self, kind: str, request: Request, offset: int, length: int, flags: int, /) -> Any:
         start = self.clock.perf_counter()
@@ -68,10 +65,7 @@ class Log(AroundNode):
             with self._mutex:
                 file, self._file = self._file, None
             if file is not None:
-                try:
-                    file.close()
-                except OSError as error:  # what it could not write before, it tries again
-                    raise BlockIOError.from_os(error, "the log cannot be written", path=self._path) from error
+                file.close()
 
     def forsake(self) -> None:
         super().forsake()
@@ -82,6 +76,8 @@ class Log(AroundNode):
         with self._mutex:
             try:
                 (self._file or sys.stderr).write(line)
+            except BlockIOError:
+                raise
             except OSError as error:
                 raise BlockIOError.from_os(error, "the log cannot be written", path=self._path) from error
 

@@ -9,16 +9,16 @@ data of a write in whole sectors behind it.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import BlockIOError, FormatError, OptionError
+from ..errors import FormatError, OptionError
 from ..limits import MAX_SIZE, align_up, is_power_of_two
 from ..node import FUA, MAY_UNMAP, FilterNode
 from ..options import parse_name
 from ..schema import Option, Schema
+from ..side_file import make_side_file
 
 if TYPE_CHECKING:
     from ..graph import Opener
@@ -191,10 +191,7 @@ def _storage(given: Any) -> Any:
     spec = {"driver": "file", **spec}
     path = spec.get("filename")
     if spec["driver"] == "file" and isinstance(path, str):
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-        except OSError as error:
-            raise BlockIOError.from_os(error, "cannot make the log", path=path) from error
+        make_side_file(path, failure="cannot make the log")
     return spec
 
 
