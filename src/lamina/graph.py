@@ -270,13 +270,15 @@ def open_graph(
     force_share: bool = False,
     no_references: bool = False,
     snapshot: bool = False,
+    fd: int | None = None,
 ) -> Node:
     """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
 
     `format`: the driver that lies over it, or "probe" to find it by its magic (refused for writing where that finds
     nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
     is `Policy.beneath()`: only files beneath the directory of the image that names them. `snapshot`: the image is opened
-    for reading, and changes are kept in memory above it. The caller closes the node.
+    for reading, and changes are kept in memory above it. `fd`: a descriptor of the image's file, open already: its storage
+    takes a copy of it, and no file is opened by its name. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
@@ -302,6 +304,7 @@ def open_graph(
         force_share=force_share,
         probe=format == "probe",
         no_references=no_references,
+        fd=fd,
     )
     return opener.open({**options, "snapshot": True} if snapshot else options)
 

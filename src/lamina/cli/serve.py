@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import math
 import os
-import signal
 import socket
 import sys
-import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, OptionError, printable
+from ..node import Node, StorageNode
 from ..options import format_size, parse_keyval, parse_size
+from ..side_file import SideFile
 from .arguments import Parser, image_source
 from .daemon import PidFile, fork_to_background, inherited_sockets
+from .ending import Ending
 from .io.target import DISCARD_MODES, Target, choose
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ _EXAMPLES = """
 When it is ready, one line tells where: for programs --output json, with the URI.
 """
 
+#: The longest time limit: ten years.
+_MOST_SECONDS = 10 * 365 * 86400
+
 #: How on and off are spelt in `--export`.
 _SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
@@ -46,28 +53,41 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if not (args.filenames or args.export or args.folder):
         raise OptionError("nothing to serve is named", hint="lamina serve -k SOCKET disk.qcow2")
+    _agree(args)
     _log(args.verbose)
+    # The sockets are this very process's; images belong to the one that opens them.
+    sockets = inherited_sockets()
+    ready = fork_to_background() if args.fork else None
     with ExitStack() as closing:
+        for sock in sockets:
+            closing.callback(sock.close)
+        ending = closing.enter_context(Ending())
         offers = _offers(args, closing)
+        stats = (
+            closing.enter_context(SideFile(args.stats, append=True, failure="the counters cannot be written"))
+            if args.stats
+            else None
+        )
+        if stats is not None and any(stats.identity in _files(offer.export.image.node) for offer in offers):
+            raise OptionError("the counters would overwrite an image that is served", path=args.stats)
         folder = _folder(args)
-        mode, context, allow = _tls(args)
-        server = _server(args, offers, folder, mode, context, allow)
+        mode, context, allow = _tls(args, offers)
+        ending.start()
+        server = _server(args, offers, folder, mode, context, allow, sockets)
         closing.callback(server.close)
-        ready = fork_to_background() if args.fork else None
+        ending.at_once.append(server.unlink)
         if args.pid_file:
-            closing.enter_context(PidFile(args.pid_file))
-        # From here on both mean: answer what was asked, and end.
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: stop.set())
+            pid_file = closing.enter_context(PidFile(args.pid_file))
+            ending.at_once.append(pid_file.remove)
         server.start()
         _announce(args, server, offers, folder)
         if ready is not None:
             ready()
-        server.wait(last_client=not args.persistent, stop=stop)
+        server.wait(last_client=not args.persistent, stop=ending.stop)
         server.close()
-        if args.stats:
-            _save(args.stats, server.stats())
+        if stats is not None:
+            stats.empty()
+            stats.write(json.dumps(server.stats(), indent=4) + "\n")
     return 0
 
 
@@ -115,9 +135,24 @@ def _parser() -> Parser:
     how.add_argument("--discard", default="unmap", metavar="MODE", help="unmap (default) or ignore")
     how.add_argument("--aio", metavar="MODE", help="accepted; requests come from threads")
     how.add_argument(
-        "--handshake-limit", type=float, default=10.0, metavar="SECONDS", help="time to negotiate (default: 10)"
+        "--handshake-limit", type=_seconds, default=10.0, metavar="SECONDS", help="time to negotiate (default: 10)"
     )
-    how.add_argument("--idle-limit", type=float, metavar="SECONDS", help="drop clients that ask nothing for so long")
+    how.add_argument(
+        "--idle-limit", type=_seconds, metavar="SECONDS", help="drop clients that send no whole request for so long"
+    )
+    how.add_argument(
+        "--stall-limit",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="drop clients that stop in the middle of a request, or take no reply, for so long (default: 60)",
+    )
+    how.add_argument(
+        "--memory-limit",
+        type=parse_size,
+        metavar="SIZE",
+        help="memory of all clients together (default: 256M, and 2M for each client)",
+    )
     how.add_argument("--stats", metavar="PATH", help="write counters there at the end, as JSON")
     how.add_argument("-v", "--verbose", action="store_true", help="log every client")
     tls = parser.add_argument_group("TLS")
@@ -143,10 +178,41 @@ def _parser() -> Parser:
     return parser
 
 
+def _agree(args: Namespace) -> None:
+    """OptionError for options that are no such thing, would have no effect, or take the force out of another."""
+    if args.cache not in ("writeback", "none", "off"):
+        raise OptionError(f"there is no cache mode {printable(args.cache)} here", hint="use writeback or none")
+    choose(DISCARD_MODES, "discard", args.discard)
+    if args.folder and (args.offset or args.size is not None or args.partition is not None or args.bitmap):
+        raise OptionError(
+            "--folder serves whole images, without bitmaps", hint="leave out -o, --size, --partition and -B"
+        )
+    if args.folder and args.image_opts:
+        raise OptionError("the files of --folder have names, not options", hint="leave out --image-opts")
+    if args.folder and not args.filenames and (args.export_name is not None or args.description):
+        raise OptionError("the exports of --folder have the names of their files", hint="leave out -x and -D")
+    if args.tls_certificates and args.tls_psk_file:
+        raise OptionError("a TLS server has certificates or pre-shared keys", hint="give one of them")
+    if args.tls_verify_peer and not args.tls_certificates:
+        raise OptionError("nobody is verified without certificates", hint="add --tls-certificates DIR")
+    if args.tls_allow and not args.tls_verify_peer:
+        raise OptionError("a list of names needs certificates to read them from", hint="add --tls-verify-peer")
+
+
 def _port(text: str) -> int:
     if len(text) > 5 or not text.isascii() or not text.isdecimal() or int(text) > 65535:
         raise OptionError(f"{printable(text)} is no port", hint="0 to 65535")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise OptionError(f"{printable(text)} is no time limit", hint=f"seconds, above 0, at most {_MOST_SECONDS}")
+    return seconds
 
 
 def _log(verbose: bool) -> None:
@@ -215,8 +281,6 @@ def _writable(args: Namespace, options: dict[str, Any]) -> bool:
 
 
 def _open(args: Namespace, options: dict[str, Any]) -> Image:
-    if args.cache not in ("writeback", "none", "off"):
-        raise OptionError(f"there is no cache mode {printable(args.cache)} here", hint="use writeback or none")
     format = options.get("format", args.format)
     source = image_source(options["file"], args, format)
     target = Target(
@@ -225,12 +289,14 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
         format=format,
         read_only=not _writable(args, options),
         cache=args.cache,
-        discard=choose(DISCARD_MODES, "discard", args.discard),
+        discard=args.discard,
         force_share=args.force_share,
         snapshot=args.snapshot,
         references=args.references,
     )
-    return target.open()
+    image = target.open()
+    image.node.discards = target.discards
+    return image
 
 
 def _window(image: Image, args: Namespace, options: dict[str, Any]) -> None:
@@ -270,23 +336,68 @@ def _folder(args: Namespace) -> Folder | None:
         raise OptionError("a format is never guessed for writing", path=args.folder, hint="give it: -f raw, -f qcow2")
     from ..nbd.exports import Folder
 
-    return Folder(args.folder, lambda path: _open(args, {"file": path}), writable=_writable(args, {}))
+    _format_of_folder(args)
+    return Folder(
+        args.folder,
+        open_fd=lambda path, fd: _open_fd(args, path, fd),
+        writable=_writable(args, {}),
+        snapshot=args.snapshot,
+    )
+
+
+def _format_of_folder(args: Namespace) -> None:
+    from .. import registry
+
+    if args.format and registry.entry(args.format).kind != "format":
+        raise OptionError(f"{printable(args.format)} is no format", path=args.folder, hint="-f raw, -f qcow2")
+
+
+def _open_fd(args: Namespace, path: str, fd: int) -> Image:
+    """The image in an open file of a folder. Its name is a path, whatever it looks like."""
+    from ..graph import open_graph
+    from ..image import Image
+
+    file = {"driver": "file", "filename": path, "cache": {"direct": args.cache != "writeback"}}
+    node = open_graph(
+        {"file": file, "discard": args.discard},
+        format=args.format or "probe",
+        read_only=not _writable(args, {}),
+        policy=args.references,
+        force_share=args.force_share,
+        snapshot=args.snapshot,
+        fd=fd,
+    )
+    return Image(node)
+
+
+def _files(node: Node) -> Iterator[tuple[int, int]]:
+    """Device and inode of every file that the graph of `node` uses."""
+    if isinstance(node, StorageNode) and node.identity is not None:
+        yield node.identity
+    for child in node.children.values():
+        yield from _files(child.node)
 
 
 # -- where, and to whom
 
 
-def _tls(args: Namespace) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
+def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
     credentials = args.tls_certificates or args.tls_psk_file
     mode = args.tls or ("require" if credentials else "off")
     if (mode == "off") != (not credentials):
         raise OptionError(
             "TLS needs certificates or keys, and they TLS", hint="--tls-certificates DIR, without --tls off"
         )
-    if args.tls_allow and not args.tls_verify_peer:
-        raise OptionError("a list of names needs certificates to read them from", hint="add --tls-verify-peer")
+    guarded = any(offer.tls_only for offer in offers)
     if mode == "off":
+        if guarded:
+            raise OptionError("an export is for TLS alone, and would be seen by nobody", hint="--tls-certificates DIR")
         return mode, None, None
+    if mode == "allow" and args.tls_psk_file and (args.folder or not guarded):
+        raise OptionError(
+            "clients need a key, and would be let in without TLS, too",
+            hint="require TLS (--tls require), or say of each export that matters tls-only=on",
+        )
     from ..nbd.tls import allow_list, server_context
 
     context = server_context(args.tls_certificates, verify_peer=args.tls_verify_peer, psk_file=args.tls_psk_file)
@@ -300,13 +411,13 @@ def _server(
     mode: str,
     context: ssl.SSLContext | None,
     allow: frozenset[str] | None,
+    sockets: list[socket.socket],
 ) -> Server:
     from ..nbd.server import Server
     from ..nbd.wire import PORT
 
     if args.shared < 1:
         raise OptionError(f"{args.shared} clients cannot be served", hint="-e 1 or more")
-    sockets: list[socket.socket] = inherited_sockets()
     port = args.port
     if port is None and (args.bind is not None or not (args.socket or sockets)):
         port = PORT
@@ -324,6 +435,8 @@ def _server(
         clients=args.shared,
         handshake_time=args.handshake_limit,
         idle_time=args.idle_limit,
+        stall_time=args.stall_limit,
+        memory_limit=args.memory_limit,
     )
 
 
@@ -331,8 +444,6 @@ def _announce(args: Namespace, server: Server, offers: list[Offer], folder: Fold
     exports = [offer.export for offer in offers]
     uris = server.uris
     if args.output == "json":
-        import json
-
         told = [
             {"name": e.name, "size": e.size, "read-only": e.read_only, "description": e.description} for e in exports
         ]
@@ -346,13 +457,3 @@ def _announce(args: Namespace, server: Server, offers: list[Offer], folder: Fold
     for export in exports:
         name = printable(export.name) or "(default)"
         print(f"  {name}: {format_size(export.size)}, {'read-only' if export.read_only else 'writable'}", flush=True)
-
-
-def _save(path: str, stats: dict[str, Any]) -> None:
-    import json
-
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(stats, indent=4) + "\n")
-    except OSError as error:
-        raise BlockIOError.from_os(error, "the counters cannot be written", path=path) from error

@@ -261,6 +261,11 @@ class PlainChannel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    @property
+    def family(self) -> int:
+        """The address family of the socket."""
+        return self._socket.family
+
     def closed_here(self) -> Closed:
         """The error for a use after `close`."""
         return Closed("the connection was closed on this side", path=self.peer)

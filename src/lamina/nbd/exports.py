@@ -1,23 +1,31 @@
 """What a server has to offer, and what of it a client may see: exports by name, single or as a folder of images.
 
 Nothing is opened because somebody connects. An image in a folder is opened when a client that may see it asks for it by name,
-is shared by all who have it, and closed when the last of them leaves.
+is shared by all who have it, and closed when the last of them leaves. A client has one of them at a time.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import stat
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from ..errors import OptionError, printable
+from ..errors import BlockIOError, LaminaError, OptionError, printable
 from ..image import Image
+from ..node import Node, StorageNode
 from . import wire
 from .export import Export
 from .server_negotiation import Refused
 from .tls import allowed
+
+log = logging.getLogger("lamina.nbd")
+
+#: What opening a name says that is none, or that became a link meanwhile.
+_NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 
 class Offer:
@@ -34,49 +42,172 @@ class Offer:
 
 
 class Folder:
-    """The files of a folder as exports, by their names; `open(path)` opens one. Links that lead elsewhere, files in folders
-    below and names that begin with a dot are none."""
+    """The regular files of the folder `path` as exports, by their names. Links, folders, FIFOs, sockets, devices, and names
+    that begin with a dot are none.
 
-    def __init__(self, path: str | os.PathLike[str], open: Callable[[str], Image], *, writable: bool = False) -> None:
+    A name that a client sends is looked up in the folder itself and opened without following links; what the descriptor
+    turns out to be is judged, not what the name meant a moment before. How the image in it is opened is said by one of:
+
+    `open_fd(path, fd)` gives the image in the file that the descriptor `fd` is open on, and opens nothing by the name
+    `path`, which is absolute and for messages. `fd` is the folder's: whoever needs it takes a copy, as
+    `graph.open_graph(..., fd=fd)` does.
+
+    `open(path)` opens it by its absolute path. If somebody put another file there meanwhile, the image is closed again and
+    the client refused.
+
+    `writable`: clients may write. `snapshot`: what they write is kept in memory, so that files are opened for reading only.
+
+    Any number of threads. A file that is slow to open or close holds up those alone who want the same one.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        open: Callable[[str], Image] | None = None,
+        *,
+        open_fd: Callable[[str, int], Image] | None = None,
+        writable: bool = False,
+        snapshot: bool = False,
+    ) -> None:
+        if (open is None) == (open_fd is None):
+            raise OptionError("a folder is opened in one way", hint="give open_fd, or open")
         self.path = Path(path)
-        self._open = open
+        self._place = os.path.abspath(path)
+        self._open, self._open_fd = open, open_fd
         self._writable = writable
-        self._mutex = threading.Lock()
-        self._opened: dict[str, tuple[Export, int]] = {}  # and by how many clients
+        self._access = os.O_RDWR if writable and not snapshot else os.O_RDONLY
+        self._mutex = threading.Lock()  # of the table alone: nothing is opened or closed while it is held
+        self._entries: dict[str, _Entry] = {}
 
     def names(self) -> list[str]:
         """The names of all files, sorted."""
-        with os.scandir(self.path) as entries:
-            return sorted(entry.name for entry in entries if self._served(entry.name))
+        with os.scandir(self._place) as entries:
+            return sorted(
+                entry.name for entry in entries if _is_name(entry.name) and entry.is_file(follow_symlinks=False)
+            )
 
     def acquire(self, name: str) -> Export | None:
-        """The export of that name, opened; None if there is none. Give it back with `release`."""
-        if not self._served(name):
+        """The export of that name, opened; None if there is none. Give it back with `release`. Raises the LaminaError of
+        opening the image."""
+        if not _is_name(name):
             return None
         with self._mutex:
-            export, count = self._opened.get(name, (None, 0))
-            if export is None:
-                export = Export(self._open(str(self.path / name)), name, writable=self._writable)
-            self._opened[name] = (export, count + 1)
-            return export
+            entry = self._entries.setdefault(name, _Entry())
+            entry.users += 1
+        try:
+            with entry.lock:  # only those wait who want this very image
+                if entry.export is None:
+                    entry.export = self._opened(name)
+                if entry.export is not None:
+                    return entry.export
+        except BaseException:
+            self._leave(name, entry)
+            raise
+        self._leave(name, entry)
+        return None
 
     def release(self, name: str) -> None:
-        """A client does not need it any more."""
-        with self._mutex:
-            export, count = self._opened.pop(name)
-            if count > 1:
-                self._opened[name] = (export, count - 1)
-            else:
-                export.image.close()
+        """A client does not need it any more. The last one closes the image; that may raise a LaminaError."""
+        entry = self._entries[name]
+        with entry.lock:
+            with self._mutex:
+                entry.users -= 1
+                last = not entry.users
+            try:
+                # Closed before the name is free: two that have one file open for writing exclude each other.
+                if last and entry.export is not None:
+                    export, entry.export = entry.export, None
+                    export.image.close()
+            finally:
+                self._forget(name, entry)
 
-    def _served(self, name: str) -> bool:
-        if not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 255:
-            return False
+    def _leave(self, name: str, entry: _Entry) -> None:
+        with self._mutex:
+            entry.users -= 1
+        self._forget(name, entry)
+
+    def _forget(self, name: str, entry: _Entry) -> None:
+        with self._mutex:
+            if not entry.users and self._entries.get(name) is entry:
+                del self._entries[name]
+
+    def _opened(self, name: str) -> Export | None:
+        """The export of that file, opened; None if it is none that is served."""
+        path = os.path.join(self._place, name)
         try:
-            name.encode().decode()
-            return stat.S_ISREG(os.lstat(self.path / name).st_mode)
-        except (OSError, UnicodeError):
-            return False
+            folder = os.open(self._place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fd = self._judged(name, folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise BlockIOError.from_os(error, "cannot be opened", path=path, operation="open") from error
+        if fd is None:
+            return None
+        try:
+            image = self._image(path, fd)
+        finally:
+            os.close(fd)  # who needs it has a copy
+        try:
+            return Export(image, name, writable=self._writable)
+        except BaseException:
+            image.close()
+            raise
+
+    def _judged(self, name: str, folder: int) -> int | None:
+        """A descriptor of the regular file `name` in the open `folder`; None if it is something else."""
+        # Looked at before it is opened: to open a device or a FIFO can do something, or wait.
+        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            return None
+        flags = self._access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=folder)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.set_blocking(fd, True)
+            return fd
+        os.close(fd)
+        return None
+
+    def _image(self, path: str, fd: int) -> Image:
+        if self._open_fd is not None:
+            return self._open_fd(path, fd)
+        assert self._open is not None
+        image = self._open(path)
+        found, status = _identity(image.node), os.fstat(fd)
+        if found is not None and found != (status.st_dev, status.st_ino):
+            image.close()
+            raise BlockIOError("the file was replaced while it was opened", path=path, operation="open")
+        return image
+
+
+class _Entry:
+    """A file of a folder that clients have, or are about to have. `users` counts those; `lock` is held to open or close."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.export: Export | None = None
+
+
+def _identity(node: Node) -> tuple[int, int] | None:
+    """Device and inode of the file that the image is in; None if it is in no file."""
+    while not isinstance(node, StorageNode):
+        child = node.children.get("file") or node.children.get("image")
+        if child is None:
+            return None
+        node = child.node
+    return node.identity
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file of this name is served, if it is a regular file."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeError:
+        return False
 
 
 class View:
@@ -88,7 +219,7 @@ class View:
         self._all = list(offers)
         self._folder = folder
         self._secure, self._names = secure, names
-        self._held: dict[str, Export] = {}
+        self._held: tuple[str, Export] | None = None  # the one file of the folder that this client has
 
     def secured(self, names: Sequence[str]) -> View:
         """The view of the same client, now under TLS and with these names in its certificate."""
@@ -119,18 +250,29 @@ class View:
         raise Refused(wire.REP_ERR_UNKNOWN, f'there is no export "{printable(name[:200])}"')
 
     def _in_folder(self, folder: Folder, name: str) -> Export:
-        export = self._held.get(name) or folder.acquire(name)
+        if self._held is not None:
+            if self._held[0] == name:
+                return self._held[1]
+            self.release()
+        export = folder.acquire(name)
         if export is None:
             raise Refused(wire.REP_ERR_UNKNOWN, f'there is no export "{printable(name[:200])}"')
-        self._held[name] = export
+        self._held = (name, export)
         return export
+
+    def release(self) -> None:
+        """Give back what `find` opened last. Called again it does nothing."""
+        held, self._held = self._held, None
+        if held is None or self._folder is None:
+            return
+        try:
+            self._folder.release(held[0])
+        except LaminaError as error:
+            log.error("%s: closing failed: %s", printable(held[0]), error)
 
     def close(self) -> None:
         """Give back what this client had opened."""
-        held, self._held = self._held, {}
-        for name in held:
-            if self._folder is not None:
-                self._folder.release(name)
+        self.release()
 
 
 def check_names(offers: Sequence[Offer]) -> None:

@@ -1,31 +1,35 @@
 """The NBD server: listens, lets clients in within limits, and ends in good order.
 
 Each client has a thread (`server_connection.py`). A client that only connects costs that thread, and leaves after
-the handshake time; when the house is full of such, the one that has dallied longest makes room for the next.
+the handshake time. When as many negotiate as may, one that has said nothing for a while makes room for the next; while none
+has, newcomers wait in the backlog of the socket. So a flood of clients that say nothing puts out no client that goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
+import select
 import selectors
 import socket
-import stat
 import threading
 import time
-import weakref
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import BlockIOError, OptionError
+from ..errors import OptionError
+from ..limits import MIB
 from .channel import PlainChannel
 from .export import Export
 from .exports import Folder, Offer, View, check_names
-from .server_connection import Connection, Pace
+from .server_access import check_access
+from .server_connection import CLIENT_MEMORY, Connection
+from .server_listen import check_reach, keep_alive, listen_tcp, listen_unix
 from .server_loop import Loop
+from .server_pool import Memory, Pace
 from .tls import allowed
 from .uri import Target
 
@@ -33,6 +37,17 @@ if TYPE_CHECKING:
     import ssl
 
 log = logging.getLogger("lamina.nbd")
+
+#: Seconds after which one who has said nothing yet may be put out for a newcomer, and one who has, and stopped.
+_SILENT, _STOPPED = 0.01, 2.0
+#: Seconds between two looks whether somebody may be put out, while newcomers wait.
+_FULL = 0.005
+#: Seconds between two looks for clients that are over a time limit, at most.
+_LOOK = 1.0
+#: Memory for requests of slow storage, of all clients together, by default.
+_MEMORY = 256 * MIB
+#: Seconds for which the end of a server waits for threads whose connections it has cut.
+_LAST = 1.0
 
 
 class Server:
@@ -44,8 +59,13 @@ class Server:
     already (socket activation).
 
     `tls`: "off", "allow" (clients may ask for it) or "require", with the `context` of `tls.server_context`; `allow`: names of
-    certificates, one of which every client needs. `clients`: how many may be in transmission, and how many in negotiation,
-    at a time. `handshake_time`, `idle_time`: seconds for the negotiation, and without a request; None: any.
+    certificates, one of which every client needs; they need `tls="require"` and a context that verifies clients.
+
+    `clients`: how many may be in transmission, and how many in negotiation, at a time. `handshake_time`: seconds for the
+    negotiation; `idle_time`: without a whole request; `stall_time`: in the middle of one, or without taking a reply; None is
+    any time.
+    `memory_limit`: bytes of requests and replies of all clients together; a client takes 2 MiB of it, and more only while
+    storage is slow and there is more. By default there is enough for `clients`, and 256 MiB more.
 
     Exports are closed by whoever opened their images, after `close`; images of a folder by the server.
     """
@@ -66,20 +86,29 @@ class Server:
         clients: int = 100,
         handshake_time: float = 10.0,
         idle_time: float | None = None,
+        stall_time: float | None = 60.0,
+        memory_limit: int | None = None,
     ) -> None:
-        if tls not in ("off", "allow", "require") or (tls == "off") != (context is None):
-            raise OptionError("TLS is off, or needs a context", hint='tls="allow" or "require", with context')
         self._offers = [one if isinstance(one, Offer) else Offer(one) for one in exports]
+        check_access(tls, context, allow, self._offers, folder=folder is not None)
         check_names(self._offers)
         self._folder = folder
         self._tls, self._context, self._allow = tls, context, allow
-        self._clients, self._handshake_time, self._idle_time = clients, handshake_time, idle_time
+        self._clients, self._handshake_time = clients, handshake_time
+        self._idle_time, self._stall_time = idle_time, stall_time
+        self._look = min(_LOOK, *(limit / 4 for limit in (handshake_time, idle_time, stall_time) if limit is not None))
+        memory = _MEMORY + clients * CLIENT_MEMORY if memory_limit is None else memory_limit
+        if memory < CLIENT_MEMORY:
+            raise OptionError(
+                f"{memory} bytes are too few to serve anybody", hint=f"a client takes {CLIENT_MEMORY} bytes"
+            )
+        self._memory = Memory(memory)
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
         self._connections: dict[Connection, threading.Thread] = {}
         self._ended = {"connections": 0, "refused": 0}
         self._served = 0  # clients that came as far as transmission
-        self._paces: weakref.WeakKeyDictionary[Export, Pace] = weakref.WeakKeyDictionary()
+        self._paces: dict[Export, tuple[Pace, int]] = {}  # and how many clients the export has
         self._loop = Loop()
         self._accepting: threading.Thread | None = None
         self._wake, self._woken = socket.socketpair()
@@ -88,8 +117,11 @@ class Server:
         try:
             if unix is not None:
                 self._listeners.append(self._listen_unix(unix))
+            safe = insecure or tls == "require"
+            if not safe:
+                check_reach(sockets)
             if host is not None or port is not None:
-                self._listeners += _listen_tcp(host, port, safe=insecure or tls == "require")
+                self._listeners += listen_tcp(host, port, safe=safe)
             if not self._listeners:
                 raise OptionError("the server has nowhere to listen", hint="give a Unix socket, or a port")
         except BaseException:
@@ -121,27 +153,42 @@ class Server:
                 self._changed.wait(0.2)
 
     def close(self, grace: float = 5.0) -> None:
-        """Let nobody in any more, answer what was received, and end; what takes longer than `grace` seconds is cut off.
-        May be called again."""
+        """Let nobody in any more, answer what was received, and end. What takes longer is cut off: requests that are done in
+        steps when two thirds of `grace` (seconds) are over, all others at its end. Takes at most a second longer than that;
+        a thread that storage does not answer may be left. May be called again."""
         self._close_listeners()
         if self._accepting is not None:
             self._accepting.join()
             self._accepting = None
         with self._mutex:
             connections = dict(self._connections)
+        begun = time.monotonic()
         for connection in connections:
             connection.drain()
-        deadline = time.monotonic() + grace
-        for thread in connections.values():
-            thread.join(max(deadline - time.monotonic(), 0))
+        _join(connections.values(), begun + grace * 2 / 3)
+        for connection in connections:
+            connection.cut()
+        _join(connections.values(), begun + grace)
         for connection, thread in connections.items():
             if thread.is_alive():
                 connection.close()
-                thread.join(1.0)
-        for pace in list(self._paces.values()):
+        _join(connections.values(), time.monotonic() + _LAST)
+        with self._mutex:
+            paces = [pace for pace, _ in self._paces.values()]
+        for pace in paces:
             pace.close()
         self._wake.close()
         self._woken.close()
+
+    def unlink(self) -> None:
+        """Remove the name of the Unix socket, as `close` does first. From any thread; waits for nothing."""
+        unix, self._unix = self._unix, None
+        if unix is not None:
+            path, identity = unix
+            with contextlib.suppress(FileNotFoundError):
+                there = os.lstat(path)
+                if (there.st_dev, there.st_ino) == identity:
+                    os.unlink(path)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -188,31 +235,14 @@ class Server:
     # -- how
 
     def _listen_unix(self, path: str) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX)
-        try:
-            if not path.startswith("\0"):
-                _remove_stale(path)
-                # What bind makes gets the mode of the socket: nobody else can connect, not even for a moment.
-                os.fchmod(listener.fileno(), 0o600)
-            listener.bind(path)
-            listener.listen(socket.SOMAXCONN)
-            if not path.startswith("\0"):
-                made = os.stat(path)
-                self._unix = (os.path.abspath(path), (made.st_dev, made.st_ino))
-        except (OSError, ValueError) as error:
-            listener.close()
-            raise _cannot_listen(error, path) from error
+        listener, identity = listen_unix(path)
+        if identity is not None:
+            self._unix = (os.path.abspath(path), identity)
         return listener
 
     def _close_listeners(self) -> None:
         # The name goes first: as long as this socket listens, no other server takes the name for a dead one's.
-        if self._unix is not None:
-            path, identity = self._unix
-            self._unix = None
-            with contextlib.suppress(FileNotFoundError):
-                there = os.lstat(path)
-                if (there.st_dev, there.st_ino) == identity:
-                    os.unlink(path)
+        self.unlink()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.close()
@@ -220,11 +250,42 @@ class Server:
             self._wake.send(b"\0")
 
     def _accept_all(self, selector: selectors.BaseSelector) -> None:
+        look = time.monotonic() + self._look
         with selector:
             while self._listeners:
-                for key, _ in selector.select():
-                    if key.fileobj is not self._woken:
-                        self._accept(key.fileobj)  # type: ignore[arg-type]
+                for key, _ in selector.select(self._look):
+                    if key.fileobj is self._woken:
+                        continue
+                    if not self._make_room():
+                        select.select([self._woken], [], [], _FULL)  # newcomers wait in the backlog
+                        break
+                    self._accept(key.fileobj)  # type: ignore[arg-type]
+                if time.monotonic() >= look:
+                    self._put_out_late()
+                    look = time.monotonic() + self._look
+
+    def _make_room(self) -> bool:
+        """Whether one more may negotiate. If as many do as may, one that has said nothing for a while is put out: those who
+        have not said anything at all first, and among them those of whom most come from one place."""
+        with self._mutex:
+            negotiating = [one for one in self._connections if not one.transmitting and not one.closing]
+        if len(negotiating) < self._clients:
+            return True
+        silent = Counter(one.origin for one in negotiating if not one.waits.spoke)
+        worst = max(negotiating, key=lambda one: (not one.waits.spoke, silent[one.origin], one.waits.dallied()))
+        dallied = worst.waits.dallied()
+        if dallied < (_STOPPED if worst.waits.spoke else _SILENT):
+            return False
+        worst.put_out(f"it made room, after {dallied:.1f} s without a word")
+        return True
+
+    def _put_out_late(self) -> None:
+        with self._mutex:
+            connections = list(self._connections)
+        for connection in connections:
+            why = connection.overdue()
+            if why is not None:
+                connection.put_out(why)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -235,6 +296,7 @@ class Server:
                 time.sleep(0.1)  # the listener stays readable: do not spin
             return  # the client is gone already, or the listener was closed
         try:
+            keep_alive(sock)
             channel = PlainChannel(sock)
         except OSError:
             sock.close()
@@ -247,18 +309,15 @@ class Server:
             admit=lambda names: allowed(names, self._allow),
             handshake_time=self._handshake_time,
             idle_time=self._idle_time,
+            stall_time=self._stall_time,
+            memory=self._memory,
             admitted=self._admit,
             pace=self._pace,
             loop=self._loop,
         )
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd-client", daemon=True)
         with self._mutex:
-            dallying = [one for one in self._connections if not one.transmitting and not one.closing]
             self._connections[connection] = thread
-        if len(dallying) >= self._clients:
-            oldest = dallying[0]
-            log.info("%s: makes room, after %.1f s of negotiation", oldest.peer, time.monotonic() - oldest.begun)
-            oldest.close()
         try:
             thread.start()
         except RuntimeError:  # no more threads
@@ -273,6 +332,8 @@ class Server:
         finally:
             with self._changed:
                 del self._connections[connection]
+                if connection.export is not None:
+                    self._left(connection.export)
                 self._ended["connections"] += 1
                 for name, count in connection.counts.items():
                     self._ended[name] = self._ended.get(name, 0) + count
@@ -291,71 +352,20 @@ class Server:
 
     def _pace(self, export: Export) -> Pace:
         with self._mutex:
-            return self._paces.setdefault(export, Pace())
+            pace, clients = self._paces.get(export) or (Pace(), 0)
+            self._paces[export] = (pace, clients + 1)
+            return pace
+
+    def _left(self, export: Export) -> None:
+        """A client of `export` is gone. (`_mutex` is held.)"""
+        pace, clients = self._paces[export]
+        self._paces[export] = (pace, clients - 1)
+        if clients == 1 and all(offer.export is not export for offer in self._offers):
+            del self._paces[export]  # an image of the folder, which is closed now
+            pace.close()
 
 
-def _listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket.socket]:
-    """Sockets that listen on all addresses of `host`, on one port."""
-    from .wire import PORT
-
-    place = f"{host or 'localhost'}:{PORT if port is None else port}"
-    listeners: list[socket.socket] = []
-    try:
-        found = socket.getaddrinfo(
-            host or "localhost", PORT if port is None else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            if not safe and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-                raise OptionError(
-                    f"{address[0]} can be reached by others, and nothing would be encrypted",
-                    hint="require TLS, listen on localhost or a Unix socket, or say --insecure",
-                )
-            listener = socket.socket(family, kind, protocol)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if len(listeners) > 1:
-                # The same port as the first, which the system may have chosen.
-                address = (address[0], listeners[0].getsockname()[1], *address[2:])
-            try:
-                listener.bind(address)
-                listener.listen(socket.SOMAXCONN)
-            except OSError as error:
-                # A host without IPv6 may still have a name for it.
-                if len(found) == 1 or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                listeners.pop().close()
-        if not listeners:
-            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    except BaseException as error:
-        for listener in listeners:
-            listener.close()
-        if isinstance(error, OSError):
-            raise _cannot_listen(error, place) from error
-        raise
-    return listeners
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that a server left behind: one to which nobody answers. Anything else there is an error of `bind`."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except FileNotFoundError:
-        return
-
-
-def _cannot_listen(error: OSError | ValueError, place: str) -> BlockIOError | OptionError:
-    if isinstance(error, ValueError):
-        return OptionError(f"no socket can have this name: {error}", path=place)
-    if isinstance(error, socket.gaierror):
-        return BlockIOError(f"this host is not known: {error.strerror}", errno=errno.EADDRNOTAVAIL, path=place)
-    hint = "another server listens there; choose another place" if error.errno == errno.EADDRINUSE else None
-    if error.errno is None or "too long" in str(error):
-        return OptionError("the path of a Unix socket is at most 107 bytes long", path=place)
-    return BlockIOError.from_os(error, "cannot listen there", path=place, hint=hint)
+def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
+    """Wait until all have ended, or the time comes."""
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))

@@ -8,12 +8,15 @@ the log.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from errno import ESHUTDOWN
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import LaminaError, NotSupported
-from ..limits import KIB, MIB, align_down
+from ..errors import BlockIOError, LaminaError, NotSupported
+from ..limits import GIB, KIB, MIB, align_down
 from . import wire
+from .export import MAX_EXTENTS
 from .server_session import PART, REFUSED, Request, Transmission
 
 if TYPE_CHECKING:
@@ -25,6 +28,13 @@ log = logging.getLogger("lamina.nbd")
 
 #: Bytes of replies that are gathered before they are sent. Longer reads are sent in pieces of it.
 SLAB: Final = 1 * MIB
+#: Commands without a payload that may concern more than can be done at once. They are done in steps, which end at multiples
+#: of STEP bytes; the first is as long as that, and the next ones longer while they are quick, up to MOST.
+STEPPED: Final = frozenset({wire.CMD_WRITE_ZEROES, wire.CMD_TRIM})
+STEP: Final = 64 * MIB
+MOST: Final = 16 * GIB
+#: Seconds: a step that took less doubles the next one, one that took longer halves it.
+_QUICK, _LONG = 0.05, 0.2
 #: Data is searched for zeros in stretches of this many bytes, cut at multiples of it: the largest minimum block.
 _LOOK = 64 * KIB
 _ZEROS = bytes(_LOOK)
@@ -59,6 +69,16 @@ class Commands:
         overwritten by what is sent after it."""
         room = min(request.length, SLAB) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
         return Commands(self._connection, self._session, self._agreed, send, room)
+
+    def room_for(self, request: Request) -> int:
+        """How many bytes `for_one`, the payload and the answer of this request take at most."""
+        kind = request.type
+        if kind in (wire.CMD_READ, wire.CMD_CACHE, wire.CMD_WRITE):
+            return min(request.length, SLAB)
+        if kind == wire.CMD_BLOCK_STATUS:
+            rows = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else min(request.length, MAX_EXTENTS)
+            return rows * wire.EXTENT_EXT.size * len(self._contexts)
+        return 0
 
     def answer(self, requests: list[Request]) -> list[Buffer]:
         """Do all of these. The answers, or the last of them, are returned, to be sent before this is called again; what has
@@ -276,12 +296,40 @@ class Commands:
         self._count(bytes_written=request.length)
         return self._done(request, "WRITE")
 
+    def _in_steps(self, request: Request, act: Callable[[int, int, int], None]) -> None:
+        """Call `act(offset, length, flags)` for one stretch of the request after the other. FUA is a flush at the end, and
+        FAST_ZERO is for the first: when that succeeded the rest must. BlockIOError (ESHUTDOWN) when it is cut short between
+        two of them."""
+        offset, flags = request.offset, request.flags
+        end, step = offset + request.length, STEP
+        if request.length <= step:
+            act(offset, request.length, flags)
+            return
+        connection = self._connection
+        clock = time.monotonic
+        flags &= ~wire.CMD_FLAG_FUA
+        while offset < end:
+            begun = clock()
+            stop = min(align_down(offset + step, STEP), end)
+            act(offset, stop - offset, flags)
+            flags &= ~wire.CMD_FLAG_FAST_ZERO
+            offset = stop
+            took = clock() - begun
+            if took < _QUICK:
+                step = min(step * 2, MOST)
+            elif took > _LONG:
+                step = max(step // 2, STEP)
+            if offset < end and (connection.cutting or connection.is_gone()):
+                raise BlockIOError("cut short: the server is about to end, or the client is gone", errno=ESHUTDOWN)
+        if request.flags & wire.CMD_FLAG_FUA:
+            self._export.flush()
+
     def _zero(self, request: Request) -> list[Buffer]:
-        self._export.zero(request.offset, request.length, request.flags)
+        self._in_steps(request, self._export.zero)
         return self._done(request, "WRITE_ZEROES")
 
     def _trim(self, request: Request) -> list[Buffer]:
-        self._export.trim(request.offset, request.length, request.flags)
+        self._in_steps(request, self._export.trim)
         return self._done(request, "TRIM")
 
     def _flush(self, request: Request) -> list[Buffer]:

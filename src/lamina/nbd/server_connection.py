@@ -5,28 +5,38 @@ one send takes many replies, so that a request costs microseconds. Where storage
 up the others: then requests go to a pool of threads that the export has, and each is answered when it is done. No thread of
 a pool waits for a client: what it has to say goes to a thread that only sends, and belongs to that client.
 
+A request that takes many steps (`server_commands.STEP`) has a thread of its own, not one of the pool: two clients could keep
+the whole pool busy with such for hours. Between the steps it ends if its client is gone, or the server wants to end.
+
 Memory: 1 MiB of requests (`server_session.ROOM`) and 1 MiB of replies (`server_commands.SLAB`) for each client, and up to
-1 MiB more for each of its 16 requests that are in the pool, or answered and not sent. Nothing is allocated by a length that a
-client names.
+1 MiB more for each of its 16 requests that are in the pool, or answered and not sent; all together as much as the server has
+(`server_pool.Memory`). Nothing is allocated by a length that a client names.
+
+Time: whoever accepts clients looks at all of them now and then (`overdue`) and puts out those that stopped. Replies that are
+not taken end the connection by the time limit of the socket.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from errno import ETIMEDOUT
+from typing import TYPE_CHECKING, Final
 
 from ..errors import BlockIOError, LaminaError
 from ..limits import KIB
 from . import wire
-from .server_commands import SLAB, Commands
+from .server_commands import SLAB, STEP, STEPPED, Commands
 from .server_loop import Loop
 from .server_negotiation import Agreed, Negotiation, Phase
-from .server_session import PART, REFUSED, Request, Transmission
+from .server_pool import Memory, Pace
+from .server_session import PART, REFUSED, ROOM, Request, Transmission
+from .server_waits import Waits
 
 if TYPE_CHECKING:
     import ssl
@@ -38,8 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lamina.nbd")
 
-#: Seconds that a request may take on average before the others do not wait for it any more.
-_SLOW = 0.001
 #: Bytes from which on a request counts as long.
 _LONG = 64 * KIB
 #: Requests that the loop of several clients executes for one of them at a time.
@@ -47,41 +55,10 @@ _SOME = 256
 #: So many of these are answered at once: the client works on them while the others are executed. (Of four clients with 16
 #: requests each, 180,000 a second instead of 165,000.)
 _PIECE = 8
-#: Threads that execute requests of one export's slow storage, and requests of one client that they have at a time.
-_POOL = 32
-_IN_POOL = 16
-
-
-class Pace:
-    """How fast the storage of an export is, and the threads that execute its requests while it is slow. For all its clients;
-    storage that stands still holds up nobody else's. `mean`: seconds that a request took of late; what nobody has asked yet
-    counts as slow."""
-
-    def __init__(self) -> None:
-        self.mean = 2 * _SLOW
-        self._mutex = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-
-    @property
-    def slow(self) -> bool:
-        return self.mean > _SLOW
-
-    def took(self, seconds: float) -> None:
-        """A request took so long."""
-        self.mean += (seconds - self.mean) / 8
-
-    def submit(self, execute: Callable[..., None], *arguments: object) -> None:
-        """Call it in one of the threads. RuntimeError when the program ends."""
-        with self._mutex:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_POOL, thread_name_prefix="nbd-request")
-        self._pool.submit(execute, *arguments)
-
-    def close(self) -> None:
-        """Let the threads end; what nobody has begun is not done."""
-        with self._mutex:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
+#: Requests of one client that the pool has at a time, and how many of these may be long ones.
+_IN_POOL, _LONG_ONES = 16, 2
+#: What a client takes of the server's memory: where requests are received, and where replies are gathered.
+CLIENT_MEMORY: Final = ROOM + SLAB
 
 
 class Connection:
@@ -101,6 +78,8 @@ class Connection:
         admit: Callable[[Sequence[str]], bool] = lambda names: True,
         handshake_time: float = 10.0,
         idle_time: float | None = None,
+        stall_time: float | None = None,
+        memory: Memory,
         admitted: Callable[[], bool] = lambda: True,
         pace: Callable[[Export], Pace],
         loop: Loop,
@@ -108,25 +87,35 @@ class Connection:
         self.channel: PlainChannel | TlsChannel = channel
         self._plain = channel
         self.peer = channel.peer
+        #: Where the client is, without the port.
+        self.origin = channel.peer.rpartition(":")[0] or channel.peer
         self.begun = time.monotonic()
         self.export_name: str | None = None
+        #: That for which `pace` was asked.
+        self.export: Export | None = None
         #: Requests by command, bytes read and written, requests that failed.
         self.counts = dict.fromkeys((*wire.COMMAND_NAMES.values(), "failed", "bytes_read", "bytes_written"), 0)
         self._counting = threading.Lock()  # threads of the pool count, too
         self._view = view
         self._tls, self._context, self._admit = tls, context, admit
         self._deadline = self.begun + handshake_time
-        self._idle_time = idle_time
+        self._stall_time = stall_time
+        #: How long the client lets the server wait.
+        self.waits = Waits(self.begun, idle_time, stall_time)
+        self._memory, self._holds = memory, 0
+        self._why: str | None = None
         self._admitted = admitted
         self._pace_of, self._loop = pace, loop
         self._pace = Pace()
         self._negotiation: Negotiation | None = None
         self.draining = False
-        self._slots = threading.Semaphore(_IN_POOL)
+        #: Requests that are done in steps end before the next one.
+        self.cutting = False
+        self._slots, self._long_ones = threading.Semaphore(_IN_POOL), threading.Semaphore(_LONG_ONES)
         #: Held while an answer is sent that must not have others in between, if it takes several sends.
         self.sending = threading.RLock()
-        #: What the pool has to say, and who sends it; None there: that is all.
-        self._answers: queue.SimpleQueue[list[Buffer] | None] = queue.SimpleQueue()
+        #: What the pool has to say, with the memory it takes, and who sends it; None there: that is all.
+        self._answers: queue.SimpleQueue[tuple[list[Buffer], int] | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
         self.closing = False
 
@@ -140,17 +129,20 @@ class Connection:
             if agreed is not None:
                 self.export_name = agreed.export.name
                 log.info("%s: opened %r (%s)", self.peer, agreed.export.name, self._manner(agreed))
-                self.channel.settimeout(self._idle_time)
+                self.channel.settimeout(self._stall_time)
                 why = self._transmit(agreed)
         except LaminaError as error:
             why = "ended by the server" if self.draining else error.message
+            if not self.draining and error.errno == ETIMEDOUT and self.transmitting:
+                why = f"took no reply for {self._stall_time:g} s"
         except Exception:
             log.exception("%s: an error of the server itself", self.peer)
             why = "an error of the server itself"
         finally:
             self.channel.close()
             self._view.close()
-        log.info("%s: %s after %.1f s, %s", self.peer, why, time.monotonic() - self.begun, self._summary())
+            self._memory.give(self._holds)
+        log.info("%s: %s after %.1f s, %s", self.peer, self._why or why, time.monotonic() - self.begun, self._summary())
 
     def drain(self) -> None:
         """The server ends: what was received is answered, new requests are refused, and no more is received."""
@@ -159,10 +151,39 @@ class Connection:
             self._negotiation.shutting_down = True
         self._plain.end_input()
 
+    def cut(self) -> None:
+        """Let requests that are done in steps end before the next one."""
+        self.cutting = True
+
     def close(self) -> None:
         """End it now."""
-        self.closing = True
+        self.closing = self.cutting = True
         self._plain.close()
+
+    def put_out(self, why: str) -> None:
+        """End it now, for a reason that is to be logged."""
+        self._why = self._why or f"put out: {why}"
+        self.close()
+
+    def overdue(self) -> str | None:
+        """Why the client is to be put out, if it is: it is over one of the time limits."""
+        if self.closing or self.draining:
+            return None
+        if not self.transmitting:
+            return "the negotiation took too long" if time.monotonic() > self._deadline else None
+        why = self.waits.overdue()
+        return why if self._pool_is_empty() or self.waits.stalled() else None
+
+    def is_gone(self) -> bool:
+        """Whether the client has left without waiting for replies. Asks the system; for requests that take long."""
+        # Who only ends its own half of a Unix stream may wait for replies; with TCP the two look the same.
+        ended = 0 if self._plain.family == socket.AF_UNIX else select.POLLRDHUP
+        poll = select.poll()
+        try:
+            poll.register(self._plain.fileno(), ended)
+            return any(events & (select.POLLHUP | select.POLLERR | ended) for _, events in poll.poll(0))
+        except (OSError, ValueError):
+            return True  # closed here
 
     def count(self, **amounts: int) -> None:
         """Add to `counts`. From any thread."""
@@ -182,8 +203,8 @@ class Connection:
         negotiation.shutting_down = self.draining
         while True:
             out = negotiation.take()
-            if negotiation.phase is Phase.TRANSMISSION and not self._admitted():
-                raise BlockIOError("the server has as many clients as it may have")
+            if negotiation.phase is Phase.TRANSMISSION:
+                self._enter()
             self._keep_time()
             if out:
                 self.channel.send(out)
@@ -194,11 +215,24 @@ class Connection:
             if negotiation.phase is Phase.STARTTLS:
                 self._secure(negotiation)
                 continue
+            if not negotiation.keeps_export:
+                self._view.release()
             view = negotiation.buffer()
+            self.waits.listening = True
             count = self.channel.recv_into(view)
+            self.waits.listening = False
             if not count:
                 return None
+            if count == len(view):
+                self.waits.heard()
             negotiation.received(count)
+
+    def _enter(self) -> None:
+        if not self._memory.take(CLIENT_MEMORY):
+            raise BlockIOError("the server has no memory for one more client")
+        self._holds = CLIENT_MEMORY
+        if not self._admitted():
+            raise BlockIOError("the server has as many clients as it may have")
 
     def _keep_time(self) -> None:
         left = self._deadline - time.monotonic()
@@ -209,7 +243,10 @@ class Connection:
     def _secure(self, negotiation: Negotiation) -> None:
         assert self._context is not None  # STARTTLS is refused without one
         left = max(self._deadline - time.monotonic(), 0.1)
+        self.waits.heard()
+        self.waits.listening = True
         secured = self._plain.start_tls(self._context, server_side=True, timeout=left)
+        self.waits.listening = False
         self.channel = secured
         if not self._admit(secured.peer_names):
             raise BlockIOError(f"its certificate is not on the list: {', '.join(secured.peer_names) or 'it has none'}")
@@ -232,15 +269,23 @@ class Connection:
         # Neither is an attribute: with what refers to this one in turn they would stay, megabytes, until the next collection.
         session = Transmission(agreed)
         commands = Commands(self, session, agreed, self._send)
-        self._pace = self._pace_of(agreed.export)
+        self._pace, self.export = self._pace_of(agreed.export), agreed.export
+        self.waits.answered()
         try:
             while not session.finished:
-                count = self.channel.recv_into(session.buffer())
+                try:
+                    count = self.channel.recv_into(session.buffer())
+                except BlockIOError as error:
+                    if error.errno != ETIMEDOUT:
+                        raise
+                    continue  # `overdue` judges
                 if not count:
                     return "ended by the server" if self.draining else "gone without a farewell"
                 requests = session.received(count)
+                self.waits.took_in(session.halfway, requests, count)
                 while requests:
                     requests = self._answer(session, commands, requests)
+                self.waits.rest()
         finally:
             self._wait_for_pool()
         return "left" if session.violation is None else f"dropped: {session.violation}"
@@ -268,7 +313,8 @@ class Connection:
             self._send(answer)
         if alone or session.finished or self.channel.secure or not self._pool_is_empty():
             return []
-        stay = _Stay(self._plain, session, commands, self._pace, self._loop)
+        self.waits.rest()
+        stay = _Stay(self, self._plain, session, commands, self._pace, self._loop)
         self._loop.serve(stay)
         if stay.unsent:
             self._send(stay.unsent)
@@ -285,13 +331,27 @@ class Connection:
             if long or request.type in (PART, REFUSED, wire.CMD_DISC):
                 self._answer_here(commands, request)
                 continue
+            cost = commands.room_for(request)
+            if not self._memory.take(cost):
+                self._answer_here(commands, request)
+                continue
             if request.type == wire.CMD_WRITE:
                 request = request._replace(payload=memoryview(bytes(request.payload)))  # its place is used again
+            stepped = request.type in STEPPED and request.length > STEP
+            if stepped:
+                self._long_ones.acquire()
             self._slots.acquire()
             try:
-                self._pace.submit(self._one, commands, request)
-            except RuntimeError:  # the server ends, and its pool has
+                if stepped:
+                    arguments = (commands, request, cost)
+                    threading.Thread(target=self._long_one, args=arguments, name="nbd-request", daemon=True).start()
+                else:
+                    self._pace.submit(self._one, commands, request, cost)
+            except RuntimeError:  # there are no more threads, or the server ends, and its pool has
                 self._slots.release()
+                if stepped:
+                    self._long_ones.release()
+                self._memory.give(cost)
                 self._answer_here(commands, request)
 
     def _answer_here(self, commands: Commands, request: Request) -> None:
@@ -299,7 +359,7 @@ class Connection:
         if answer:
             self._send(answer)
 
-    def _one(self, commands: Commands, request: Request) -> None:
+    def _one(self, commands: Commands, request: Request, cost: int) -> None:
         """Execute a request, in a thread of the pool."""
         begun = time.monotonic()
         answer: list[Buffer] = []
@@ -307,17 +367,31 @@ class Connection:
             answer += commands.for_one(request, answer.extend).answer([request])
         finally:
             self._pace.took(time.monotonic() - begun)
-            self._answers.put(answer)
+            self._answers.put((answer, cost))
+
+    def _long_one(self, commands: Commands, request: Request, cost: int) -> None:
+        """Execute a request that is done in steps, in a thread of its own."""
+        try:
+            self._one(commands, request, cost)
+        finally:
+            self._long_ones.release()
 
     def _send_all(self) -> None:
         """Send what the pool has to say; a request leaves the pool when its answer is out."""
-        while (answer := self._answers.get()) is not None:
+        while (item := self._answers.get()) is not None:
+            answer, cost = item
             try:
-                self._send(answer)
+                if answer:
+                    self._send(answer)
+                self.waits.answered()
             except LaminaError as error:
                 log.debug("%s: %s", self.peer, error)
+                if error.errno == ETIMEDOUT:
+                    self._why = self._why or f"put out: it took no reply for {self._stall_time:g} s"
                 self.close()  # wakes the thread of the connection, which says why
             finally:
+                del item, answer
+                self._memory.give(cost)
                 self._slots.release()
 
     def _wait_for_pool(self) -> None:
@@ -345,8 +419,15 @@ class _Stay:
     sent next, and `left` the requests to be answered after that."""
 
     def __init__(
-        self, channel: PlainChannel, session: Transmission, commands: Commands, pace: Pace, loop: Loop
+        self,
+        connection: Connection,
+        channel: PlainChannel,
+        session: Transmission,
+        commands: Commands,
+        pace: Pace,
+        loop: Loop,
     ) -> None:
+        self._connection = connection
         self._channel, self._session, self._commands = channel, session, commands
         self._pace, self._turn = pace, loop.turn
         self.unsent: Sequence[Buffer] = ()
@@ -362,7 +443,8 @@ class _Stay:
         if count is None:
             return True
         requests = session.received(count)
-        if not count or session.finished or self._pace.slow or not _short(requests):
+        self._connection.waits.took_in(session.halfway, requests, count)
+        if not count or session.finished or self._pace.slow or not _is_short(requests):
             self.left = requests
             return False
         if not requests:
@@ -378,10 +460,12 @@ class _Stay:
             self._pace.took((time.monotonic() - begun) / len(requests))
         finally:
             turn.release()
+        if not self.unsent:
+            self._connection.waits.rest()
         return not self.unsent
 
 
-def _short(requests: list[Request]) -> bool:
+def _is_short(requests: list[Request]) -> bool:
     """Whether all of this is done soon, and its answer has room: a few READs and WRITEs that are short, and wait for no
     disk."""
     room = SLAB

@@ -78,6 +78,9 @@ class Negotiation:
         self.agreed: Agreed | None = None
         #: Set by the driver when the server ends: options are refused from then on.
         self.shutting_down = False
+        #: Whether the client goes on with the export that `Exports.find` gave last. False: it only asked, and the driver may
+        #: give it back.
+        self.keeps_export = False
         self._exports = exports
         self._tls = tls
         self._secure = False
@@ -235,7 +238,7 @@ class Negotiation:
             if self._wants_tls(wire.OPT_EXPORT_NAME) or self.shutting_down or self._extended:
                 raise Refused(wire.REP_ERR_INVALID, "not now")
             name = _string(data)
-            export = self._find(name)
+            export = self._find(name, keep=True)
         except Refused as why:
             self._reports(f"EXPORT_NAME refused: {why.text}")
             self._close()
@@ -246,7 +249,8 @@ class Negotiation:
         self._aligned = False
         self._begin(export, name)
 
-    def _find(self, name: str) -> Export:
+    def _find(self, name: str, *, keep: bool) -> Export:
+        self.keeps_export = keep
         try:
             return self._exports.find(name)
         except LaminaError as error:
@@ -276,7 +280,7 @@ class Negotiation:
         if len(data) != at + 2 + 2 * count:
             raise Refused(wire.REP_ERR_INVALID, "the lengths in this option contradict each other")
         asked = set(struct.unpack_from(f">{count}H", data, at + 2))
-        export = self._find(name)
+        export = self._find(name, keep=option == wire.OPT_GO)
         # The block sizes come before the size: a client of QEMU's judges the size by them.
         if wire.INFO_BLOCK_SIZE in asked or export.minimum > 1:
             sizes = {"minimum": export.minimum, "preferred": export.preferred, "maximum": export.maximum}
@@ -315,7 +319,7 @@ class Negotiation:
             raise Refused(wire.REP_ERR_INVALID, "agree on structured replies first")
         name, at = _name(data, spare=4)
         queries = _queries(data, at)
-        export = self._find(name)
+        export = self._find(name, keep=setting)  # GO for the same export follows
         if not queries and not setting:
             queries = [context.partition(":")[0] + ":" for context in export.contexts]
         chosen: dict[str, None] = {}

@@ -110,6 +110,11 @@ class Transmission:
             self._begin, self._end = 0, left
         return self._room[self._end :]
 
+    @property
+    def halfway(self) -> bool:
+        """Whether a part of a request was received, and not all of it."""
+        return self._end > self._begin or self._waiting is not None
+
     def received(self, count: int) -> list[Request]:
         """The requests that `count` more bytes in `buffer()` made whole. They are to be answered even if it is `finished`."""
         requests: list[Request] = []

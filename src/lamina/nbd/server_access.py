@@ -1,0 +1,43 @@
+"""Whether what a server is told about TLS and its clients fits together: no setting may take the force out of another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from .exports import Offer
+
+_VERIFY = "verify the certificates of clients (--tls-verify-peer, server_context(..., verify_peer=True))"
+
+
+def check_access(
+    tls: str, context: ssl.SSLContext | None, allow: Collection[str] | None, offers: Iterable[Offer], *, folder: bool
+) -> None:
+    """OptionError for a combination under which clients would be let in that one of the settings keeps out. `folder`: there
+    is a folder of exports, too, which everybody may see."""
+    if tls not in ("off", "allow", "require") or (tls == "off") != (context is None):
+        raise OptionError("TLS is off, or needs a context", hint='tls="allow" or "require", with context')
+    offers = list(offers)
+    listed = allow is not None or any(offer.allow is not None for offer in offers)
+    guarded = any(offer.tls_only or offer.allow is not None for offer in offers)
+    if context is None:
+        if allow is not None:
+            raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)
+        return  # exports that are for TLS alone, or for some names, are seen by nobody then
+    verifies = int(context.verify_mode) == 2  # ssl.CERT_REQUIRED: a client without a certificate does not come in
+    if listed and not verifies:
+        raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)
+    if tls == "allow" and allow is not None:
+        raise OptionError(
+            "the list of names would keep nobody out who comes without TLS", hint="require TLS (--tls require)"
+        )
+    if tls == "allow" and verifies and (folder or not guarded):
+        raise OptionError(
+            "clients are verified, and would be let in without TLS, too",
+            hint="require TLS (--tls require), or say of each export that matters tls-only=on",
+        )
