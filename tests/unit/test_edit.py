@@ -113,7 +113,15 @@ def test_a_request_passes_the_gate_once(tmp_path: Path, monkeypatch: pytest.Monk
         passed += 1
         enter(gate, token)
 
+    shut = Gate.shut
+
+    def counted_shut(gate: Gate, owner: Turn) -> None:
+        nonlocal passed
+        passed += 1
+        shut(gate, owner)
+
     monkeypatch.setattr(Gate, "enter", counted)
+    monkeypatch.setattr(Gate, "shut", counted_shut)  # by a request that runs alone
     with lamina.open({**qcow2(tmp_path / "disk.qcow2"), "detect-zeroes": detect}, read_only=False) as image:
         root, room = image.root, memoryview(bytearray(10_000))
         requests: list[Callable[[], object]] = [

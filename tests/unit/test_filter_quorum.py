@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import lamina
 from lamina.errors import BlockIOError, LaminaError, NotSupported, OptionError
 from lamina.extents import Extents
-from lamina.filters.quorum import Quorum
+from lamina.filters.quorum import Quorum, Stretches
 from lamina.image import Image
 from lamina.request import Child
 from lamina.storage.memory import PAGE, MemoryStorage
@@ -104,6 +105,110 @@ def test_a_copy_that_missed_a_write_is_outvoted() -> None:
     copies[0].fails = ()
     assert image.read(0, 1010) == bytes(10) + b"x" * 1000
     assert Image(copies[0]).read(0, 1010) == bytes(10) + b"x" * 1000
+
+
+@pytest.mark.parametrize("missed", [0, 1])
+def test_a_copy_that_missed_a_write_has_no_vote(missed: int) -> None:
+    """One vote is enough here: the old bytes would win as well as the new ones."""
+    image, copies = quorum(2, 1)
+    image.write(0, b"old" * 1000)
+    copies[missed].fails = ("write",)
+    image.write(0, b"new" * 1000)
+    image.write(4096, b"x")
+    copies[missed].fails = ()
+    assert image.read(0, 3000) == b"new" * 1000
+    assert image.read(100, 10) == (b"new" * 1000)[100:110]
+    assert image.read(4096, 2) == b"x\0"
+    copies[1 - missed].fails = ("read",)
+    with pytest.raises(BlockIOError, match="only 0 of 2 copies agree"):
+        image.read(0, 512)  # only old bytes are left
+    assert image.read(8192, 512) == bytes(512)  # nothing was missed there
+    copies[1 - missed].fails = ()
+    image.write(0, b"third" * 800)  # whole blocks, up to a part of one that it has no vote about
+    copies[1 - missed].fails = ("read",)
+    assert image.read(0, 3584) == (b"third" * 800)[:3584]
+    with pytest.raises(BlockIOError, match="only 0 of 2"):
+        image.read(4096, 1)
+
+
+def test_a_part_of_a_block_that_was_missed_makes_no_good_copy() -> None:
+    image, copies = quorum(3, 2)
+    copies[0].fails = ("write",)
+    image.write(0, b"a" * 512)
+    copies[0].fails, copies[1].fails = (), ("write",)
+    with pytest.raises(BlockIOError, match="only 1 of 3 copies hold all"):
+        image.write(10, b"b")
+    image.write(0, b"c" * 512)  # copies 0 and 2
+    assert image.read(0, 512) == b"c" * 512
+    copies[1].fails = ()
+    assert Image(copies[1]).read(0, 512) == b"a" * 512
+    image.write(0, b"d" * 512)
+    assert all(Image(copy).read(0, 512) == b"d" * 512 for copy in copies)
+
+
+@pytest.mark.parametrize("operation", ["zero", "truncate"])
+def test_a_copy_that_missed_zeroes_or_a_new_size_has_no_vote(operation: str) -> None:
+    image, copies = quorum(2, 1)
+    image.write(0, b"x" * SIZE)
+    copies[0].fails = (operation,)
+    if operation == "zero":
+        image.zero(PAGE, PAGE)
+    else:
+        image.truncate(PAGE)
+        copies[0].fails = ()
+        copies[1]._size = copies[1].size
+        image.truncate(SIZE)
+    copies[0].fails = ()
+    assert image.read(0, PAGE) == b"x" * PAGE
+    assert image.read(PAGE, PAGE) == bytes(PAGE)
+
+
+def test_a_copy_that_is_rewritten_votes_again() -> None:
+    image, copies = quorum(3, 2, rewrite_corrupted=True)
+    image.write(0, b"old" * 1024)
+    copies[0].fails = ("write",)
+    image.write(0, b"new" * 1024)
+    copies[0].fails = ()
+    assert image.read(0, 3072) == b"new" * 1024
+    copies[2].fails = ("read",)
+    assert image.read(0, 3072) == b"new" * 1024  # copies 0 and 1
+
+
+@pytest.mark.parametrize(
+    ("count", "threshold", "fine"), [(2, 1, False), (2, 2, True), (3, 1, False), (4, 2, False), (4, 3, True)]
+)
+def test_only_a_majority_writes_over_copies(count: int, threshold: int, fine: bool) -> None:
+    if fine:
+        quorum(count, threshold, rewrite_corrupted=True)
+    else:
+        with pytest.raises(OptionError, match="no majority"):
+            quorum(count, threshold, rewrite_corrupted=True)
+
+
+def test_ranges_that_are_remembered(seed: int) -> None:
+    rng = random.Random(seed)
+    stretches, model = Stretches(), set()
+    for _ in range(400):
+        start = rng.randrange(200)
+        end = start + rng.randrange(20)
+        if rng.random() < 0.5 and start < end:
+            stretches.add(start, end)
+            model |= set(range(start, end))
+        else:
+            stretches.remove(start, end)
+            model -= set(range(start, end))
+        for at in range(0, 220, 7):
+            length = rng.randrange(1, 9)
+            assert stretches.touch(at, at + length) == any(byte in model for byte in range(at, at + length))
+
+
+def test_of_too_many_ranges_neighbours_are_joined() -> None:
+    stretches = Stretches()
+    for number in range(10_000):
+        stretches.add(number * 10, number * 10 + 1)
+    assert len(stretches._ranges) <= 4096
+    assert all(stretches.touch(number * 10, number * 10 + 1) for number in range(10_000))
+    assert not stretches.touch(100_000, 100_001)
 
 
 def test_a_read_asks_all_copies_before_the_next_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,11 @@ class Cache(TransformNode):
     def truncate(self, size: int) -> None:
         with self._mutex:
             self._write_back()
-            self.image.truncate(size)
-            self._blocks.clear()
-            self._size = size
+            try:
+                self.image.truncate(size)
+            finally:  # what failed may have changed the size all the same
+                self._blocks.clear()
+                self._size = self.image.size
 
     def extents(self, offset: int, length: int) -> Extents:
         """What is dirty is data that no file holds yet; the rest is the image's answer."""

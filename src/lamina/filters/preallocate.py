@@ -65,7 +65,12 @@ class Preallocate(FilterNode):
 
     def truncate(self, size: int) -> None:
         with self._growing:
-            self.image.truncate(size)
+            try:
+                self.image.truncate(size)
+            except BaseException:  # what failed may have changed the size all the same
+                self._ahead = self.image.size
+                self._size = min(self._size, self._ahead)
+                raise
             self._size = self._ahead = size
 
     def graph_changed(self) -> None:

@@ -217,8 +217,7 @@ class Client:
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes at `offset`."""
-        if length < 0:
-            raise self._outside("read", offset, length)
+        self._check("read", offset, length)
         data = bytearray(length)
         self.start_read(offset, memoryview(data)).wait()
         return bytes(data)

@@ -340,7 +340,7 @@ class FileStorage(StorageNode):
         with self._growing:
             try:
                 operation(*arguments)
-            except BlockIOError:
+            except BaseException:
                 # Part of it may be there: what lies past the tracked size would otherwise come back in a later growth.
                 if self._fd >= 0:
                     self._size = max(self._size, os.fstat(self._fd).st_size)

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from ...errors import LaminaError, OptionError, OutOfRange, UnsupportedFeature
 from ...node import require_writable
 from . import grammar, patterns
 from .output import hex_dump, machine_statistics, statistics
 from .session import Session
+
+if TYPE_CHECKING:
+    from ...image import Image
 
 Flags = dict[str, list[str]]
 
@@ -142,14 +146,22 @@ def _ranges(operands: Sequence[str]) -> tuple[int, int]:
     return grammar.size(operands[0]), grammar.bounded(sum(map(grammar.size, operands[1:])))
 
 
+def _is_outside(image: Image, offset: int, length: int) -> bool:
+    """Whether a request fails for its place, so that it needs no buffer."""
+    return not 0 <= offset <= image.size - length
+
+
 def _reading(session: Session, name: str, flags: Flags, offset: int, length: int) -> Transfer:
     image = session.image
     byte = grammar.pattern_byte(flags["P"][-1]) if "P" in flags else None
-    data = bytearray(length)
+    outside = _is_outside(image, offset, length)
+    data = bytearray(0 if outside else length)
 
     def action() -> None:
         if "b" in flags:
             raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+        if outside:
+            image.root.require_inside(offset, length, "read")
         image.read_into(offset, data)
 
     expected = None if byte is None else (0, length, byte)
@@ -173,11 +185,15 @@ def _writing(session: Session, name: str, flags: Flags, offset: int, length: int
         return Transfer("wrote", name, offset, length, flags, zero)
 
     grammar.bounded(length)
-    data = patterns.from_file(flags["s"][-1], length) if "s" in flags else patterns.repeated(byte, length)
+    outside = _is_outside(image, offset, length)
+    count = 0 if outside else length
+    data = patterns.from_file(flags["s"][-1], count) if "s" in flags else patterns.repeated(byte, count)
 
     def action() -> None:
         if "b" in flags:
             raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+        if outside:
+            image.root.require_inside(offset, length, "write")
         image.write(offset, data, fua=fua, compress="c" in flags)
 
     return Transfer("wrote", name, offset, length, flags, action)
