@@ -20,6 +20,7 @@ import pytest
 import lamina
 from lamina import edit as edit_module
 from lamina import image as image_module
+from lamina.storage import aligned
 
 SIZE = 256 * 1024
 PATIENCE = 20.0
@@ -158,6 +159,26 @@ def test_requests_that_waited_for_an_interrupted_edit_go_on(tmp_path: Path) -> N
             stop.set()
             thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def test_no_buffer_of_direct_io_stays_taken() -> None:
+    pool = aligned.Pool(2)
+    number, done = 0, False
+    while not done:
+        number += 1
+        with interrupted_at(number, {aligned.__file__}) as seen, suppress(KeyboardInterrupt):
+            with pool.buffer() as buffer:
+                buffer[:4] = b"data"
+            done = True
+
+        def take_both() -> None:
+            with pool.buffer(), pool.buffer():
+                pass
+
+        in_another_thread(take_both)
+    assert seen[0] < number
+    assert number > 20
+    assert len(pool._free) <= 2
 
 
 @pytest.mark.parametrize("within", ["the gate", "all of Lamina"])

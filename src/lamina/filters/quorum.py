@@ -137,7 +137,7 @@ class Quorum(Node):
             losers = [role for role, vote in votes.items() if vote != winner]
             if losers:
                 self._outvoted(losers, offset + first, view[first:last])
-            for role in set(old).difference(losers):
+            for role in set(old).difference(losers) if not self.read_only else ():
                 self._is_good(role, offset + first, offset + last)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:

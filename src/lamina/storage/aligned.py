@@ -8,7 +8,7 @@ import mmap
 import os
 import stat
 import struct
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +16,9 @@ from ..limits import is_power_of_two
 
 #: The size of one buffer, and so of the largest single transfer.
 BUFFER = 1 << 20
+
+#: How often it is looked whether a buffer is free, in seconds.
+_LOOK_AGAIN = 0.0002
 
 #: A multiple of every logical block size in common use: right wherever a smaller one would do too.
 _SAFE = 4096
@@ -27,26 +30,40 @@ _STATX_SIZE, _DIO_OFFSET_ALIGN = 256, 156
 
 class Pool:
     """At most `count` buffers of `BUFFER` bytes that start on a page, made when first needed. Safe for any number of
-    threads: who asks when all are in use waits."""
+    threads: who asks when all are in use waits. An interrupt at any point leaves no place taken: each is a token in a set,
+    which is taken out twice."""
 
-    __slots__ = ("_free", "_room")
+    __slots__ = ("_count", "_free", "_using")
 
     def __init__(self, count: int = 8) -> None:
-        self._room = threading.BoundedSemaphore(count)
+        self._count = count
+        self._using: set[object] = set()
         self._free: list[memoryview] = []
 
     @contextmanager
     def buffer(self) -> Iterator[memoryview]:
         """A buffer for the time of the block. What is in it is left over from others: overwrite before use."""
-        with self._room:
+        token, leave = object(), self._using.discard
+        try:
             try:
-                buffer = self._free.pop()
-            except IndexError:
-                buffer = memoryview(mmap.mmap(-1, BUFFER))
-            try:
+                self._using.add(token)
+                while len(self._using) > self._count:
+                    leave(token)
+                    time.sleep(_LOOK_AGAIN)
+                    self._using.add(token)
+                buffer = self._unused()
                 yield buffer
+                self._free.append(buffer)  # not after an error: it is as easily made anew
             finally:
-                self._free.append(buffer)
+                leave(token)
+        finally:
+            leave(token)
+
+    def _unused(self) -> memoryview:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return memoryview(mmap.mmap(-1, BUFFER))
 
 
 def alignment(fd: int) -> int:

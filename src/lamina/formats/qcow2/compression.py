@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from ... import lifecycle
 from ...errors import CorruptImage, LimitExceeded
 from ...limits import KIB, MIB, align_down, align_up
 from . import layout as q
@@ -165,6 +166,7 @@ class Compression:
             if self._threads is None:
                 from concurrent.futures import ThreadPoolExecutor
 
+                lifecycle.before_pools()
                 self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
             return self._threads
 
