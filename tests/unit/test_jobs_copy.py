@@ -20,6 +20,7 @@ from lamina.jobs.copy_ends import DONE, Part, PipeSource, StorageTarget, Wait, o
 from lamina.jobs.copy_journal import Journal, Partial
 from lamina.jobs.zero_blocks import stored_parts
 from lamina.request import Child
+from lamina.target_file import Target
 
 BLOCKS = st.sampled_from([1, 2, 4, 8])
 RUNS = st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12)
@@ -314,7 +315,8 @@ def test_a_partial_file_is_the_same_or_refused(tmp_path: Path) -> None:
     target = tmp_path / "disk.raw"
     target.write_bytes(b"old")
     target.chmod(0o600)
-    first = Partial(str(target), None)
+    held = Target(str(target))
+    first = Partial(str(target), None, held)
     Path(first.path).write_bytes(b"new")
     assert Partial(str(target), first.identity).identity == first.identity
     with pytest.raises(OptionError, match="not the file"):
@@ -322,6 +324,7 @@ def test_a_partial_file_is_the_same_or_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="in the way"):
         Partial(str(target), None)
     first.finish()
+    held.close()
     assert target.read_bytes() == b"new"
     assert target.stat().st_mode & 0o777 == 0o600
     with pytest.raises(LaminaError, match="gone"):

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from time import monotonic
 from typing import Any
 
-from ..creation import begin, new_file, open_new, open_unsynced
+from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
 from ..errors import LaminaError, OptionError
 from ..graph import Opener
 from ..image import Image
@@ -30,6 +30,7 @@ from ..jobs.progress import Monitor
 from ..options import format_size, parse_name, path_in
 from ..own_files import refuse_own, refuse_stream
 from ..request import Child
+from ..target_file import Target as HeldTarget
 from .arguments import Parser
 from .nbd_names import export_target, names_export
 from .terminal import Meter
@@ -237,40 +238,74 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
     """As `_run`, but what was copied stays and is found again."""
     path = _path_of(args.target)
     known = Journal.resume(args.resume_file)
-    facts = _facts(source, args)
-    partial = None
-    if path is not None:
-        identity = known.facts.get("partial") if known is not None else None
-        partial = Partial(path, identity)
-        facts["partial"] = partial.identity
-    if known is None:
-        journal = Journal(args.resume_file, facts)
+    if known is not None and path is not None and _is_there(path, known):
+        # The last run ended between the two: the copy has its name, and the journal is left.
+        known.expect(_facts(source, args) | {key: known.facts.get(key) for key in ("partial", "target-identity")})
+        known.remove()
+        return Copied(known.position, 0, 0, 0, 0, known.position)
+    with ExitStack() as stack:
+        facts = _facts(source, args)
+        partial = None
+        if path is not None:
+            replaces = None
+            if os.path.lexists(os.path.realpath(path)):
+                # Held until the copy has its name: a program that opens the old file meanwhile meets the lock.
+                replaces = HeldTarget(os.path.realpath(path), lock_for_writing)
+                stack.callback(replaces.close)
+            status = replaces.status if replaces is not None else None
+            facts["target-identity"] = None if status is None else [status.st_dev, status.st_ino]
+            if known is not None:
+                known.expect(facts | {"partial": known.facts.get("partial")})
+            partial = Partial(path, known.facts.get("partial") if known is not None else None, replaces)
+            facts["partial"] = partial.identity
+        journal = _begin_journal(known, args.resume_file, facts, partial)
         try:
-            journal.record(0)  # before the first byte: whatever ends this process leaves what can be taken up again
-        except BaseException:
-            if partial is not None:
-                partial.discard()
+            if partial is None:
+                copied = _copy_in_place(source, args, plan, monitor, journal)
+            else:
+                copied = _copy_to_partial(source, args, plan, monitor, journal, partial)
+                partial.finish()
+        except LaminaError as error:
+            told = f"the same command again goes on from {journal.position} ({format_size(journal.position)})"
+            error.hint = f"{error.hint}; {told}" if error.hint else told
             raise
-    else:
-        known.expect(facts)
-        journal = known
-    try:
-        if partial is None:
-            copied = _copy_in_place(source, args, plan, monitor, journal)
-        else:
-            child = open_unsynced(partial.path)
-            target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=args.allocated)
-            try:
-                copied = Copy(source, target, plan, journal=journal, monitor=monitor).run()
-            finally:
-                target.close()
-            partial.finish()
-    except LaminaError as error:
-        told = f"the same command again goes on from {journal.position} ({format_size(journal.position)})"
-        error.hint = f"{error.hint}; {told}" if error.hint else told
-        raise
     journal.remove()
     return copied
+
+
+def _is_there(path: str, known: Journal) -> bool:
+    """Whether the file at `path` is what the copy of this journal has made."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return [status.st_dev, status.st_ino] == known.facts.get("partial")
+
+
+def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], partial: Partial | None) -> Journal:
+    if known is not None:
+        known.expect(facts)
+        return known
+    journal = Journal(path, facts)
+    try:
+        journal.record(0)  # before the first byte: whatever ends this process leaves what can be taken up again
+    except BaseException:
+        if partial is not None:
+            partial.discard()
+        raise
+    return journal
+
+
+def _copy_to_partial(
+    source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor, journal: Journal, partial: Partial
+) -> Copied:
+    child = open_unsynced(partial.path)
+    target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=args.allocated)
+    try:
+        partial.expect(getattr(child.node.children["image"].node, "identity", None))
+        return Copy(source, target, plan, journal=journal, monitor=monitor).run()
+    finally:
+        target.close()
 
 
 def _facts(source: Source | PipeSource, args: Namespace) -> dict[str, Any]:

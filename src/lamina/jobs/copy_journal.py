@@ -7,12 +7,15 @@ file that it was not replaced or changed since. A new file is made beside its na
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..atomic_file import sync_folder, write_file
-from ..errors import BlockIOError, FormatError, OptionError
+from ..errors import BlockIOError, FormatError, LaminaError, OptionError
+
+if TYPE_CHECKING:
+    from ..target_file import Target
 
 _VERSION = 1
 #: A journal is a few names and numbers.
@@ -86,32 +89,56 @@ class Partial:
     """The file `TARGET.partial` that becomes `target` when it is whole, and stays when it is not. Unlike an `AtomicFile` it
     is found again, by its name: `identity` says that it is the same file."""
 
-    def __init__(self, target: str, identity: list[int] | None) -> None:
-        """Make the file, or with the `identity` that a journal has of it find it again. OptionError if it is in the way, or
-        is not that file; BlockIOError."""
+    def __init__(self, target: str, identity: list[int] | None, replaces: Target | None = None) -> None:
+        """Make the file, or with the `identity` that a journal has of it find it again. `replaces`: the file that is at
+        `target`, whose owner, permissions and attributes the new one gets; it is the caller's, and held until after `finish`.
+        OptionError if something is in the way, the file is another one, or a rename would lose what `replaces` is;
+        BlockIOError."""
         self.target: str = os.path.realpath(target)
         self.path = f"{self.target}.partial"
+        self._replaces = replaces
+        reason = replaces.obstacle() if replaces is not None else None
+        if reason is not None:
+            raise self._not_replaced(reason)
         try:
             if identity is None:
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, self._mode()))
+                self._make()
             status = os.lstat(self.path)
         except FileExistsError as error:
             hint = "remove it, or name the journal of the copy that left it"
             raise OptionError("this file is in the way of the copy", path=self.path, hint=hint) from error
         except OSError as error:
+            if isinstance(error, LaminaError):
+                raise
             what = "cannot create a file there" if identity is None else "what was copied before is gone"
             start_over = None if identity is None else "remove the journal to copy from the start"
             raise BlockIOError.from_os(error, what, path=self.path, hint=start_over) from error
         self.identity = [status.st_dev, status.st_ino]
-        if identity is not None and self.identity != identity:
+        if identity is not None:
+            self.expect((status.st_dev, status.st_ino), identity)
+
+    def expect(self, found: tuple[int, int] | None, identity: list[int] | None = None) -> None:
+        """OptionError unless the file of this (device, inode) is the one that the journal, or this object, speaks of."""
+        if found is None or [*found] != (identity or self.identity):
             hint = "remove both it and the journal to copy from the start"
             raise OptionError("this is not the file that the journal speaks of", path=self.path, hint=hint)
 
-    def _mode(self) -> int:
-        """The permissions of the file that is replaced, or those of any new one."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.stat(self.target).st_mode & 0o777
-        return 0o666
+    def _make(self) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.path, flags, 0o600 if self._replaces is not None else 0o666)
+        try:
+            reason = self._replaces.give_attributes(fd) if self._replaces is not None else None
+            if reason is not None:
+                raise self._not_replaced(reason)
+        except BaseException:
+            os.unlink(self.path)
+            raise
+        finally:
+            os.close(fd)
+
+    def _not_replaced(self, reason: str) -> OptionError:
+        hint = "leave --resume-file out, and it is written in place"
+        return OptionError(f"this file cannot be replaced by the copy: {reason}", path=self.target, hint=hint)
 
     def discard(self) -> None:
         """Nothing was copied, and no journal speaks of it."""
@@ -121,9 +148,31 @@ class Partial:
             raise BlockIOError.from_os(error, "an empty file is left there", path=self.path) from error
 
     def finish(self) -> None:
-        """It is whole, and durable: give it its name."""
+        """It is whole, and durable: give it its name. A file that another program has put there meanwhile is left alone."""
         try:
-            os.replace(self.path, self.target)
+            if self._replaces is not None:
+                self._replaces.replace(os.path.basename(self.path))
+            else:
+                self._take_name()
             sync_folder(os.path.dirname(self.target))
+        except FileExistsError as error:
+            hint = "it is left alone; move it away, or the copy to another name"
+            what = f"another program made a file of this name meanwhile; the copy is whole, and is {self.path}"
+            raise BlockIOError.from_os(error, what, path=self.target, hint=hint) from error
         except OSError as error:
+            if isinstance(error, LaminaError):
+                raise
             raise BlockIOError.from_os(error, "the copy is whole but cannot be put there", path=self.target) from error
+
+    def _take_name(self) -> None:
+        try:
+            os.link(self.path, self.target, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except OSError:
+            # No hard links there: looked at, and then renamed.
+            if os.path.lexists(self.target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            os.replace(self.path, self.target)
+        else:
+            os.unlink(self.path)
