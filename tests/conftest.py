@@ -46,6 +46,7 @@ def in_ci() -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed before the workers of xdist start (they inherit the environment) and before hypothesis looks."""
+    os.environ.pop("LAMINA_REFERENCES", None)  # the default of a site is none of ours
     given = "LAMINA_SEED" in os.environ
     os.environ.setdefault("LAMINA_SEED", str(random.SystemRandom().randrange(1 << 32)))
     if not config.getoption("--hypothesis-profile"):

@@ -31,8 +31,10 @@ def open(
     over a plain path; it is never guessed unless asked for with "probe", since the content of a raw disk belongs to its
     guest. Images open read-only unless told otherwise, and so does every backing file, always.
 
-    `references` decides which files may be opened because an image names them: by default those beneath the directory of the
-    image itself. `budget` bounds what opening may allocate. `force_share` reads beside a program that has the image open for
+    `references` decides which files may be opened because an image names them. The default is `Policy.default()`: the own
+    folder of the image, without hidden files, unless this site set another one. An image whose format was found with "probe"
+    opens no other file until `references` grants it. Services that open what strangers upload give `Policy.none()`.
+    `budget` bounds what the images may cost. `force_share` reads beside a program that has the image open for
     writing: what is read may then be inconsistent. `snapshot` keeps all changes in memory (the filter `cow`) and the image as
     it is: it is opened for reading, whatever `read_only` says, and what was written is gone with the `close`.
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from . import detect, lifecycle, registry
-from .errors import FormatError, LaminaError, LimitExceeded, OptionError, PolicyError
-from .limits import DEFAULT_BUDGET, Budget
+from .errors import FormatError, LaminaError, OptionError, PolicyError
+from .limits import DEFAULT_BUDGET, Account, Budget
 from .node import MAY_UNMAP, Node, StorageNode
 from .options import parse_name, to_keyval
 from .policy import Policy, Trail
@@ -23,9 +23,6 @@ COMMON = ("node-name", "read-only", "force-share", "snapshot", "detect-zeroes", 
 
 #: The roles whose child is storage: without a driver they name a file, and are never probed.
 STORAGE_ROLES = ("file", "data-file")
-
-#: No chain is deeper, whatever the policy allows: deeper ones do not fit the stack of Python.
-MAX_CHAIN = 150
 
 Spec = Mapping[str, Any] | str
 
@@ -38,6 +35,8 @@ class Opener:
     which is enough to look at its tables. `fd`: a descriptor that is open already; storage takes a copy of it. `name`: what
     the user calls the node. `trail`: the files on the way from the top of the chain. `taken`, `unshared`: permissions (see
     `storage.locks`) that the locks of files use, and keep from others, besides their own; not those of backing nodes.
+    `policy`: what the user granted, None: nothing was said. `probed`: the format that was found by its magic. `account`: the
+    memory that the whole graph may take.
     """
 
     def __init__(
@@ -51,8 +50,10 @@ class Opener:
         no_references: bool = False,
         fd: int | None = None,
     ) -> None:
-        self.policy = policy or Policy.beneath()
+        self.policy = policy
+        self.probed: str | None = None
         self.budget = budget
+        self.account = Account(budget.memory)
         self.read_only = read_only
         self.force_share = force_share
         self.probe = probe
@@ -64,6 +65,19 @@ class Opener:
         self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []
         self._top = True  # what this opens is the top of a graph
+
+    def granted(self) -> Policy:
+        """The rule for names inside the image that is opened: what the user gave; else the default, or nothing at all where
+        nobody named the format. (A guest can write any header into its raw disk.)"""
+        if self.policy is not None:
+            return self.policy
+        return Policy.default() if self.probed is None else Policy.probed(self.probed)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for cached tables of the image that is opened: less the deeper it lies, so that the sum is bounded."""
+        depth = len(self.trail.visited) if self.trail else 1
+        return self.budget.cache_bytes // max(depth, 1)
 
     def _but(self, **changes: Any) -> Opener:
         """The same, but for these attributes."""
@@ -162,10 +176,8 @@ class Opener:
         # An image may ask for a format only: never for a filter, nor for storage of its own choice; and for none of an
         # installed package.
         registry.lookup(driver, "format", from_image="driver" not in options)
-        trail = self.trail or self.policy.trail().enter(*host.identity, path)
-        if len(trail.visited) > MAX_CHAIN:
-            raise LimitExceeded(f"the backing chain is deeper than {MAX_CHAIN} files", path=path, hint="flatten it")
-        found = self.policy.open_reference(name, referrer=path, what=what)
+        trail = self.trail or Trail(self.budget.chain_depth).enter(*host.identity, path)
+        found = self.granted().open_reference(name, referrer=path, what=what)
         fd = found.fd
         try:
             status = os.fstat(fd)
@@ -193,7 +205,7 @@ class Opener:
             driver = "FORMAT"
         why, format = "give its format", "FORMAT"
         try:
-            found = _magic_of(self.policy.open_reference(name, referrer=host.path, what=what).fd)
+            found = _magic_of(self.granted().open_reference(name, referrer=host.path, what=what).fd)
         except (OSError, LaminaError):
             pass  # not granted, or not to be read: whoever names its format will hear of that
         else:
@@ -236,6 +248,7 @@ class Opener:
         if not self.read_only:
             detect.refuse_probed_raw(found, storage.node.filename)
         kind = registry.lookup(found.format, "format")
+        self.probed = found.format
         return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
 
 
@@ -276,9 +289,9 @@ def open_graph(
 
     `format`: the driver that lies over it, or "probe" to find it by its magic (refused for writing where that finds
     nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
-    is `Policy.beneath()`: only files beneath the directory of the image that names them. `snapshot`: the image is opened
-    for reading, and changes are kept in memory above it. `fd`: a descriptor of the image's file, open already: its storage
-    takes a copy of it, and no file is opened by its name. The caller closes the node.
+    is `Policy.default()`, and nothing where the format was found by a probe. `snapshot`: the image is opened for reading,
+    and changes are kept in memory above it. `fd`: a descriptor of the image's file, open already: its storage takes a copy
+    of it, and no file is opened by its name. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.

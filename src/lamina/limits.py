@@ -6,7 +6,10 @@ no driver rounds or splits. `Budget` bounds every allocation whose size a file o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
+
+from .errors import LimitExceeded, OptionError
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -60,19 +63,64 @@ class Limits(NamedTuple):
     compress_alignment: int = 0
 
 
-class Budget(NamedTuple):
-    """Upper bounds on what opening an image may cost before a byte of it is trusted. (The lengths that a header names are
-    held against the limits of their format, and against the size of the file, before anything is allocated.)"""
+#: No chain of backing files is deeper: deeper ones do not fit the stack of Python.
+MAX_CHAIN = 150
 
-    #: The deepest chain of backing files.
+
+class _Members(NamedTuple):
+    #: The deepest chain of backing files, at most MAX_CHAIN.
     chain_depth: int = 64
-    #: Bytes of memory for the tables of one image that are cached.
+    #: Bytes of memory for the tables of the image on top that are cached; an image further down gets its share of as much.
     cache_bytes: int = 16 * MIB
     #: Extents of one answer of `Image.extents`, which holds them all at once (about 40 bytes each, twice while it is made).
     rows: int = 1 << 22
+    #: Bytes of memory for tables that stay loaded while the images of the graph are open, of all of them together.
+    memory: int = 256 * MIB
     #: Bytes of data that a job (convert, copy) writes of what it reads from the image, at most; None: any number. Zeros that
     #: are left out, or made without being written, do not count. A small file may read as terabytes.
     max_output: int | None = None
+
+
+class Budget(_Members):
+    """Upper bounds on what the images of one graph may cost, before a byte of them is trusted: it belongs to the whole graph,
+    however many files that has. (The lengths that a header names are held against the limits of their format, and against
+    the size of the file, before anything is allocated.) OptionError for values that cannot be."""
+
+    __slots__ = ()
+
+    def __new__(cls, *values: int | None, **named: int | None) -> Self:
+        return cls._make(_Members(*values, **named))  # type: ignore[arg-type]  # looked at below
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # also what `_replace` makes is checked
+        made = tuple.__new__(cls, iterable)
+        for name, value in zip(cls._fields, made, strict=True):
+            if (value is not None or name != "max_output") and (not isinstance(value, int) or value < 0):
+                raise OptionError(f"{name} of a budget is {value!r}, not a number from 0 on")
+        if made.chain_depth > MAX_CHAIN:
+            raise OptionError(f"chain_depth is {made.chain_depth}, and no chain is deeper than {MAX_CHAIN} files")
+        return made
+
+
+class Account:
+    """The memory that the open images of one graph take, held against the budget of that graph."""
+
+    __slots__ = ("_limit", "_taken")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    def take(self, count: int, what: str, path: str | None = None) -> None:
+        """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded where the budget has less."""
+        if self._taken + count > self._limit:
+            raise LimitExceeded(
+                f"{what} takes {count} bytes of memory, and of {self._limit} for all images of this graph {self._taken} "
+                "are in use",
+                path=path,
+                hint="raise memory in the budget (--limits memory=1G), if these images are trusted",
+            )
+        self._taken += count
 
 
 #: The default bounds; strict enough for files that nobody vouches for.

@@ -28,7 +28,7 @@ from .errors import (
     PolicyError,
     printable,
 )
-from .limits import DEFAULT_BUDGET, Budget
+from .limits import DEFAULT_BUDGET
 
 Kind = Literal["none", "beneath", "listed", "any"]
 
@@ -39,7 +39,10 @@ MAX_SHOWN = 1024
 #: Symlinks followed while one name is resolved; the limit of the Linux kernel.
 MAX_LINKS = 40
 
-_ALLOW = "to allow it, give --references any (in Python: Policy.any())"
+#: Where a site sets the default for all its users; see `Policy.default`.
+SYSTEM_DEFAULT = "/etc/lamina/references"
+_MAX_SITE_FILE = 64 << 10
+
 _SPELLINGS = "use none, same-dir, beneath:DIRECTORY, list:FILE:FILE... or any"
 # O_PATH needs only the right to search a directory, as an ordinary open of a path does; elsewhere it must be readable.
 _DIRECTORY_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,7 +59,7 @@ class Reference(NamedTuple):
 class Trail(NamedTuple):
     """The files opened on the way from the top of a chain down to here; immutable, so siblings can share their parents.
 
-    `limit` is the number of files allowed below the top.
+    `limit` is the number of files allowed below the top: `Budget.chain_depth`.
     """
 
     limit: int = DEFAULT_BUDGET.chain_depth
@@ -81,92 +84,97 @@ class Trail(NamedTuple):
             raise LimitExceeded(
                 f"the backing chain is deeper than the limit of {self.limit} files",
                 path=path,
-                hint="flatten the chain, or raise chain_depth",
+                hint="flatten the chain, or raise chain_depth in the budget (--limits chain-depth=N)",
             )
         return Trail(self.limit, (*self.visited, (dev, ino, path)))
 
 
 class Policy:
-    """An immutable rule for names found inside images. Made by `none`, `beneath`, `listed`, `any` or `parse`.
+    """An immutable rule for names found inside images. Made by `none`, `beneath`, `listed`, `any` or `parse`; `default` is
+    the rule where the user gave none.
 
-    `budget` bounds what the same images may make us allocate; `chain_depth` is the part of it that bounds chains. May
-    be shared between threads and images. Equal policies compare and hash equal; `str` gives what `parse` takes.
+    May be shared between threads and images. Equal policies compare and hash equal; `str` gives what `parse` takes.
     """
 
-    __slots__ = ("_budget", "_directory", "_kind", "_paths")
+    __slots__ = ("_directory", "_kind", "_paths", "_probed")
 
     def __init__(
-        self,
-        kind: Kind,
-        *,
-        directory: str | None = None,
-        paths: tuple[str, ...] = (),
-        chain_depth: int | None = None,
-        budget: Budget = DEFAULT_BUDGET,
+        self, kind: Kind, *, directory: str | None = None, paths: tuple[str, ...] = (), probed: str | None = None
     ) -> None:
-        if chain_depth is not None:
-            budget = budget._replace(chain_depth=chain_depth)
         self._kind: Kind = kind
         self._directory = directory
         self._paths = paths
-        self._budget = budget
+        self._probed = probed
 
     @classmethod
-    def none(cls, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
-        """No name found inside an image opens anything."""
-        return cls("none", chain_depth=chain_depth, budget=budget)
+    def none(cls) -> Policy:
+        """No name found inside an image opens anything. Services that open what strangers upload want this one."""
+        return cls("none")
 
     @classmethod
-    def beneath(
-        cls,
-        directory: str | os.PathLike[str] | None = None,
-        *,
-        chain_depth: int | None = None,
-        budget: Budget = DEFAULT_BUDGET,
-    ) -> Policy:
-        """Regular files below `directory`, at any depth; None is the directory of the image that holds the name.
+    def probed(cls, format: str) -> Policy:
+        """As `none`, for an image whose `format` nobody named: it was found by the image's own magic."""
+        return cls("none", probed=format)
 
-        Symlinks may lead anywhere below it, and nowhere else. `directory` is resolved now, not at each use. The default
-        of library and command line is `Policy.beneath()`.
+    @classmethod
+    def beneath(cls, directory: str | os.PathLike[str] | None = None) -> Policy:
+        """Regular files below `directory`, at any depth. Symlinks may lead anywhere below it, and nowhere else. `directory`
+        is resolved now, not at each use.
+
+        None is the *own folder* of each image that holds a name: the folder in which its file really lies, and the
+        sub-folders of that. Hidden files and folders below it (whose name begins with a dot) are not granted, nor are
+        sub-folders that are symlinks: the images of a home directory reach neither its keys nor what a link leads to.
         """
-        resolved = None if directory is None else os.path.realpath(directory)
-        return cls("beneath", directory=resolved, chain_depth=chain_depth, budget=budget)
+        return cls("beneath", directory=None if directory is None else os.path.realpath(directory))
 
     @classmethod
-    def listed(
-        cls,
-        paths: Iterable[str | os.PathLike[str]],
-        *,
-        chain_depth: int | None = None,
-        budget: Budget = DEFAULT_BUDGET,
-    ) -> Policy:
+    def listed(cls, paths: Iterable[str | os.PathLike[str]]) -> Policy:
         """Exactly these files and block devices. Symlinks in `paths` are resolved now, not at each use."""
         if isinstance(paths, (str, bytes)):
             raise OptionError("a list of paths is needed, not a single path")
-        resolved = tuple(sorted({os.path.realpath(path) for path in paths}))
-        return cls("listed", paths=resolved, chain_depth=chain_depth, budget=budget)
+        return cls("listed", paths=tuple(sorted({os.path.realpath(path) for path in paths})))
 
     @classmethod
-    def any(cls, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
+    def any(cls) -> Policy:
         """Every regular file and block device that this process can open: only for images from trusted hands."""
-        return cls("any", chain_depth=chain_depth, budget=budget)
+        return cls("any")
 
     @classmethod
-    def parse(cls, text: str, *, chain_depth: int | None = None, budget: Budget = DEFAULT_BUDGET) -> Policy:
-        r"""The policy of a command line: `none`, `same-dir`, `beneath:DIR`, `list:A:B` or `any`.
+    def parse(cls, text: str) -> Policy:
+        r"""The policy of a command line: `none`, `same-dir` (the own folder), `beneath:DIR`, `list:A:B` or `any`.
 
         In a list, `\:` and `\\` stand for a colon and a backslash inside a path. Raises OptionError.
         """
         word, colon, rest = text.partition(":")
         if not colon and word in ("none", "any"):
-            return cls("none" if word == "none" else "any", chain_depth=chain_depth, budget=budget)
+            return cls("none" if word == "none" else "any")
         if not colon and word == "same-dir":
-            return cls.beneath(chain_depth=chain_depth, budget=budget)
+            return cls.beneath()
         if word == "beneath" and rest:
-            return cls.beneath(rest, chain_depth=chain_depth, budget=budget)
+            return cls.beneath(rest)
         if word == "list" and rest:
-            return cls.listed(_split_list(rest), chain_depth=chain_depth, budget=budget)
+            return cls.listed(_split_list(rest))
         raise OptionError(f'"{printable(text)}" is not a policy for references', hint=_SPELLINGS)
+
+    @classmethod
+    def default(cls) -> Policy:
+        """The rule for images whose format was named, where the user gave no policy: what this site sets, else the own
+        folder (`beneath()`).
+
+        A site sets it, as `parse` reads it, in the environment variable LAMINA_REFERENCES, in the file
+        `lamina/references` below $XDG_CONFIG_HOME (~/.config), or in /etc/lamina/references; the first that is there
+        counts. Files count only where they belong to this user or to root, and OptionError is raised where others may
+        write to them; a process with more rights than its user (set-user-id) looks at /etc alone.
+        """
+        plain = os.getuid() == os.geteuid() and os.getgid() == os.getegid()
+        text = os.environ.get("LAMINA_REFERENCES") if plain else None
+        if text:
+            return _site_policy(text, "LAMINA_REFERENCES")
+        for place in site_files() if plain else [SYSTEM_DEFAULT]:
+            text = _site_file(place)
+            if text is not None:
+                return _site_policy(text, place)
+        return cls.beneath()
 
     @property
     def kind(self) -> Kind:
@@ -182,27 +190,15 @@ class Policy:
         """What `listed` grants, without symlinks, sorted."""
         return self._paths
 
-    @property
-    def budget(self) -> Budget:
-        return self._budget
-
-    @property
-    def chain_depth(self) -> int:
-        return self._budget.chain_depth
-
-    def trail(self) -> Trail:
-        """An empty trail with this policy's limit; the first file to enter it is the top of the chain."""
-        return Trail(self.chain_depth)
-
     def __str__(self) -> str:
         if self._kind == "beneath":
             return "same-dir" if self._directory is None else f"beneath:{self._directory}"
         if self._kind == "listed":
-            return ":".join(["list", *(path.replace("\\", r"\\").replace(":", r"\:") for path in self._paths)])
+            return _list(self._paths)
         return self._kind
 
     def __repr__(self) -> str:
-        return f"<Policy {printable(str(self))} chain_depth={self.chain_depth}>"
+        return f"<Policy {printable(str(self))}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Policy) and self._fields() == other._fields()
@@ -211,7 +207,7 @@ class Policy:
         return hash(self._fields())
 
     def _fields(self) -> tuple[Any, ...]:
-        return (self._kind, self._directory, self._paths, self._budget)
+        return (self._kind, self._directory, self._paths, self._probed)
 
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
@@ -229,12 +225,12 @@ class Policy:
         case = _Case(self, name, referrer, what)
         case.judge_name()
         try:
-            home = os.path.dirname(referrer if referrer.startswith("/") else os.path.join(os.getcwd(), referrer))
-            path = _resolve(os.path.join(home, name))
-            root = self._directory or (_resolve(home) if self._kind == "beneath" else None)
+            home = case.home()
+            root = self._directory or (_resolve(home)[0] if self._kind == "beneath" else None)
+            path, through = _resolve(os.path.join(home, name), root)
         except OSError as error:
             raise case.refusal("where it leads cannot be told", None) from error
-        case.judge_path(path, root)
+        case.judge_path(path, root, through)
         try:
             return Reference(path, case.open(path, os.O_RDWR if writable else os.O_RDONLY))
         except OSError as error:
@@ -258,9 +254,23 @@ class _Case:
         name = self.name if len(self.name) <= MAX_SHOWN else self.name[:64] + "..."
         return f'{self.what} "{name}"'
 
-    def refusal(self, reason: str, hint: str | None = _ALLOW) -> PolicyError:
+    def home(self) -> str:
+        """The folder that the name is relative to."""
+        referrer = self.referrer
+        return os.path.dirname(referrer if referrer.startswith("/") else os.path.join(os.getcwd(), referrer))
+
+    def grant(self, path: str) -> str:
+        """How to allow this one file, besides what is allowed already: the narrowest grant that would help."""
+        from shlex import quote
+
+        if len(path) > MAX_SHOWN:
+            return "to allow it, give its path as --references list:PATH"
+        paths = [*self.policy.paths, path]
+        return f"to allow it, give --references {quote(_list(paths))} (in Python: Policy.listed({paths!r}))"
+
+    def refusal(self, reason: str, hint: str | None) -> PolicyError:
         text = printable(f"{self.title()} is refused: {reason} (policy for references: {self.policy})")
-        return PolicyError(text, path=self.referrer, operation="open", hint=hint)
+        return PolicyError(text, path=self.referrer, operation="open", hint=hint and printable(hint))
 
     def failure(self, error: OSError, path: str) -> LaminaError:
         if error.errno == errno.ELOOP:
@@ -274,10 +284,15 @@ class _Case:
     def judge_name(self) -> None:
         """Refuse what can be refused without looking at any file."""
         if self.policy.kind == "none":
-            raise self.refusal(
-                "no name found inside an image is opened",
-                "to allow it, give --references same-dir or any (in Python: Policy.beneath() or Policy.any())",
+            hint = self.grant(os.path.join(self.home(), self.name)) if "\0" not in self.name else None
+            if self.policy._probed is None:
+                raise self.refusal("no name found inside an image is opened", hint)
+            reason = (
+                f"the format of the image, {self.policy._probed}, is only a guess by its first bytes, and a guess opens no "
+                "other files"
             )
+            named = f"if it is {self.policy._probed}, say so (-f {self.policy._probed})"
+            raise self.refusal(reason, f"{named}; {hint}" if hint else named)
         if not self.name:
             raise self.refusal("the name is empty", None)
         if "\0" in self.name:
@@ -294,29 +309,35 @@ class _Case:
                 "to use it, name that child explicitly when opening; a file of that name is spelt with ./ before it",
             )
 
-    def judge_path(self, path: str, root: str | None) -> None:
-        """Refuse `path` (absolute, no symlinks in it) unless the policy grants it."""
+    def judge_path(self, path: str, root: str | None, through: str | None) -> None:
+        """Refuse `path` (absolute, no symlinks in it) unless the policy grants it. `through`: a folder below `root` that the
+        name passes, and that is a symlink."""
         kind = self.policy.kind
         if path == "/proc" or path.startswith("/proc/"):
             # Also what a link of the process itself, such as /dev/stdin, comes to: see _resolve.
             raise self.refusal("it leads into /proc", None)
         if kind == "listed" and path not in self.policy.paths:
-            raise self.refusal("it is not in the list")
-        if kind == "beneath":
-            assert root is not None
-            if not path.startswith(root.rstrip("/") + "/"):
-                raise self.refusal(f"it leads outside of {root}")
+            raise self.refusal("it is not in the list", self.grant(path))
+        if kind != "beneath":
+            return
+        assert root is not None
+        below = path.removeprefix(root.rstrip("/") + "/")
+        if below == path:
+            raise self.refusal(f"it leads outside of {root}", self.grant(path))
+        if self.policy.directory is not None:
+            return
+        if through is not None:
+            raise self.refusal(f'it leads through "{through}", and that folder is a symlink', self.grant(path))
+        if any(part.startswith(".") for part in below.split("/")):
+            raise self.refusal(f"it is hidden below {root}: a part of its path begins with a dot", self.grant(path))
 
-    def judge_type(self, mode: int) -> None:
+    def judge_type(self, mode: int, path: str) -> None:
         if stat.S_ISREG(mode):
             return
         if stat.S_ISBLK(mode):
             if self.policy.kind in ("listed", "any"):
                 return
-            raise self.refusal(
-                "it is a block device",
-                "to allow it, give --references list:DEVICE or any (in Python: Policy.listed([...]) or Policy.any())",
-            )
+            raise self.refusal("it is a block device", self.grant(path))
         if stat.S_ISLNK(mode):
             raise self.refusal("it changed while it was being opened", "try again, if that was meant")
         raise self.refusal(
@@ -334,12 +355,12 @@ class _Case:
                 os.close(directory)
                 directory = below
             # Looked at before it is opened, because opening a device or a FIFO has effects of its own.
-            self.judge_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode)
+            self.judge_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode, path)
             fd = os.open(last, access | _FILE_FLAGS, dir_fd=directory)
         finally:
             os.close(directory)
         try:
-            self.judge_type(os.fstat(fd).st_mode)
+            self.judge_type(os.fstat(fd).st_mode, path)
             os.set_blocking(fd, True)
         except BaseException:
             os.close(fd)
@@ -366,13 +387,15 @@ def _looks_like_protocol(name: str) -> bool:
 _SCHEME_MARKS = dict.fromkeys(map(ord, "+-._"))
 
 
-def _resolve(path: str) -> str:
-    """The absolute `path` with every symlink replaced by what it says, as far as its parts exist; nothing is opened.
+def _resolve(path: str, root: str | None = None) -> tuple[str, str | None]:
+    """The absolute `path` with every symlink replaced by what it says, as far as its parts exist; nothing is opened. And the
+    first folder below `root` that is a symlink, None where there is none.
 
     Stops at /proc, whose links do not say where they lead. Raises OSError when there are too many links.
     """
     at = ""
     links = 0
+    through = None
     pending = path.split("/")[::-1]
     while pending:
         part = pending.pop()
@@ -383,7 +406,7 @@ def _resolve(path: str) -> str:
             continue
         at = f"{at}/{part}"
         if at == "/proc":
-            return at
+            return at, through
         try:
             target = os.readlink(at)
         except OSError:
@@ -392,9 +415,50 @@ def _resolve(path: str) -> str:
         links += 1
         if links > MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if through is None and pending and root is not None and at.startswith(root.rstrip("/") + "/"):
+            through = at
         at = "" if target.startswith("/") else at.rpartition("/")[0]
         pending += target.split("/")[::-1]
-    return at or "/"
+    return at or "/", through
+
+
+def _list(paths: Iterable[str]) -> str:
+    """What `parse` takes for a list of these paths."""
+    return ":".join(["list", *(path.replace("\\", r"\\").replace(":", r"\:") for path in paths)])
+
+
+def site_files() -> list[str]:
+    """Where `Policy.default` looks for what this site sets, the first that is there counts."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return [os.path.join(home, "lamina", "references"), SYSTEM_DEFAULT]
+
+
+def _site_policy(text: str, source: str) -> Policy:
+    try:
+        return Policy.parse(text)
+    except OptionError as error:
+        raise OptionError(f"{printable(source)}: {error.message}", hint=error.hint) from error
+
+
+def _site_file(path: str) -> str | None:
+    """What the file says that sets the default of a site: its first line that is neither blank nor a comment. None where it
+    is not there, or is somebody else's."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+            return None
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise OptionError(
+                "others may write to this file, so it cannot say what images may open", path=path, hint="chmod go-w it"
+            )
+        lines = os.fsdecode(os.read(fd, _MAX_SITE_FILE)).splitlines()
+    finally:
+        os.close(fd)
+    return next((line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")), None)
 
 
 def _split_list(text: str) -> list[str]:

@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
         ["--help"],
         ["info", "image.qcow2"],
         ["info", "--output=json", "image.qcow2"],
-        ["info", "--backing-chain", "overlay.qcow2"],
+        ["info", "--backing-chain", "-f", "qcow2", "overlay.qcow2"],
         ["info", "-f", "raw", "image.raw"],
         ["create", "-f", "qcow2", "new.qcow2", "1G"],
         ["create", "-f", "qcow2", "-b", "image.qcow2", "-F", "qcow2", "new.qcow2"],

@@ -23,7 +23,7 @@ from lamina.errors import LaminaError
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.graph import Opener, open_graph, probe
 from lamina.image import Image
-from lamina.policy import Policy
+from lamina.policy import Policy, site_files
 from lamina.request import Child
 
 MIB = 1 << 20
@@ -59,6 +59,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         if isinstance(path, int) or (isinstance(flags, int) and flags & _DIRECTORY):
             return  # a descriptor that is open already; a step on the way to a file
         name = os.fsdecode(path)
+        if name in site_files():  # named by the site, not by an image
+            return
         if not os.path.realpath(name).startswith(_OWN) and not os.path.isdir(name):
             _watching.append(name)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina import CorruptImage, LimitExceeded
+from lamina import Budget, CorruptImage, LimitExceeded, OptionError
 from lamina.formats.qcow2 import layout as q
 
 from .images import KIB, MIB, U32, Victim, sparse, victim
@@ -172,10 +172,14 @@ def test_row_23_a_deep_chain_that_was_asked_for(tmp_path: Path) -> None:
         fmt = "raw" if index == 1 else "qcow2"
         options = {"backing_file": str(index - 1), "backing_fmt": fmt, "backing_unchecked": True}
         lamina.create(tmp_path / str(index), "qcow2", 64 * KIB, cluster_size=512, **options)
-    policy = lamina.Policy.beneath(chain_depth=1000)
-    with lamina.open(tmp_path / "150", format="qcow2", references=policy) as image:
+    with pytest.raises(OptionError, match="no chain is deeper than 150"):
+        Budget(chain_depth=151)
+    with pytest.raises(OptionError, match="no chain is deeper than 150"):
+        Budget()._replace(chain_depth=500)
+    budget = Budget(chain_depth=150)
+    with lamina.open(tmp_path / "150", format="qcow2", budget=budget) as image:
         assert image.read(0, 1) == b"\x42"
         assert image.extents()[0].depth == 150
     for top in (151, 399):
-        with pytest.raises(LimitExceeded, match="deeper than 150"):
-            lamina.open(tmp_path / str(top), format="qcow2", references=policy)
+        with pytest.raises(LimitExceeded, match="deeper than the limit of 150"):
+            lamina.open(tmp_path / str(top), format="qcow2", budget=budget)

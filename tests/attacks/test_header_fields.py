@@ -291,7 +291,7 @@ def test_limit_snapshots_at(tmp_path: Path) -> None:
 
 
 def test_limit_chain_depth_is_the_default_of_the_library() -> None:
-    assert lamina.Policy.beneath().chain_depth == 64
+    assert lamina.Budget().chain_depth == 64
 
 
 def test_limit_disk_that_ends_where_its_tables_end(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina import CorruptImage, FormatError, LimitExceeded, NotFound, OptionError, Policy, PolicyError
+from lamina import Budget, CorruptImage, FormatError, LimitExceeded, NotFound, OptionError, Policy, PolicyError
 from lamina.formats.qcow2 import layout as q
 
 from .images import KIB, MIB, Victim, overlay, victim
@@ -320,7 +320,7 @@ def test_row_23_a_chain_of_a_thousand(home: Path) -> None:
         with pytest.raises(LimitExceeded, match="deeper"):
             lamina.open(files[top], format="qcow2")
     with pytest.raises(LimitExceeded, match="limit of 3"):
-        lamina.open(files[5], format="qcow2", references=Policy.beneath(chain_depth=3))
+        lamina.open(files[5], format="qcow2", budget=Budget(chain_depth=3))
     assert survives(files[99], granted=files, costs=False).errors == {"LimitExceeded"}
 
 

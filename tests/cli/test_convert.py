@@ -84,7 +84,9 @@ def test_an_overlay_owns_what_differs(qemu: Qemu, folder: Path) -> None:
     qemu.io("-f", "qcow2", "-c", "write -P 1 1M 64k", "middle.qcow2")
     qemu.io("-f", "qcow2", "-c", "write -P 2 3M 64k", "-c", "write -z 5M 64k", "top.qcow2")
     for below, starts in (("middle.qcow2", [3, 5]), ("base.qcow2", [1, 3, 5])):
-        assert main(["convert", "-O", "qcow2", "-B", below, "-F", "qcow2", "top.qcow2", "out.qcow2"]) == 0
+        assert (
+            main(["convert", "-f", "qcow2", "-O", "qcow2", "-B", below, "-F", "qcow2", "top.qcow2", "out.qcow2"]) == 0
+        )
         same(qemu, "top.qcow2", "out.qcow2")
         assert qemu.check("out.qcow2")[0] == 0
         rows = [row for row in qemu.map("out.qcow2", "qcow2") if row["depth"] == 0]

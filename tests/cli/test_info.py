@@ -53,16 +53,21 @@ def test_the_same_as_the_peer(
     name = next(word for word in arguments if word in ("a", "dir/a"))
     peer = json.loads(qemu.img("info", "--output=json", name).stdout)
     peer.pop("children", None)
-    ours = info(capsys, name)
+    format = arguments[1]
+    probed = info(capsys, name)
+    ours = info(capsys, "-f", format, name)
+    assert probed == ours | {"format-probed": True}
     unsupported = ours.pop("unsupported", None)
     assert ours == peer
     assert bool(unsupported) == any(word in " ".join(arguments) for word in ("extended_l2",))
     # For people: the same lines, those about features in any order.
-    assert main(["info", name]) == 0
+    assert main(["info", "-f", format, name]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("not supported here")]
     theirs = qemu.img("info", name).stdout.partition("Child node")[0].splitlines()
     assert sorted(told) == sorted(theirs)
     assert told[:4] == theirs[:4]
+    assert main(["info", name]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"file format: {format} (probed)"
 
 
 def test_the_size_of_a_raw_image_is_exact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +90,7 @@ def test_a_format_without_a_driver_is_named(
     assert "virtual-size" not in found
     assert main(["info", "a"]) == 0
     told = capsys.readouterr().out
-    assert f"file format: {format}\n" in told
+    assert f"file format: {format} (probed)\n" in told
     assert "not supported here: " in told
 
 
@@ -124,7 +129,7 @@ def test_nothing_is_opened_but_the_file(folder: Path) -> None:
         "top"
     }
     assert opened(folder, "check", "top") == {"top"}
-    assert opened(folder, "info", "--backing-chain", "top") >= {"top"}
+    assert opened(folder, "info", "--backing-chain", "-f", "qcow2", "top") >= {"top"}
 
 
 def test_a_chain(qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +140,8 @@ def test_a_chain(qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str]) -
     peer = json.loads(qemu.img("info", "--output=json", "--backing-chain", "top").stdout)
     for one in peer:
         one.pop("children", None)
-    assert info(capsys, "--backing-chain", "top") == peer
-    assert main(["info", "--backing-chain", "top"]) == 0
+    assert info(capsys, "--backing-chain", "-f", "qcow2", "top") == peer
+    assert main(["info", "--backing-chain", "-f", "qcow2", "top"]) == 0
     parts = capsys.readouterr().out.split("\n\n")
     assert [part.splitlines()[0] for part in parts] == ["image: top", "image: middle", "image: below/base.raw"]
 
@@ -157,11 +162,23 @@ def test_a_chain_is_followed_as_far_as_the_policy_grants(
     assert len(info(capsys, "--backing-chain", "--references", "any", "inner/top")) == 2
 
 
+def test_a_probed_image_shows_no_chain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["base", "1M"], ["-b", "base", "-F", "qcow2", "top"]):
+        assert main(["create", "-q", "-f", "qcow2", *arguments]) == 0
+    assert main(["info", "--backing-chain", "top"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "-f qcow2" in told.err
+    assert f"--references list:{folder}/base" in told.err
+    for given in (["-f", "qcow2"], ["--references", "same-dir"], ["--references", f"list:{folder}/base"]):
+        assert len(info(capsys, "--backing-chain", *given, "top")) == 2
+
+
 def test_a_chain_that_contains_itself_ends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["a", "1M"], ["-b", "a", "-F", "qcow2", "b"]):
         assert main(["create", "-q", "-f", "qcow2", *arguments]) == 0
     assert main(["create", "-q", "-f", "qcow2", "-u", "-b", "b", "-F", "qcow2", "a", "1M"]) == 0
-    assert main(["info", "--backing-chain", "a"]) == 1
+    assert main(["info", "--backing-chain", "-f", "qcow2", "a"]) == 1
     assert "contains itself" in capsys.readouterr().err
 
 
@@ -182,7 +199,7 @@ def test_names_inside_an_image_cannot_drive_the_terminal(folder: Path, capsys: p
     assert main(["info", "top"]) == 0
     told = capsys.readouterr().out
     assert "\x1b" not in told
-    assert [line for line in told.splitlines() if line.startswith("file format")] == ["file format: qcow2"]
+    assert [line for line in told.splitlines() if line.startswith("file format")] == ["file format: qcow2 (probed)"]
     assert r"backing file: ./\x1b]0;mine\x07\nfile format: raw" in told
     assert info(capsys, "top")["backing-filename"] == name
 

@@ -206,10 +206,10 @@ def overlay(disk: Path) -> Path:
 @pytest.mark.parametrize(
     "words",
     [
-        ["-C", "-c", "READ", "-c", "alloc 0 1M", "top.qcow2"],
+        ["-C", "--references", "same-dir", "-c", "READ", "-c", "alloc 0 1M", "top.qcow2"],
         ["--copy-on-read", "-f", "qcow2", "-c", "READ", "-c", "alloc 0 1M", "top.qcow2"],
-        ["-c", "open -C top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
-        ["-C", "-c", "open top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
+        ["-c", "open -C -o driver=qcow2 top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
+        ["-C", "-c", "open -o driver=qcow2 top.qcow2", "-c", "READ", "-c", "alloc 0 1M"],
     ],
 )
 def test_copy_on_read_keeps_what_is_read(overlay: Path, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,17 +221,19 @@ def test_copy_on_read_keeps_what_is_read(overlay: Path, words: list[str], capfd:
 
 def test_copy_on_read_over_a_snapshot_changes_nothing(overlay: Path) -> None:
     before = overlay.read_bytes()
-    assert main(["io", "-C", "-s", "-c", "read -q -P 3 0 1M", "top.qcow2"]) == 0
+    assert main(["io", "-C", "-s", "-f", "qcow2", "-c", "read -q -P 3 0 1M", "top.qcow2"]) == 0
     assert overlay.read_bytes() == before
 
 
 def test_copy_on_read_needs_an_image_that_is_writable(overlay: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = overlay.read_bytes()
-    assert main(["io", "-C", "-r", "-c", "read 0 1", "top.qcow2"]) == 1
+    assert main(["io", "-C", "-r", "-f", "qcow2", "-c", "read 0 1", "top.qcow2"]) == 1
     assert overlay.read_bytes() == before
-    assert main(["io", "-C", "-c", "reopen -r", "-c", "read -q -P 3 0 1", "-c", "close", "top.qcow2"]) == 1
+    assert (
+        main(["io", "-C", "-f", "qcow2", "-c", "reopen -r", "-c", "read -q -P 3 0 1", "-c", "close", "top.qcow2"]) == 1
+    )
     assert capfd.readouterr().err.count("-C or -r") == 2
-    assert main(["io", "-c", "open -C -r top.qcow2", "-c", "read 0 1"]) == 1
+    assert main(["io", "-c", "open -C -r -o driver=qcow2 top.qcow2", "-c", "read 0 1"]) == 1
 
 
 def test_compressed_and_saved_state_are_unsupported(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, UnsupportedFeature
+from ..limits import DEFAULT_BUDGET, Budget
 from ..options import asks_for_help, clip, parse_keyval, parse_size, shown
 
 if TYPE_CHECKING:
@@ -119,8 +120,16 @@ class Parser(argparse.ArgumentParser):
             "--references",
             metavar="POLICY",
             type=_policy,
-            help="which files may be opened because an image names them: none, same-dir (the default: beneath the "
-            "directory of that image), beneath:DIR, list:FILE:FILE..., any",
+            help="which files may be opened because an image names them: none, same-dir (the default where the format is "
+            "named: the image's own folder, without hidden files), beneath:DIR, list:FILE:FILE..., any",
+        )
+        where.add_argument(
+            "--limits",
+            metavar="LIMITS",
+            type=_limits,
+            default=DEFAULT_BUDGET,
+            help="what images may cost: chain-depth=FILES,memory=SIZE (of all tables that stay loaded),cache-bytes=SIZE,"
+            "rows=NUMBER",
         )
         self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
 
@@ -217,6 +226,16 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _limits(text: str) -> Budget:
+    names = [name.replace("_", "-") for name in Budget._fields]
+    found: dict[str, int] = {}
+    for key, value in parse_keyval(text).items():
+        if key not in names or not isinstance(value, str):
+            raise OptionError(f"--limits: there is no limit {key}", hint=f"the limits are {', '.join(names)}")
+        found[key.replace("-", "_")] = parse_size(value)
+    return Budget(**found)
+
+
 def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
     """The options of repeated `-o a=b,c=d`, as text; None if one of them asks for help."""
     if any(asks_for_help(text) for text in texts or ()):
@@ -260,5 +279,6 @@ def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image
         source,
         format=format or "probe",
         references=args.references,
+        budget=args.limits,
         force_share=args.force_share,
     )

@@ -125,7 +125,7 @@ def _open_source(name: str, args: Namespace) -> Image:
     if args.image_opts or not names_export(name):
         return open_image(name, args, args.format)
     spec = {"file": export_options(name, args.connections)}
-    return open_any(spec, format=args.format or "probe", references=args.references)
+    return open_any(spec, format=args.format or "probe", references=args.references, budget=args.limits)
 
 
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
@@ -169,7 +169,9 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
     if not args.target_image_opts and names_export(target):
         spec = {"file": export_options(target, args.connections)}
     try:
-        opened = open_any(spec, format=args.target_format, read_only=False, references=args.references)
+        opened = open_any(
+            spec, format=args.target_format, read_only=False, references=args.references, budget=args.limits
+        )
     except Locked as error:
         if error.path is not None:
             refuse_own(source.node, error.path)  # then it is we who hold it

@@ -84,9 +84,15 @@ def describe(filename: str, format: str | None = None) -> dict[str, Any]:
 
 
 def _describe(
-    source: Spec, format: str | None, *, force_share: bool = False, fd: int | None = None, shown: str | None = None
+    source: Spec,
+    format: str | None,
+    *,
+    force_share: bool = False,
+    fd: int | None = None,
+    shown: str | None = None,
+    from_image: bool = False,
 ) -> dict[str, Any]:
-    """One image. `shown`: how it is called; `fd`: its file, opened already."""
+    """One image. `shown`: how it is called; `fd`: its file, opened already; `from_image`: an image names its format."""
     options = dict(parse_name(source) if isinstance(source, str) else source)
     opener = Opener(policy=Policy.none(), force_share=force_share, no_references=True)
     opener.fd = fd
@@ -100,17 +106,20 @@ def _describe(
         return _open_and_describe(source, format, force_share)
     storage = Child(opener.open(options, storage=True), "file")
     try:
-        return _inspect(storage, format or probe(storage).format, shown or storage.node.filename)
+        found = _inspect(storage, format or probe(storage).format, shown or storage.node.filename, from_image)
+        if format is None:
+            found["format-probed"] = True
+        return found
     finally:
         storage.close()
 
 
-def _inspect(storage: Child, format: str, shown: str) -> dict[str, Any]:
+def _inspect(storage: Child, format: str, shown: str, from_image: bool) -> dict[str, Any]:
     """What the file in `storage` says, as `format`. A format without a driver has a name and a size, and no more."""
     found: dict[str, Any] = {"filename": shown, "format": detect.canonical(format)}
     inspected: dict[str, Any] = {}
     try:
-        kind: Any = registry.lookup(format, "format")
+        kind: Any = registry.lookup(format, "format", from_image=from_image)
     except UnsupportedFeature as error:
         inspected["unsupported"] = [error.message]
     else:
@@ -146,7 +155,6 @@ def _allocated(node: Node) -> dict[str, int]:
 
 def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
     """The image and what it is stacked on, from top to bottom, as far as the policy grants."""
-    policy: Policy = args.references or Policy.beneath()
     one = _describe(source, args.format, force_share=args.force_share)
     if names_export(one["filename"]):
         yield one
@@ -158,8 +166,12 @@ def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
             )
         return
     path, identity = _place(source, one["filename"])
-    trail = policy.trail().enter(*identity, path)
+    trail = Trail(args.limits.chain_depth).enter(*identity, path)
     yield one
+    if args.references is not None:
+        policy: Policy = args.references
+    else:
+        policy = Policy.probed(one["format"]) if one.get("format-probed") else Policy.default()
     while "backing-filename" in one:
         name, format = one["backing-filename"], one.get("backing-filename-format")
         if format is None:
@@ -173,7 +185,7 @@ def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
             trail = _enter(trail, reference.fd, reference.path)
             shown = one["full-backing-filename"]
             spec = {"driver": "file", "filename": reference.path}
-            one = _describe(spec, format, force_share=args.force_share, fd=reference.fd, shown=shown)
+            one = _describe(spec, format, force_share=args.force_share, fd=reference.fd, shown=shown, from_image=True)
         finally:
             os.close(reference.fd)
         path = reference.path
@@ -204,7 +216,7 @@ def _beside(image: str, name: str) -> str:
 
 
 def _human(found: dict[str, Any]) -> str:
-    lines = [f"image: {printable(found['filename'])}", f"file format: {printable(found['format'])}"]
+    lines = [f"image: {printable(found['filename'])}", f"file format: {_format(found)}"]
     if "virtual-size" in found:
         lines.append(f"virtual size: {format_size(found['virtual-size'])} ({found['virtual-size']} bytes)")
     lines.append(f"disk size: {format_size(found['actual-size']) if 'actual-size' in found else 'unavailable'}")
@@ -227,6 +239,11 @@ def _human(found: dict[str, Any]) -> str:
     for feature in found.get("unsupported", ()):
         lines.append(f"not supported here: {printable(feature)}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _format(found: dict[str, Any]) -> str:
+    """The format, and whether it is only what the first bytes look like."""
+    return printable(found["format"]) + (" (probed)" if found.get("format-probed") else "")
 
 
 def _nested(value: Any, level: int) -> Iterator[str]:

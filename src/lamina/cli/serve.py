@@ -293,6 +293,7 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
         force_share=args.force_share,
         snapshot=args.snapshot,
         references=args.references,
+        budget=args.limits,
     )
     image = target.open()
     image.node.discards = target.discards

@@ -59,7 +59,7 @@ def _run(session: Session, lines: list[str] | None) -> None:
 
 def _target(args: argparse.Namespace) -> Target:
     """What the program's own options say about the image."""
-    target = Target(args.file, format=args.format, references=args.references)
+    target = Target(args.file, format=args.format, references=args.references, budget=args.limits)
     if args.image_opts:
         if args.format is not None:
             raise OptionError("-f and --image-opts exclude each other", hint="write driver=FORMAT into the options")

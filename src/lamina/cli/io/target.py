@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import registry
 from ...errors import OptionError, UnsupportedFeature
+from ...limits import DEFAULT_BUDGET, Budget
 from ...options import parse_name
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Target:
     snapshot: bool = False
     copy_on_read: bool = False
     references: Policy | None = None
+    budget: Budget = DEFAULT_BUDGET
 
     @property
     def caching(self) -> Cache:
@@ -86,6 +88,7 @@ class Target:
             format=self.format or "probe",
             read_only=self.read_only,
             references=self.references,
+            budget=self.budget,
             force_share=self.force_share,
             snapshot=self.snapshot,
         )

@@ -18,6 +18,7 @@ from ...request import Child
 from ...schema import Option, Schema
 from . import create as _create
 from . import layout as q
+from . import sparse
 from .compression import Compression
 from .header import Header
 from .mapping import Mappings, Table
@@ -83,7 +84,9 @@ class Qcow2(FormatNode):
             )
         if not opener.read_only:
             _require_consistent(header, path)
-        node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.budget.cache_bytes, name=opener.name)
+        stored = sparse.stored_bytes(file, header.l1_table_offset, header.l1_size * 8)
+        opener.account.take(stored, "the L1 table", path)
+        node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
         if not opener.no_references:
             node._open_backing(options.get("backing", {}), opener)
         if not opener.read_only and header.autoclear_features:

@@ -20,6 +20,7 @@ from ...errors import CorruptImage
 from ...format_node import BELOW, COMPRESSED, DATA, ZERO, Mapping
 from ...limits import align_up
 from . import layout as q
+from . import sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +66,7 @@ class Mappings:
         self._l1_dirty: set[int] = set()
         self.l1_moved = False  # the L1 table in memory lies elsewhere than the header on disk says
         self._l1_new = False  # and nothing on disk can point to it yet
-        self.l1 = _load(file, header.l1_table_offset, header.l1_size)
+        self.l1 = sparse.load(file, header.l1_table_offset, header.l1_size)
 
     @property
     def dirty(self) -> bool:
@@ -327,7 +328,9 @@ class Mappings:
 
     def move_l1(self, entries: int) -> None:
         """Make the L1 table `entries` long, at the new place that the header in memory says already."""
-        self.l1.frombytes(bytes(8 * (entries - len(self.l1))))
+        grown = array("Q", self.l1.tobytes())
+        grown.frombytes(bytes(8 * (entries - len(self.l1))))
+        self.l1 = grown
         self.l1_moved = self._l1_new = True
 
     # -- to disk, in the order that the driver decides
@@ -400,8 +403,8 @@ def _load(file: Child, offset: int, count: int) -> array[int]:
     return entries
 
 
-def _big_endian(entries: array[int]) -> bytes:
-    copy = entries[:]
+def _big_endian(entries: array[int] | memoryview[int]) -> bytes:
+    copy = array("Q", entries.tobytes())
     if _SWAP:
         copy.byteswap()
     return copy.tobytes()

@@ -1,0 +1,81 @@
+"""What a probed image may open: nothing, in every command, until its format or the grant is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lamina
+from lamina import Policy, PolicyError
+from lamina.cli.main import main
+
+from .images import KIB, overlay
+from .oracle import opened_files, strangers
+
+COMMANDS = {
+    "map": ["map", "TOP"],
+    "map json": ["map", "--output=json", "TOP"],
+    "compare": ["compare", "-F", "raw", "TOP", "base.raw"],
+    "convert": ["convert", "-O", "raw", "TOP", "out.raw"],
+    "io": ["io", "-r", "-c", "read 0 512", "TOP"],
+    "info": ["info", "--backing-chain", "TOP"],
+    "serve": ["serve", "-k", "socket", "TOP"],
+}
+
+
+@pytest.fixture
+def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.raw").write_bytes(b"secret" * 1000)
+    return overlay(tmp_path, "base.raw", size=64 * KIB)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_probed_image_opens_no_other_file(top: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [top.name if word == "TOP" else word for word in COMMANDS[name]]
+    with opened_files() as opened:
+        assert main(words) != 0
+    granted = [top, *([top.parent / "base.raw"] if name == "compare" else []), top.parent / "out.raw"]
+    assert not strangers([path for path in opened if not path.startswith("/dev/")], granted)
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert "only a guess" in told.err
+    assert "-f qcow2" in told.err
+    assert f"--references list:{top.parent}/base.raw" in told.err
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "serve"])
+@pytest.mark.parametrize("given", [["-f", "qcow2"], ["--references", "list:base.raw"], ["--references", "same-dir"]])
+def test_the_format_or_the_grant_is_enough(top: Path, name: str, given: list[str]) -> None:
+    words = [top.name if word == "TOP" else word for word in COMMANDS[name]]
+    assert main([words[0], *given, *words[1:]]) in (0, 1 if name == "compare" else 0)
+
+
+def test_the_default_of_a_site_is_no_grant_for_a_guess(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_REFERENCES", "any")
+    with pytest.raises(PolicyError, match="only a guess"):
+        lamina.open(top, format="probe")
+    lamina.open(top, format="qcow2").close()
+    monkeypatch.setenv("LAMINA_REFERENCES", "none")
+    with pytest.raises(PolicyError, match="no name found inside"):
+        lamina.open(top, format="qcow2")
+    lamina.open(top, format="qcow2", references=Policy.beneath()).close()
+
+
+def test_the_names_below_a_named_image_are_not_a_guess(top: Path) -> None:
+    """The image on top is named, and says what lies below it, and so on."""
+    higher = overlay(top.parent, top.name, fmt="qcow2", name="higher.qcow2", size=64 * KIB)
+    with lamina.open(higher, format="qcow2") as image:
+        assert image.read(0, 6) == b"secret"
+    with pytest.raises(PolicyError, match="only a guess"):
+        lamina.open(higher, format="probe")
+
+
+def test_hidden_files_of_a_home_directory(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id").write_bytes(b"key" * 1000)
+    path = overlay(tmp_path, ".ssh/id", size=64 * KIB)
+    with opened_files() as opened, pytest.raises(PolicyError, match="hidden"):
+        lamina.open(path, format="qcow2")
+    assert not strangers(opened, [path])
