@@ -15,7 +15,19 @@ from typing import NamedTuple
 
 from lamina.nbd import wire
 
-from .nbd_scripts import ALL_FLAGS, GO, Chunks, context, greeting, info_export, info_sizes, option, refusal, simple
+from .nbd_scripts import (
+    ALL_FLAGS,
+    GO,
+    Chunks,
+    context,
+    export,
+    greeting,
+    info_export,
+    info_sizes,
+    option,
+    refusal,
+    simple,
+)
 
 CHUNKS = Chunks("structured")
 
@@ -124,6 +136,10 @@ def shake(
             send(option(wire.OPT_STRUCTURED_REPLY))
         elif head.option == wire.OPT_SET_META_CONTEXT and structured:
             send(context() + option(wire.OPT_SET_META_CONTEXT))
+        elif head.option == wire.OPT_INFO:
+            send(info_export(size, flags, wire.OPT_INFO) + option(wire.OPT_INFO))
+        elif head.option == wire.OPT_LIST:
+            send(export(b"x") + option(wire.OPT_LIST))
         elif head.option == wire.OPT_ABORT:
             raise Gone
         else:

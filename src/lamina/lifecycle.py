@@ -98,6 +98,11 @@ def handing_over() -> Iterator[None]:
         _handed_over = False
 
 
+def handed_over() -> bool:
+    """Whether a process that is forked now becomes the owner."""
+    return _handed_over
+
+
 def _caller() -> str:
     """File and line of the innermost frame outside Lamina."""
     frame = sys._getframe(1)

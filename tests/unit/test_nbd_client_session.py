@@ -146,12 +146,7 @@ TALKS = [
         failed="offset 2048",
         errno=5,
     ),
-    Talk(
-        "two errors: the first counts",
-        S.error(wire.EIO, at=0, done=False) + S.error(wire.EPERM),
-        failed="Input",
-        errno=5,
-    ),
+    Talk("two errors", S.error(wire.EIO, at=0, done=False) + S.error(wire.EPERM), "several errors"),
     Talk("data behind an error", S.error(wire.EIO, at=0, done=False) + S.data(0, A + B), failed="Input", errno=5),
     Talk("EOVERFLOW", S.error(wire.EOVERFLOW), failed="large", errno=75, request=whole_read),
     Talk("an error outside the request", S.error(wire.EIO, at=4096), "error at offset 4096"),

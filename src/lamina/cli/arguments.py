@@ -58,6 +58,10 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, key, names.get(value, value))
             elif isinstance(value, list):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
+        if getattr(args, "timeout", None) is not None:
+            from ..nbd.client_times import set_usual
+
+            set_usual(args.timeout)
         return args
 
     def _registry_get(self, registry_name: str, value: Any, default: Any = None) -> Any:
@@ -112,7 +116,18 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(
             "-U", "--force-share", action="store_true", help="read beside a program that has the image open for writing"
         )
+        self.add_timeout(group)
         self.add_references(group)
+
+    def add_timeout(self, group: argparse._ArgumentGroup | None = None) -> None:
+        """How long servers are waited for; `parse` sees to it."""
+        (group or self).add_argument(
+            "--timeout",
+            metavar="SECONDS",
+            type=_timeout,
+            help="how long an NBD server may make no progress (default: 60, and 600 while it flushes, trims or zeroes; "
+            "0: for ever)",
+        )
 
     def add_references(self, group: argparse._ArgumentGroup | None = None) -> None:
         where = group or self
@@ -202,6 +217,12 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{shown(text)} cannot be read") from error
 
     return tell
+
+
+def _timeout(text: str) -> float:
+    from ..nbd.uri import parse_timeout
+
+    return parse_timeout(text)
 
 
 def _policy(text: str) -> Policy:

@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
         "from there. It is removed at the end",
     )
     parser.add_max_output()
+    parser.add_timeout()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_argument(

@@ -79,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
             "command shows with LAMINA_DEBUG=1 in the environment"
         )
         return failure
+    finally:
+        if times := sys.modules.get("lamina.nbd.client_times"):
+            times.set_usual(None)  # the option --timeout was for this command
 
 
 def run() -> NoReturn:

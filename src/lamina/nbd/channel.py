@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import EAGAIN, EPIPE, ETIMEDOUT
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
@@ -38,13 +39,15 @@ HANDSHAKE_TIMEOUT = 10.0
 _EAGER = 50e-6
 #: How many waits at most are slept through at once after that was in vain, time after time.
 _MOST_SKIPPED = 1024
-#: Held by the one thread that does so: several would only take the interpreter from one another.
-_one_eager = threading.Lock()
+#: Until when one thread does so: several would only take the interpreter from one another. A time instead of a lock, which an
+#: interrupt could leave locked.
+_eager_until = 0.0
 _CPUS = len(os.sched_getaffinity(0))
 
 # Programs in a pipeline may have given SIGPIPE its deadly meaning back. An int: the enum's member is slower to pass.
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
+_PEEK = int(socket.MSG_PEEK)
 
 
 class Channel(Protocol):
@@ -56,6 +59,9 @@ class Channel(Protocol):
     secure: bool
     #: The names of the peer's certificate, where it was verified (`tls.peer_names`); else none.
     peer_names: tuple[str, ...]
+    #: Called while a send waits for the peer: with the number of bytes that the peer has just taken, or 0 after each time
+    #: that `settimeout` allows. It gives up by raising. None: the first such time is an error.
+    watch: Callable[[int], None] | None
 
     def recv_into(self, view: memoryview) -> int:
         """Bytes put at the start of `view` (not empty): at least 1, or 0 when the peer ended the stream in good order.
@@ -63,6 +69,21 @@ class Channel(Protocol):
         Blocks. For one thread at a time. BlockIOError (ETIMEDOUT: nothing came in time, and it may be tried again; else
         the connection is lost), Closed.
         """
+        ...
+
+    def receive_soon(self, view: memoryview, *, eager: bool = True) -> int | None:
+        """As `recv_into`, but None if nothing comes within microseconds. Where answers come later as a rule, `eager` does not
+        even look: then `wait_input` follows, and behind it a call without `eager`."""
+        ...
+
+    def wait_input(self) -> None:
+        """Block until there is something to receive, or the time of `settimeout` is over. Nothing is taken: an exception that
+        ends the wait loses no byte. BlockIOError, Closed."""
+        ...
+
+    def wait_ready(self, seconds: float) -> tuple[bool, bool]:
+        """Block until the socket has something to receive or takes something, at most for `seconds`: whether it has, and
+        whether it does. After `close` both are true."""
         ...
 
     def send(self, buffers: Sequence[Buffer]) -> None:
@@ -84,6 +105,10 @@ class Channel(Protocol):
         """Give the descriptor back after a fork, in the child; the connection goes on, and is the parent's. Takes no lock."""
         ...
 
+    def end_output(self) -> None:
+        """Send nothing any more, so that the peer finds the end of the stream. From any thread; never blocks."""
+        ...
+
     def fileno(self) -> int:
         """The socket's descriptor, or -1 after `close`."""
         ...
@@ -98,6 +123,7 @@ class PlainChannel:
     __slots__ = (
         "_closed",
         "_in_vain",
+        "_peeked",
         "_receiving",
         "_recv_into",
         "_sending",
@@ -106,6 +132,7 @@ class PlainChannel:
         "_socket",
         "_torn",
         "peer",
+        "watch",
     )
 
     def __init__(self, sock: socket.socket) -> None:
@@ -115,6 +142,8 @@ class PlainChannel:
         self._recv_into, self._sendmsg = sock.recv_into, sock.sendmsg
         self._receiving, self._sending = threading.Lock(), threading.Lock()
         self._closed = self._torn = False
+        self._peeked = memoryview(bytearray(1))
+        self.watch: Callable[[int], None] | None = None
         #: Waits that are slept through, and after how many more vain ones the next is not.
         self._skip, self._in_vain = 0, 1
         self.peer = _name_of_peer(sock)
@@ -128,35 +157,69 @@ class PlainChannel:
     def recv_into(self, view: memoryview) -> int:
         with self._receiving:
             try:
-                if self._skip:
-                    self._skip -= 1
+                count = self._receive_eagerly(view)
+                if count is None:
                     count = self._recv_into(view)
-                else:
-                    count = self._receive_eagerly(view)
             except OSError as error:
                 raise self._lost(error, "receive") from error
         if not count and self._closed:
             raise self.closed_here()
         return count
 
-    def _receive_eagerly(self, view: memoryview) -> int:
-        """Receive without sleeping, if something comes soon. While that fails, it is tried less and less often."""
-        if _CPUS > 1 and _one_eager.acquire(blocking=False):
+    def receive_soon(self, view: memoryview, *, eager: bool = True) -> int | None:
+        with self._receiving:
             try:
-                until = monotonic() + _EAGER
-                while True:
-                    try:
-                        count = self._recv_into(view, 0, _DONT_WAIT)
-                        self._in_vain = 1
-                        return count
-                    except BlockingIOError:
-                        if monotonic() > until:
-                            break
-            finally:
-                _one_eager.release()
-            self._in_vain = min(2 * self._in_vain, _MOST_SKIPPED)
-            self._skip = self._in_vain
-        return self._recv_into(view)
+                count = self._receive_eagerly(view) if eager else self._recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise self._lost(error, "receive") from error
+        if count == 0 and self._closed:
+            raise self.closed_here()
+        return count
+
+    def _receive_eagerly(self, view: memoryview) -> int | None:
+        """Receive without sleeping, if something comes soon; else None. While that fails, it is tried less and less often."""
+        global _eager_until
+        if self._skip:
+            self._skip -= 1
+            return None
+        now = monotonic()
+        if _CPUS == 1 or now < _eager_until:
+            return None
+        _eager_until = until = now + _EAGER
+        while True:
+            try:
+                count = self._recv_into(view, 0, _DONT_WAIT)
+            except BlockingIOError:
+                if monotonic() > until:
+                    break
+            else:
+                _eager_until = 0.0
+                self._in_vain = 1
+                return count
+        self._in_vain = min(2 * self._in_vain, _MOST_SKIPPED)
+        self._skip = self._in_vain
+        return None
+
+    def wait_input(self) -> None:
+        with self._receiving:
+            try:
+                self._recv_into(self._peeked, 1, _PEEK)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._lost(error, "receive") from error
+
+    def wait_ready(self, seconds: float) -> tuple[bool, bool]:
+        poll = select.poll()
+        with self._sending:  # which keeps the descriptor from being closed, and its number from becoming another file's
+            if self._torn:
+                return True, True
+            poll.register(self._socket.fileno(), select.POLLIN | select.POLLOUT)
+            events = sum(event for _, event in poll.poll(max(1, int(seconds * 1000))))
+        broken = bool(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL))
+        return broken or bool(events & select.POLLIN), broken or bool(events & select.POLLOUT)
 
     def receive_now(self, view: memoryview) -> int | None:
         """As `recv_into`, but never waits: None if nothing has come."""
@@ -172,17 +235,26 @@ class PlainChannel:
         with self._sending:
             if self._torn:
                 raise self._lost(OSError(EPIPE, ""), "send")
+            # Until all is out: whatever exception ends this may come when part of a message is.
+            self._torn = True
             try:
-                if len(buffers) <= MAX_BUFFERS:
-                    sent = self._sendmsg(buffers, (), _NO_SIGNAL)
-                    if sent == sum(map(len, buffers)):
-                        return
-                else:
-                    sent = 0
-                self._send_rest(buffers, sent)
+                sent = self._send_some(buffers) if len(buffers) <= MAX_BUFFERS else 0
+                if sent != sum(map(len, buffers)):
+                    self._send_rest(buffers, sent)
+            except LaminaError:
+                raise
             except OSError as error:
-                self._torn = True
                 raise self._lost(error, "send") from error
+            self._torn = self._closed
+
+    def _send_some(self, buffers: Sequence[Buffer]) -> int:
+        """How many bytes the peer takes; 0 if it took none in the time of `settimeout`, and `watch` goes on."""
+        try:
+            return self._sendmsg(buffers, (), _NO_SIGNAL)
+        except BlockingIOError:
+            if self.watch is None:
+                raise
+            return 0
 
     def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """As `send` of at most MAX_BUFFERS, but never waits. What the peer did not take is returned: it must be the next that
@@ -211,7 +283,10 @@ class PlainChannel:
                 return
             batch = list(buffers[first : first + MAX_BUFFERS])
             batch[0] = memoryview(batch[0])[sent:]
-            sent += self._sendmsg(batch, (), _NO_SIGNAL)
+            count = self._send_some(batch)
+            if self.watch is not None:
+                self.watch(count)
+            sent += count
 
     def settimeout(self, seconds: float | None) -> None:
         if seconds is not None and seconds <= 0:
@@ -243,6 +318,10 @@ class PlainChannel:
         """Receive what has arrived, and no more: then the stream is at its end. What is sent still goes out."""
         with contextlib.suppress(OSError):  # it is closed already, or the peer is gone
             self._socket.shutdown(socket.SHUT_RD)
+
+    def end_output(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already, or the peer is gone
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._closed = True

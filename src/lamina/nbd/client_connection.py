@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import stat
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BlockIOError, LaminaError
+from ..errors import BlockIOError, LaminaError, printable
 from .channel import Channel, PlainChannel
 from .client_facts import Facts, Wish
 from .client_negotiation import Negotiation, Task
@@ -40,6 +42,13 @@ PASSING: Final = frozenset(
 )
 #: The first and the longest pause between two attempts to connect, in seconds.
 _PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+#: Seconds after which every wait looks up, whether it should end.
+_LOOK: Final = 0.2
+#: Addresses of one host that are tried.
+_MOST_ADDRESSES: Final = 8
+
+#: Called while something is waited for: raises what shall end the wait.
+Check = Callable[[], None]
 
 
 def passes(error: LaminaError) -> bool:
@@ -53,54 +62,121 @@ def lost(target: Target, what: str = "the server closed the connection", hint: s
     return BlockIOError(what, errno=errno.ECONNRESET, path=str(target), hint=hint)
 
 
-def connect(target: Target, timeout: float) -> PlainChannel:
+def never() -> None:
+    """For waits that only their time ends."""
+
+
+def pause(seconds: float, check: Check = never) -> None:
+    """Sleep, and look up often."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, _LOOK))
+
+
+def connect(target: Target, timeout: float, check: Check = never) -> PlainChannel:
     """A connected stream to the server, within `timeout` seconds for each of its addresses. BlockIOError, NotFound."""
     try:
         if target.socket is not None:
-            return PlainChannel(_connected(socket.AF_UNIX, target.socket, timeout))
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+            return _channel(target, socket.AF_UNIX, target.socket, timeout, check)
+        found = _addresses(target, timeout, check)
     except OSError as error:
         raise _unreachable(error, target) from error
     first: OSError | None = None
-    for family, _, _, _, address in found:
+    for family, address in found[:_MOST_ADDRESSES]:
         try:
-            return PlainChannel(_connected(family, address, timeout))
+            return _channel(target, family, address, timeout, check)
+        except LaminaError:
+            raise
         except OSError as error:
             first = first or error
     raise _unreachable(first or OSError(errno.EHOSTUNREACH, ""), target) from first
 
 
-def _connected(family: int, address: object, timeout: float) -> socket.socket:
+def _addresses(target: Target, timeout: float, check: Check) -> list[tuple[int, object]]:
+    """The addresses of the host. A look-up cannot be interrupted: a thread is left to it when the time is over."""
+    import threading
+
+    outcome: list[Any] = []
+
+    def look_up() -> None:
+        try:
+            outcome.append(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            outcome.append(error)
+
+    if (target.host or "")[-1:].isdigit() or ":" in (target.host or ""):
+        look_up()  # an address: there is nothing to wait for
+    else:
+        thread = threading.Thread(target=look_up, name="look-up", daemon=True)
+        thread.start()
+        until = time.monotonic() + timeout
+        while thread.is_alive() and time.monotonic() < until:
+            check()
+            thread.join(min(_LOOK, timeout))
+    if not outcome:
+        raise OSError(errno.ETIMEDOUT, "")
+    if isinstance(outcome[0], UnicodeError):
+        raise socket.gaierror(socket.EAI_NONAME, "it is no name of a host")
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    return [(family, address) for family, _, _, _, address in outcome[0]]
+
+
+def _channel(target: Target, family: int, address: Any, timeout: float, check: Check) -> PlainChannel:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout)
-        sock.connect(address)  # type: ignore[arg-type]
+        sock.setblocking(False)
+        until = time.monotonic() + timeout
+        number = sock.connect_ex(address)
+        while number == errno.EAGAIN and time.monotonic() < until:  # a Unix socket with more clients than it accepts
+            pause(_PAUSE, check)
+            number = sock.connect_ex(address)
+        if number == errno.EINPROGRESS:
+            poll = select.poll()
+            poll.register(sock.fileno(), select.POLLOUT)
+            while number == errno.EINPROGRESS and time.monotonic() < until:
+                check()
+                if poll.poll(int(1000 * min(_LOOK, timeout)) + 1):
+                    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            late = number in (errno.EAGAIN, errno.EINPROGRESS)
+            raise OSError(errno.ETIMEDOUT if late else number, "")
+        channel = PlainChannel(sock)
     except BaseException:
         sock.close()
         raise
-    return sock
+    channel.peer = str(target)  # errors name what the user named
+    return channel
+
+
+#: What a path is that is no socket, by the type in its mode.
+_KINDS: Final = (
+    (stat.S_ISREG, "a regular file"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISCHR, "a character device"),
+)
 
 
 def _unreachable(error: OSError, target: Target) -> LaminaError:
+    if isinstance(error, LaminaError):
+        return error
     if isinstance(error, socket.gaierror):
         message = f"the host cannot be found: {error.strerror}"
         return BlockIOError(message, errno=errno.EHOSTUNREACH, path=str(target))
-    if isinstance(error, TimeoutError):
-        error = OSError(errno.ETIMEDOUT, "")
-    if error.errno == errno.ECONNREFUSED and _is_other_file(target.socket):
-        message = "this is no socket, but another kind of file"
-        return BlockIOError(message, errno=errno.ENOTSOCK, path=str(target), hint="name the server's socket")
+    if target.socket is not None and not target.socket.startswith("\0") and error.errno == errno.ECONNREFUSED:
+        with contextlib.suppress(OSError):
+            mode = os.stat(target.socket).st_mode
+            for is_kind, name in _KINDS:
+                if is_kind(mode):
+                    message = f"{printable(target.socket)} is {name}, and no socket"
+                    hint = "name the socket of a running server; an image file is opened by its path alone"
+                    return BlockIOError(message, errno=errno.ENOTSOCK, path=str(target), hint=hint)
+        hint = "the socket is there and nobody listens: is the server running?"
+        return BlockIOError.from_os(error, "cannot connect", path=str(target), hint=hint)
     return BlockIOError.from_os(error, "cannot connect", path=str(target))
-
-
-def _is_other_file(path: str | None) -> bool:
-    """Whether there is a file at `path` that is no socket."""
-    if path is None or path.startswith("\0"):
-        return False
-    try:
-        return not stat.S_ISSOCK(os.stat(path).st_mode)
-    except OSError:
-        return False
 
 
 def negotiate(
@@ -111,38 +187,52 @@ def negotiate(
     all_exports: bool = False,
     connect_timeout: float,
     timeout: float,
+    check: Check = never,
 ) -> tuple[Channel, Negotiation]:
-    """Connect and shake hands, in `timeout` seconds once connected: the channel, without a time limit, and the negotiation,
-    which is `done`. Any LaminaError; the server was then told goodbye as far as the protocol lets one."""
+    """Connect in `connect_timeout` seconds, and shake hands in `timeout`: the channel, with a time limit of moments, and the
+    negotiation, which is `done`. `check` is called meanwhile, and ends the wait by raising. Any LaminaError; the server was
+    then told goodbye as far as the protocol lets one."""
     context: tuple[ssl.SSLContext, str | None] | None = None
     if wish.tls != "off":
         from .tls import client_context
 
         context = client_context(target)
-    channel: Channel = connect(target, connect_timeout)
+    channel: Channel = connect(target, connect_timeout, check)
     negotiation = Negotiation(wish, task, all_exports=all_exports)
+    deadline = time.monotonic() + timeout
+
+    def watch(_: int = 0) -> None:
+        check()
+        if time.monotonic() >= deadline:
+            raise BlockIOError(f"no handshake within {timeout:g} s", errno=errno.ETIMEDOUT, path=str(target))
+
     try:
-        deadline = time.monotonic() + timeout
         while True:
+            channel.settimeout(min(_LOOK, timeout))
+            channel.watch = watch
             if out := negotiation.to_send():
                 channel.send(out)
             if negotiation.done:
                 break
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise BlockIOError(f"no handshake within {timeout:g} s", errno=errno.ETIMEDOUT, path=str(target))
+            watch()
             if negotiation.wants_tls:
                 assert context is not None
                 assert isinstance(channel, PlainChannel)
-                channel = channel.start_tls(context[0], server_side=False, hostname=context[1], timeout=left)
+                channel.watch = None
+                left = deadline - time.monotonic()
+                channel = channel.start_tls(context[0], server_side=False, hostname=context[1], timeout=max(left, 0.01))
                 negotiation.tls_started()
                 continue
-            channel.settimeout(left)
-            count = channel.recv_into(negotiation.buffer())
+            try:
+                count = channel.recv_into(negotiation.buffer())
+            except BlockIOError as error:
+                if error.errno != errno.ETIMEDOUT:
+                    raise
+                continue
             if not count:
                 raise lost(target, "the server closed the connection during the handshake", negotiation.hangup_hint)
             negotiation.received(count)
-        channel.settimeout(None)
+        channel.watch = None
     except BaseException as error:
         leave(channel, negotiation.farewell())
         if isinstance(error, LaminaError):
@@ -152,29 +242,34 @@ def negotiate(
 
 
 def leave(channel: Channel, farewell: bytes) -> None:
-    """Say goodbye, if the server still listens, and close."""
-    if farewell:
-        # Who leaves need not be heard: the server may be gone, and that is what closes the connection anyway.
-        with contextlib.suppress(LaminaError):
-            channel.settimeout(1.0)
-            channel.send((farewell,))
-    channel.close()
+    """Say goodbye, if the server still listens, and close. Takes a second at most."""
+    try:
+        if farewell:
+            # Who leaves need not be heard: the server may be gone, and that is what closes the connection anyway.
+            with contextlib.suppress(LaminaError):
+                channel.watch = None
+                channel.settimeout(1.0)
+                channel.send((farewell,))
+    finally:
+        channel.close()
 
 
 def enter(
-    target: Target, wish: Wish, *, connect_timeout: float, timeout: float, patience: float
+    target: Target, wish: Wish, *, connect_timeout: float, timeout: float, patience: float, check: Check = never
 ) -> tuple[Channel, Facts]:
     """A connection in transmission. For `patience` seconds, what may pass (`PASSING`) is tried again, with pauses that
-    double; other errors, and the last of these, are raised."""
+    double; other errors, and the last of these, are raised. The other times, and `check`, as for `negotiate`."""
     deadline = time.monotonic() + patience
-    pause = _PAUSE
+    rest = _PAUSE
     while True:
         try:
-            channel, negotiation = negotiate(target, wish, connect_timeout=connect_timeout, timeout=timeout)
+            channel, negotiation = negotiate(
+                target, wish, connect_timeout=connect_timeout, timeout=timeout, check=check
+            )
             assert isinstance(negotiation.result, Facts)
             return channel, negotiation.result
         except LaminaError as error:
-            if not passes(error) or time.monotonic() + pause > deadline:
+            if not passes(error) or time.monotonic() + rest > deadline:
                 raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause(rest, check)
+        rest = min(2 * rest, _LONGEST_PAUSE)

@@ -24,6 +24,11 @@ _Steps = Generator[int, bytes, None]
 #: What one option may be answered with before we stop listening: replies, and bytes in all of them.
 MAX_REPLIES: Final = 10_000
 MAX_REPLY_BYTES: Final = 8 * MIB
+#: And all options of one handshake together: an export takes about ten replies to describe.
+MAX_ALL_REPLIES: Final = 20 * MAX_REPLIES
+MAX_ALL_BYTES: Final = 4 * MAX_REPLY_BYTES
+#: Metadata contexts that a server may select besides those that were asked for.
+_MORE_CONTEXTS: Final = 16
 #: The longest single reply that has a meaning: an export's name with its description.
 _MAX_REPLY: Final = 4 + 2 * wire.MAX_STRING
 #: Errors after which no other option would fare better.
@@ -69,6 +74,8 @@ class Negotiation:
         self._entered = False
         self._naming = False
         self._out: list[bytes] = []
+        #: Replies to options, and their bytes, that are still listened to.
+        self._replies, self._bytes = MAX_ALL_REPLIES, MAX_ALL_BYTES
         self._have = 0
         self._steps = self._run()
         self._room = bytearray(next(self._steps))
@@ -294,6 +301,8 @@ class Negotiation:
             if refused.kind in _FATAL:
                 raise
             return {}
+        if option == wire.OPT_SET_META_CONTEXT and len(replies) > len(queries) + _MORE_CONTEXTS:
+            raise violation(f"{len(replies)} metadata contexts, and {len(queries)} were asked for")
         found: dict[str, int] = {}
         numbers: set[int] = set()
         for data in replies:
@@ -404,6 +413,10 @@ class Negotiation:
             if kind != expect:
                 raise violation(f"a reply of type {kind} to {name}")
             room -= length + wire.OPTION_REPLY.size
+            self._replies -= 1
+            self._bytes -= length + wire.OPTION_REPLY.size
+            if self._replies < 0 or self._bytes < 0:
+                raise violation(f"more than {MAX_ALL_REPLIES} replies to all options, or {MAX_ALL_BYTES} bytes")
             if len(found) == MAX_REPLIES or room < 0:
                 raise violation(f"more than {MAX_REPLIES} replies to {name}, or {MAX_REPLY_BYTES} bytes")
             found.append(body)

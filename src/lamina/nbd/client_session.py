@@ -15,6 +15,7 @@ import errno
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 from ..errors import BlockIOError, LaminaError, NotSupported
@@ -22,6 +23,7 @@ from ..limits import KIB
 from ..node import fill_zero
 from . import wire
 from .client_facts import Facts, server_text, violation
+from .client_request import CHANGES, Request
 
 #: Replies are received this much at a time, unless large reads are on their way: then a header at a time, and the bytes
 #: into their view. (Measured: 4 KiB reads want many replies in one call, 256 KiB reads want no copy.)
@@ -32,8 +34,14 @@ LARGE: Final = 32 * KIB
 DIRECT: Final = 16 * KIB
 #: Separate pieces in which the bytes of one read may have come so far. Who sends them in order has one.
 MAX_PIECES: Final = 1 << 14
-#: The most extents of one context in a reply (SHOULD of the specification).
+#: Chunks of content in which a read may come, besides one for each 512 bytes: smaller ones SHOULD NOT be.
+MAX_CHUNKS: Final = 1 << 16
+#: The most extents of one context in a reply (SHOULD of the specification), and of all contexts together.
 MAX_EXTENTS: Final = 1 << 20
+MAX_ALL_EXTENTS: Final = 4 * MAX_EXTENTS
+#: So many extents of a reply are kept, each of which takes a hundred bytes and more, divided among the contexts where there
+#: are more than four: the answer then ends there, as if the server had said no more.
+KEPT_EXTENTS: Final = 1 << 16
 #: The longest chunk that tells of an error of a kind that is not known.
 _MAX_ERROR: Final = 64 * KIB
 
@@ -50,53 +58,6 @@ _RANGED: Final = (
 )
 
 
-class Request:
-    """One request and, when `done`, its outcome: `error`, or None; the bytes are in `view`, the status in `status` (by the
-    name of the context, (length, flags) from `offset` on). `payload`: what is sent behind the header. All is in bytes."""
-
-    __slots__ = (
-        "bounds",
-        "command",
-        "contents",
-        "cookie",
-        "done",
-        "error",
-        "flags",
-        "length",
-        "offset",
-        "payload",
-        "status",
-        "view",
-    )
-
-    def __init__(
-        self,
-        command: int,
-        offset: int = 0,
-        length: int = 0,
-        flags: int = 0,
-        view: memoryview | None = None,
-        payload: memoryview | bytes | None = None,
-    ) -> None:
-        self.command = command
-        self.offset = offset
-        self.length = length
-        self.flags = flags
-        self.view = view
-        self.payload = payload
-        self.cookie = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was answered so far: it is sent again."""
-        self.done = False
-        self.error: LaminaError | None = None
-        #: Where stretches of bytes that came begin and end, in turn, from the start of the request.
-        self.bounds: list[int] = []
-        self.contents = 0
-        self.status: dict[str, list[tuple[int, int]]] | None = None
-
-
 class Transmission:
     """One connection after its handshake. `start` may be called beside `buffer` and `received`, which belong to one thread
     at a time; calls of `start` exclude each other.
@@ -106,11 +67,14 @@ class Transmission:
     `postponed`, for another connection. After an error of `received` the connection is to be closed.
     """
 
-    def __init__(self, facts: Facts, *, postpone: bool = False) -> None:
+    def __init__(
+        self, facts: Facts, *, postpone: bool = False, on_change: Callable[[Request], None] | None = None
+    ) -> None:
         self.in_flight: dict[int, Request] = {}
         self.leaving = False
         self.postponed: list[Request] = []
         self._postpone = postpone
+        self._on_change = on_change
         self._contexts = {number: name for name, number in facts.contexts.items()}
         self._pack = (wire.EXTENDED_REQUEST if facts.mode == "extended" else wire.REQUEST).codec.pack
         self._request_magic = wire.EXTENDED_REQUEST_MAGIC if facts.mode == "extended" else wire.REQUEST_MAGIC
@@ -154,6 +118,15 @@ class Transmission:
         if request.flags & wire.CMD_FLAG_PAYLOAD_LEN and request.payload is not None:
             length = len(request.payload)
         return self._pack(self._request_magic, request.flags, request.command, cookie, request.offset, length)
+
+    def detach(self, request: Request) -> None:
+        """The view of `request` is its owner's again: what still comes for it goes nowhere. Not beside `received`."""
+        if request.view is None:
+            return
+        nowhere = memoryview(bytearray(request.length))
+        if self._of is request and self._left and self._long is None:
+            self._into = nowhere[: self._left]
+        request.view = nowhere
 
     def disconnect(self) -> bytes:
         """The request that ends transmission; nothing may be sent after it."""
@@ -353,6 +326,9 @@ class Transmission:
             raise violation(f"{count} extents in {request.length} bytes")
         if count > 1 and request.flags & wire.CMD_FLAG_REQ_ONE:
             raise violation(f"{count} extents, and one was asked for")
+        request.told += count
+        if request.told > MAX_ALL_EXTENTS:
+            raise violation(f"more than {MAX_ALL_EXTENTS} extents in one reply")
 
     def _chunk(self, request: Request, kind: int, body: memoryview, last: bool) -> None:
         """A whole chunk whose length was checked: a hole, extents, or an error."""
@@ -374,6 +350,8 @@ class Transmission:
         request.contents += 1
         if request.contents > 1 and request.flags & wire.CMD_FLAG_DF:
             raise violation("several chunks of content, and one was asked for")
+        if request.contents > MAX_CHUNKS + request.length // 512:
+            raise violation(f"more than {request.contents - 1} chunks in reply to {_name(request)}")
         assert request.view is not None
         bounds = request.bounds
         stop = start + length
@@ -404,11 +382,10 @@ class Transmission:
             if request.command in _RANGED and not 0 <= at - request.offset < max(request.length, 1):
                 raise violation(f"an error at offset {at}, in reply to {_name(request)}")
         text = server_text(body[wire.ERROR.size : wire.ERROR.size + length])
-        # The first one is the cause; an error without a number is one all the same.
-        if request.error is None:
-            request.error = self._failure(request, error or wire.EINVAL, text, at)
-        elif error == wire.ESHUTDOWN:
-            self.leaving = True
+        if request.error is not None:
+            raise violation(f"several errors in reply to {_name(request)}")
+        # An error without a number is one all the same.
+        request.error = self._failure(request, error or wire.EINVAL, text, at)
 
     def _failure(self, request: Request, error: int, text: str = "", at: int | None = None) -> LaminaError:
         """The Lamina error for an error of the server."""
@@ -426,14 +403,17 @@ class Transmission:
         return kind(message, errno=number, operation=operation, hint=hint, **place)
 
     def _status(self, request: Request, body: memoryview) -> None:
+        kept = min(KEPT_EXTENTS, max(4 * KEPT_EXTENTS // max(len(self._contexts), 1), 1))
         if self._extended:
             number, count = wire.STATUS_EXT.codec.unpack_from(body)
-            extents = list(wire.EXTENT_EXT.codec.iter_unpack(body[wire.STATUS_EXT.size :]))
-            if count != len(extents):
-                raise violation(f"{count} extents announced, {len(extents)} sent")
+            rows = body[wire.STATUS_EXT.size :]
+            sent = len(rows) // wire.EXTENT_EXT.size
+            if count != sent:
+                raise violation(f"{count} extents announced, {sent} sent")
+            extents = list(wire.EXTENT_EXT.codec.iter_unpack(rows[: kept * wire.EXTENT_EXT.size]))
         else:
             (number,) = struct.unpack_from(">I", body)
-            extents = list(wire.EXTENT.codec.iter_unpack(body[4:]))
+            extents = list(wire.EXTENT.codec.iter_unpack(body[4 : 4 + kept * wire.EXTENT.size]))
         name = self._contexts.get(number)
         if name is None:
             raise violation(f"block status of the context number {number}, which was not selected")
@@ -466,12 +446,16 @@ class Transmission:
             self._reads_done += 1
             if request.length >= LARGE and request.command == wire.CMD_READ:
                 self._large_done += 1
-        del self.in_flight[request.cookie]
+        # In this order an interrupt anywhere leaves no request that is neither done nor known here.
         if self._postpone and request.error is not None and request.error.errno == errno.ESHUTDOWN:
             self.postponed.append(request)
+            del self.in_flight[request.cookie]
             return
+        if self._on_change is not None and (request.command in CHANGES or request.command == wire.CMD_FLUSH):
+            self._on_change(request)
         request.done = True
         self._answered.append(request)
+        del self.in_flight[request.cookie]
 
     def _check_contexts(self, request: Request) -> None:
         asked = len(self._contexts)

@@ -7,6 +7,7 @@ tells of one export only, by entering it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from errno import ETIMEDOUT
 from typing import Final, NamedTuple
 
 from ..detect import HEAD_BYTES, TAIL_BYTES, detect
@@ -16,6 +17,7 @@ from .client import Client
 from .client_connection import leave, negotiate
 from .client_facts import Facts, Listed, Wish
 from .client_negotiation import Task
+from .client_times import Times
 from .uri import Target, parse
 
 
@@ -122,13 +124,19 @@ def _shown(name: str) -> str:
 
 
 def list_exports(
-    target: Target | str, *, connect_timeout: float = 10.0, handshake_timeout: float = 10.0
+    target: Target | str,
+    *,
+    connect_timeout: float | None = None,
+    handshake_timeout: float | None = None,
+    timeout: float | None = None,
 ) -> list[ExportInfo]:
-    """All exports that the server names; the export in `target` does not matter. Any LaminaError; NotSupported where the
-    server is too old to have a list, BlockIOError (EPERM) where it may not give one."""
+    """All exports that the server names; the export in `target` does not matter. Times are seconds: for the connection, for
+    the handshake, or for each (`timeout`; None: 10). Any LaminaError; NotSupported where the server is too old to have a
+    list, BlockIOError (EPERM) where it may not give one."""
     where = parse(target) if isinstance(target, str) else target
     wish = Wish(where.export, where.tls)
-    listed = _ask(where, wish, "list", False, connect_timeout, handshake_timeout)
+    times = _times(where, timeout)
+    listed = _ask(where, wish, "list", False, connect_timeout or times.connect, handshake_timeout or times.connect)
     return [ExportInfo(_shown(one.name), one.description or "") for one in listed]
 
 
@@ -137,16 +145,20 @@ def inspect(
     *,
     exports: bool = False,
     content: bool = False,
-    connect_timeout: float = 10.0,
-    handshake_timeout: float = 10.0,
+    connect_timeout: float | None = None,
+    handshake_timeout: float | None = None,
+    timeout: float | None = None,
 ) -> list[Inspection]:
     """What the server says of the export in `target`, or with `exports` of all that it lists. `content`: their first and last
-    bytes are read too, over a connection for each. Errors as `list_exports`, and NotFound; an error of one export out of
-    several is in its `Inspection`."""
+    bytes are read too, over a connection for each. Times as for `list_exports`; `timeout` is also that of a client. Errors
+    as `list_exports`, and NotFound; an error of one export out of several is in its `Inspection`, but a server that says
+    nothing any more is not asked about the others."""
     where = parse(target) if isinstance(target, str) else target
     wish = Wish(where.export, where.tls)
+    times = _times(where, timeout)
     found = []
-    for one in _ask(where, wish, "describe", exports, connect_timeout, handshake_timeout):
+    before = (connect_timeout or times.connect, handshake_timeout or times.connect)
+    for one in _ask(where, wish, "describe", exports, *before):
         name = one.facts.name if one.facts and not exports else one.name
         description = one.description
         if description is None and one.facts is not None:
@@ -159,9 +171,9 @@ def inspect(
         error, magic = one.error, None
         if content and one.facts is not None:
             try:
-                magic = _content(place, connect_timeout, handshake_timeout)
+                magic = _content(place, *before, timeout)
             except LaminaError as reason:
-                if not exports:
+                if not exports or reason.errno == ETIMEDOUT:
                     raise
                 error = reason
         found.append(Inspection(_shown(name), description, str(place), one.facts, error, magic))
@@ -181,10 +193,18 @@ def _ask(
     return listed
 
 
-def _content(where: Target, connect_timeout: float, handshake_timeout: float) -> str | None:
+def _times(where: Target, timeout: float | None) -> Times:
+    return Times.all(where.timeout if timeout is None else timeout)
+
+
+def _content(where: Target, connect_timeout: float, handshake_timeout: float, timeout: float | None) -> str | None:
     """The format that the magic in the export says; None where it could be several."""
     with Client.connect(
-        where, contexts=(), connect_timeout=connect_timeout, handshake_timeout=handshake_timeout
+        where,
+        contexts=(),
+        connect_timeout=connect_timeout,
+        handshake_timeout=handshake_timeout,
+        request_timeout=timeout,
     ) as client:
         head = client.read(0, min(client.size, HEAD_BYTES))
         tail = client.read(client.size - min(client.size, TAIL_BYTES), min(client.size, TAIL_BYTES))

@@ -1,32 +1,37 @@
 """One connection of a client, shared by its threads, with what happens when it breaks.
 
-No thread of its own: whoever waits for a reply becomes the receiver for all (the leader), and hands that on when its own
-reply is there. Who sends while the server cannot take more receives meanwhile, so that two full sockets never wait for each
-other. A connection that breaks is made anew, where that was asked for, and what was not answered is sent again.
+No thread of its own: whoever waits for a reply receives for all (the leader), and hands that on when its own reply is there.
+Who sends while the server cannot take more receives meanwhile, so that two full sockets never wait for each other. A
+connection that breaks is made anew, where that was asked for, and what was not answered is sent again.
+
+An exception may end any line here (Ctrl-C). Bytes are therefore taken from the connection only under a lock that nobody holds
+while he waits, so that it does no harm if two lead; that one leads is noted for a second at a time; and whoever waits looks
+up as often. An exception in the middle of a message breaks the connection, which is then made anew even where a loss is an
+error, and one anywhere else leaves it as it is. See `forget` for what becomes of the request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
-import select
 import threading
 import time
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, cast
-from weakref import WeakSet
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, cast
 
 from ..errors import BlockIOError, Closed, LaminaError
 from ..limits import KIB
-from . import wire
+from . import links, wire
 from .channel import Buffer, Channel
-from .client_connection import PASSING, leave, lost, passes
+from .client_connection import PASSING, Check, leave, lost, passes, pause
 from .client_facts import Facts
-from .client_session import Request, Transmission
+from .client_request import CHANGES, Durability, Request, Sent
+from .client_session import Transmission
+from .client_times import SHORT, TICK, Clock, Times
+from .links import abandon_all as abandon_all  # where the command line looks for it
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from .uri import Target
 
 #: So many requests on their way fit into the buffers of both sockets even if nobody reads there: headers and replies of a
@@ -34,85 +39,18 @@ if TYPE_CHECKING:
 _FIT: Final = 100
 #: Then a payload goes out in pieces of this many bytes: a socket that takes anything takes so much.
 _PIECE: Final = 32 * KIB
-#: Seconds that `close` waits for a reply, where no time limit was given.
+#: Seconds that `close` waits for what is on its way, even if the server makes progress.
 _CLOSING: Final = 30.0
-#: The first and the longest pause between attempts to connect again, in seconds.
+#: Seconds for which a thread leads without saying so again.
+_LEASE: Final = 2 * TICK
+#: The first and the longest pause before a lost connection is made anew, in seconds. It doubles until something is answered.
 _PAUSE, _LONGEST_PAUSE = 0.02, 1.0
-_CHANGES: Final = (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES)
-
-
-class Pending(ABC):
-    """A request that was started. `wait` may be called by any thread, and again: the outcome stays."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def wait(self) -> Any:
-        """The outcome, when it is there: None, or the status of blocks. Raises what the request failed with."""
-
-
-class Sent(Request, Pending):
-    """A request on its way over one link. Times are those of `time.monotonic`."""
-
-    __slots__ = ("covers", "link", "lost_at", "started")
-    link: Link
-    #: When its connection was first lost, or 0; when it was sent.
-    lost_at: float
-    started: float
-    #: Of a flush: whether there was something to flush.
-    covers: bool
-
-    def wait(self) -> Any:
-        if not self.done:
-            self.link.wait(self)
-        if self.error is not None:
-            raise self.error
-        return self.status
-
-
-class Durability:
-    """What the client knows of writes that were answered and not flushed, over all links. Thread-safe: each change is a
-    single assignment, and where two race, more is taken for lost than is."""
-
-    __slots__ = ("answered", "doubtful")
-
-    def __init__(self) -> None:
-        #: Changes were answered since the last flush began.
-        self.answered = False
-        #: Such changes were there when a connection broke: the next flush must fail.
-        self.doubtful = False
-
-    def error(self) -> BlockIOError:
-        """For the one flush that tells of it."""
-        self.doubtful = False
-        return BlockIOError(
-            "the connection was lost after writes that were not flushed: the server may have restarted without them",
-            errno=errno.EIO,
-            operation="flush",
-            hint="write again what was written since the last flush",
-        )
-
-
-#: All that are not closed, for `abandon_all`.
-_open_links: WeakSet[Link] = WeakSet()
-
-
-def abandon_all() -> None:
-    """Break every connection of this process and make none anew: whoever waits for a server gets an error now. For a program
-    that ends and whose server says nothing; from any thread."""
-    while True:
-        try:
-            links = list(_open_links)
-        except RuntimeError:  # another thread has just made a connection
-            continue
-        break
-    for link in links:
-        link.abandon()
 
 
 class Link:
-    """One connection. `reopen`: makes it anew, and has compared what the server says now with what it said before; None: a
-    loss is final. `patience`: seconds that one request waits for that. `request_timeout`: seconds for each reply, or None."""
+    """One connection. `reopen`: makes it anew, and has compared what the server says now with what it said before; it calls
+    what it is given, which ends the attempt by raising. `patience`: seconds that one request waits for that; 0: a loss is
+    final. `times`: how long the server may be silent."""
 
     def __init__(
         self,
@@ -121,139 +59,141 @@ class Link:
         facts: Facts,
         durability: Durability,
         *,
-        reopen: Callable[[], tuple[Channel, Facts]] | None,
+        reopen: Callable[[Check], tuple[Channel, Facts]],
         patience: float,
-        request_timeout: float | None,
+        times: Times,
     ) -> None:
         self._target = target
         self._reopen = reopen
         self._patience = patience
-        self._timeout = request_timeout
+        self._clock = Clock(times)
         self._durability = durability
         #: Held to start and send a request, and to exchange the connection.
         self._sending = threading.Lock()
-        #: Guards who leads and who waits.
+        #: Held to take bytes from the connection; nobody waits for the server meanwhile. After `_sending`.
+        self._taking = threading.Lock()
+        #: Guards who leads and who waits. After both.
         self._mutex = threading.Lock()
-        self._leading = False
+        #: Until when somebody leads, if he does not say so again.
+        self._led_until = 0.0
         self._waiting: dict[Sent, threading.Lock] = {}
         #: Why nothing can be done any more.
         self._dead: LaminaError | None = None
         #: Why the connection is of no use; who leads next deals with it.
         self._fault: LaminaError | None = None
+        #: It is of no use because an exception ended a message in the middle, and the server is told so first.
+        self._torn = False
+        #: No connection is made anew.
+        self._final = False
+        #: This process is a child of the one whose connection it is.
+        self.inherited = False
+        #: The connection is just made anew.
+        self._mending = False
+        self._pause = 0.0
+        self._look_at = 0.0
         self._settle(channel, facts)
-        _open_links.add(self)
+        links.note(self)
 
     def _settle(self, channel: Channel, facts: Facts) -> None:
+        channel.settimeout(self._clock.tick)
+        channel.watch = self._watch
         self._channel = channel
-        self._session = Transmission(facts, postpone=self._reopen is not None)
+        self._session = Transmission(facts, postpone=self._patience > 0, on_change=self._durability.note)
+        self._torn = False
         self._fault = None
-        channel.settimeout(self._timeout)
+
+    @property
+    def name(self) -> str:
+        """The URI of the export."""
+        return str(self._target)
 
     # -- requests
 
     def submit(self, request: Sent) -> None:
         """Send `request`. Never fails but for a link that is dead: what happens to it on the way, its `wait` tells."""
         request.link = self
-        request.lost_at = 0.0
-        request.started = time.monotonic()
         with self._sending:
             if self._dead is not None:
                 raise copy.copy(self._dead)
-            if self._session.leaving:
-                if self._reopen is None:
-                    hint = "connect again later"
-                    message = "the server is shutting down"
-                    raise BlockIOError(message, errno=errno.ESHUTDOWN, path=str(self._target), hint=hint)
+            if self._session.leaving and self._patience <= 0:
+                raise self._leaving("connect again later")
+            if self._session.leaving or self._fault is not None:
                 self._session.postponed.append(request)
-            elif self._fault is not None and self._reopen is not None:
-                self._session.postponed.append(request)
-            else:
+                return
+            try:
                 self._send(request)
+            except BaseException:
+                if self._session.in_flight.get(request.cookie) is request:
+                    self._tear()
+                raise
 
-    def _send(self, request: Sent, *, leading: bool = False) -> None:
+    def _send(self, request: Sent) -> None:
         session = self._session
+        before = len(session.in_flight)
+        if not before:
+            self._clock.restart()
+        request.latest = self._clock.last_call(request, before)
         header = session.start(request)
         buffers: Sequence[Buffer] = (header,) if request.payload is None else (header, request.payload)
         try:
-            if len(session.in_flight) <= _FIT and (request.payload is None or not session.reads):
+            if before < _FIT and (request.payload is None or not session.reads):
                 self._channel.send(buffers)
             else:
-                self._send_and_receive(buffers, leading)
+                self._send_and_receive(buffers)
         except LaminaError as error:
             # What the server still said is worth reading, and tells that it is gone; but a stuck one says nothing.
             if error.errno == errno.ETIMEDOUT:
                 self._break(error)
 
-    def _send_and_receive(self, buffers: Sequence[Buffer], leading: bool) -> None:
-        """Send `buffers` as the server takes them; while it does not, take what it sends, unless another thread does.
-        `leading`: this thread is the leader already."""
-        poll = select.poll()
+    def _send_and_receive(self, buffers: Sequence[Buffer]) -> None:
+        """Send `buffers` as the server takes them; while it does not, take what it sends."""
+        channel = self._channel
         for buffer in buffers:
             view = memoryview(buffer)
             for at in range(0, len(view), _PIECE):
-                while not self._may_send(poll, leading):
+                while True:
+                    readable, writable = channel.wait_ready(self._clock.tick)
                     if self._fault is not None:
                         return
-                self._channel.send((view[at : at + _PIECE],))
-
-    def _may_send(self, poll: select.poll, leading: bool) -> bool:
-        """Whether the socket takes a piece; receives once if it does not, and something is there."""
-        number = self._channel.fileno()
-        if number < 0:
-            self._fault = self._fault or lost(self._target)
-            return False
-        with self._mutex:
-            lead = leading or not self._leading
-            self._leading = True
-        try:
-            # Another thread that receives may stop at any time: look again soon.
-            poll.register(number, select.POLLOUT | (select.POLLIN if lead else 0))
-            limit = 20 if not lead else None if self._timeout is None else max(1, int(self._timeout * 1000))
-            events = poll.poll(limit)
-            poll.unregister(number)
-            if any(event & select.POLLOUT for _, event in events):
-                return True
-            if lead and events:
-                self._receive(None)
-            elif lead:
-                self._break(self._overdue())
-            return False
-        finally:
-            if lead and not leading:
-                self._hand_on()
+                    if writable:
+                        break
+                    if readable:
+                        self._take(None, eager=False)
+                    self._look()
+                piece = view[at : at + _PIECE]
+                channel.send((piece,))
+                self._clock.moved(len(piece))
 
     # -- waiting
 
     def wait(self, request: Sent) -> None:
         """Until `request` is done."""
         while not request.done:
+            waiter: threading.Lock | None = None
             with self._mutex:
                 if request.done:
                     return
-                waiter = None
-                if self._leading:
+                now = time.monotonic()
+                if now < self._led_until:
                     waiter = self._waiting.get(request)
                     if waiter is None:
-                        waiter = self._waiting[request] = threading.Lock()
+                        waiter = threading.Lock()
                         waiter.acquire()
+                        self._waiting[request] = waiter
                 else:
-                    self._leading = True
+                    self._led_until = now + _LEASE
             if waiter is None:
                 try:
                     self._receive_until(request)
                 finally:
                     self._hand_on()
-                continue
-            left = -1.0 if self._timeout is None else max(request.started + self._timeout - time.monotonic(), 0.001)
-            if waiter.acquire(timeout=left):
+            elif waiter.acquire(timeout=_LEASE):
                 waiter.release()  # several threads may wait for one request
-            else:
-                self._break(self._overdue())
 
     def _hand_on(self) -> None:
         """The leader leaves: wake whose replies came, and one of the others to lead."""
         with self._mutex:
-            self._leading = False
+            self._led_until = 0.0
             for request in [request for request in self._waiting if request.done]:
                 self._waiting.pop(request).release()
             for request in self._waiting:
@@ -262,105 +202,247 @@ class Link:
 
     def _receive_until(self, request: Sent) -> None:
         while not request.done:
-            if self._fault is not None:
-                self._recover(self._fault)
-            elif self._session.leaving and not self._session.in_flight:
-                self._recover(BlockIOError("the server is shutting down", errno=errno.ESHUTDOWN))
-            else:
-                self._receive(request)
-                late = self._timeout is not None and time.monotonic() > request.started + self._timeout
-                if late and not request.done:
-                    self._break(self._overdue())
-        if self._session.leaving and not self._session.in_flight and self._fault is None and self._reopen is None:
-            self._recover(BlockIOError("the server is shutting down", errno=errno.ESHUTDOWN))
+            if self._fault is not None or (self._session.leaving and not self._session.in_flight):
+                self._recover()
+            elif not self._take(request):
+                self._led_until = time.monotonic() + _LEASE
+                self._await_input(request)
+                self._take(request, eager=False)
+            self._look()
+        if self._patience <= 0 and self._session.leaving and not self._session.in_flight and self._fault is None:
+            self._recover()
 
-    def _receive(self, own: Sent | None) -> None:
-        """Receive once, as the leader. What goes wrong is left in `_fault`."""
+    def _await_input(self, request: Sent) -> None:
+        channel = self._channel
         try:
-            count = self._channel.recv_into(self._session.buffer())
-            if not count:
-                raise lost(self._target)
-            answered = self._session.received(count)
+            channel.wait_input()
         except LaminaError as error:
-            self._break(self._overdue() if self._timeout is not None and error.errno == errno.ETIMEDOUT else error)
+            if channel is self._channel:
+                self._break(error)
+        if request.cookie not in self._session.in_flight and not request.done and self._sending.acquire(blocking=False):
+            # An interrupt in the middle of `_recover` or `submit` could leave a request that nobody knows.
+            try:
+                known = [*self._session.in_flight.values(), *self._session.postponed]
+                if self._fault is None and not any(one is request for one in known):
+                    self._fail((request,), self.interrupted())
+            finally:
+                self._sending.release()
+
+    def _take(self, own: Sent | None, *, eager: bool = True) -> bool:
+        """Take what has come, if anything has: whether. What goes wrong is left in `_fault`."""
+        session, taking = self._session, False
+        try:
+            with self._taking:
+                if session is not self._session or self._fault is not None:
+                    return True
+                taking = True
+                count = self._channel.receive_soon(session.buffer(), eager=eager)
+                if count is None:
+                    return False
+                if not count:
+                    raise lost(self._target)
+                answered = session.received(count)
+        except LaminaError as error:
+            self._break(error)
+            return True
+        except BaseException:
+            if taking:
+                self._tear()
+            raise
+        self._clock.moved(count)
+        if answered:
+            self._clock.progress()
+            self._pause = 0.0
+            if len(answered) > 1 or answered[0] is not own:
+                with self._mutex:
+                    for request in answered:
+                        waiter = self._waiting.pop(request, None)  # type: ignore[call-overload]
+                        if waiter is not None:
+                            waiter.release()
+        return True
+
+    # -- time
+
+    def _watch(self, count: int) -> None:
+        """The channel sends: the server has just taken `count` bytes, or none for a moment."""
+        self._clock.moved(count)
+        if self._fault is not None:
+            raise copy.copy(self._fault)
+        error = self._clock.overdue(list(self._session.in_flight.values()), self.name)
+        if error is not None:
+            raise error
+
+    def _look(self) -> None:
+        """Break the connection if its server has had its time. Looks now and then."""
+        now = time.monotonic()
+        if now < self._look_at or self._fault is not None:
             return
-        for request in answered:
-            if request.command in _CHANGES and request.error is None and not request.flags & wire.CMD_FLAG_FUA:
-                self._durability.answered = True
-            elif request.command == wire.CMD_FLUSH and request.error is not None:
-                self._durability.answered |= request.covers  # type: ignore[attr-defined]
-        if answered and (len(answered) > 1 or answered[0] is not own):
-            with self._mutex:
-                for request in answered:
-                    waiter = self._waiting.pop(request, None)  # type: ignore[call-overload]
-                    if waiter is not None:
-                        waiter.release()
+        self._look_at = now + self._clock.tick / 2
+        error = self._clock.overdue(list(self._session.in_flight.values()), self.name)
+        if error is not None:
+            self._break(error)
+
+    # -- who leaves
+
+    def forget(self, request: Sent) -> None:
+        """Whoever waited for `request` was interrupted. Its buffers are free on return: a reply goes nowhere, and it is not
+        sent again. A change may still be carried out: it then stands in `Durability.unsettled` until the server answers.
+        Waits for nobody but threads that are about to be done with the buffers."""
+        request.left = True
+        self._clock.press()
+        # While the connection is made anew nothing is sent, and `left` is looked at before it is.
+        sends = request.payload is not None and not self._mending
+        with contextlib.ExitStack() as held:
+            for lock in (self._sending, self._taking) if sends else (self._taking,):
+                taken = lock.acquire(timeout=SHORT)
+                if not taken:  # somebody is stuck in a send
+                    self._break(self.interrupted())
+                    taken = lock.acquire(timeout=SHORT)
+                if taken:
+                    held.callback(lock.release)
+            if request.done:
+                return
+            try:
+                self._session.detach(request)
+            except BaseException:
+                self._break(self.interrupted())
+                raise
+            request.payload = None
+            known = [*self._session.in_flight.values(), *self._session.postponed]
+            if not any(one is request for one in known):
+                self._fail((request,), self.interrupted())
+            elif request.command in CHANGES:
+                self._durability.unsettled.append(request)
 
     # -- when it breaks
 
-    def _overdue(self) -> BlockIOError:
-        message = f"no reply within {self._timeout:g} s"
-        return BlockIOError(message, errno=errno.ETIMEDOUT, path=str(self._target))
+    def _leaving(self, hint: str | None = None) -> BlockIOError:
+        return BlockIOError("the server is shutting down", errno=errno.ESHUTDOWN, path=self.name, hint=hint)
 
     def _break(self, error: LaminaError) -> None:
         """The connection is of no use any more; wakes whoever is blocked in it."""
         if self._fault is None:
+            error.path = error.path or str(self._target)
             self._fault = error
         self._channel.close()
 
-    def _recover(self, cause: LaminaError) -> None:
+    def _tear(self) -> None:
+        """An exception ended a message in the middle. The server finds the end of the stream, and ends what it is doing."""
+        if self._fault is None:
+            self._torn = True
+            self._fault = self.interrupted()
+        self._channel.end_output()
+
+    def _recover(self) -> None:
         """The leader finds the connection broken, or its server leaving: make it anew and send again what was not answered,
         or fail all of it."""
-        if self._fault is not None:
-            self._channel.close()  # whoever is stuck in sending comes out, and lets go
         with self._sending:
+            session = self._session
             if self._fault is None:
-                leave(self._channel, self._session.disconnect())
-                self._fault = cause
-            requests = self._unanswered()
+                if not session.leaving or session.in_flight:
+                    return  # another leader was here
+                leave(self._channel, session.disconnect())
+                self._fault = self._leaving()
+            cause, torn = self._fault, self._torn
+            if torn and any(request.command in CHANGES for request in list(session.in_flight.values())):
+                self._await_end()
+            self._channel.close()
+            with self._taking:
+                requests = self._unanswered()
             durability = self._durability
             if durability.answered or any(r.covers for r in requests if r.command == wire.CMD_FLUSH):
                 durability.answered, durability.doubtful = False, True
-            if self._reopen is None or cause.errno not in PASSING:
-                self._dead = cause
+            self._fail([request for request in requests if request.left], cause)
+            if self._final or not (torn or (self._patience > 0 and cause.errno in PASSING)):
+                self._dead = self._dead or cause
                 self._fail(requests, cause)
                 return
             if durability.doubtful:
                 for flush in [request for request in requests if request.command == wire.CMD_FLUSH]:
                     self._fail([flush], durability.error())
+            if self._clock.pressed and not torn:
+                # Who was interrupted does not wait for a server that says nothing, over no connection.
+                self._clock.relax()
+                self._fail(requests, cause)
+                return
             now = time.monotonic()
             for request in requests:
                 request.lost_at = request.lost_at or now
             # A request that breaks every connection it is sent over does not do so for ever.
             self._fail([request for request in requests if now - request.lost_at > self._patience], cause)
             waiting = [request for request in requests if not request.done]
+            session.postponed = list[Request](waiting)
+            self._pause, rest = min(max(2 * self._pause, _PAUSE), _LONGEST_PAUSE), self._pause
+            self._mending = True
             try:
-                channel, facts = self._reopen()
+                pause(0.0 if torn else max(rest, _PAUSE), self._check)
+                channel, facts = self._reopen(self._check)
             except LaminaError as error:
-                if not passes(error):
+                if not passes(error) or self._patience <= 0:
                     self._dead = error
+                session.postponed = []
                 self._fail(waiting, error)
                 return
-            self._settle(channel, facts)
-            for number, request in enumerate(waiting):
-                if self._fault is not None:
-                    self._session.postponed += waiting[number:]
-                    return
+            finally:
+                self._mending = False
+            try:
+                self._settle(channel, facts)
+            except BaseException:
+                channel.close()
+                raise
+            self._send_again(waiting)
+
+    def _send_again(self, waiting: list[Sent]) -> None:
+        session = self._session
+        session.postponed = list[Request](waiting)
+        for request in waiting:
+            if self._fault is not None:
+                return
+            if request.left:
+                self._fail((request,), self.interrupted())
+            else:
                 request.restart()
-                request.started = time.monotonic()
-                self._send(request, leading=True)
+                try:
+                    self._send(request)
+                except BaseException:
+                    self._tear()
+                    raise
+            session.postponed.remove(request)
+
+    def interrupted(self) -> BlockIOError:
+        """The error of a request whose outcome nobody knows, since whoever waited for it does no more."""
+        message = "the request was interrupted, or another one in the middle of a message"
+        return BlockIOError(message, errno=errno.EINTR, path=self.name)
+
+    def _check(self) -> None:
+        """Raises what ends an attempt to connect again."""
+        if self._final:
+            raise Closed("the connection was closed", path=self.name)
+
+    def _await_end(self) -> None:
+        """Until the server has ended the connection: then nothing that was asked over it is still at work. A short time."""
+        deadline = time.monotonic() + SHORT
+        nowhere = memoryview(bytearray(64 * KIB))
+        with contextlib.suppress(LaminaError):
+            while time.monotonic() < deadline and not self._final:
+                self._channel.wait_input()
+                if self._channel.receive_soon(nowhere, eager=False) == 0:
+                    return
 
     def _unanswered(self) -> list[Sent]:
-        """All requests that wait for a reply, oldest first; the session has none of them any more."""
+        """All requests that wait for a reply, oldest first. The session keeps them, as postponed."""
         session = self._session
-        requests = cast("list[Sent]", [*session.in_flight.values(), *session.postponed])
+        requests = cast("dict[Sent, None]", dict.fromkeys([*session.in_flight.values(), *session.postponed]))
+        waiting = [request for request in requests if not request.done]
+        session.postponed = list[Request](waiting)
         session.in_flight.clear()
-        session.postponed.clear()
-        return requests
+        return waiting
 
-    def _fail(self, requests: list[Sent], error: LaminaError) -> None:
+    def _fail(self, requests: Iterable[Sent], error: LaminaError) -> None:
         with self._mutex:
             for request in requests:
+                if request.done:
+                    continue
                 request.error = copy.copy(error)
                 request.done = True
                 if (waiter := self._waiting.pop(request, None)) is not None:
@@ -370,26 +452,36 @@ class Link:
 
     def abandon(self) -> None:
         """Break the connection, and make it anew no more. From any thread, also while others are inside."""
-        self._reopen = None
-        self._break(BlockIOError("the connection was given up", errno=errno.ECANCELED, path=str(self._target)))
+        self._final = True
+        self._break(BlockIOError("the connection was given up", errno=errno.ECANCELED, path=self.name))
+
+    def hasten(self) -> None:
+        """The link is about to be closed: no connection is made anew, and the server has a short time to make progress."""
+        self._final = True
+        self._clock.urgent = True
+        self._clock.press()
 
     def close(self) -> None:
-        """Wait for what is on its way (no connection is made anew for it), say goodbye, close. From one thread."""
-        with self._sending:
-            self._reopen = None
-            session = self._session
-            requests = cast("list[Sent]", [*session.in_flight.values(), *session.postponed])
-            if self._timeout is None and requests and self._fault is None:
-                self._timeout = _CLOSING
-                for request in requests:
-                    request.started = time.monotonic()
-                self._channel.settimeout(_CLOSING)
-        for request in requests:
-            self.wait(request)
-        with self._sending:
-            farewell = self._session.disconnect() if self._fault is None and self._dead is None else b""
-            self._dead = Closed("the connection was closed", path=str(self._target))
-            leave(self._channel, farewell)
+        """Wait a short time for what is on its way, say goodbye, close. Who still waits then gets an error."""
+        self.hasten()
+        try:
+            with self._sending:
+                requests = cast("list[Sent]", [*self._session.in_flight.values(), *self._session.postponed])
+            deadline = time.monotonic() + _CLOSING
+            for request in requests:
+                request.latest = min(request.latest or deadline, deadline)
+            for request in requests:
+                self.wait(request)
+        finally:
+            with self._sending:
+                farewell = self._session.disconnect() if self._fault is None and self._dead is None else b""
+                self._dead = Closed("the connection was closed", path=self.name)
+                self._fault = self._fault or self._dead
+                try:
+                    leave(self._channel, farewell)
+                finally:
+                    with self._taking:
+                        self._fail(self._unanswered(), self._dead)
 
     def forsake(self) -> None:
         """After a fork, in the child: no lock is taken, since threads that only the parent has may hold them."""

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from errno import ECONNRESET, EPIPE, EPROTO, ETIMEDOUT
 from typing import TYPE_CHECKING
 
@@ -112,14 +112,45 @@ class TlsChannel:
                 if self._failed is None:
                     self._receive()
 
-    def _receive(self) -> None:
-        """Put what comes from the peer, at least a byte, into `_incoming`."""
+    def receive_soon(self, view: memoryview, *, eager: bool = True) -> int | None:
+        with self._receiving:
+            while True:
+                if self._failed is not None:
+                    raise self._failed
+                count = 0 if self._ended else self._decrypt_into(view)
+                if self._talk:
+                    self._answer()
+                if count or self._ended:
+                    return count
+                if self._failed is None and not self._receive(wait=False, eager=eager):
+                    return None
+
+    def wait_input(self) -> None:
+        self._plain.wait_input()
+
+    def wait_ready(self, seconds: float) -> tuple[bool, bool]:
+        return self._plain.wait_ready(seconds)
+
+    @property
+    def watch(self) -> Callable[[int], None] | None:
+        """As that of the plain channel."""
+        return self._plain.watch
+
+    @watch.setter
+    def watch(self, watch: Callable[[int], None] | None) -> None:
+        self._plain.watch = watch
+
+    def _receive(self, *, wait: bool = True, eager: bool = False) -> bool:
+        """Put what comes from the peer, at least a byte, into `_incoming`. False if not `wait` and nothing has come."""
+        plain, view = self._plain, self._ciphertext
         try:
-            received = self._plain.recv_into(self._ciphertext)
+            received = plain.recv_into(view) if wait else plain.receive_soon(view, eager=eager)
         except BlockIOError as error:
             if error.errno == ECONNRESET:
                 error.hint = self._suspicion()
             raise
+        if received is None:
+            return False
         if not received:
             from .tls import truncated
 
@@ -129,6 +160,7 @@ class TlsChannel:
         self._fresh = False
         with self._state:
             self._incoming.write(self._ciphertext[:received])
+        return True
 
     def _decrypt_into(self, view: memoryview) -> int:
         """Bytes put into `view` of what was received; with 0 see whether `_ended` or `_failed` became true."""
@@ -225,6 +257,9 @@ class TlsChannel:
 
     def settimeout(self, seconds: float | None) -> None:
         self._plain.settimeout(seconds)
+
+    def end_output(self) -> None:
+        self._plain.end_output()
 
     def close(self) -> None:
         self._plain._closed = True

@@ -35,7 +35,9 @@ _SCHEMES = {
     "nbds+unix": (True, True),
 }
 _TLS_PARAMETERS = ("tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates", "tls-psk-file")
-_PARAMETERS = ("socket", *_TLS_PARAMETERS)
+_PARAMETERS = ("socket", "timeout", *_TLS_PARAMETERS)
+#: The longest time that a target may say: a day, and a bit.
+_MAX_TIMEOUT = 100_000
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/")
 
@@ -70,6 +72,13 @@ OPTIONS = (
     Option("tls-certificates", "str", "folder with ca-cert.pem, client-cert.pem, client-key.pem"),
     Option("tls-psk-file", "str", "file with lines USER:HEXKEY"),
     Option("tls-username", "str", "the user of the pre-shared key"),
+    Option(
+        "timeout",
+        "any",
+        "seconds without progress after which the server counts as gone; 0: never (default: 60; 600 while it flushes, trims "
+        "or zeroes)",
+        aliases=("request-timeout",),
+    ),
 )
 _SCHEMA = Schema("nbd", OPTIONS)
 
@@ -94,6 +103,8 @@ class _Fields(NamedTuple):
     #: The folder of certificates; None means the authorities that this system trusts.
     tls_certificates: str | None = None
     tls_psk_file: str | None = None
+    #: Seconds without progress after which the server counts as gone, whatever it does; 0: never. None: the usual times.
+    timeout: float | None = None
 
 
 class Target(_Fields):
@@ -140,6 +151,8 @@ class Target(_Fields):
         for name, path in (("tls-certificates", self.tls_certificates), ("tls-psk-file", self.tls_psk_file)):
             if path is not None:
                 query.append(f"{name}={_quote(os.fsencode(path))}")
+        if self.timeout is not None:
+            query.append("timeout=" + f"{self.timeout:.6f}".rstrip("0").rstrip("."))
         return f"{start}/{_quote(self.export)}" + ("?" + "&".join(query) if query else "")
 
     format = __str__
@@ -183,6 +196,8 @@ def parse(text: str) -> Target:
         if "socket" in parameters:
             raise OptionError(f"{shown(text)} has a socket, but its scheme means TCP", hint="write nbd+unix:///EXPORT")
         fields["host"], fields["port"] = _host_and_port(place)
+    if "timeout" in parameters:
+        fields["timeout"] = parse_timeout(parameters.pop("timeout"))
     fields["tls"] = "require" if required else "allow" if parameters else "off"
     if "tls-verify-peer" in parameters:
         word = parameters.pop("tls-verify-peer")
@@ -193,6 +208,17 @@ def parse(text: str) -> Target:
     if "tls_psk_file" in fields:
         fields.setdefault("tls_type", "psk")
     return Target(**fields)
+
+
+def parse_timeout(value: object) -> float:
+    """The time limit that `value`, a number or its text, says: seconds, perhaps with a fraction; 0 for none. OptionError."""
+    text = str(value)
+    whole, _, fraction = text.partition(".")
+    digits = (whole + fraction).isascii() and (whole + fraction).isdigit() and whole != "" and len(whole) <= 6
+    if not digits or len(fraction) > 6 or float(text) > _MAX_TIMEOUT or isinstance(value, bool):
+        hint = f"it is a number of seconds, such as 5 or 0.5, up to {_MAX_TIMEOUT}; 0: no limit"
+        raise OptionError(f"the timeout is {shown(text)}", hint=hint)
+    return float(text)
 
 
 def from_options(options: Mapping[str, Any]) -> Target:
@@ -214,10 +240,12 @@ def from_options(options: Mapping[str, Any]) -> Target:
         "username": given.get("tls-username"),
     }
     fields = {name: value for name, value in tls.items() if value is not None}
+    if "timeout" in given:
+        fields["timeout"] = parse_timeout(given["timeout"])
     if "uri" in given:
         target = parse(given["uri"])
         for name, value in fields.items():
-            if getattr(target, name) not in (value, _Fields._field_defaults[name]):
+            if name != "timeout" and getattr(target, name) not in (value, _Fields._field_defaults[name]):
                 raise OptionError(f"{name.replace('_', '-')} differs from what the URI says", hint="give it once")
         if target.tls == "require" and given.get("tls", "require") != "require":
             raise OptionError(f"tls={given['tls']} contradicts the URI, which requires TLS", hint="leave tls out")
@@ -345,6 +373,8 @@ def _check(target: Target) -> None:
         raise OptionError(f"the host is {shown(target.host)}", hint="give a name or an address")
     if not 1 <= target.port <= 65535 or (unix and target.port != DEFAULT_PORT):
         raise OptionError(f"the port is {target.port}", hint="it is a number from 1 to 65535, and goes with a host")
+    if target.timeout is not None:
+        parse_timeout(target.timeout)
     _check_tls(target)
 
 
