@@ -14,7 +14,7 @@ from . import detect, lifecycle, registry
 from .errors import FormatError, LaminaError, OptionError, PolicyError
 from .limits import DEFAULT_BUDGET, Account, Budget
 from .node import MAY_UNMAP, Node, StorageNode
-from .options import parse_name, to_keyval
+from .options import parse_name, shown, to_keyval
 from .policy import Policy, Trail
 from .request import Child
 
@@ -105,7 +105,9 @@ class Opener:
         inner = self._but(_opened=[], name=None, _top=False)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
-                inner.name = str(value)
+                if not isinstance(value, str):
+                    raise OptionError(f"{key} is {shown(value)}, not a name")
+                inner.name = value
             elif _switch(key, value):
                 setattr(inner, key.replace("-", "_"), True)
         try:
@@ -125,7 +127,7 @@ class Opener:
         """The node of the driver that `options` name."""
         name = options.pop("driver")
         if not isinstance(name, str):
-            raise OptionError(f"driver is {name!r}, not a name")
+            raise OptionError(f"driver is {shown(name)}, not a name")
         kind = registry.lookup(name)
         if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
             options["file"] = {"driver": "file", "filename": options.pop("filename")}
@@ -341,8 +343,8 @@ def _format_missing(where: str | None) -> OptionError:
 def _choice(options: dict[str, Any], key: str, meanings: dict[str, Any]) -> Any:
     """Take a common option out of `options`: what its word means, None where it is absent."""
     word = options.pop(key, None)
-    if word is not None and word not in meanings:
-        raise OptionError(f"{key} is {word!r}", hint=f"it takes one of {', '.join(meanings)}")
+    if word is not None and not (isinstance(word, str) and word in meanings):
+        raise OptionError(f"{key} is {shown(word)}", hint=f"it takes one of {', '.join(meanings)}")
     return meanings.get(word) if word is not None else None
 
 
@@ -351,4 +353,4 @@ def _switch(key: str, value: Any) -> bool:
         return value
     if value in ("on", "off"):
         return bool(value == "on")
-    raise OptionError(f"{key} is {value!r}, not on or off")
+    raise OptionError(f"{key} is {shown(value)}, not on or off")

@@ -221,7 +221,34 @@ def _json_name(text: str) -> dict[str, Any]:
         raise OptionError(f"the options after json: cannot be read: {clip(str(error))}", hint=hint) from error
     if not isinstance(options, dict):
         raise OptionError(f"after json: stands {shown(options)}, not an object", hint='write json:{"driver": ...}')
+    if half := next((word for word in _texts(options) if not is_whole(word)), None):
+        raise OptionError(f"{shown(half)} after json: has half a character in it", hint="write whole characters")
     return nest(options)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All keys and texts inside a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def is_whole(text: str) -> bool:
+    """Whether the system and peers can be given `text`: no lone surrogate, but for those that stand for bytes of names that
+    are not UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _nbd_name(text: str, prefix: str, rest: str) -> dict[str, Any]:
@@ -325,4 +352,7 @@ def clip(text: str) -> str:
 
 def shown(value: Any) -> str:
     """`value` for an error message: quoted, control characters escaped, short."""
-    return clip(repr(value[:100] if isinstance(value, str) else value))
+    try:
+        return clip(repr(value[:100] if isinstance(value, str) else value))
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return "a number that is too long to be shown"

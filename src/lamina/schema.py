@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import OptionError
 from .limits import MAX_SIZE
-from .options import SIZE_UNITS, clip, nest, parse_name, parse_size, shown
+from .options import SIZE_UNITS, clip, is_whole, nest, parse_name, parse_size, shown
 
 _INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: it means octal to some programs
 _TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name, or options"}
@@ -90,9 +90,14 @@ class Option:
 
     def _read_str(self, value: Any, where: str) -> str:
         if isinstance(value, os.PathLike):
-            return os.fsdecode(value)
+            value = os.fsdecode(value)
         if not isinstance(value, str):
             raise self._wrong(value, where)
+        # Most texts are names, for the system or for a peer. No name has a NUL, nor half a character.
+        if "\0" in value:
+            raise OptionError(f"{where} is {shown(value)}", hint="it takes text without NUL characters")
+        if not is_whole(value):
+            raise OptionError(f"{where} is {shown(value)}", hint="it takes text of whole characters")
         return value
 
     _read_enum = _read_str
@@ -103,11 +108,12 @@ class Option:
     def _read_int(self, value: Any, where: str) -> int:
         import re
 
-        if isinstance(value, str) and re.fullmatch(_INT, value):
-            return int(value, 0)
-        if not isinstance(value, int) or isinstance(value, bool):
+        number = int(value, 0) if isinstance(value, str) and re.fullmatch(_INT, value) else value
+        if not isinstance(number, int) or isinstance(number, bool):
             raise self._wrong(value, where)
-        return value
+        if abs(number) > MAX_SIZE:
+            raise OptionError(f"{where} is {shown(value)}", hint=f"no number is above {MAX_SIZE}")
+        return number
 
     def _read_size(self, value: Any, where: str) -> Any:
         if isinstance(value, str):
@@ -139,7 +145,11 @@ class Option:
     def _read_list(self, value: Any, where: str) -> list[Any]:
         if isinstance(value, str | bytes) or not isinstance(value, Sequence) or self.items is None:
             raise self._wrong(value, where)
-        return [self.items.parse(item, f"{where}.{number}") for number, item in enumerate(value)]
+        items = [self.items.parse(item, f"{where}.{number}") for number, item in enumerate(value)]
+        if None in items and isinstance(self.items, Option) and self.items.type == "node":
+            number = items.index(None)
+            raise OptionError(f"{where}.{number} is {shown(value[number])}", hint=f"it takes {self.items.takes()}")
+        return items
 
     def _read_dict(self, value: Any, where: str) -> Any:
         return self.items.parse(value, where) if self.items else value

@@ -29,6 +29,7 @@ FLOORS = [
         "extents",
         "layout",
         "limits",
+        "named_file",
         "numeric",
         "options",
         "policy",

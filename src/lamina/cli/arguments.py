@@ -52,7 +52,12 @@ class Parser(argparse.ArgumentParser):
         self._refuse_unknown(argv[:end])
         # The words that only stand for these names cannot be options, nor come from a command line: they begin with NUL.
         self._names = names = {f"\0{number}\0": word for number, word in enumerate(argv[end + 1 :])}
-        args = self.parse_intermixed_args([*argv[:end], *names])
+        options = argv[:end]
+        for number, word in enumerate(options):
+            if word.endswith("=--") and word.startswith("--"):  # argparse drops a value of two dashes
+                options[number] = word[:-2] + "\0\0"
+                names["\0\0"] = "--"
+        args = self.parse_intermixed_args([*options, *[name for name in names if name != "\0\0"]])
         for key, value in vars(args).items():
             if isinstance(value, str):
                 setattr(args, key, names.get(value, value))

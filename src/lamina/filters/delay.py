@@ -9,6 +9,8 @@ from ..around import AroundNode, Request
 from ..request import Child
 from ..schema import Option
 
+#: The longest wait: a day.
+LONGEST = 86_400_000
 KINDS = ("read", "write", "zero", "discard", "flush", "extents")
 
 
@@ -19,7 +21,8 @@ class Delay(AroundNode):
     driver = "delay"
     faithful = True
     options = tuple(
-        Option(f"{kind}-ms", "int", f"milliseconds before each: {kind}", default=0, minimum=0) for kind in KINDS
+        Option(f"{kind}-ms", "int", f"milliseconds before each: {kind}", default=0, minimum=0, maximum=LONGEST)
+        for kind in KINDS
     )
 
     def __init__(self, image: Child, **waits: Any) -> None:

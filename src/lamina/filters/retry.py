@@ -15,6 +15,8 @@ from ..schema import Option
 _LOCAL = "EIO EAGAIN EBUSY EINTR ETIMEDOUT"
 _NETWORK = "ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EPIPE ESHUTDOWN ENETDOWN ENETRESET ENETUNREACH EHOSTUNREACH"
 PASSING = frozenset(getattr(errno, name) for name in f"{_LOCAL} {_NETWORK}".split())
+#: The longest wait: an hour, in milliseconds.
+_LONGEST = 3_600_000
 
 
 class Retry(AroundNode):
@@ -29,15 +31,15 @@ class Retry(AroundNode):
     faithful = True
     options = (
         Option("retries", "int", "how often a failed request is tried again", default=5, minimum=0, maximum=1000),
-        Option("delay", "int", "milliseconds before it is tried again", default=200, minimum=0),
+        Option("delay", "int", "milliseconds before it is tried again", default=200, minimum=0, maximum=_LONGEST),
         Option("exponential", "bool", "wait twice as long each time", default=True),
     )
     supported_flags = 0
 
     def __init__(self, image: Child, retries: int = 5, delay: int = 200, exponential: bool = True, **rest: Any) -> None:
         super().__init__(image, **rest)
-        #: Seconds before each new try; no wait is longer than an hour.
-        self.pauses = [min(delay / 1000 * (2.0 ** min(n, 32) if exponential else 1), 3600.0) for n in range(retries)]
+        #: Seconds before each new try.
+        self.pauses = [min(delay * (2 ** min(n, 32) if exponential else 1), _LONGEST) / 1000 for n in range(retries)]
 
     def around(self, kind: str, request: Request, /, *_: int) -> Any:
         for pause in self.pauses:

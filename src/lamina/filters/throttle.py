@@ -35,6 +35,8 @@ READ, WRITE = "read", "write"
 SLACK = 0.1
 #: No wait is shorter: smaller ones are noise of the arithmetic.
 _INSTANT = 1e-6
+#: Nor is one longer, in seconds, before it looks again: the system does not sleep for centuries at once.
+_LONGEST = 86400.0
 
 
 def _options() -> list[Option]:
@@ -114,7 +116,7 @@ class ThrottleGroup:
                     for bucket, cost in costs:
                         bucket.pour(now, cost)
                     return
-            self.clock.sleep(pause)
+            self.clock.sleep(min(pause, _LONGEST))
 
 
 _groups: WeakValueDictionary[str, ThrottleGroup] = WeakValueDictionary()

@@ -16,6 +16,9 @@ from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose, merge
 
 Flags = dict[str, list[str]]
 
+#: Milliseconds that `sleep` waits at most.
+_LONGEST = 86_400_000
+
 
 def with_modes(target: Target, flags: Flags) -> Target:
     """`target` with the options -r -U -s -C -n -k -t -d -i that the program and the command `open` share."""
@@ -71,8 +74,8 @@ def reopen_image(session: Session, flags: Flags, operands: Sequence[str]) -> boo
 
 def sleep(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     milliseconds = grammar.integer(operands[0])
-    if milliseconds < 0:
-        raise OptionError(f"nobody sleeps for {milliseconds} milliseconds")
+    if not 0 <= milliseconds <= _LONGEST:
+        raise OptionError(f"nobody sleeps for {milliseconds} milliseconds", hint=f"give at most {_LONGEST}: a day")
     session.output.flush()
     time.sleep(milliseconds / 1000)
     return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...errors import BlockIOError, OptionError
+from ...errors import OptionError
+from ...named_file import read_named
 
 #: What a write without a pattern writes.
 DEFAULT = 0xCD
@@ -17,11 +18,7 @@ def repeated(byte: int, length: int) -> bytearray:
 
 def from_file(path: str, length: int) -> bytearray:
     """The first `length` bytes of a file, which is repeated as often as that needs."""
-    try:
-        with open(path, "rb") as file:
-            unit = file.read(length)
-    except OSError as error:
-        raise BlockIOError.from_os(error, "the pattern cannot be read", path=path) from error
+    unit, _ = read_named(path, length, failure="the pattern cannot be read")
     if not unit and length:
         raise OptionError("this file is empty: there is no pattern in it", path=path)
     data = bytearray(unit)

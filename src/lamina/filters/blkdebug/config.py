@@ -20,7 +20,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...errors import BlockIOError, FormatError, LimitExceeded, NotFound, OptionError
+from ...errors import FormatError, LimitExceeded, OptionError
+from ...named_file import read_named
 from ...schema import Option, Schema
 from .rules import KINDS, USUAL_KINDS, Injection, Transition
 
@@ -86,12 +87,7 @@ def from_file(path: str) -> list[Injection | Transition]:
 
 
 def _read(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        kind = NotFound if isinstance(error, FileNotFoundError) else BlockIOError
-        raise kind.from_os(error, "the rules of blkdebug cannot be read", path=path) from error
+    raw, _ = read_named(path, _MAX_BYTES + 1, failure="the rules of blkdebug cannot be read")
     if len(raw) > _MAX_BYTES:
         raise LimitExceeded(f"a file of rules has at most {_MAX_BYTES} bytes", path=path)
     return raw.decode("utf-8", "surrogateescape")

@@ -12,8 +12,9 @@ import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ...errors import OptionError
+from ...errors import OptionError, printable
 from ...limits import MAX_SIZE
+from ...options import clip, shown
 from ...schema import Option, Schema
 
 SECTOR = 512
@@ -31,6 +32,9 @@ APPLIES: dict[str, tuple[str, ...]] = {
     "misdirect": ("read", "write"),
 }
 
+#: The longest time: a day, in milliseconds.
+_LONGEST = 86_400_000
+
 RULE = Schema(
     "faults rule",
     [
@@ -43,8 +47,15 @@ RULE = Schema(
         Option("p", "any", "only with this probability: 0.01, 1% or 1:100", default=1.0),
         Option("once", "bool", "only the first time", default=False),
         Option("times", "int", "only so many times", minimum=1),
-        Option("up", "int", "milliseconds without faults before each window", default=0, minimum=0),
-        Option("down", "int", "milliseconds with faults, again and again; 0: always", default=0, minimum=0),
+        Option("up", "int", "milliseconds without faults before each window", default=0, minimum=0, maximum=_LONGEST),
+        Option(
+            "down",
+            "int",
+            "milliseconds with faults, again and again; 0: always",
+            default=0,
+            minimum=0,
+            maximum=_LONGEST,
+        ),
         Option("error", "any", "the errno that is raised (EIO, ENOSPC, 5); EIO if the rule names no action"),
         Option("heal-on-write", "bool", "what is written can be read again", default=False, aliases=("heal_on_write",)),
         Option("drop", "bool", "report success and change nothing", default=False),
@@ -53,8 +64,8 @@ RULE = Schema(
         Option("keep", "int", "with torn=prefix: how many; at random if not given", minimum=0),
         Option("flip", "int", "so many bits are inverted, at random places", default=0, minimum=0),
         Option("misdirect", "int", "so many sectors further on, or back", default=0),
-        Option("latency", "int", "milliseconds that it takes longer", default=0, minimum=0),
-        Option("jitter", "int", "up to so many milliseconds more, at random", default=0, minimum=0),
+        Option("latency", "int", "milliseconds that it takes longer", default=0, minimum=0, maximum=_LONGEST),
+        Option("jitter", "int", "up to so many milliseconds more, at random", default=0, minimum=0, maximum=_LONGEST),
         Option("hang", "str", "it waits until the test calls `release` with this tag"),
     ],
 )
@@ -149,24 +160,36 @@ class Rule:
 
 def _error(value: Any, number: int) -> int:
     """The errno that `value` names."""
-    text = str(value)
-    if text.isdigit() and int(text) in _errno.errorcode:
+    text = _text(value)
+    if text.isascii() and text.isdecimal() and int(text) in _errno.errorcode:
         return int(text)
     found = getattr(_errno, text, None) if text.isupper() else None
     if not isinstance(found, int):
-        raise _wrong(number, f"error is {text}", "it takes a name as EIO, or a number of errno.h")
+        raise _wrong(number, f"error is {_seen(value)}", "it takes a name as EIO, or a number of errno.h")
     return found
 
 
+def _text(value: Any) -> str:
+    """What the user wrote, where that is a short text or a number; else nothing."""
+    if isinstance(value, str | float) or (isinstance(value, int) and abs(value) <= MAX_SIZE):
+        text = str(value)
+        return text if len(text) <= 64 else ""
+    return ""
+
+
+def _seen(value: Any) -> str:
+    return printable(clip(value)) if isinstance(value, str) else shown(value)
+
+
 def _probability(value: Any, number: int) -> float:
-    text = str(value).strip()
+    text = _text(value).strip()
     part, _, whole = text.removesuffix("%").partition(":")
     try:
         found = float(part) / float(whole or (100 if text.endswith("%") else 1))
     except (ValueError, ZeroDivisionError):
         found = -1.0
     if not 0 <= found <= 1:
-        raise _wrong(number, f"p is {text}", "it takes 0 to 1, 0% to 100%, or 1:N")
+        raise _wrong(number, f"p is {_seen(value)}", "it takes 0 to 1, 0% to 100%, or 1:N")
     return found
 
 
