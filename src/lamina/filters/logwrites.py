@@ -32,6 +32,7 @@ ENTRY = struct.Struct("<4Q")
 FLUSH_FLAG, FUA_FLAG, DISCARD_FLAG, MARK_FLAG = 1, 2, 4, 8
 #: A mark with this text, and a number of bytes behind it, says that the disk was made so long.
 RESIZED = "lamina: size "
+_FILENAME = Option("filename", "str", "the file of a log")
 
 
 class LogWrites(FilterNode):
@@ -189,6 +190,8 @@ def _storage(given: Any) -> Any:
     if not isinstance(spec, dict):
         return spec
     spec = {"driver": "file", **spec}
+    if isinstance(spec.get("filename"), str):
+        _FILENAME.parse(spec["filename"], "log.filename")
     path = spec.get("filename")
     if spec["driver"] == "file" and isinstance(path, str):
         make_side_file(path, failure="cannot make the log")
