@@ -152,7 +152,21 @@ def path_in(name: str | PathLike[str], *, what: str = "a new image") -> str:
     path = options.pop("filename", None)
     if options.pop("driver", "file") not in ("file", "host_device") or options or not isinstance(path, str):
         raise OptionError(f"{shown(name)} is not the name of a file, and cannot be {what}", hint="name a path")
+    if not is_whole(path):
+        raise OptionError(f"the file name {shown(path)} has half a character in it", hint="write whole characters")
     return path
+
+
+def is_whole(text: str) -> bool:
+    """Whether the system and peers can be given `text`: no lone surrogate, but for those that stand for bytes of names that
+    are not UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stored_name(name: str) -> str:
@@ -221,34 +235,7 @@ def _json_name(text: str) -> dict[str, Any]:
         raise OptionError(f"the options after json: cannot be read: {clip(str(error))}", hint=hint) from error
     if not isinstance(options, dict):
         raise OptionError(f"after json: stands {shown(options)}, not an object", hint='write json:{"driver": ...}')
-    if half := next((word for word in _texts(options) if not is_whole(word)), None):
-        raise OptionError(f"{shown(half)} after json: has half a character in it", hint="write whole characters")
     return nest(options)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All keys and texts inside a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-def is_whole(text: str) -> bool:
-    """Whether the system and peers can be given `text`: no lone surrogate, but for those that stand for bytes of names that
-    are not UTF-8."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _nbd_name(text: str, prefix: str, rest: str) -> dict[str, Any]:
