@@ -22,6 +22,7 @@ class TestRawWindow(FormatConformance):
 
 class Qcow2(FormatConformance):
     driver = "qcow2"
+    size_unit = 512
     unit = 512
     create_options = {"cluster_size": 512}
     size = 70_000

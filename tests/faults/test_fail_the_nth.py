@@ -238,7 +238,7 @@ def everywhere(session: Session) -> None:
 
 
 def growing(session: Session) -> None:
-    session.truncate(session.image.size // 512 * 512 + 3 * KIB + 5)
+    session.truncate(session.image.size // 512 * 512 + 3 * KIB + 512)
     session.flush()
     session.write(session.image.size - 3 * KIB, data(3 * KIB, 31))
     session.flush()
@@ -253,7 +253,7 @@ def growing_far(session: Session) -> None:
 
 
 def shrinking(session: Session) -> None:
-    session.truncate(9 * KIB + 300)
+    session.truncate(9 * KIB + 512)
     session.flush()
 
 

@@ -75,6 +75,8 @@ class DiskConformance:
     keeps = True
     #: Whether `truncate` changes the size.
     resizes = True
+    #: `truncate` takes multiples of so many bytes.
+    size_unit = 1
     #: The unit at whose edges most mistakes are made: a cluster, a page.
     unit = 4096
     #: Overlapping writes are ordered at least in each block of so many bytes.
@@ -224,6 +226,7 @@ class DiskConformance:
                 offset, length = data.draw(spans(image.size, self.unit))
                 self.apply(image, disk, ("write", offset, length, value))
                 new, _ = data.draw(spans(size + 3 * self.unit, self.unit))
+                new -= new % self.size_unit
                 image.truncate(new)
                 disk.truncate(new)
                 check_disk(image, disk)

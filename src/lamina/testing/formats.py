@@ -168,10 +168,9 @@ class FormatConformance(DiskConformance):
             for operation in data.draw(operations(image.size, self.unit)):
                 image = self.apply(image, disk, operation)
             if self.resizes:
-                image.truncate(image.size // 2)
-                image.truncate(len(disk))
-                disk.truncate(len(disk) // 2)
-                disk.truncate(image.size)
+                for size in (image.size // 2, image.size):
+                    image.truncate(size - size % self.size_unit)
+                    disk.truncate(image.size)
             check_disk(image, disk)
             again = bytearray(len(whole))
             backing.read_into(0, memoryview(again))
