@@ -65,7 +65,8 @@ class Server:
     negotiation; `idle_time`: without a whole request; `stall_time`: in the middle of one, or without taking a reply; None is
     any time.
     `memory_limit`: bytes of requests and replies of all clients together; a client takes 2 MiB of it, and more only while
-    storage is slow and there is more. By default there is enough for `clients`, and 256 MiB more.
+    storage is slow and there is more. At most three quarters are for the former. By default there is enough for `clients`,
+    and 256 MiB more.
 
     Exports are closed by whoever opened their images, after `close`; images of a folder by the server.
     """
@@ -97,12 +98,15 @@ class Server:
         self._clients, self._handshake_time = clients, handshake_time
         self._idle_time, self._stall_time = idle_time, stall_time
         self._look = min(_LOOK, *(limit / 4 for limit in (handshake_time, idle_time, stall_time) if limit is not None))
-        memory = _MEMORY + clients * CLIENT_MEMORY if memory_limit is None else memory_limit
+        wanted = clients * CLIENT_MEMORY
+        memory = wanted + _MEMORY if memory_limit is None else memory_limit
         if memory < CLIENT_MEMORY:
             raise OptionError(
                 f"{memory} bytes are too few to serve anybody", hint=f"a client takes {CLIENT_MEMORY} bytes"
             )
-        self._memory = Memory(memory)
+        # Two purses: requests of those who are here never keep somebody out.
+        self._clients_memory = Memory(min(wanted, max(memory * 3 // 4, CLIENT_MEMORY)))
+        self._memory = Memory(memory - self._clients_memory.left)
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
         self._connections: dict[Connection, threading.Thread] = {}
@@ -332,6 +336,8 @@ class Server:
         finally:
             with self._changed:
                 del self._connections[connection]
+                if connection.admitted:
+                    self._clients_memory.give(CLIENT_MEMORY)
                 if connection.export is not None:
                     self._left(connection.export)
                 self._ended["connections"] += 1
@@ -341,7 +347,7 @@ class Server:
 
     def _admit(self) -> bool:
         with self._mutex:
-            if self._transmitting() >= self._clients:
+            if self._transmitting() >= self._clients or not self._clients_memory.take(CLIENT_MEMORY):
                 self._ended["refused"] += 1
                 return False
             self._served += 1

@@ -102,7 +102,9 @@ class Connection:
         self._stall_time = stall_time
         #: How long the client lets the server wait.
         self.waits = Waits(self.begun, idle_time, stall_time)
-        self._memory, self._holds = memory, 0
+        self._memory = memory
+        #: Whether the server let it into transmission.
+        self.admitted = False
         self._why: str | None = None
         self._admitted = admitted
         self._pace_of, self._loop = pace, loop
@@ -141,7 +143,6 @@ class Connection:
         finally:
             self.channel.close()
             self._view.close()
-            self._memory.give(self._holds)
         log.info("%s: %s after %.1f s, %s", self.peer, self._why or why, time.monotonic() - self.begun, self._summary())
 
     def drain(self) -> None:
@@ -228,11 +229,9 @@ class Connection:
             negotiation.received(count)
 
     def _enter(self) -> None:
-        if not self._memory.take(CLIENT_MEMORY):
-            raise BlockIOError("the server has no memory for one more client")
-        self._holds = CLIENT_MEMORY
-        if not self._admitted():
-            raise BlockIOError("the server has as many clients as it may have")
+        self.admitted = self._admitted()
+        if not self.admitted:
+            raise BlockIOError("the server has as many clients as it may have, or memory for")
 
     def _keep_time(self) -> None:
         left = self._deadline - time.monotonic()

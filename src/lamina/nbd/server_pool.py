@@ -85,17 +85,18 @@ class Memory:
 
     def __init__(self, limit: int) -> None:
         self._mutex = threading.Lock()
-        self._left = limit
+        #: Bytes that nobody has.
+        self.left = limit
 
     def take(self, count: int) -> bool:
         """Whether there were `count` bytes left; they are the caller's now."""
         with self._mutex:
-            if count > self._left:
+            if count > self.left:
                 return False
-            self._left -= count
+            self.left -= count
             return True
 
     def give(self, count: int) -> None:
         """Give `count` bytes back."""
         with self._mutex:
-            self._left += count
+            self.left += count
