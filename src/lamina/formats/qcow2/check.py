@@ -7,7 +7,6 @@ caches of the driver. After "Host cluster management" of the published specifica
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UnsupportedFeature
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Clusters that are held against their counts at a time.
 _WINDOW: Final = 1 << 22
+#: Entries of the refcount table that name a block which another entry names, too: so many are looked at all the same.
+_MAX_AGAIN: Final = 64
 
 
 def check(storage: Child, header: Header) -> CheckReport:
@@ -98,41 +99,85 @@ class _Comparison:
             raw += part
         return _decode(raw, order)[: hi - lo], unknown
 
-    def windows(self, lists: dict[Use, Clusters]) -> Iterator[tuple[int, int]]:
-        """Ranges of clusters, ascending, in which there is anything to compare."""
+    def windows(self) -> list[tuple[int, int]]:
+        """Ranges of clusters, ascending, whose counts are stored: those of the refcount blocks that are not holes, and
+        neighbours of them up to a window's length together."""
         end = self.clusters + 1
-        if end <= _WINDOW:
-            yield 0, end
-            return
-        found = {0}
-        for clusters in lists.values():
-            found.update(np.unique(clusters // _WINDOW).tolist())
-        for index in np.flatnonzero(self.refcount_table).tolist():
-            offset, first = int(self.refcount_table[index]), index * self.block_entries
-            if first >= end or (offset < self.found.size and self.found.storage.reads_zero(offset, self.found.cluster)):
+        found: list[tuple[int, int]] = []
+        table, seen, again = self.refcount_table, set[int](), 0
+        for index in np.flatnonzero(table[: -(-end // self.block_entries)]).tolist():
+            offset, first = int(table[index]), index * self.block_entries
+            if offset % self.found.cluster or offset >= self.found.size:
+                continue  # not read: see `compare_sparse`
+            again += offset in seen
+            if again > _MAX_AGAIN:
+                text = "refcount blocks are named so often that the counts of the rest are not examined"
+                self.report.add(UNREADABLE, text, offset)
+                self.incomplete = True
+                break
+            if offset not in seen and self.found.storage.reads_zero(offset, self.found.cluster):
                 continue
-            last = min(first + self.block_entries, end) - 1
-            found.update(range(first // _WINDOW, last // _WINDOW + 1))
-        for window in sorted(found):
-            yield window * _WINDOW, min((window + 1) * _WINDOW, end)
+            seen.add(offset)
+            for lo in range(first, min(first + self.block_entries, end), _WINDOW):
+                hi = min(lo + _WINDOW, first + self.block_entries, end)
+                if found and found[-1][1] == lo and hi - found[-1][0] <= _WINDOW:
+                    found[-1] = found[-1][0], hi
+                else:
+                    found.append((lo, hi))
+        return found
 
     def compare(self) -> None:
         """Hold the references that were found against the counts that are stored, window by window."""
         lists = {use: np.concatenate(parts) for use, parts in self.found.uses.items()}
         self.found.uses.clear()
-        whole = self.clusters < _WINDOW
-        if not whole:
-            for clusters in lists.values():
-                clusters.sort()
+        if self.clusters < _WINDOW:
+            highest = self.compare_window(0, self.clusters + 1, {use: one for use, one in lists.items() if len(one)})
+            self.report.image_end_offset = (highest + 1) << self.bits
+            return
         highest = 0
-        for lo, hi in self.windows(lists):
+        windows = np.array(self.windows(), np.int64).reshape(-1, 2)
+        rest: dict[Use, Clusters] = {}
+        for use, clusters in lists.items():
+            clusters.sort()
+            which = np.searchsorted(windows[:, 0], clusters, "right") - 1
+            outside = (which < 0) | (clusters >= np.append(windows[:, 1], 0)[which])
+            if outside.any():
+                rest[use] = clusters[outside]
+        for lo, hi in windows.tolist():
             inside = {}
             for use, clusters in lists.items():
-                part = clusters if whole else clusters[slice(*np.searchsorted(clusters, (lo, hi)))] - lo
+                part = clusters[slice(*np.searchsorted(clusters, (lo, hi)))] - lo
                 if len(part):
                     inside[use] = part
             highest = max(highest, self.compare_window(lo, hi, inside))
+        if rest:
+            highest = max(highest, self.compare_sparse(rest))
         self.report.image_end_offset = (highest + 1) << self.bits
+
+    def compare_sparse(self, lists: dict[Use, Clusters]) -> int:
+        """Clusters that are referred to, and for which no count is stored: it is 0, or not known where the place of their
+        refcount block cannot be. Returns the highest one. The cost depends on the references, not on the file's size."""
+        clusters = np.unique(np.concatenate(list(lists.values())))
+        index = clusters // self.block_entries
+        blocks = np.zeros(len(clusters), np.uint64)
+        listed = index < len(self.refcount_table)
+        blocks[listed] = self.refcount_table[index[listed]]
+        unknown = (blocks % np.uint64(self.found.cluster) != 0) | (blocks >> np.uint64(63) != 0)
+        if unknown.any():
+            first, last = int(clusters[unknown][0]), int(clusters[unknown][-1])
+            text = f"the reference counts of clusters between {first} and {last} are unknown: no refcount block"
+            self.report.add(UNREADABLE, text, count=int(unknown.sum()))
+        references = np.zeros(len(clusters), np.int64)
+        for use, found in lists.items():
+            places = np.searchsorted(clusters, found)
+            references += np.bincount(places, minlength=len(clusters)) * use.weight
+            if use.looks and use.copied:  # a count of 1, say these entries
+                self.copied(use, found[~unknown[places]])
+        wrong = np.flatnonzero(~unknown)
+        if len(wrong):
+            at, counts = clusters[wrong], np.zeros(len(wrong), np.int64)
+            self.runs(ERROR, at, counts, references[wrong], 0, compact=True)
+        return int(clusters[-1])
 
     def compare_window(self, lo: int, hi: int, lists: dict[Use, Clusters]) -> int:
         """Clusters [lo, hi). `lists` holds indices from `lo`. Returns the highest cluster that is in use."""
@@ -189,11 +234,21 @@ class _Comparison:
         self.overlaps(np.flatnonzero((kinds & (kinds - np.uint16(1)) != 0) & ~settled), kinds, lo)
         return int(used[-1]) + lo if len(used) else 0
 
-    def runs(self, kind: str, clusters: Clusters, counts: NDArray[Any], references: Clusters, lo: int) -> None:
-        """Clusters whose counts are wrong; neighbours that are wrong in the same way make one finding."""
+    def runs(
+        self,
+        kind: str,
+        clusters: Clusters,
+        counts: NDArray[Any],
+        references: Clusters,
+        lo: int,
+        *,
+        compact: bool = False,
+    ) -> None:
+        """Clusters whose counts are wrong; neighbours that are wrong in the same way make one finding. `compact`: the
+        other columns have one row for each of them."""
         if not len(clusters):
             return
-        have, found = counts[clusters], references[clusters]
+        have, found = (counts, references) if compact else (counts[clusters], references[clusters])
         edges = (np.diff(clusters) != 1) | (have[1:] != have[:-1]) | (found[1:] != found[:-1])
         starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
         room = max(MAX_FINDINGS - len(self.report.findings), 0)

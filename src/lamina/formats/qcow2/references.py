@@ -5,8 +5,9 @@ that it can find the driver's bugs. After "Host cluster management", "Cluster ma
 specification "Qcow2 Image File Format".
 
 References are collected as arrays of cluster indices, so the memory needed depends on the tables that the file really
-holds and not on the offsets that they name. Each table is read once however many entries point to it; what it says then
-counts that many times.
+stores and not on the offsets that they name. Each table is read once however many entries point to it; what it says then
+counts that many times. Tables in holes of the file are not read. Of those that do not lie on a cluster few are:
+they are findings, and thousands of them could lie over the same bytes.
 """
 
 from __future__ import annotations
@@ -54,8 +55,14 @@ NAMES: Final = {
 
 #: Bytes of L2 tables that are looked at in one go.
 _BATCH: Final = 4 << 20
-#: Beyond twice the file's size, tables lie over one another again and again; no more than this much then is walked.
+#: Beyond twice what the file stores, L1 tables of snapshots lie over one another again and again, or in holes; no more than
+#: this much then is walked.
 _SLACK: Final = 64 << 20
+#: Bytes of L2 tables that do not lie on a cluster and are walked all the same, as the peers do: enough for damage, and too
+#: little for an attack.
+_CROOKED: Final = 1 << 20
+#: From so many tables on it pays to ask for all holes of the file at once.
+_MANY: Final = 1024
 #: From this size on it pays to ask whether a table lies in a hole of the file before it is read.
 _HOLE: Final = 64 << 10
 #: Extra data of a snapshot is 24 bytes today. QEMU refuses more than this, and so do we.
@@ -113,7 +120,9 @@ class References:
         self.uses: dict[Use, list[Clusters]] = defaultdict(list)
         #: Entries that point beyond the file: their COPIED flag still has a count to agree with.
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
-        self.to_walk = 2 * self.size + _SLACK
+        stored = getattr(storage.node, "allocated", None)
+        self.to_walk = 2 * (self.size if stored is None else min(stored, self.size)) + _SLACK
+        self.crooked = _CROOKED
         self.refcount_table: Entries = np.zeros(0, np.uint64)
         #: Some table could not be read whole: clusters may have more references than were found.
         self.incomplete = False
@@ -176,6 +185,8 @@ class References:
     def entries(self, offset: int, count: int, what: str) -> Entries:
         """`count` table entries at `offset`; fewer if the file ends before."""
         count = min(count, max(-(-(self.size - offset) // 8), 0))
+        if count * 8 >= _HOLE and self.storage.reads_zero(offset, count * 8):
+            return np.zeros(count, np.uint64)  # of which only the pages that somebody touches are there
         return np.frombuffer(self.read(offset, count * 8, what)[0], ">u8").astype(np.uint64)
 
     def may_walk(self, length: int, what: str) -> bool:
@@ -238,12 +249,22 @@ class References:
         offsets = entries & np.uint64(q.OFFSET_MASK)
         if not active:
             inside = self.point(Use(L2_TABLE, weight), offsets, "L2 table")
-            return offsets[inside], weight, active
+            return self.straight(offsets[inside]), weight, active
         found = []
         for flag, chosen in ((True, offsets[copied]), (False, offsets[~copied])):
             if len(chosen):
                 found.append(chosen[self.point(Use(L2_TABLE, weight, flag, weight), chosen, "L2 table")])
-        return (np.concatenate(found) if found else offsets), weight, active
+        return self.straight(np.concatenate(found) if found else offsets), weight, active
+
+    def straight(self, offsets: Entries) -> Entries:
+        """Those of these tables that lie on a cluster, and a few of the others. What more of them refer to is not known."""
+        crooked = np.flatnonzero(offsets & np.uint64(self.cluster - 1))
+        walked = min(self.crooked // self.cluster, len(crooked))
+        self.crooked -= walked * self.cluster
+        if walked == len(crooked):
+            return offsets
+        self.incomplete = True
+        return np.delete(offsets, crooked[walked:])
 
     def snapshots(self) -> list[tuple[Entries, int, bool] | None]:
         """The snapshot table, and the L1 tables that it names."""
@@ -299,20 +320,36 @@ class References:
             if not len(group):
                 continue
             looks, weight = int(active[group[0]]), int(total[group[0]])
-            for tables in self.l2_batches(offsets[group].tolist()):
+            for tables in self.l2_batches(self.without_holes(offsets[group]).tolist()):
                 self.l2_entries(tables, weight, looks)
+
+    def without_holes(self, offsets: Entries) -> Entries:
+        """Those of the tables at these ascending offsets of which some part is stored."""
+        size = self.cluster
+        if len(offsets) < _MANY:
+            if size < _HOLE:
+                return offsets
+            kept = [not self.storage.reads_zero(at, size) for at in offsets.tolist()]
+            return offsets[np.array(kept, np.bool_)]
+        keep = np.zeros(len(offsets), np.bool_)
+        for piece in self.storage.windows(0, self.size):
+            data = piece.where(zero=False)
+            low, high = np.searchsorted(offsets, (max(piece.begin - size + 1, 0), piece.end))
+            starts = offsets[low:high].astype(np.int64)
+            if not len(data) or not len(starts):
+                continue
+            row = np.searchsorted(data.start + data.length, starts, "right")
+            first = data.start[np.minimum(row, len(data) - 1)]
+            keep[low:high] |= (row < len(data)) & (first < starts + size)
+        return offsets[keep]
 
     def l2_batches(self, offsets: list[int]) -> Iterator[Entries]:
         """The entries of the tables at these ascending offsets, some tables at a time, one to a row. Neighbours are
-        read together, and tables in holes of the file are left out."""
+        read together."""
         size = self.cluster
-        if size >= _HOLE:
-            offsets = [at for at in offsets if not self.storage.reads_zero(at, size)]
         step = max(_BATCH // size, 1)
         for start in range(0, len(offsets), step):
             batch = offsets[start : start + step]
-            if not self.may_walk(len(batch) * size, "L2 tables"):
-                return
             parts = []
             first = 0
             for index in range(1, len(batch) + 1):
