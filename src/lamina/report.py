@@ -11,10 +11,11 @@ MAX_FINDINGS = 1000
 ERROR = "error"  #: the image contradicts itself: data may be wrong, or may be lost by writing
 LEAK = "leak"  #: space is accounted for that nobody uses; harmless
 UNREADABLE = "unreadable"  #: a part could not be examined
+NOTE = "note"  #: nothing is wrong, and somebody may still be surprised; not counted
 
 
 class Finding(NamedTuple):
-    kind: str  #: ERROR, LEAK or UNREADABLE
+    kind: str  #: ERROR, LEAK, UNREADABLE or NOTE
     message: str  #: one line: what, where
     offset: int | None = None  #: byte in the image file where the contradiction lies
 
@@ -43,7 +44,7 @@ class CheckReport:
             self.leaks += count
         elif kind == ERROR:
             self.corruptions += count
-        else:
+        elif kind == UNREADABLE:
             self.check_errors += count
         if len(self.findings) < MAX_FINDINGS:
             self.findings.append(Finding(kind, message, offset))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.cli.main import main
 from lamina.formats.qcow2 import check as module
 from lamina.formats.qcow2 import layout as q
-from lamina.report import UNREADABLE, CheckReport
+from lamina.report import NOTE, UNREADABLE, CheckReport
 
 from .images import GIB, KIB, MIB, Victim
 from .oracle import measure
@@ -157,3 +158,16 @@ def test_windows_of_any_size_find_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert whole[0]
     monkeypatch.setattr(module, "_WINDOW", window)
     assert told() == whole
+
+
+def test_a_size_that_is_no_whole_sectors_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd"
+    lamina.create(path, "qcow2", 1024)
+    Victim(path).set(size=1000).save()
+    report = check(path)
+    assert report.clean
+    assert [(finding.kind, "QEMU shows 512" in finding.message) for finding in report.findings] == [(NOTE, True)]
+    assert main(["check", "-f", "qcow2", str(path)]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("note: the disk has 1000 bytes")
+    assert "No errors were found" in told.out

@@ -79,3 +79,59 @@ def test_hidden_files_of_a_home_directory(tmp_path: Path) -> None:
     with opened_files() as opened, pytest.raises(PolicyError, match="hidden"):
         lamina.open(path, format="qcow2")
     assert not strangers(opened, [path])
+
+
+@pytest.mark.parametrize(
+    ("backing", "words"),
+    [
+        ("base.raw", None),
+        ("../outside.raw", "leads outside"),
+        (".hidden.raw", "hidden"),
+        ("linked/base.raw", "symlink"),
+        ("missing.raw", None),
+    ],
+)
+@pytest.mark.parametrize("command", ["create", "convert"])
+def test_a_new_image_says_when_it_would_not_open(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    backing: str,
+    words: str,
+    command: str,
+) -> None:
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    (home / "linked").symlink_to("sub")
+    for name in ("base.raw", "../outside.raw", ".hidden.raw", "sub/base.raw"):
+        (home / name).write_bytes(bytes(64 * KIB))
+    if command == "create":
+        made = main(["create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "raw", "top.qcow2", "64k"])
+    else:
+        if backing == "missing.raw":
+            pytest.skip("convert reads it")
+        made = main(["convert", "-f", "raw", "-O", "qcow2", "-B", backing, "-F", "raw", "base.raw", "top.qcow2"])
+    assert made == 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    if words is None:
+        assert told.err == ""
+        return
+    assert words in told.err
+    assert "--references list:" in told.err
+    assert told.err.count("\n") == 1
+    # The option that is named is the one that works.
+    grant = told.err.partition("--references ")[2].split()[0]
+    assert main(["map", "-f", "qcow2", "top.qcow2"]) == 1
+    assert main(["map", "-f", "qcow2", "--references", grant, "top.qcow2"]) == 0
+
+
+def test_the_default_of_a_site_decides_about_the_warning(
+    top: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAMINA_REFERENCES", "none")
+    assert main(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "other.qcow2"]) == 0
+    assert "opens only with a grant" in capsys.readouterr().err
+    monkeypatch.setenv("LAMINA_REFERENCES", "any")
+    assert main(["create", "-q", "-f", "qcow2", "-b", "/dev/null", "-F", "raw", "-u", "other.qcow2", "64k"]) == 0

@@ -154,6 +154,10 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         max_output=args.max_output,
         monitor=monitor,
     )
+    if backing is not None:
+        from .backing import warn_where_refused
+
+        warn_where_refused(target, backing)
 
 
 def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:

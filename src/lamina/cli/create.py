@@ -62,6 +62,10 @@ def main(argv: list[str]) -> int:
     create(args.filename, format, **options)
     if not args.quiet:
         sys.stdout.write(_summary(args.filename, format, options))
+    if options.get("backing_file"):
+        from .backing import warn_where_refused
+
+        warn_where_refused(args.filename, options["backing_file"])
     return 0
 
 

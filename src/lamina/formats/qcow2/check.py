@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UnsupportedFeature
+from ...limits import align_down
 from ...numeric import NDArray, np
-from ...report import ERROR, LEAK, MAX_FINDINGS, UNREADABLE, CheckReport
+from ...report import ERROR, LEAK, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
 from . import layout as q
 from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ...request import Child
     from .header import Header
 
+_SECTOR: Final = 512
 #: Clusters that are held against their counts at a time.
 _WINDOW: Final = 1 << 22
 #: Entries of the refcount table that name a block which another entry names, too: so many are looked at all the same.
@@ -48,6 +50,9 @@ def check(storage: Child, header: Header) -> CheckReport:
             f"an image with {' and '.join(unknown)} cannot be checked", path=storage.node.filename, operation="check"
         )
     references = References(storage, header)
+    if header.size % _SECTOR:
+        text = f"the disk has {header.size} bytes, which are no whole sectors: QEMU shows {align_down(header.size, _SECTOR)}"
+        references.report.add(NOTE, text)
     references.walk()
     comparison = _Comparison(references)
     comparison.compare()
