@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import NotSupported, OptionError, printable
+from ..errors import LimitExceeded, NotSupported, OptionError, printable
 from ..nbd import Client, wire
 from .nbd_names import export_target, names_export
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: (length, what each context says) of one stretch.
 Stretch = tuple[int, tuple[int, ...]]
+
+#: The most rows of a map: a server can make up as many as there are bytes. And of its totals.
+MOST_ROWS, MOST_KINDS = 1 << 24, 1 << 16
 
 #: What `--context` takes besides names: all that the server has.
 ALL = "all"
@@ -96,11 +99,16 @@ def lockstep(columns: Sequence[Sequence[tuple[int, int]]]) -> Iterator[Stretch]:
 def joined(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
     """The same with neighbours that say the same made one."""
     held: Stretch | None = None
+    rows = 0
     for length, values in stretches:
         if held is not None and held[1] == values:
             held = (held[0] + length, values)
             continue
         if held is not None:
+            rows += 1
+            if rows > MOST_ROWS:
+                hint = "map a part of the export: --start-offset, --max-length"
+                raise LimitExceeded(f"the server tells of more than {MOST_ROWS} stretches", hint=hint)
             yield held
         held = (length, values)
     if held is not None:
@@ -112,6 +120,8 @@ def summed(stretches: Iterator[Stretch], size: int) -> list[tuple[int, float, tu
     found: dict[tuple[int, ...], int] = {}
     for length, values in stretches:
         found[values] = found.get(values, 0) + length
+        if len(found) > MOST_KINDS:
+            raise LimitExceeded(f"the server tells of more than {MOST_KINDS} kinds of bytes")
     return [(found[values], 100 * found[values] / size, values) for values in sorted(found)]
 
 
