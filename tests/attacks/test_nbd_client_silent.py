@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -212,12 +213,13 @@ def test_what_keeps_moving_ends_too(serve: Serve, hold: threading.Event, monkeyp
         client.read(0, 65536)
 
 
-def test_a_slow_flush_is_waited_for_and_so_is_what_stands_behind_it(serve: Serve) -> None:
+def test_a_slow_flush_is_waited_for_and_so_is_what_stands_behind_it() -> None:
     from lamina.nbd.client_request import Sent
     from lamina.nbd.client_times import Clock, Times
 
     clock = Clock(Times(0.0, 600.0))
     read, flush = Sent(wire.CMD_READ, 0, 512), Sent(wire.CMD_FLUSH)
+    read.begun = flush.begun = time.monotonic()
     assert clock.overdue([read], "uri") is not None
     assert clock.overdue([read, flush], "uri") is None
     assert Times() == (60.0, 600.0, 10.0)

@@ -238,7 +238,12 @@ class PlainChannel:
             # Until all is out: whatever exception ends this may come when part of a message is.
             self._torn = True
             try:
-                sent = self._send_some(buffers) if len(buffers) <= MAX_BUFFERS else 0
+                try:
+                    sent = self._sendmsg(buffers, (), _NO_SIGNAL) if len(buffers) <= MAX_BUFFERS else 0
+                except BlockingIOError:
+                    if self.watch is None:
+                        raise
+                    sent = 0
                 if sent != sum(map(len, buffers)):
                     self._send_rest(buffers, sent)
             except LaminaError:

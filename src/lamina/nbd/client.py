@@ -20,7 +20,7 @@ from .channel import Channel
 from .client_calls import Calls
 from .client_connection import Check, enter, never
 from .client_facts import Facts, Wish
-from .client_request import Durability, Pending
+from .client_request import Durability, Pending, Sent, take_leave
 from .client_times import Times
 from .link import Link
 from .uri import Target, parse
@@ -173,11 +173,21 @@ class Client(Calls):
 
     def read_into(self, offset: int, view: Buffer, *, piece: int = wire.MAX_PAYLOAD) -> None:
         """Fill `view` with the bytes at `offset`. `piece` as for `start_read`."""
-        self._whole(lambda started: self._read(started, offset, view, piece))
+        started: list[Sent] = []
+        try:  # as `_whole`, without its cost
+            self._read(started, offset, view, piece).wait()
+        except BaseException:
+            take_leave(started)
+            raise
 
     def write(self, offset: int, data: Buffer, fua: bool = False, *, piece: int = wire.MAX_PAYLOAD) -> None:
         """Make the bytes at `offset` equal to `data`; with `fua` they are on stable storage on return."""
-        self._whole(lambda started: self._write(started, offset, data, fua, piece))
+        started: list[Sent] = []
+        try:
+            self._write(started, offset, data, fua, piece).wait()
+        except BaseException:
+            take_leave(started)
+            raise
 
     def zero(self, offset: int, length: int, *, fua: bool = False, no_hole: bool = False, fast: bool = False) -> None:
         """Make the bytes read as zero. `no_hole`: their room stays allocated. `fast`: quickly, or NotSupported."""
@@ -211,11 +221,21 @@ class Client(Calls):
     def start_read(self, offset: int, view: Buffer, *, piece: int = wire.MAX_PAYLOAD) -> Pending:
         """Begin to fill `view`, which must live, and not be read, until `wait` returned. What is longer than `piece` bytes
         (a power of two, from 64 KiB) goes out in several requests, all at once and over all connections."""
-        return self._begun(lambda started: self._read(started, offset, view, piece))
+        started: list[Sent] = []
+        try:  # as `_begun`, without its cost
+            return self._read(started, offset, view, piece)
+        except BaseException:
+            take_leave(started)
+            raise
 
     def start_write(self, offset: int, data: Buffer, fua: bool = False, *, piece: int = wire.MAX_PAYLOAD) -> Pending:
         """Begin a write; `data` must not change until `wait` returned. `piece` as for `start_read`."""
-        return self._begun(lambda started: self._write(started, offset, data, fua, piece))
+        started: list[Sent] = []
+        try:
+            return self._write(started, offset, data, fua, piece)
+        except BaseException:
+            take_leave(started)
+            raise
 
     def start_zero(
         self, offset: int, length: int, *, fua: bool = False, no_hole: bool = False, fast: bool = False

@@ -19,18 +19,24 @@ CHANGES: Final = (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES)
 class Request:
     """One request and, when `done`, its outcome: `error`, or None; the bytes are in `view`, the status in `status` (by the
     name of the context, (length, flags) from `offset` on). `payload`: what is sent behind the header. All is in bytes.
-    `latest`: when it must be answered (`time.monotonic`), or None."""
+    Times are those of `time.monotonic`."""
 
     __slots__ = (
+        "before",
+        "begun",
         "bounds",
         "command",
         "contents",
         "cookie",
+        "covers",
         "done",
         "error",
         "flags",
         "latest",
+        "left",
         "length",
+        "link",
+        "lost_at",
         "offset",
         "payload",
         "status",
@@ -54,11 +60,18 @@ class Request:
         self.view = view
         self.payload = payload
         self.cookie = 0
+        #: The connection that it is sent over; when it was sent there, and how many were on their way then.
+        self.link: Link | None = None
+        self.begun = 0.0
+        self.before = 0
+        #: When it must be answered although the server makes progress, where that is sooner than usual.
         self.latest: float | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was answered so far: it is sent again."""
+        #: When its connection was first lost, or 0.
+        self.lost_at = 0.0
+        #: Of a flush: whether there was something to flush.
+        self.covers = False
+        #: Nobody waits for it any more.
+        self.left = False
         self.done = False
         self.error: LaminaError | None = None
         #: Where stretches of bytes that came begin and end, in turn, from the start of the request.
@@ -67,6 +80,14 @@ class Request:
         self.contents = 0
         self.told = 0
         self.status: dict[str, list[tuple[int, int]]] | None = None
+
+    def restart(self) -> None:
+        """Forget what was answered so far: it is sent again."""
+        self.done = False
+        self.error = None
+        self.bounds = []
+        self.contents = self.told = 0
+        self.status = None
 
 
 class Pending(ABC):
@@ -86,30 +107,9 @@ class Pending(ABC):
 
 
 class Sent(Request, Pending):
-    """A request on its way over one link. Times are those of `time.monotonic`."""
+    """A request on its way over one link."""
 
-    __slots__ = ("covers", "left", "link", "lost_at")
-    link: Link | None
-    #: When its connection was first lost, or 0.
-    lost_at: float
-    #: Of a flush: whether there was something to flush.
-    covers: bool
-    #: Nobody waits for it any more.
-    left: bool
-
-    def __init__(
-        self,
-        command: int,
-        offset: int = 0,
-        length: int = 0,
-        flags: int = 0,
-        view: memoryview | None = None,
-        payload: memoryview | bytes | None = None,
-    ) -> None:
-        Request.__init__(self, command, offset, length, flags, view, payload)
-        self.link = None
-        self.lost_at = 0.0
-        self.left = self.covers = False
+    __slots__ = ()
 
     def wait(self) -> Any:
         if not self.done:
@@ -194,7 +194,7 @@ class Durability:
             if request.error is None and not request.flags & wire.CMD_FLAG_FUA:
                 self.answered = True
         elif request.error is not None:
-            self.answered |= getattr(request, "covers", False)
+            self.answered |= request.covers
 
     def error(self) -> BlockIOError:
         """For the one flush that tells of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
@@ -65,13 +66,14 @@ class Clock:
     """The time since the server of one connection made progress. Any thread may call this; where two race, the server gets a
     moment more."""
 
-    __slots__ = ("_moved", "_pressed", "_since", "tick", "times", "urgent")
+    __slots__ = ("_moved", "_pressed", "since", "tick", "times", "urgent")
 
     def __init__(self, times: Times) -> None:
         self.times = times
         #: Seconds after which to look again.
         self.tick = min(TICK, *(limit / 4 for limit in times[:2] if limit is not None), TICK)
-        self._since = monotonic()
+        #: When it last made progress, or was asked while it had nothing to do.
+        self.since = monotonic()
         self._moved = 0
         #: When the server's time was cut short, if it made no progress since.
         self._pressed: float | None = None
@@ -91,14 +93,9 @@ class Clock:
         """The usual times again: the interrupt is dealt with."""
         self._pressed = None
 
-    def restart(self) -> None:
-        """Something is asked of a server that had nothing to do."""
-        self._since = monotonic()
-        self._moved = 0
-
-    def progress(self) -> None:
+    def progress(self, now: float | None = None) -> None:
         """A request was answered."""
-        self._since = monotonic()
+        self.since = monotonic() if now is None else now
         self._pressed = None
 
     def moved(self, count: int) -> None:
@@ -108,13 +105,6 @@ class Clock:
             self._moved = 0
             self.progress()
 
-    def last_call(self, request: Request, before: int) -> float | None:
-        """When `request`, with so many others `before` it, must be answered whatever moves; None: at no time."""
-        limit = self.times.slow if request.command in _LONG else self.times.quick
-        if limit is None:
-            return None
-        return monotonic() + limit * (_TIMES + before) + request.length / _SLOWEST
-
     def overdue(self, requests: Sequence[Request], path: str) -> BlockIOError | None:
         """The error for a server that has not answered these `requests`, if it had its time."""
         if not requests:
@@ -122,15 +112,21 @@ class Clock:
         now = monotonic()
         # While the server flushes, what stands behind the flush waits with it.
         long = any(request.command in _LONG for request in requests)
-        limit, since = self.times.slow if long else self.times.quick, self._since
+        usual = limit = self.times.slow if long else self.times.quick
+        since = self.since
         pressed = self._pressed
         if pressed is not None or self.urgent:
             limit = SHORT if limit is None else min(limit, SHORT)
             since = max(since, pressed or 0.0)
         if limit is not None and now - since > limit:
             return _late(f"no reply within {limit:g} s", path)
-        if any(request.latest is not None and now > request.latest for request in requests):
-            return _late("the reply comes too slowly", path)
+        for request in requests:
+            latest = inf if request.latest is None else request.latest
+            if usual is not None:
+                most = request.begun + usual * (_TIMES + request.before) + request.length / _SLOWEST
+                latest = min(latest, most)
+            if now > latest:
+                return _late("the reply comes too slowly", path)
         return None
 
 

@@ -129,10 +129,10 @@ class Link:
 
     def _send(self, request: Sent) -> None:
         session = self._session
-        before = len(session.in_flight)
+        request.begun = time.monotonic()
+        request.before = before = len(session.in_flight)
         if not before:
-            self._clock.restart()
-        request.latest = self._clock.last_call(request, before)
+            self._clock.since = request.begun
         header = session.start(request)
         buffers: Sequence[Buffer] = (header,) if request.payload is None else (header, request.payload)
         try:
@@ -159,7 +159,7 @@ class Link:
                         break
                     if readable:
                         self._take(None, eager=False)
-                    self._look()
+                    self._look(time.monotonic())
                 piece = view[at : at + _PIECE]
                 channel.send((piece,))
                 self._clock.moved(len(piece))
@@ -208,7 +208,7 @@ class Link:
                 self._led_until = time.monotonic() + _LEASE
                 self._await_input(request)
                 self._take(request, eager=False)
-            self._look()
+                self._look(time.monotonic())
         if self._patience <= 0 and self._session.leaving and not self._session.in_flight and self._fault is None:
             self._recover()
 
@@ -249,9 +249,9 @@ class Link:
             if taking:
                 self._tear()
             raise
-        self._clock.moved(count)
+        now = time.monotonic()
         if answered:
-            self._clock.progress()
+            self._clock.progress(now)
             self._pause = 0.0
             if len(answered) > 1 or answered[0] is not own:
                 with self._mutex:
@@ -259,6 +259,10 @@ class Link:
                         waiter = self._waiting.pop(request, None)  # type: ignore[call-overload]
                         if waiter is not None:
                             waiter.release()
+        else:
+            self._clock.moved(count)
+        if now >= self._look_at:
+            self._look(now)
         return True
 
     # -- time
@@ -272,9 +276,8 @@ class Link:
         if error is not None:
             raise error
 
-    def _look(self) -> None:
+    def _look(self, now: float) -> None:
         """Break the connection if its server has had its time. Looks now and then."""
-        now = time.monotonic()
         if now < self._look_at or self._fault is not None:
             return
         self._look_at = now + self._clock.tick / 2
@@ -469,7 +472,7 @@ class Link:
                 requests = cast("list[Sent]", [*self._session.in_flight.values(), *self._session.postponed])
             deadline = time.monotonic() + _CLOSING
             for request in requests:
-                request.latest = min(request.latest or deadline, deadline)
+                request.latest = deadline
             for request in requests:
                 self.wait(request)
         finally:
