@@ -146,7 +146,7 @@ class Image:
     def edit(self, *, references: Policy | None = None) -> Edit:
         """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.
         Requests of other threads wait for its end. `references` as in `lamina.open`."""
-        return Edit(self.root, Opener(policy=references, read_only=self.read_only))
+        return Edit(self.root, Opener(policy=references, budget=self.budget, read_only=self.read_only))
 
     def as_file(self) -> io.RawIOBase:
         """A seekable raw file over this image, with a position of its own. Closing it leaves the image open. Once either is
