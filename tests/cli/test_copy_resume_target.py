@@ -192,3 +192,18 @@ def test_a_copy_that_has_its_name_already_only_loses_its_journal(
     assert main(COMMAND) == 0
     assert sorted(os.listdir()) == ["source.raw", "target.raw"]
     assert Path("target.raw").read_bytes() == Path("source.raw").read_bytes()
+
+
+def test_an_interrupt_is_told_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lamina.cli.terminal.Meter.report", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        main(COMMAND)
+    assert any("the same command again goes on from" in note for note in caught.value.__notes__)
+    assert sorted(os.listdir()) == ["journal", "source.raw", "target.raw.partial"]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert main(COMMAND) == 0
+    assert Path("target.raw").read_bytes() == Path("source.raw").read_bytes()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     process.stderr.close()
 
 
+def has_begun(pid: int, folder: Path) -> bool:
+    """Whether the process has a file of the folder open that has no name yet, or a temporary one."""
+    opened = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            opened.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return any(os.path.dirname(path) == str(folder) and not path.endswith("source.raw") for path in opened)
+
+
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, word: signal.Signals) -> None:
     """The source is a FIFO's worth of patience: a sparse file of data so large that copying it takes long."""
@@ -117,7 +127,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, word: signal.S
     assert process.stderr is not None
     try:
         deadline = time.monotonic() + 30
-        while not any(name.startswith(".lamina-") for name in os.listdir(tmp_path)):
+        while not has_begun(process.pid, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(0.3)

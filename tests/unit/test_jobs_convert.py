@@ -16,8 +16,9 @@ from lamina.creation import create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
 from lamina.jobs.beneath import layers_above
-from lamina.jobs.convert import convert, convert_to_file, stored_runs
+from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.progress import Monitor
+from lamina.jobs.stored_runs import stored_runs
 from lamina.storage.file import FileStorage
 from lamina.target_file import Target
 

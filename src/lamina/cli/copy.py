@@ -227,9 +227,8 @@ def _copy_in_place(
         job = Copy(source, target, plan, journal=journal, monitor=monitor)
         try:
             return job.run()
-        except LaminaError as error:
-            told = f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied"
-            error.hint = f"{error.hint}; {told}" if error.hint else told
+        except (LaminaError, KeyboardInterrupt) as error:
+            _add(error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied")
             raise
     finally:
         target.close()
@@ -266,12 +265,19 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
             else:
                 copied = _copy_to_partial(source, args, plan, monitor, journal, partial)
                 partial.finish()
-        except LaminaError as error:
-            told = f"the same command again goes on from {journal.position} ({format_size(journal.position)})"
-            error.hint = f"{error.hint}; {told}" if error.hint else told
+        except (LaminaError, KeyboardInterrupt) as error:
+            _add(error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})")
             raise
     journal.remove()
     return copied
+
+
+def _add(error: LaminaError | KeyboardInterrupt, told: str) -> None:
+    """Say this as well, with the error or the interrupt."""
+    if isinstance(error, LaminaError):
+        error.hint = f"{error.hint}; {told}" if error.hint else told
+    else:
+        error.add_note(told)
 
 
 def _is_there(path: str, known: Journal) -> bool:

@@ -56,12 +56,15 @@ def compare(
     piece = _PIECE if lanes.count == 1 else _FAR_PIECE
     reader = _Reader(first, second, lanes.count, piece)
     try:
-        for step, found in lanes.in_order(reader.look, _steps(first, second, strict, piece)):
-            if found is not None:
-                return found
-            watch.update(step.end, total)
+        try:
+            for step, found in lanes.in_order(reader.look, _steps(first, second, strict, piece)):
+                if found is not None:
+                    return found
+                watch.update(step.end, total)
+        finally:
+            lanes.close()
     finally:
-        lanes.close()
+        lanes.close()  # an interrupt that struck the first time finds the second
     return None
 
 

@@ -28,10 +28,11 @@ from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
 from .beneath import Below, differing, layers_above, stored
-from .lanes import Lanes, is_far, lanes_for
+from .lanes import Errand, Lanes, is_far, lanes_for
 from .output import Output
 from .progress import Monitor
 from .sharing import Place, Sharer, without
+from .stored_runs import between, stored_runs
 from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 _BUFFER = 2 * MIB
 #: Buffers besides those that are being read and written.
 _SPARE = 2
-_ZEROS = bytes(_BUFFER)
 #: Ranges to be made zero that one batch holds at most.
 _MANY = 4096
 #: Zeros are looked for in blocks of this many bytes, or less where shorter runs of them are to become holes.
@@ -248,33 +248,47 @@ class _Copy:
     def run(self, reading: Lanes, writing: Lanes) -> Result:
         for _ in range(reading.count + writing.count + _SPARE):
             self._free.put(memoryview(bytearray(_BUFFER)))
-        planner = threading.Thread(target=self._plan_all, args=(reading,), name="lamina-convert", daemon=True)
-        planner.start()
-        under_way: deque[tuple[_Batch, Future[None]]] = deque()
+        planning = Errand(self._plan_all, reading)
+        planner = threading.Thread(target=planning, name="lamina-convert", daemon=True)
         try:
-            last = False
-            while not last:
-                batch = self._full.get()
-                if batch.error is not None:
-                    raise batch.error
-                if batch.ready is not None:
-                    batch.ready.result()
-                last = batch.last
-                self._output.add(sum(len(view) for _, view in batch.writes))
-                under_way.append((batch, writing.submit(self._write, batch)))
-                while under_way and (last or len(under_way) == writing.count or under_way[0][1].done()):
-                    batch, written = under_way.popleft()
-                    written.result()
-                    self._written(batch)
+            try:
+                planner.start()
+                self._write_all(writing)
+            finally:
+                self._end(planning, planner, reading, writing)
         finally:
-            self._stopped = True
-            self._free.put(None)
-            planner.join()
-            reading.close()
-            writing.close()
+            # An interrupt that struck the first time finds the second.
+            self._end(planning, planner, reading, writing)
         self._watch.update(self._source.size, self._source.size)
         copied = self._sharer.done if self._sharer else 0
         return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
+
+    def _end(self, planning: Errand, planner: threading.Thread, reading: Lanes, writing: Lanes) -> None:
+        """No other thread does anything when this returns. May be called again."""
+        self._stopped = True
+        self._free.put(None)
+        planning.call_off()
+        if planning.begun:
+            planner.join()
+        reading.close()
+        writing.close()
+
+    def _write_all(self, writing: Lanes) -> None:
+        under_way: deque[tuple[_Batch, Future[None]]] = deque()
+        last = False
+        while not last:
+            batch = self._full.get()
+            if batch.error is not None:
+                raise batch.error
+            if batch.ready is not None:
+                batch.ready.result()
+            last = batch.last
+            self._output.add(sum(len(view) for _, view in batch.writes))
+            under_way.append((batch, writing.submit(self._write, batch)))
+            while under_way and (last or len(under_way) == writing.count or under_way[0][1].done()):
+                batch, written = under_way.popleft()
+                written.result()
+                self._written(batch)
 
     def _write(self, batch: _Batch) -> None:
         try:
@@ -366,7 +380,7 @@ class _Copy:
         runs = stored_runs(view, at, self._granule, self._hole)
         batch.writes += [(at + lo, view[lo:hi]) for lo, hi in runs]
         if not blank:
-            batch.zeros += [(at + lo, hi - lo) for lo, hi in _between(runs, len(view))]
+            batch.zeros += [(at + lo, hi - lo) for lo, hi in between(runs, len(view))]
 
     def _plan(self) -> Iterator[tuple[int, int, int]]:
         """(kind, start, length) of what must be done, in order: stored bytes are read, or copied from their place, others
@@ -439,50 +453,3 @@ def _unit(target: Image) -> int:
     limits = target.node.limits
     unit = max(limits.zero_alignment, limits.request_alignment, 512)
     return min(unit, _BUFFER) if is_power_of_two(unit) else 64 * KIB
-
-
-def stored_runs(view: memoryview, at: int, granule: int, smallest_hole: int) -> list[tuple[int, int]]:
-    """The parts (start, end) of `view` that are not zero, in order. Zeros count in whole blocks of `granule` bytes (a
-    power of two, at least 8) on the grid of the disk, where `view` begins at `at`, and in runs of at least
-    `smallest_hole`."""
-    length = len(view)
-    if not granule:
-        return [(0, length)]
-    head = min(-at % granule, length)
-    whole = (length - head) // granule
-    tail = head + whole * granule
-    bounds: list[tuple[int, int]] = []
-    if head and _ZEROS.startswith(view[:head]):
-        bounds.append((0, head))
-    if whole:
-        words = np.frombuffer(view[head:tail], np.uint64).reshape(whole, granule // 8)
-        # Three words rule out almost every block that holds something; only the others are looked at in full.
-        suspects = np.flatnonzero((words[:, 0] | words[:, granule // 16] | words[:, -1]) == 0)
-        for number in suspects.tolist():
-            lo = head + number * granule
-            if _ZEROS.startswith(view[lo : lo + granule]):
-                if bounds and bounds[-1][1] == lo:
-                    bounds[-1] = (bounds[-1][0], lo + granule)
-                else:
-                    bounds.append((lo, lo + granule))
-    if tail < length and _ZEROS.startswith(view[tail:]):
-        if bounds and bounds[-1][1] == tail:
-            bounds[-1] = (bounds[-1][0], length)
-        else:
-            bounds.append((tail, length))
-    # A run that reaches the end of the view may go on beyond it: it counts as long enough.
-    holes = [(lo, hi) for lo, hi in bounds if hi - lo >= smallest_hole or lo == 0 or hi == length]
-    return _between(holes, length)
-
-
-def _between(parts: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """What `parts`, in order, leave of `length` bytes."""
-    rest = []
-    at = 0
-    for lo, hi in parts:
-        if at < lo:
-            rest.append((at, lo))
-        at = hi
-    if at < length:
-        rest.append((at, length))
-    return rest

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import OptionError
 from ..node import Node, StorageNode
@@ -21,6 +22,34 @@ _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 
+class Errand:
+    """A call that another thread is to make, once, and that can be called off. An exception may strike whoever sends it and
+    calls it off (Ctrl-C is one) at any step: each can be done again."""
+
+    __slots__ = ("_arguments", "_call", "_off", "_wake", "begun", "finished")
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._call, self._arguments = call, arguments
+        self._off = self.begun = self.finished = False
+        self._wake = threading.Lock()  # the other thread releases it at the end
+        self._wake.acquire()
+
+    def __call__(self) -> Any:
+        # Each side says first what it does and looks then at what the other said: one of them sees it, or both.
+        self.begun = True
+        try:
+            return None if self._off else self._call(*self._arguments)
+        finally:
+            self.finished = True
+            self._wake.release()
+
+    def call_off(self) -> None:
+        """When this returns the call is not under way, and will not begin."""
+        self._off = True
+        while self.begun and not self.finished:
+            self._wake.acquire(timeout=1)
+
+
 class Lanes:
     """Runs calls beside each other in `count` threads, once two of them, one after the other, have waited; if `eager`, from
     the first on. Until then each runs at once in its caller's thread: those that do not wait only get in each other's way.
@@ -29,12 +58,17 @@ class Lanes:
     def __init__(self, count: int, name: str, *, eager: bool = False) -> None:
         self.count = count
         self._threads = ThreadPoolExecutor(count, name) if count > 1 else None
+        self._errands: deque[Errand] = deque()
         self._waited = 2 if eager else 0
 
     def submit(self, call: Callable[[_I], _T], item: _I) -> Future[_T]:
         """call(item), which is done, under way, or waits for its turn. What it raises, the result raises."""
         if self._threads is not None and self._waited >= 2:
-            return self._threads.submit(call, item)
+            while self._errands and self._errands[0].finished:
+                self._errands.popleft()
+            errand = Errand(call, item)
+            self._errands.append(errand)  # before a thread can have it
+            return self._threads.submit(errand)
         done: Future[_T] = Future()
         begun = time.monotonic()
         try:
@@ -61,8 +95,10 @@ class Lanes:
             yield item, done.result()
 
     def close(self) -> None:
-        """Calls that wait for their turn are given up; returns when none is under way."""
+        """Calls that wait for their turn are given up; returns when none is under way. May be called again."""
         if self._threads is not None:
+            for errand in self._errands:
+                errand.call_off()
             self._threads.shutdown(cancel_futures=True)
 
 
