@@ -442,3 +442,19 @@ def test_pre_shared_keys(tmp_path: Path) -> None:
     said = {str(meet(server, alice.replace(username=user, tls_psk_file=str(wrong)))[1]) for user in ("alice", "nobody")}
     assert len({text.partition(": ")[2] for text in said}) == 1
     assert "keys of both sides differ" in said.pop()
+
+
+def test_keys_from_a_fifo(tmp_path: Path) -> None:
+    """As a shell passes them; a certificate is opened by OpenSSL, which would wait without end."""
+    fifo = tmp_path / "keys"
+    os.mkfifo(fifo, 0o600)
+    writing = threading.Thread(target=lambda: fifo.write_text("alice:00112233445566778899\n"))
+    writing.start()
+    assert tls.read_psk_file(fifo) == {"alice": bytes.fromhex("00112233445566778899")}
+    writing.join(20)
+    assert not writing.is_alive()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "server-cert.pem")
+    with pytest.raises(LaminaError, match="no regular file"):
+        tls.server_context(folder)

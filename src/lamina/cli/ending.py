@@ -56,7 +56,7 @@ class Ending:
         if self._thread is None:
             return
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: another language's handler
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)  # the thread sees the end of the pipe
         self._thread.join()

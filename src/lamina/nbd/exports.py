@@ -80,11 +80,14 @@ class Folder:
         self._entries: dict[str, _Entry] = {}
 
     def names(self) -> list[str]:
-        """The names of all files, sorted."""
-        with os.scandir(self._place) as entries:
-            return sorted(
-                entry.name for entry in entries if _is_name(entry.name) and entry.is_file(follow_symlinks=False)
-            )
+        """The names of all files, sorted. BlockIOError if the folder cannot be read."""
+        try:
+            with os.scandir(self._place) as entries:
+                return sorted(
+                    entry.name for entry in entries if _is_name(entry.name) and entry.is_file(follow_symlinks=False)
+                )
+        except OSError as error:
+            raise BlockIOError.from_os(error, "the folder cannot be read", path=self._place) from error
 
     def acquire(self, name: str) -> Export | None:
         """The export of that name, opened; None if there is none. Give it back with `release`. Raises the LaminaError of

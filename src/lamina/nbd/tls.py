@@ -11,13 +11,16 @@ many threads; the contexts that they give may be shared by any number of connect
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from errno import EACCES, ECONNRESET, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, LaminaError, OptionError, UnsupportedFeature
+from ..named_file import read_named
 from ..options import shown
 from .uri import Target
 
@@ -276,17 +279,17 @@ def _loading(path: Path, load: Callable[[], None]) -> None:
         raise BlockIOError.from_os(error, "cannot read it", path=str(path)) from error
 
 
-def _readable(path: Path, *, secret_from: int = 0) -> bytes:
-    """What is in the file; refused if one of the permissions `secret_from` is given to others."""
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & secret_from:
-                hint = f"take the permission away: chmod {mode & 0o777 & ~secret_from & ~0o077:o} {path}"
-                raise OptionError("others can read or change this secret", path=str(path), hint=hint)
-            data = file.read(MAX_PSK_FILE + 1)
-    except OSError as error:
-        raise BlockIOError.from_os(error, "TLS needs this file", path=str(path)) from error
+def _readable(path: Path, *, secret_from: int = 0, fifo: bool = False) -> bytes:
+    """What is in the file; refused if one of the permissions `secret_from` is given to others. `fifo`: it may be a FIFO;
+    what OpenSSL opens again by its name may not."""
+    if not fifo:
+        with contextlib.suppress(OSError):  # it is told below
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise OptionError("it is no regular file", path=str(path), hint="put the PEM file itself there")
+    data, status = read_named(str(path), MAX_PSK_FILE + 1, failure="TLS needs this file")
+    if status.st_mode & secret_from:
+        hint = f"take the permission away: chmod {status.st_mode & 0o777 & ~secret_from & ~0o077:o} {path}"
+        raise OptionError("others can read or change this secret", path=str(path), hint=hint)
     if len(data) > MAX_PSK_FILE:
         raise OptionError("the file is too long for what it should be", path=str(path), hint="is it the right one?")
     return data
@@ -314,7 +317,7 @@ def _escaped(value: str) -> str:
 def read_psk_file(path: Path) -> dict[str, bytes]:
     """The keys by user name in a file of lines `USER:HEXKEY`; blank lines and those that begin with # do not count."""
     keys: dict[str, bytes] = {}
-    for number, line in enumerate(_readable(path, secret_from=0o077).splitlines(), 1):
+    for number, line in enumerate(_readable(path, secret_from=0o077, fifo=True).splitlines(), 1):
         if not line.strip() or line.startswith(b"#"):
             continue
         user, _, digits = line.rpartition(b":")
