@@ -64,7 +64,7 @@ class Qcow2(FormatNode):
         # Around all tables, in memory and on their way to the disk; never held while guest data is read or written.
         self._lock = threading.RLock()
         self._changing = _Changing(self)
-        self._mappings = Mappings(file, header, cache_bytes // 2)
+        self._mappings = Mappings(file, header, cache_bytes // 2, writable=not read_only)
         self._cache_bytes = cache_bytes
         self._refcounts_: Refcounts | None = None
         # Clusters that lost a reference: first until that is durable, then until a discard of them is, too.

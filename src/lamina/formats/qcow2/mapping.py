@@ -32,6 +32,8 @@ _SWAP = sys.byteorder == "little"
 _new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
 _BATCH = 1 << 20
+#: From this size of a table on it pays to ask whether it lies in a hole of the file.
+_LARGE = 256 << 10
 #: L1 entries that it looks at in one go.
 _L1_BATCH = 1 << 16
 #: Batches, and runs of tables that do not exist, that one answer looks at: half a second of work, and much of a disk.
@@ -53,13 +55,15 @@ class Table:
 class Mappings:
     """The L1 table and the L2 tables of one image. Not thread-safe: the driver holds its lock around every call."""
 
-    def __init__(self, file: Child, header: Header, cache_bytes: int) -> None:
+    def __init__(self, file: Child, header: Header, cache_bytes: int, *, writable: bool = True) -> None:
         self._file = file
         self._header = header
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self.per_table = header.cluster_size // 8
         self._table_bits = header.cluster_bits - 3
+        self._writable = writable
+        self._blank: array[int] | None = None
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
         self._tables: dict[int, Table] = {}  # by L1 index, the first loaded first
         self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk
@@ -274,7 +278,14 @@ class Mappings:
         if not self.l1[which] & q.OFFSET_MASK:
             return None
         self._file.tell("l2_load")
-        table = Table(offset := self._place(which), _load(self._file, offset, self.per_table))
+        offset = self._place(which)
+        if self._cluster_size >= _LARGE and not self._writable and self._file.reads_zero(offset, self._cluster_size):
+            # Tables in holes of the file are one table of zeros: it is only read.
+            self._blank = self._blank or array("Q", (0,)) * self.per_table
+            entries = self._blank
+        else:
+            entries = _load(self._file, offset, self.per_table)
+        table = Table(offset, entries)
         self._keep(which, table)
         return table
 
