@@ -140,6 +140,52 @@ def test_an_exception_anywhere_in_a_request(serve: Serve, name: str) -> None:
     watched(work, 120)
 
 
+def test_threads_go_on_beside_one_that_is_interrupted(serve: Serve) -> None:
+    """Each has its own bytes, on connections that they share; none takes the reply to another one's request."""
+    SHARED[:] = bytes(SIZE)
+    server = serve(late)
+
+    def work() -> None:
+        stop = threading.Event()
+        failures: list[BaseException] = []
+        rounds = [0] * 3
+
+        def go_on(number: int) -> None:
+            place = number * 131072
+            try:
+                while not stop.is_set():
+                    data = bytes([rounds[number] % 250 + 1]) * 5000
+                    client.write(place, data)
+                    assert client.read(place, 5000) == data
+                    rounds[number] += 1
+            except BaseException as error:  # noqa: BLE001 - it is raised below
+                failures.append(error)
+
+        with Client.connect(server.uri, request_timeout=10, connections=2) as client:
+            threads = [threading.Thread(target=go_on, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            for turn in range(0, 120 * STEP, STEP):
+                view = bytearray(b"\x11" * 40_000)
+                change = turn % (2 * STEP) == 0
+                # Where few events come, since others lead, the call is simply done.
+                interrupted_at(
+                    turn % 150,
+                    lambda view=view, change=change: (client.write if change else client.read_into)(524288, view),
+                )
+                view[:] = b"\x22" * len(view)
+                client.read(900_000, 10)
+                assert view == b"\x22" * len(view)
+            stop.set()
+            for thread in threads:
+                thread.join(20)
+                assert not thread.is_alive()
+        assert not failures, failures
+        assert min(rounds) > 0
+
+    watched(work, 120)
+
+
 def test_an_interrupted_write_does_not_come_after_the_next_one(serve: Serve) -> None:
     """A server may carry out requests in any order: what touches the same bytes is asked when the first is answered."""
     disk = bytearray(SIZE)

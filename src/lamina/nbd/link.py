@@ -368,11 +368,12 @@ class Link:
                 self._clock.relax()
                 self._fail(requests, cause)
                 return
-            now = time.monotonic()
-            for request in requests:
-                request.lost_at = request.lost_at or now
-            # A request that breaks every connection it is sent over does not do so for ever.
-            self._fail([request for request in requests if now - request.lost_at > self._patience], cause)
+            if not torn:
+                now = time.monotonic()
+                for request in requests:
+                    request.lost_at = request.lost_at or now
+                # A request that breaks every connection it is sent over does not do so for ever.
+                self._fail([request for request in requests if now - request.lost_at > self._patience], cause)
             waiting = [request for request in requests if not request.done]
             session.postponed = list[Request](waiting)
             self._pause, rest = min(max(2 * self._pause, _PAUSE), _LONGEST_PAUSE), self._pause
