@@ -27,8 +27,8 @@ _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d{1,9})|(stdout)|(stderr))|/proc/self/fd
 
 
 class SideFile:
-    """The file at `path`, open for writing; it is made, with the permissions `mode`, if it is not there. `append`: what it
-    holds stays; otherwise it is emptied. `failure` is what an error says. For one thread at a time.
+    """The file at `path`, open for writing ("-" is standard output); it is made, with the permissions `mode`, if it is not
+    there. `append`: what it holds stays; otherwise it is emptied. `failure` is what an error says. For one thread at a time.
 
     BlockIOError if it cannot be opened, or is not a file that may be written: see above.
     """
@@ -128,6 +128,8 @@ def make_side_file(path: str, *, failure: str = "it cannot be written") -> None:
 
 
 def _open(path: str, append: bool, mode: int, deadline: float) -> int:
+    if path == "-":
+        return os.dup(1)
     own = _DESCRIPTOR.fullmatch(path)
     if own:
         number = own[1] or own[4] or ("1" if own[2] else "2")

@@ -197,6 +197,20 @@ def test_descriptors_and_devices(tmp_path: Path) -> None:
         SideFile("/dev/fd/999999999")
 
 
+def test_a_dash_is_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for how in (write, append, filter_with("report", "stats")):
+        how(Path("-"))
+    out = capfd.readouterr().out
+    assert out.startswith("newnew")
+    assert "write" in out
+    with pytest.raises(OptionError, match="standard output"):
+        pid(Path("-"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_pid_file_is_removed_only_while_it_is_the_one_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("123\n")  # of a server that crashed

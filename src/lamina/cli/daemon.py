@@ -95,6 +95,8 @@ class PidFile:
     a regular one of this user, with one link, that holds nothing but a number. BlockIOError if it cannot be written."""
 
     def __init__(self, path: str) -> None:
+        if path == "-":
+            raise OptionError("- is standard output, and a pid file is a file", hint="name a file: ./- if that is it")
         self._path = os.path.abspath(path)
         self._written = f"{os.getpid()}\n"
         self._identity: tuple[int, int] | None = None
