@@ -24,7 +24,7 @@ _MEANINGS = {
     "z": "write zeros, without sending them where that is possible",
     "u": "with -z: the storage may be given back",
     "n": "with -z: fail rather than write zeros out",
-    "c": "write compressed clusters (not there yet)",
+    "c": "write compressed clusters, where the format has them",
     "b": "in the saved state of the machine, not on the disk (not there yet)",
     "p": "ignored",
     "r": "ignored (buffers need no registration)",
@@ -38,7 +38,7 @@ _OPENING = {
     "n": "around the page cache, as -t none",
     "U": "beside a program that writes to it; needs -r",
     "i": "MODE  threads, native, io_uring: all the same here",
-    "t": "MODE  writeback, none, writethrough, directsync, unsafe",
+    "t": "MODE  writeback, none (off), writethrough, directsync, unsafe",
     "d": "MODE  unmap (on) or ignore (off): what discards do",
     "o": "KEY=VALUE,...  options: the driver's, or the whole graph's (driver=..., file.filename=...)",
 }
