@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 from zlib import crc32
 
-from .errors import BlockIOError, LaminaError, Locked, OptionError
+from .errors import BlockIOError, LaminaError, Locked, OptionError, tell_too
 from .target_file import NOT_ALLOWED, Lock, Target, open_folder
 
 #: Of a file that is written in place, so many bytes from the start are written last. The headers of all formats begin there.
@@ -246,6 +246,8 @@ class AtomicFile:
         """Put away what is there still. What cannot be put away is told with `error`, if there is one."""
         left = None
         try:
+            if isinstance(error, KeyboardInterrupt):
+                tell_too(error, self._outcome())
             if self._process == os.getpid():
                 if self.in_place and self.begun and not self.is_device and self.fd >= 0:
                     left = "the old content is lost"
@@ -266,7 +268,16 @@ class AtomicFile:
             if old is not None:
                 old.close()
         if left is not None and isinstance(error, LaminaError):
-            error.hint = f"{error.hint}; {left}" if error.hint else left
+            tell_too(error, left)
+
+    def _outcome(self) -> str:
+        """What an interrupt leaves at the target."""
+        if self.in_place:
+            return f"the old content of {self.path} is lost" if self.begun else f"nothing was changed at {self.path}"
+        with suppress(OSError):
+            if self.fd >= 0 and os.path.samestat(os.stat(self.target), os.fstat(self.fd)):
+                return f"{self.path} is there, whole"
+        return f"nothing was changed at {self.path}"
 
     def _remove_ours(self) -> None:
         if self.fd >= 0:

@@ -166,6 +166,14 @@ class Cancelled(LaminaError):
     errno = _errno.ECANCELED
 
 
+def tell_too(error: BaseException | None, words: str) -> None:
+    """Let `error` tell `words`, too: behind its hint, or, of an interrupt, as a note, which the command line shows."""
+    if isinstance(error, LaminaError):
+        error.hint = f"{error.hint}; {words}" if error.hint else words
+    elif isinstance(error, KeyboardInterrupt):
+        error.add_note(words)
+
+
 def printable(text: str) -> str:
     """`text` with control characters escaped: names found inside images must not drive a terminal."""
     if text.isprintable():

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..api import open as open_any
 from ..creation import create_driver
-from ..errors import Locked, OptionError
+from ..errors import Locked, OptionError, tell_too
 from ..image import Image
 from ..jobs.convert import convert, convert_to_file
 from ..jobs.progress import Monitor
@@ -184,15 +184,19 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         if args.compress:
             with there.edit() as edit:
                 edit.insert("compress")
-        convert(
-            source,
-            there,
-            blank=args.target_is_zero,
-            smallest_hole=args.sparse_size,
-            unread=args.unread,
-            parallel=args.parallel,
-            in_order=False if args.oob_writes else None,
-            max_output=args.max_output,
-            monitor=monitor,
-        )
-        there.flush()
+        try:
+            convert(
+                source,
+                there,
+                blank=args.target_is_zero,
+                smallest_hole=args.sparse_size,
+                unread=args.unread,
+                parallel=args.parallel,
+                in_order=False if args.oob_writes else None,
+                max_output=args.max_output,
+                monitor=monitor,
+            )
+            there.flush()
+        except KeyboardInterrupt as stop:
+            tell_too(stop, f"{target} is overwritten in part")
+            raise

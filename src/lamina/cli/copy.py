@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
-from ..errors import LaminaError, OptionError
+from ..errors import LaminaError, OptionError, tell_too
 from ..graph import Opener
 from ..image import Image
 from ..jobs.copy import Copied, Copy, Plan
@@ -228,7 +228,7 @@ def _copy_in_place(
         try:
             return job.run()
         except (LaminaError, KeyboardInterrupt) as error:
-            _add(error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied")
+            tell_too(error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied")
             raise
     finally:
         target.close()
@@ -266,18 +266,10 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
                 copied = _copy_to_partial(source, args, plan, monitor, journal, partial)
                 partial.finish()
         except (LaminaError, KeyboardInterrupt) as error:
-            _add(error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})")
+            tell_too(error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})")
             raise
     journal.remove()
     return copied
-
-
-def _add(error: LaminaError | KeyboardInterrupt, told: str) -> None:
-    """Say this as well, with the error or the interrupt."""
-    if isinstance(error, LaminaError):
-        error.hint = f"{error.hint}; {told}" if error.hint else told
-    else:
-        error.add_note(told)
 
 
 def _is_there(path: str, known: Journal) -> bool:
