@@ -17,6 +17,9 @@ import pytest
 
 import lamina
 from lamina.cli.io import shell
+from lamina.cli.io.output import Output
+from lamina.cli.io.session import Session
+from lamina.cli.io.target import Target
 from lamina.cli.main import main
 from lamina.errors import BlockIOError
 from lamina.node import FUA
@@ -279,6 +282,7 @@ class Terminal:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self._master, slave = pty.openpty()
+        self.at_first = self.settings()
         environment = ENVIRONMENT | {"XDG_STATE_HOME": str(folder / "state"), "TERM": "dumb", "INPUTRC": "/dev/null"}
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
@@ -300,6 +304,11 @@ class Terminal:
             self.seen += os.read(self._master, 4096).decode()
         before, _, self.seen = self.seen.partition(text)
         return before
+
+    def settings(self) -> list[object]:
+        import termios
+
+        return list(termios.tcgetattr(self._master))
 
     def end(self) -> int:
         return self.process.wait(timeout=30)
@@ -355,6 +364,61 @@ def test_interrupt_ends_the_line_or_the_command_and_not_the_shell(terminal: Term
     assert "garbage" not in terminal.wait_for("1 MiB")
     terminal.type("quit\r")
     assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_the_shell_and_leave_the_terminal_as_it_was(
+    terminal: Terminal, tmp_path: Path, word: signal.Signals
+) -> None:
+    terminal.type("length\r")
+    terminal.wait_for("1 MiB")
+    terminal.wait_for(shell.PROMPT)
+    time.sleep(0.3)  # as above
+    terminal.process.send_signal(word)
+    terminal.wait_for(f"lamina: interrupted by {word.name}")
+    assert terminal.end() == 128 + word
+    assert terminal.settings() == terminal.at_first
+    assert (tmp_path / "state" / "lamina" / "io_history").read_text().split() == ["length"]
+
+
+def test_the_second_interrupt_of_one_command_ends_the_shell(disk: Path, tmp_path: Path) -> None:
+    """What is under way beside the commands does not end by itself: a request that hangs."""
+    options = "driver=faults,rules.0.kind=read,rules.0.hang=tag,image.driver=raw,image.file.filename=disk.raw"
+    terminal = Terminal(tmp_path, "--image-opts", options)
+    try:
+        terminal.wait_for(shell.PROMPT)
+        terminal.type("aio_read 0 512\r")
+        terminal.wait_for(shell.PROMPT)
+        terminal.type("close\r")
+        terminal.wait_for("close")
+        time.sleep(0.3)
+        terminal.type("\x03")
+        time.sleep(0.3)
+        terminal.type("\x03")
+        assert terminal.end() == 130
+        assert terminal.settings() == terminal.at_first
+    finally:
+        terminal.close()
+
+
+def test_a_request_beside_the_commands_that_breaks_keeps_no_image_open(disk: Path) -> None:
+    session = Session(Output("lamina"), Target())
+    session.open(Target("disk.raw", format="raw"))
+    done: list[None] = []
+
+    def fails() -> None:
+        raise MemoryError
+
+    def late() -> None:
+        time.sleep(0.1)
+        done.append(None)
+
+    session.submit(fails)
+    session.submit(late)
+    with pytest.raises(MemoryError):
+        session.end()
+    assert done == [None]
+    assert not session.is_open
 
 
 def test_completion(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,3 +139,60 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, word: signal.S
         process.wait()
         process.stderr.close()
     assert os.listdir(tmp_path) == ["source.raw"]
+
+
+def _raise(error: BaseException) -> Callable[[list[str]], int]:
+    def command(argv: list[str]) -> int:
+        print("begun")
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "there is not enough memory for this"),
+        (RecursionError("maximum recursion depth exceeded"), "a mistake in lamina: RecursionError: maximum recursion"),
+        (
+            ZeroDivisionError("division\nby \x1b zero"),
+            r"a mistake in lamina: ZeroDivisionError: division by \x1b zero; ",
+        ),
+        (KeyError("x" * 5000), "a mistake in lamina: KeyError: 'xxx"),
+    ],
+)
+@pytest.mark.parametrize(("name", "status"), [("check", 1), ("compare", 2)])
+def test_what_should_not_happen_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    words: str,
+    name: str,
+    status: int,
+) -> None:
+    monkeypatch.delenv("LAMINA_DEBUG", raising=False)
+    monkeypatch.setattr(f"lamina.cli.{name}.main", _raise(error))
+    assert main([name]) == status
+    told = capsys.readouterr()
+    assert told.out == "begun\n"
+    assert told.err.startswith(f"lamina: {words}")
+    assert told.err.count("\n") == 1
+    assert len(told.err) < 600
+    if not isinstance(error, MemoryError):
+        assert "LAMINA_DEBUG=1" in told.err
+        monkeypatch.setenv("LAMINA_DEBUG", "1")
+        with pytest.raises(type(error)):
+            main([name])
+
+
+def test_a_lack_of_memory_is_one_line(tmp_path: Path) -> None:
+    """The limit is of the system: a read of 2 GiB asks for what it does not give."""
+    image = tmp_path / "disk.raw"
+    with image.open("wb") as file:
+        file.truncate(4 << 30)
+    line = f"ulimit -v 1500000; exec {' '.join(LAMINA)} io -r -f raw -c 'read -q 0 2147483136' -c 'length' {image}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == "4 GiB\n"
+    assert done.stderr.count("\n") == 1
+    assert "memory" in done.stderr

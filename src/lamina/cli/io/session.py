@@ -63,10 +63,12 @@ class Session:
         rules, self.rules = self.rules, None
         if rules is not None:
             rules.release()
-        self.drain()
-        image, self._image = self._image, None
-        if image is not None:
-            image.close()
+        try:
+            self.drain()
+        finally:
+            image, self._image = self._image, None
+            if image is not None:
+                image.close()
 
     def reopen(self, target: Target) -> None:
         """Open the same image in another way. If that fails it is open as it was before."""
@@ -101,8 +103,10 @@ class Session:
                 raise OptionError(f"a request is stopped at {tags[-1]!r}", hint=f"let it go on: resume {tags[-1]}")
             time.sleep(_LOOK_AGAIN)
         waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            one.result()
+        # All of them, before one that failed is told.
+        errors = [error for one in waiting if (error := one.exception()) is not None]
+        if errors:
+            raise errors[0]
 
     def end(self) -> None:
         """Close the image, and give the threads back."""
