@@ -200,6 +200,10 @@ def _in_child() -> None:
 _LOCKS = (_thread.LockType, _thread.RLock, threading.Condition)
 
 
+#: Longer lists hold what a node stores, not the parts that it is made of.
+_FEW = 64
+
+
 def renew_locks(thing: Any, seen: set[int]) -> None:
     """Free the locks that `thing`, a node or a part of one, holds in its attributes: who held them did not come along. Pools
     of threads are forgotten."""
@@ -215,6 +219,10 @@ def renew_locks(thing: Any, seen: set[int]) -> None:
             setattr(thing, name, None)
         elif _is_part(value) and id(value) not in seen:
             renew_locks(value, seen)
+        elif isinstance(value, dict | list | tuple) and len(value) <= _FEW:
+            for part in value.values() if isinstance(value, dict) else value:
+                if _is_part(part) and id(part) not in seen:
+                    renew_locks(part, seen)
 
 
 def _is_part(value: object) -> bool:

@@ -1,8 +1,11 @@
-"""A forked child reads through the images of its parent, and neither changes nor settles them."""
+"""A forked child reads through the images of its parent, and neither changes nor settles them.
+
+`LAMINA_FORKS=N` forks so many children beside writers (a few seconds for every hundred)."""
 
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 import time
@@ -26,6 +29,7 @@ from tests.conftest import Qemu
 
 SIZE = 1 << 20
 PATIENCE = 20.0
+ROUNDS = int(os.environ.get("LAMINA_FORKS", "15"))
 
 
 def in_child(work: Callable[[], None]) -> None:
@@ -94,6 +98,51 @@ def test_a_child_that_leaves_every_with_writes_nothing(path: Path, qemu: Qemu) -
     with lamina.open(path, format="qcow2") as image:
         assert image.read(0, 7) == b"agained"
         assert image.read(4096 * 40, 11) == b"not flushed"
+    assert qemu.check(path)[0] == 0
+
+
+def test_children_beside_writers(path: Path, qemu: Qemu, seed: int) -> None:
+    """Whatever the parent's threads do at the moment of the fork: the child reads what was there for long, and ends."""
+    lasting = SIZE - 64 * 1024
+    spec = {
+        "driver": "stats",
+        "image": {"driver": "cache", "blocks": 6, "image": {"driver": "qcow2", "file.filename": str(path)}},
+    }
+    written: list[dict[int, bytes]] = [{}, {}, {}]
+    with lamina.open(spec, read_only=False) as image:
+        image.write(lasting, b"lasting" * 1000)
+        image.flush()
+        stop = threading.Event()
+
+        def work(number: int) -> None:
+            rng = random.Random(f"{seed}/{number}")
+            while not stop.is_set():
+                at = (rng.randrange(lasting // 1536) * 3 + number) * 512
+                written[number][at] = data = rng.randbytes(512)
+                image.write(at, data)
+                if rng.random() < 0.02:
+                    image.flush()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+
+            def child() -> None:
+                with image:
+                    assert image.read(lasting, 7000) == b"lasting" * 1000
+                    assert image.read(lasting + 100, 10) == (b"lasting" * 20)[100:110]
+
+            for _ in range(ROUNDS):
+                in_child(child)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(PATIENCE)
+    with lamina.open(path, format="qcow2") as image:
+        for part in written:
+            for at, data in part.items():
+                assert image.read(at, 512) == data
     assert qemu.check(path)[0] == 0
 
 

@@ -175,8 +175,8 @@ class Cache(TransformNode):
         """The block, used just now. `fill`: with the image's bytes, if it was not there."""
         block = self._blocks.get(number)
         if block is None:
-            while len(self._blocks) >= self._most:
-                self._make_room()
+            while len(self._blocks) >= self._most and self._make_room():
+                pass
             block = bytearray(self._unit)
             inside = min(self._unit, self.image.size - number * self._unit)
             if fill and inside > 0:
@@ -186,8 +186,9 @@ class Cache(TransformNode):
             self._blocks.move_to_end(number)
         return block
 
-    def _make_room(self) -> None:
-        """Let go of the block that was not used for longest, of those that can be let go of."""
+    def _make_room(self) -> bool:
+        """Let go of the block that was not used for longest, of those that can be let go of. False, where there is none, in a
+        forked child, which writes nothing: one block more is kept there."""
         first: LaminaError | None = None
         for number in self._blocks:
             try:
@@ -196,7 +197,9 @@ class Cache(TransformNode):
                 first = first or error  # it stays dirty, and a flush will tell
                 continue
             del self._blocks[number]
-            return
+            return True
+        if self.foreign:
+            return False
         assert first is not None
         raise first
 
