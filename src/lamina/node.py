@@ -83,6 +83,7 @@ class Node:
     opened_at: str | None = None
     #: Whether another process opened it: this one was forked from that.
     foreign: bool = False
+    _settled: bool = False
     #: What to do where a change is refused because the node is read-only.
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
@@ -215,10 +216,20 @@ class Node:
     def graph_changed(self) -> None:
         """A node below was exchanged; no request runs. What was derived from the children is derived again."""
 
+    def settle(self) -> None:
+        """Write what this node holds back; the first thing that `close` does. After an error the children are closed all the
+        same, but not after an interrupt: what is held back would have no place to go, and `close` is called again."""
+
     def close(self) -> None:
         """Give everything back, children last. Called with no request running; called again only where an interrupt cut it
         short, and then it does the rest. Storage is closed even if an earlier step fails; the first error is raised."""
         first: BaseException | None = None
+        if not self._settled:
+            try:
+                self.settle()
+            except Exception as error:  # noqa: BLE001 - raised below, when everything was given back
+                first = error
+            self._settled = True
         for child in self.children.values():
             try:
                 child.close()

@@ -81,6 +81,10 @@ class SideFile:
             raise _Refusal(errno.ETIMEDOUT, f"nobody has read from it for {self._patience:g} s")
         return data[:_PIPE]
 
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
     def close(self) -> None:
         """Give the descriptor back. Calling it again does nothing. BlockIOError where the system tells of a failure now."""
         fd, self._fd = self._fd, -1

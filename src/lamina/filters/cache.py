@@ -152,12 +152,9 @@ class Cache(TransformNode):
             self._blocks.clear()
             self._size = self.image.size
 
-    def close(self) -> None:
-        try:
-            with self._mutex:
-                self._write_back()
-        finally:
-            super().close()
+    def settle(self) -> None:
+        with self._mutex:
+            self._write_back()
 
     # -- all that follows is called with the mutex held
 

@@ -61,11 +61,16 @@ class Log(AroundNode):
     def close(self) -> None:
         try:
             self.around("close", super().close, 0, 0, 0)
-        finally:
-            with self._mutex:
-                file, self._file = self._file, None
-            if file is not None:
-                file.close()
+        except Exception:
+            self._close_file()
+            raise
+        self._close_file()  # not after an interrupt, when there is more to come
+
+    def _close_file(self) -> None:
+        with self._mutex:
+            file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def forsake(self) -> None:
         super().forsake()

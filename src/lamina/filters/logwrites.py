@@ -143,14 +143,11 @@ class LogWrites(FilterNode):
                 self._add(log, ENTRY.pack(0, 0, MARK_FLAG, len(data)) + data)
                 self._tell(log)
 
-    def close(self) -> None:
-        try:
-            log = self.children.get("log")
-            if log is not None and not self.read_only:
-                with self._mutex:
-                    self._tell(log)
-        finally:
-            super().close()
+    def settle(self) -> None:
+        log = self.children.get("log")
+        if log is not None and not self.read_only:
+            with self._mutex:
+                self._tell(log)
 
     def _append(self, offset: int, length: int, flags: int, view: memoryview | None = None) -> None:
         """An entry for this request, and the bytes behind it; zeros where there is no view."""

@@ -79,12 +79,9 @@ class Preallocate(FilterNode):
         if length != self._ahead:
             self._size = self._ahead = length
 
-    def close(self) -> None:
-        try:
-            with self._growing:
-                self._cut()
-        finally:
-            super().close()
+    def settle(self) -> None:
+        with self._growing:
+            self._cut()
 
     def _grow(self, end: int, request: Callable[..., None], *arguments: Any) -> None:
         """Do a request that ends at `end`, past the size."""

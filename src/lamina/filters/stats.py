@@ -128,14 +128,19 @@ class Stats(FilterNode):
         self._count(EXTENTS, offset, length, start)
         return found
 
-    def close(self) -> None:
-        try:
-            if self._report is not None:
-                as_json = self._report.endswith(".json")
-                with self._opened or SideFile(self._report, failure=_FAILURE) as file:
-                    file.write(json.dumps(self.snapshot(), indent=2) + "\n" if as_json else self.table())
-        finally:
-            super().close()
+    def settle(self) -> None:
+        if self._report is not None:
+            as_json = self._report.endswith(".json")
+            if self._opened is None or self._opened.closed:
+                self._opened = SideFile(self._report, failure=_FAILURE)
+            with self._opened as file:
+                file.write(json.dumps(self.snapshot(), indent=2) + "\n" if as_json else self.table())
+            self._report = None
+
+    def forsake(self) -> None:
+        super().forsake()
+        if self._opened is not None:
+            self._opened.close()
 
     # -- what was counted
 

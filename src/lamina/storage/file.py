@@ -14,6 +14,7 @@ import stat
 import threading
 from array import array
 from collections.abc import Callable
+from operator import length_hint
 from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -69,7 +70,8 @@ class FileStorage(StorageNode):
         super().__init__(name=name, read_only=read_only)
         self._fd = fd
         #: Closes `fd` when it is asked for its next element, once: one step, which no interrupt cuts in two.
-        self._give_back = map(os.close, (fd,))
+        self._open_fds = iter((fd,))
+        self._give_back = map(os.close, self._open_fds)
         self._filename = filename
         self.path = path_of(fd, filename)
         status = os.fstat(fd)
@@ -264,15 +266,14 @@ class FileStorage(StorageNode):
 
     @property
     def held(self) -> bool:
-        return self._fd >= 0
+        return length_hint(self._open_fds) > 0
 
     def close(self) -> None:
+        self._fd = -1  # first: once it is closed, the number may be another file's
         try:
             next(self._give_back, None)
         except OSError as error:
-            self._fd = -1
             raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
-        self._fd = -1
 
     def forsake(self) -> None:
         # Locks belong to the open file, which the parent has too: closing a descriptor of it leaves them alone.

@@ -452,14 +452,16 @@ class Qcow2(FormatNode):
             except LaminaError as error:
                 raise CorruptImage("the image is corrupt, and cannot be marked so", path=self.filename) from error
 
+    def settle(self) -> None:
+        if not self.read_only:
+            with self._changing:
+                self._settle()
+
     def close(self) -> None:
         try:
-            if not self.read_only:
-                with self._changing:
-                    self._settle()
+            super().close()
         finally:
             self._compression.close()
-            super().close()
 
 
 def _require_consistent(header: Header, path: str) -> None:
