@@ -56,7 +56,9 @@ class Target:
             self.fd = os.open(path, flags)
             os.set_blocking(self.fd, True)
             self.status = os.fstat(self.fd)
-            if not os.path.samestat(status, self.status):
+            # Looked at again: where one file system lies over another, opening a file for writing may make it another one.
+            status = os.lstat(path)
+            if not os.path.samestat(status, self.status) or not (self.is_device or stat.S_ISREG(status.st_mode)):
                 raise self._changed()
             self._folder = open_folder(os.path.dirname(path))
             if lock is not None:

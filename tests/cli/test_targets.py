@@ -295,6 +295,10 @@ def test_odd_images_that_exist(folder: Path, capsys: pytest.CaptureFixture[str])
     with open("odd", "r+b") as file:
         file.seek(24)
         file.write((1000).to_bytes(8, "big"))
+    assert main(["check", "odd"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "note: the disk has 1000 bytes, which are no whole sectors: QEMU shows 512\n"
+    assert "No errors were found" in told.out
     with lamina.open("odd", format="qcow2", read_only=False) as image:
         assert image.size == 1000
         image.write(990, b"0123456789")

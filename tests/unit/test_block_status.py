@@ -232,6 +232,9 @@ class Chain:
         compat = self.rng.choice(("0.10", "1.1", "1.1"))
         bits = 16 if compat == "0.10" else 1 << self.rng.randrange(7)
         lamina.create(path, "qcow2", size, cluster_size=cluster, compat=compat, refcount_bits=bits)
+        with path.open("r+b") as file:  # new images are whole sectors; others exist
+            file.seek(24)
+            file.write(size.to_bytes(8, "big"))
         storage = {"driver": "file", "filename": str(path)}
         below = {"backing": self.spec} if self.layers else {}
         below_bare = {"backing": self.bare} if self.layers else {}
