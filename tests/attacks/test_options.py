@@ -17,7 +17,7 @@ from lamina.errors import LaminaError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: How many cases of each kind; `make soak` asks for more.
-ROUNDS = int(os.environ.get("LAMINA_OPTION_ROUNDS", "2000"))
+ROUNDS = int(os.environ.get("LAMINA_OPTION_ROUNDS", "1000"))
 
 
 @pytest.mark.parametrize("kind", ["graphs", "lines"])
