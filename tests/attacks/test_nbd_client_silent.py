@@ -135,8 +135,16 @@ COMMANDS: dict[str, Callable[[str, Path], list[str]]] = {
 STATUS = {"compare": 2}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("command", COMMANDS)
+#: All commands agree in the same way: silence before they have is shown with one or two, unless this is the long form.
+CASES = [
+    (command, stage)
+    for command in COMMANDS
+    for stage, limit in STAGES.items()
+    if LONG or limit >= AGREED or command in ("info", "convert to")
+]
+
+
+@pytest.mark.parametrize(("command", "stage"), CASES)
 def test_each_command_ends(
     command: str, stage: str, serve: Serve, hold: threading.Event, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
