@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import OptionError, UnsupportedFeature
+from ..errors import OptionError, UnsupportedFeature, printable
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import asks_for_help, clip, parse_keyval, parse_size, shown
 
 if TYPE_CHECKING:
     from ..graph import Spec
     from ..image import Image
+    from ..node import Node
     from ..policy import Policy
     from ..schema import Schema
 
@@ -301,10 +303,31 @@ def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image
     from ..api import open
 
     source = image_source(name, args, format)
-    return open(
+    image = open(
         source,
         format=format or "probe",
         references=args.references,
         budget=args.limits,
         force_share=args.force_share,
     )
+    if args.force_share:
+        tell_of_writers(image.node)
+    return image
+
+
+def tell_of_writers(top: Node) -> None:
+    """Say on standard error which files beneath `top`, which was opened with -U, another program has open for writing now.
+    What a command reads of them may belong to no one moment."""
+    told = set()
+
+    def look(node: Node) -> None:
+        if getattr(node, "has_other_writer", False) and node.filename not in told:
+            told.add(node.filename)
+            sys.stderr.write(
+                f"lamina: warning: {printable(node.filename)}: another program has it open for writing; what is read may mix "
+                "what it held before and after a write\n"
+            )
+        for child in node.children.values():
+            look(child.node)
+
+    look(top)

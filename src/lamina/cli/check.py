@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UnsupportedFeature, printable
 from ..graph import open_graph
 from ..report import CheckReport
-from .arguments import Parser, image_source
+from .arguments import Parser, image_source, tell_of_writers
 
 _EXAMPLES = """
   lamina check disk.qcow2
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     # What it is stacked on has nothing to do with it, and is not opened.
     node = open_graph(source, format=args.format or "probe", force_share=args.force_share, no_references=True)
     try:
+        if args.force_share:
+            tell_of_writers(node)
         check = getattr(node, "check", None)
         try:
             if check is None:

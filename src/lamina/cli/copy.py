@@ -31,7 +31,7 @@ from ..options import format_size, parse_name, path_in
 from ..own_files import refuse_own, refuse_stream
 from ..request import Child
 from ..target_file import Target as HeldTarget
-from .arguments import Parser
+from .arguments import Parser, tell_of_writers
 from .nbd_names import export_target, names_export
 from .terminal import Meter
 
@@ -150,6 +150,8 @@ def _open_source(name: str, args: Namespace) -> Source | PipeSource:
         contexts = ("base:allocation",) if extents else ()
         return ExportSource(_connect(name, args, contexts), extents=extents)
     node = Opener(read_only=True, force_share=args.force_share).open(name, storage=True)
+    if args.force_share:
+        tell_of_writers(node)
     return StorageSource(Image(node), extents=extents)
 
 

@@ -15,7 +15,7 @@ from ..node import Node
 from ..options import format_size, parse_name
 from ..policy import Policy, Trail
 from ..request import Child
-from .arguments import Parser, image_source
+from .arguments import Parser, image_source, tell_of_writers
 from .nbd_names import names_export
 
 _EXAMPLES = """
@@ -91,8 +91,10 @@ def _describe(
     fd: int | None = None,
     shown: str | None = None,
     from_image: bool = False,
+    in_chain: bool = False,
 ) -> dict[str, Any]:
-    """One image. `shown`: how it is called; `fd`: its file, opened already; `from_image`: an image names its format."""
+    """One image. `shown`: how it is called; `fd`: its file, opened already; `from_image`: an image names its format.
+    `in_chain`: more images are looked at, one after the other."""
     options = dict(parse_name(source) if isinstance(source, str) else source)
     opener = Opener(policy=Policy.none(), force_share=force_share, no_references=True)
     opener.fd = fd
@@ -106,6 +108,8 @@ def _describe(
         return _open_and_describe(source, format, force_share)
     storage = Child(opener.open(options, storage=True), "file")
     try:
+        if in_chain and force_share:
+            tell_of_writers(storage.node)
         found = _inspect(storage, format or probe(storage).format, shown or storage.node.filename, from_image)
         if format is None:
             found["format-probed"] = True
@@ -155,7 +159,7 @@ def _allocated(node: Node) -> dict[str, int]:
 
 def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
     """The image and what it is stacked on, from top to bottom, as far as the policy grants."""
-    one = _describe(source, args.format, force_share=args.force_share)
+    one = _describe(source, args.format, force_share=args.force_share, in_chain=True)
     if names_export(one["filename"]):
         yield one
         if "backing-filename" in one:
@@ -185,7 +189,8 @@ def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:
             trail = _enter(trail, reference.fd, reference.path)
             shown = one["full-backing-filename"]
             spec = {"driver": "file", "filename": reference.path}
-            one = _describe(spec, format, force_share=args.force_share, fd=reference.fd, shown=shown, from_image=True)
+            how: dict[str, Any] = {"shown": shown, "from_image": True, "in_chain": True}
+            one = _describe(spec, format, force_share=args.force_share, fd=reference.fd, **how)
         finally:
             os.close(reference.fd)
         path = reference.path

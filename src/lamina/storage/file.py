@@ -144,6 +144,11 @@ class FileStorage(StorageNode):
         except OSError as error:
             raise self._failed(error, "stat") from error
 
+    @property
+    def has_other_writer(self) -> bool:
+        """Whether another open of the file, in any program, is known by its lock to write to it now."""
+        return locks.in_use_for_writing(self._fd)
+
     # -- what it does
 
     @plain

@@ -103,6 +103,14 @@ def acquire(
     return True
 
 
+def in_use_for_writing(fd: int) -> bool:
+    """Whether another open of the file holds the lock of a writer. False where that cannot be asked."""
+    try:
+        return _GETLK is not None and _held(fd, _USED + WRITE)
+    except OSError:
+        return False
+
+
 def _lock(fd: int, byte: int) -> None:
     if _SETLK is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
