@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.formats.qcow2.freeing import Freeing
 from lamina.testing.persistence import Bounds, CrashState, Persistence, apply
 from lamina.testing.power_loss import PowerLossFailure, Recording, record
 
@@ -52,9 +54,10 @@ def mapping_first(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return write_out
 
 
-def freed_before_unlinked(self: Any, host: int, *, data: bool = True) -> None:
+def freed_before_unlinked(self: Any, entry: int) -> None:
     """A count falls while the reference is still on disk."""
-    self._refcounts.lower(host)
+    if entry & q.OFFSET_MASK:
+        self._refcounts.lower(entry & q.OFFSET_MASK)
 
 
 def pointer_before_table(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -83,17 +86,16 @@ def pointer_before_reftable(original: Callable[[Any], None]) -> Callable[[Any], 
     return write_counts
 
 
-def discard_after_reuse(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def discard_after_reuse(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     """What was unlinked is free at once: it may be in use again before the discard of it reaches the disk."""
 
-    def write_out(self: Any) -> bool:
-        done = original(self)
+    def flushed(self: Any, counts: Any) -> None:
+        original(self, counts)
         for stretch in self._discarded:
-            self._refcounts.lower(*stretch)
+            counts.lower(*stretch)
         self._discarded = []
-        return done
 
-    return write_out
+    return flushed
 
 
 SMALL = Geometry({"cluster_size": 512, "refcount_bits": 16}, (64 << 10,))
@@ -139,7 +141,7 @@ def test_a_mapping_published_first(seed: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_freed_before_unlinked(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_unlink", freed_before_unlinked)
+    monkeypatch.setattr(Qcow2, "_give_up", freed_before_unlinked)
     caught(SMALL, seed, Persistence.P1)
 
 
@@ -156,7 +158,7 @@ def test_the_header_pointer_before_the_refcount_table(seed: int, monkeypatch: py
 
 
 def test_a_discard_after_reuse(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_write_out", discard_after_reuse(Qcow2._write_out))
+    monkeypatch.setattr(Freeing, "flushed", discard_after_reuse(Freeing.flushed))
     failure = caught(SMALL, seed, Persistence.P4)
     assert any(" late" in line for line in failure.state.story), "only a late discard can do this"
 

@@ -304,15 +304,17 @@ def test_who_hears_of_writes_must_see_them() -> None:
 
 def test_a_copy_waits_for_requests_that_overlap() -> None:
     node = Copying(SIZE, serialise=BLOCK)
-    held = node.ranges.acquire(0, 2 * BLOCK, True)
     edge = Child(node, "root")
     thread = threading.Thread(target=edge.copy_from, args=(BLOCK + 1, SOURCE, 0, 10))
-    thread.start()
-    thread.join(0.1)
-    assert thread.is_alive()
-    assert node.seen == []
-    edge.copy_from(2 * BLOCK, SOURCE, 0, 10)  # elsewhere nobody waits
-    node.ranges.release(held)
+
+    def while_the_range_is_held() -> None:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        assert node.seen == []
+        edge.copy_from(2 * BLOCK, SOURCE, 0, 10)  # elsewhere nobody waits
+
+    node.ranges.exclusive(0, 2 * BLOCK, while_the_range_is_held)
     thread.join(10)
     assert [seen[0] for seen in node.seen] == [2 * BLOCK, BLOCK + 1]
 
@@ -324,7 +326,7 @@ def test_a_refusal_gives_the_range_back() -> None:
     node = Refuses(SIZE, serialise=BLOCK)
     with pytest.raises(NotSupported):
         Child(node, "root").copy_from(0, SOURCE, 0, BLOCK)
-    node.ranges.release(node.ranges.acquire(0, SIZE, True))
+    node.ranges.exclusive(0, SIZE, list)
 
 
 def test_every_error_is_ours(pair: Any, unshared: None, monkeypatch: pytest.MonkeyPatch) -> None:

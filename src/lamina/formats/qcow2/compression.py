@@ -174,7 +174,7 @@ class Compression:
         """Reserve, write, commit: what is packed is on its way before any mapping names it."""
         node = self._node
         with self._placing:
-            rooms = self._reserve(pieces)
+            rooms = node.changing(self._reserve, pieces)
             try:
                 places = [q.compressed_place(room.entry, self._bits)[0] for room in rooms]
                 start = 0
@@ -184,25 +184,23 @@ class Compression:
                         node._store(places[start], data, "write_compressed")
                         start = stop
             except BaseException:
-                with node._changing:
-                    self._abandon(rooms)
+                node.changing(self._abandon, rooms)
                 raise
-            self._commit(rooms)
+            node.changing(self._commit, rooms)
 
     def _reserve(self, pieces: list[tuple[int, bytes]]) -> list[Room]:
         node, bits = self._node, self._bits
         rooms: list[Room] = []
-        with node._changing:
-            node.file.tell("cluster_alloc_bytes")
-            try:
-                for offset, data in pieces:
-                    which, slot = divmod(offset >> bits, node._mappings.per_table)
-                    node._require_droppable(node._own_table(which), slot)
-                    place = self._place(len(data))
-                    rooms.append(Room(which, slot, q.compressed_entry(place, len(data), bits)))
-            except BaseException:
-                self._abandon(rooms)
-                raise
+        node.file.tell("cluster_alloc_bytes")
+        try:
+            for offset, data in pieces:
+                which, slot = divmod(offset >> bits, node._mappings.per_table)
+                node._require_droppable(node._own_table(which), slot)
+                place = self._place(len(data))
+                rooms.append(Room(which, slot, q.compressed_entry(place, len(data), bits)))
+        except BaseException:
+            self._abandon(rooms)
+            raise
         return rooms
 
     def _place(self, length: int) -> int:
@@ -235,11 +233,11 @@ class Compression:
 
     def _commit(self, rooms: list[Room]) -> None:
         node = self._node
-        with node._changing:
-            for which, slot, entry in rooms:
-                node._drop(which, slot, node._own_table(which).entries[slot], entry)
-            if node._mappings.pressure:
-                node._write_out()
+        for which, slot, entry in rooms:
+            node._own_table(which)
+            node.drop(which, slot, entry)
+        if node._mappings.pressure:
+            node._write_out()
 
     def close(self) -> None:
         if self._threads is not None:

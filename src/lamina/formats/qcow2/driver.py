@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from array import array
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from ...errors import CorruptImage, LaminaError, NotSupported, UnsupportedFeature
+from ...errors import CorruptImage, LaminaError, NotSupported
 from ...format_node import FormatNode, Mapping, Reservation
 from ...limits import Limits, align_up
 from ...node import COMPRESS, MAY_UNMAP
@@ -20,19 +20,22 @@ from . import create as _create
 from . import layout as q
 from . import sparse
 from .compression import Compression
+from .freeing import Freeing
 from .header import Header
 from .mapping import Mappings, Table
 from .refcounts import Refcounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
+    from collections.abc import Callable, Iterator
 
     from ...extents import Extents
     from ...graph import Opener
     from ...report import CheckReport
 
 
+_Result = TypeVar("_Result")
+#: Clusters that are zeroed or discarded while the tables are locked, some 20 ms; other requests come in between.
+_STEP_CLUSTERS = 1 << 15
 #: Stretches that wait to be freed before the tables are written out early.
 _MAX_UNLINKED = 4096
 
@@ -63,13 +66,12 @@ class Qcow2(FormatNode):
         self._cluster_bits = header.cluster_bits
         # Around all tables, in memory and on their way to the disk; never held while guest data is read or written.
         self._lock = threading.RLock()
-        self._changing = _Changing(self)
         self._mappings = Mappings(file, header, cache_bytes // 2, writable=not read_only)
         self._cache_bytes = cache_bytes
         self._refcounts_: Refcounts | None = None
-        # Clusters that lost a reference: first until that is durable, then until a discard of them is, too.
-        self._unlinked: list[tuple[int, int]] = []
-        self._discarded: list[tuple[int, int]] = []
+        self._freeing = Freeing(file, header.cluster_bits)
+        #: The header on disk may say another size than the one in memory: a change of it was cut short.
+        self.size_unsure = False
         self._compression = Compression(self)
         self.supported_flags = COMPRESS if self._compression.packs else 0
 
@@ -78,12 +80,7 @@ class Qcow2(FormatNode):
         file = opener.child("file", options["file"], grows=True)
         header = Header.read(file)
         path = file.node.filename
-        if missing := header.unsupported():
-            raise UnsupportedFeature(
-                f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
-            )
-        if not opener.read_only:
-            _require_consistent(header, path)
+        header.require_openable(path, writable=not opener.read_only)
         stored = sparse.stored_bytes(file, header.l1_table_offset, header.l1_size * 8)
         opener.account.take(stored, "the L1 table", path)
         node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
@@ -136,7 +133,14 @@ class Qcow2(FormatNode):
     def limits(self) -> Limits:
         size = self._cluster_size
         packed = size if self._compression.packs else 0
-        return Limits(zero_alignment=size, discard_alignment=size, compress_alignment=packed)
+        step = _STEP_CLUSTERS * size
+        return Limits(
+            zero_alignment=size,
+            max_zero=step,
+            discard_alignment=size,
+            max_discard=step,
+            compress_alignment=packed,
+        )
 
     @property
     def _refcounts(self) -> Refcounts:
@@ -168,9 +172,19 @@ class Qcow2(FormatNode):
             start, size, flags, host = self._mappings.map_columns(offset, length)
         return self.columns(start, size, flags, host)
 
+    def changing(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """What `work(*arguments)` returns, called with the tables locked. Where they turn out to be corrupt the image is
+        marked so. (An interrupt cannot divide `with` and a lock of the interpreter; an `__enter__` of our own it could.)"""
+        with self._lock:
+            try:
+                return work(*arguments)
+            except CorruptImage:
+                if not self.read_only:
+                    self.mark_corrupt()
+                raise
+
     def reserve(self, offset: int, length: int) -> Reservation:
-        with self._changing:
-            return self._reserve(offset, length)
+        return self.changing(self._reserve, offset, length)
 
     def _reserve(self, offset: int, length: int) -> Reservation:
         bits, cluster_size = self._cluster_bits, self._cluster_size
@@ -212,36 +226,41 @@ class Qcow2(FormatNode):
         return Reservation(offset, length, host + within, new=True, head=within, tail=tail)
 
     def commit(self, reservation: Reservation) -> None:
-        if reservation.token is None:
-            return
-        which, index, host, clusters, _ = reservation.token
-        with self._changing:
-            entries = self._own_table(which).entries
-            for at, entry in enumerate(entries[index : index + clusters]):
-                if entry & q.COMPRESSED or entry & q.OFFSET_MASK != host + (at << self._cluster_bits):
-                    self._give_up(entry)
-            self._mappings.set_run(which, index, host, clusters)
-            if self._mappings.pressure:
-                self._write_out()
+        if reservation.token is not None:
+            self.changing(self._commit, *reservation.token)
+
+    def _commit(self, which: int, index: int, host: int, clusters: int, _allocated: bool) -> None:
+        table = self._own_table(which)
+        replaced = table.entries[index : index + clusters]
+        for at, entry in enumerate(replaced):
+            if entry & q.COMPRESSED or entry & q.OFFSET_MASK != host + (at << self._cluster_bits):
+                self._require_droppable(table, index + at)
+            else:
+                replaced[at] = 0  # its place was kept, and is filled now
+        self._mappings.set_run(which, index, host, clusters)
+        for entry in replaced:
+            self._give_up(entry)
+        if self._mappings.pressure:
+            self._write_out()
 
     def abandon(self, reservation: Reservation) -> None:
-        if reservation.token is None:
-            return
-        _, _, host, clusters, allocated = reservation.token
-        if allocated:
-            with self._changing:
-                self._refcounts.lower(host, clusters)
+        if reservation.token is not None:
+            _, _, host, clusters, allocated = reservation.token
+            if allocated:
+                self.changing(self._refcounts.lower, host, clusters)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        with self._changing:
-            if self.header.version < 3:
-                self._zero_without_flag(offset, length)
-                return
-            for which, index, entry in self._entries(offset, length):
-                if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and flags & MAY_UNMAP):
-                    self._drop(which, index, entry, q.ZERO)
-                elif not entry & q.ZERO:
-                    self._mappings.set(which, index, entry | q.ZERO)
+        if self.header.version < 3:
+            self._zero_without_flag(offset, length)
+        else:
+            self.changing(self._zero, offset, length, flags)
+
+    def _zero(self, offset: int, length: int, flags: int) -> None:
+        for which, index, entry in self._entries(offset, length):
+            if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and flags & MAY_UNMAP):
+                self.drop(which, index, q.ZERO)
+            elif not entry & q.ZERO:
+                self._mappings.set(which, index, entry | q.ZERO)
 
     def _zero_without_flag(self, offset: int, length: int) -> None:
         """Version 2 has no way to say zero: without a backing file a cluster can be dropped, otherwise zeros are written."""
@@ -250,16 +269,18 @@ class Qcow2(FormatNode):
         self.discard(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        with self._changing:
-            v3, backed = self.header.version >= 3, self.backing is not None
-            if not v3 and backed:
-                # Dropping the cluster would bring back what the backing file holds.
-                raise NotSupported("version 2 cannot discard over a backing file", node=self.name, operation="discard")
-            for which, index, entry in self._entries(offset, length, make=backed):
-                if entry & (q.COMPRESSED | q.OFFSET_MASK):
-                    self._drop(which, index, entry, q.ZERO if v3 else 0)
-                elif backed and not entry & q.ZERO:
-                    self._mappings.set(which, index, q.ZERO)
+        v3, backed = self.header.version >= 3, self.backing is not None
+        if not v3 and backed:
+            # Dropping the cluster would bring back what the backing file holds.
+            raise NotSupported("version 2 cannot discard over a backing file", node=self.name, operation="discard")
+        self.changing(self._discard, offset, length, q.ZERO if v3 else 0, backed)
+
+    def _discard(self, offset: int, length: int, left: int, backed: bool) -> None:
+        for which, index, entry in self._entries(offset, length, make=backed):
+            if entry & (q.COMPRESSED | q.OFFSET_MASK):
+                self.drop(which, index, left)
+            elif backed and not entry & q.ZERO:
+                self._mappings.set(which, index, q.ZERO)
 
     def truncate(self, size: int) -> None:
         from .resize import resize
@@ -268,27 +289,26 @@ class Qcow2(FormatNode):
 
     def replace_l1(self, entries: int) -> None:
         """Make the L1 table `entries` long: a copy elsewhere, which takes its place at the next flush."""
-        with self._changing:
-            header, counts = self.header, self._refcounts
-            clusters = align_up(entries * 8, self._cluster_size) >> self._cluster_bits
-            self.file.tell("l1_grow_alloc_table")
-            offset, _, _ = counts.allocate(clusters, whole=True)
-            counts.protect(offset, clusters)
-            if header.l1_size:
-                old = align_up(header.l1_size * 8, self._cluster_size) >> self._cluster_bits
-                self._unlinked.append((header.l1_table_offset, old))
-            header.l1_table_offset, header.l1_size = offset, entries
-            self._mappings.move_l1(entries)
+        self.changing(self._replace_l1, entries)
+
+    def _replace_l1(self, entries: int) -> None:
+        old = (self.header.l1_table_offset, align_up(self.header.l1_size * 8, self._cluster_size) >> self._cluster_bits)
+        self.file.tell("l1_grow_alloc_table")
+        offset = self._allocate_metadata(align_up(entries * 8, self._cluster_size))
+        self._mappings.move_l1(offset, entries)
+        if old[1]:
+            self._freeing.add(*old)
 
     def cut_off(self, start: int, end: int) -> None:
         """Free the clusters of [start, end), which is past the end of the disk; both are multiples of the cluster size, or
         the end that the disk had."""
-        if start >= end:
-            return
-        with self._changing:
-            for which, index, entry in self._entries(start, end - start, make=False):
-                if entry:
-                    self._drop(which, index, entry, 0)
+        if start < end:
+            self.changing(self._cut_off, start, end)
+
+    def _cut_off(self, start: int, end: int) -> None:
+        for which, index, entry in self._entries(start, end - start, make=False):
+            if entry:
+                self.drop(which, index, 0)
 
     def _entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
         """(L1 index, L2 index, entry) of each cluster of this aligned stretch; without `make`, tables that do not exist are
@@ -302,49 +322,57 @@ class Qcow2(FormatNode):
             low, high = max(first - which * per_table, 0), min(last - which * per_table, per_table - 1)
             for index in range(low, high + 1):
                 yield which, index, entries[index]
-            if self._mappings.pressure or len(self._unlinked) > _MAX_UNLINKED:
+            if self._mappings.pressure or self._freeing.unlinked > _MAX_UNLINKED:
                 self._write_out()
 
     def _own_table(self, which: int) -> Table:
         """The L2 table of this L1 entry, for changing: made if there is none, copied if it is not this image's alone."""
         mappings = self._mappings
-        pointer = mappings.l1[which]
-        table = mappings.table(which)
-        if table is not None and pointer & q.COPIED:
-            return table
-        offset, _, _ = self._refcounts.allocate(1)
-        self._refcounts.protect(offset, 1)
-        entries = array("Q", bytes(self._cluster_size)) if table is None else table.entries[:]
-        if table is not None:
+        found = mappings.table(which)
+        if found is not None and mappings.l1[which] & q.COPIED:
+            mappings.make_room(found)
+            return found
+        entries = array("Q", bytes(self._cluster_size)) if found is None else found.entries[:]
+        mappings.make_room_for_entry(which)
+        table = Table(self._allocate_metadata(self._cluster_size), entries, new=True)
+        if found is not None:
             self.file.tell("l2_alloc_cow_read")
-            self._unlink(table.offset, data=False)
-        table = Table(offset, entries, new=True)
         mappings.link_table(which, table)
+        if found is not None:
+            self._freeing.add(found.offset)
         return table
 
-    def _drop(self, which: int, index: int, old: int, entry: int) -> None:
-        self._give_up(old)
+    def _allocate_metadata(self, size: int) -> int:
+        """Where a new table of `size` bytes lies. Zeros are written there at once, though the table itself is written later,
+        before anything points to it: then, when the request that needs it has succeeded, there is room for certain."""
+        counts, clusters = self._refcounts, size >> self._cluster_bits
+        offset, _, _ = counts.allocate(clusters, whole=clusters > 1)
+        try:
+            self.file.write(offset, memoryview(bytes(size)))
+        except BaseException:
+            counts.lower(offset, clusters)
+            raise
+        counts.protect(offset, clusters)
+        return offset
+
+    def drop(self, which: int, index: int, entry: int) -> None:
+        """Put `entry` in the place of one that names clusters: those lose a reference. In this order: cut short in between, a
+        cluster leaks; the other way round it could be given out while the old entry still names it."""
+        table = self._mappings.table(which)
+        assert table is not None, "made by `_own_table`"
+        self._require_droppable(table, index)
+        old = table.entries[index]
         self._mappings.set(which, index, entry)
+        self._give_up(old)
 
     def _give_up(self, entry: int) -> None:
-        """What this L2 entry names loses a reference."""
+        """What this L2 entry named, which no table holds any more, loses a reference."""
         if entry & q.COMPRESSED:
-            self._require_packed(entry)
             first, clusters = q.compressed_clusters(entry, self._cluster_bits)
             self._compression.forget(entry)
-            self._unlinked.append((first << self._cluster_bits, clusters))
+            self._freeing.add(first << self._cluster_bits, clusters)
         elif entry & q.OFFSET_MASK:
-            self._unlink(entry & q.OFFSET_MASK)
-
-    def _unlink(self, host: int, *, data: bool = True) -> None:
-        """A reference to this cluster goes away; the cluster is free once that is durable."""
-        if data:
-            self._require_data(host)
-        unlinked = self._unlinked
-        if unlinked and unlinked[-1][0] + (unlinked[-1][1] << self._cluster_bits) == host:
-            unlinked[-1] = (unlinked[-1][0], unlinked[-1][1] + 1)
-        else:
-            unlinked.append((host, 1))
+            self._freeing.add(entry & q.OFFSET_MASK)
 
     def _require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
         """A cluster that an L2 entry names as data is aligned, inside the file, and holds no metadata: else writing would
@@ -391,17 +419,19 @@ class Qcow2(FormatNode):
         yet; (2) pointers to new refcount blocks; (3) mappings: L2 entries, L1 entries. Only then do counts fall. Cut
         anywhere, a cluster may be counted and not used (a leak), never used and not counted.
         """
-        with self._changing:
-            self.file.tell("flush_to_os")
-            if not self._write_out():
-                self.file.tell("flush_to_disk")
-                self.file.flush()
+        self.changing(self._flush)
+
+    def _flush(self) -> None:
+        self.file.tell("flush_to_os")
+        if not self._write_out():
+            self.file.tell("flush_to_disk")
+            self.file.flush()
 
     def _write_out(self) -> bool:
         """Bring the tables to disk; False if there was nothing to do, and so nothing was flushed."""
         mappings, file = self._mappings, self.file
         counted = self._refcounts_ is not None and (self._refcounts_.dirty or self._refcounts_.links_dirty)
-        if not (counted or mappings.dirty or self._unlinked or self._discarded):
+        if not (counted or mappings.dirty or self._freeing or self.size_unsure):
             return False
         if self.read_only:
             raise CorruptImage(
@@ -416,7 +446,8 @@ class Qcow2(FormatNode):
         file.tell("flush_to_disk")
         file.flush()
         if counts.links_dirty:
-            self._unlinked += counts.write_links()
+            for offset, clusters in counts.write_links():
+                self._freeing.add(offset, clusters)
             file.flush()
         if mappings.dirty:
             mappings.write_links()
@@ -425,19 +456,17 @@ class Qcow2(FormatNode):
                 self.header.store(file, "l1_size", "l1_table_offset")
             file.flush()
             mappings.written()
-        # A flush has passed since these were discarded: a late discard can no longer hit what is stored there next.
-        while self._discarded:  # each once, also where reading a count fails in between
-            counts.lower(*self._discarded[-1])
-            self._discarded.pop()
-        self._discarded, self._unlinked = self._unlinked, []
-        for offset, clusters in counts.last_references(self._discarded):  # others are still in use
-            file.discard(offset, min(clusters << self._cluster_bits, max(file.size - offset, 0)))
+        if self.size_unsure:
+            self.header.store(file, "size")
+            file.flush()
+            self.size_unsure = False
+        self._freeing.flushed(counts)
         return True
 
     def _settle(self) -> None:
         """At the end: what is free is counted as free."""
         self._write_out()
-        if self._discarded:
+        if self._freeing:
             self._write_out()
         if self._refcounts_ is not None and self._refcounts_.dirty:
             self._refcounts_.write_counts()
@@ -454,43 +483,10 @@ class Qcow2(FormatNode):
 
     def settle(self) -> None:
         if not self.read_only:
-            with self._changing:
-                self._settle()
+            self.changing(self._settle)
 
     def close(self) -> None:
         try:
             super().close()
         finally:
             self._compression.close()
-
-
-def _require_consistent(header: Header, path: str) -> None:
-    if header.incompatible_features & q.CORRUPT:
-        raise CorruptImage(
-            "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
-        )
-    if header.incompatible_features & q.DIRTY:
-        raise UnsupportedFeature(
-            "the image was not closed cleanly, and its reference counts must be repaired before writing",
-            path=path,
-            hint="open it read-only, or repair it (qemu-img check -r all)",
-        )
-
-
-class _Changing:
-    """Holds the lock of an image while its tables change; where they turn out to be corrupt, the image is marked so."""
-
-    __slots__ = ("_node",)
-
-    def __init__(self, node: Qcow2) -> None:
-        self._node = node
-
-    def __enter__(self) -> None:
-        self._node._lock.acquire()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            if kind is not None and issubclass(kind, CorruptImage) and not self._node.read_only:
-                self._node.mark_corrupt()
-        finally:
-            self._node._lock.release()

@@ -66,6 +66,24 @@ class Header:
         data = self.extension(q.EXT_DATA_FILE)
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
+    def require_openable(self, path: str, *, writable: bool) -> None:
+        """Raise UnsupportedFeature or CorruptImage where this image uses a feature that is not implemented, or must be
+        repaired before it is written to."""
+        if missing := self.unsupported():
+            raise UnsupportedFeature(
+                f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
+            )
+        if writable and self.incompatible_features & q.CORRUPT:
+            raise CorruptImage(
+                "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
+            )
+        if writable and self.incompatible_features & q.DIRTY:
+            raise UnsupportedFeature(
+                "the image was not closed cleanly, and its reference counts must be repaired before writing",
+                path=path,
+                hint="open it read-only, or repair it (qemu-img check -r all)",
+            )
+
     def unsupported(self) -> list[str]:
         """The features that this image uses and that this version of Lamina does not have, by name."""
         found = []

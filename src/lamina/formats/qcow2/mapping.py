@@ -5,6 +5,9 @@ Tables are cached and changed in memory; when they reach the disk is the driver'
 1. `write_tables`: whole new L2 tables, which nothing points to yet;
 2. `write_links`, after a flush: entries of tables that are in place, the L1 entries of the new ones.
 
+A new table has its place written before it is used, and a table on disk is written once before it is first changed where it
+may lie in a hole, so that a flush only writes over what the file system has found room for already (see `refcounts`).
+
 `map` answers for one small request in plain Python, `map_columns` for a whole stretch in numpy; both read the same entries.
 """
 
@@ -21,6 +24,7 @@ from ...format_node import BELOW, COMPRESSED, DATA, ZERO, Mapping
 from ...limits import align_up
 from . import layout as q
 from . import sparse
+from .room import has_hole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,12 +47,13 @@ _STEPS = 1 << 9
 class Table:
     """One L2 table: its entries, where it lies, and what of it is not on disk."""
 
-    __slots__ = ("entries", "high", "low", "new", "offset")
+    __slots__ = ("entries", "high", "in_place", "low", "new", "offset")
 
     def __init__(self, offset: int, entries: array[int], *, new: bool = False) -> None:
         self.offset = offset
         self.entries = entries
         self.new = new  # nothing on disk points to it
+        self.in_place = new  # the file is known to have room for all of it
         self.low, self.high = len(entries), 0  # the entries that are not on disk yet
 
 
@@ -310,39 +315,69 @@ class Mappings:
             hint="check the image",
         )
 
-    # -- changing
+    # -- changing: every method may be cut short by an exception at any call; what belongs together changes without one
+
+    def make_room(self, table: Table) -> None:
+        """See to it that the file has room for this table, so that writing it cannot fail for want of it."""
+        if not table.in_place:
+            raw = _big_endian(table.entries)
+            if has_hole(self._file, table.offset, raw):
+                self._file.write(table.offset, memoryview(raw))
+            table.in_place = True
+
+    def make_room_for_entry(self, which: int) -> None:
+        """The same for the entry of the L1 table."""
+        if self._l1_new:
+            return
+        first = which & ~63
+        sector = self.l1[first : first + 64].tobytes()
+        offset = self._header.l1_table_offset + 8 * first
+        if not any(sector) and has_hole(self._file, offset, sector):
+            self._file.write(offset, memoryview(sector))
 
     def link_table(self, which: int, table: Table) -> None:
         """From now on `table`, which is new, is the L2 table of this L1 entry."""
+        self._tables[which] = table
+        self._dirty |= {which}
+        self._l1_dirty |= {which}
         self.l1[which] = table.offset | q.COPIED
-        self._l1_dirty.add(which)
-        self._keep(which, table)
-        self._dirty.add(which)
+        self._evict()
 
     def set(self, which: int, index: int, entry: int) -> None:
-        """Change one entry of a table that exists."""
+        """Change one entry of a table that is in memory."""
         table = self._tables[which]
+        self._dirty |= {which}
+        if index < table.low:
+            table.low = index
+        if index >= table.high:
+            table.high = index + 1
         table.entries[index] = entry
-        table.low = min(table.low, index)
-        table.high = max(table.high, index + 1)
-        self._dirty.add(which)
 
     def set_run(self, which: int, index: int, host: int, clusters: int) -> None:
         """Map clusters one after the other to host clusters one after the other, this image's own."""
         table = self._tables[which]
         first = host | q.COPIED
-        places = range(first, first + (clusters << self._cluster_bits), self._cluster_size)
-        table.entries[index : index + clusters] = array("Q", places)
-        table.low = min(table.low, index)
-        table.high = max(table.high, index + clusters)
-        self._dirty.add(which)
+        places = array("Q", range(first, first + (clusters << self._cluster_bits), self._cluster_size))
+        self._dirty |= {which}
+        if index < table.low:
+            table.low = index
+        if index + clusters > table.high:
+            table.high = index + clusters
+        table.entries[index : index + clusters] = places
 
-    def move_l1(self, entries: int) -> None:
-        """Make the L1 table `entries` long, at the new place that the header in memory says already."""
-        grown = array("Q", self.l1.tobytes())
-        grown.frombytes(bytes(8 * (entries - len(self.l1))))
-        self.l1 = grown
-        self.l1_moved = self._l1_new = True
+    def move_l1(self, offset: int, entries: int) -> None:
+        """Make the L1 table `entries` long, at a new place that is this image's already."""
+        header = self._header
+        longer = array("Q", self.l1.tobytes())
+        longer.frombytes(bytes(8 * (entries - len(longer))))
+        # One step: no call, and so no interrupt, inside it.
+        header.l1_table_offset, header.l1_size, self.l1, self.l1_moved, self._l1_new = (
+            offset,
+            entries,
+            longer,
+            True,
+            True,
+        )
 
     # -- to disk, in the order that the driver decides
 
@@ -395,13 +430,14 @@ class Mappings:
     def _keep(self, which: int, table: Table) -> None:
         self._tables[which] = table
         if len(self._tables) > self._max_tables:
-            self._evict()
+            self._evict(which)
 
-    def _evict(self) -> None:
-        """Forget the oldest clean tables when there are too many; dirty ones wait for the driver."""
+    def _evict(self, but: int = -1) -> None:
+        """Forget the oldest clean tables when there are too many; dirty ones wait for the driver. The table `but` stays: its
+        user is about to change it."""
         surplus = len(self._tables) - self._max_tables
         if surplus > 0:
-            clean = [which for which in self._tables if which not in self._dirty]
+            clean = [which for which in self._tables if which not in self._dirty and which != but]
             for which in clean[: surplus + self._max_tables // 8]:
                 del self._tables[which]
 

@@ -7,11 +7,17 @@ decides when they reach the disk: the driver writes them in the order that keeps
 2. `write_links`, after a flush: the entries, or the header fields, that point to the new blocks and tables.
 
 A count is lowered (`lower`) only when the reference is durably gone, so a crash leaks clusters and never loses one.
+
+A new block or table is written to its place before anything is counted there, so that a later flush only writes over what the
+file system has found room for already: on a full disk everything that was acknowledged can still be flushed.
+
+An exception may strike at any call (Ctrl-C is one). So whatever belongs together changes in statements without calls, stores
+and operators: CPython handles signals at calls and at the ends of loops only. Where a call cannot be avoided, the order is
+such that a cluster is counted and not used at worst.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from array import array
 from typing import TYPE_CHECKING, Any
@@ -19,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import BlockIOError, CorruptImage, LimitExceeded
 from ...limits import align_up
 from . import layout as q
+from .refcount_block import Block, make_block
+from .room import has_hole
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -26,112 +34,7 @@ if TYPE_CHECKING:
     from ...request import Child
     from .header import Header
 
-_TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 _ENOSPC = 28
-
-
-class WideBlock:
-    """A refcount block of 8, 16, 32 or 64 bits a count, in the order of this machine."""
-
-    __slots__ = ("counts", "high", "low")
-
-    def __init__(self, raw: bytes | bytearray, bits: int) -> None:
-        self.counts: array[int] = array(_TYPECODES[bits], bytes(raw))
-        if sys.byteorder == "little":
-            self.counts.byteswap()
-        self.low, self.high = len(raw), 0  # the bytes that are not on disk yet
-
-    def get(self, index: int) -> int:
-        return self.counts[index]
-
-    def set(self, index: int, count: int) -> None:
-        self.counts[index] = count
-        width = self.counts.itemsize
-        self.low = min(self.low, index * width)
-        self.high = max(self.high, (index + 1) * width)
-
-    def fill(self, index: int, length: int, count: int) -> None:
-        """Set `length` counts from `index` on."""
-        width = self.counts.itemsize
-        self.counts[index : index + length] = array(self.counts.typecode, (count,)) * length
-        self.low = min(self.low, index * width)
-        self.high = max(self.high, (index + length) * width)
-
-    def free_run(self, index: int, length: int) -> int:
-        """How many counts from `index` on are 0, up to `length`."""
-        part = self.counts[index : index + length]
-        return next((at for at, count in enumerate(part) if count), len(part)) if any(part) else len(part)
-
-    def find_free(self, start: int) -> int:
-        """The first index from `start` whose count is 0, or -1."""
-        try:
-            return self.counts.index(0, start)
-        except ValueError:
-            return -1
-
-    def raw(self, low: int, high: int) -> bytes:
-        width = self.counts.itemsize
-        part = self.counts[low // width : -(-high // width)]
-        if sys.byteorder == "little":
-            part.byteswap()
-        return part.tobytes()
-
-
-class NarrowBlock:
-    """A refcount block of 1, 2 or 4 bits a count; the lowest bits of a byte come first."""
-
-    __slots__ = ("_bits", "_has_free", "_per_byte", "bytes", "high", "low")
-
-    def __init__(self, raw: bytes | bytearray, bits: int) -> None:
-        self.bytes = bytearray(raw)
-        self._bits = bits
-        self._per_byte = 8 // bits
-        mask = (1 << bits) - 1
-        free = [byte for byte in range(256) if any(not byte >> at & mask for at in range(0, 8, bits))]
-        self._has_free = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in free) + b"]")
-        self.low, self.high = len(raw), 0
-
-    def get(self, index: int) -> int:
-        byte, at = divmod(index, self._per_byte)
-        return self.bytes[byte] >> at * self._bits & (1 << self._bits) - 1
-
-    def set(self, index: int, count: int) -> None:
-        byte, at = divmod(index, self._per_byte)
-        mask = (1 << self._bits) - 1
-        self.bytes[byte] = self.bytes[byte] & ~(mask << at * self._bits) | count << at * self._bits
-        self.low = min(self.low, byte)
-        self.high = max(self.high, byte + 1)
-
-    def fill(self, index: int, length: int, count: int) -> None:
-        """Set `length` counts from `index` on."""
-        for at in range(index, index + length):
-            self.set(at, count)
-
-    def free_run(self, index: int, length: int) -> int:
-        """How many counts from `index` on are 0, up to `length`."""
-        stop = min(index + length, len(self.bytes) * self._per_byte)
-        return next((at for at in range(index, stop) if self.get(at)), stop) - index
-
-    def find_free(self, start: int) -> int:
-        """The first index from `start` whose count is 0, or -1."""
-        per_byte = self._per_byte
-        while start % per_byte:
-            if not self.get(start):
-                return start
-            start += 1
-        found = self._has_free.search(self.bytes, start // per_byte)
-        if found is None:
-            return -1
-        index = found.start() * per_byte
-        while self.get(index):
-            index += 1
-        return index
-
-    def raw(self, low: int, high: int) -> bytes:
-        return bytes(self.bytes[low:high])
-
-
-Block = WideBlock | NarrowBlock
 
 
 class Refcounts:
@@ -230,12 +133,15 @@ class Refcounts:
         end = offset + (run << self._cluster_bits)
         if end > q.MAX_HOST_OFFSET:
             raise LimitExceeded("the image file has reached the largest size that qcow2 can address")
-        if end > self._file.node.size and not self._file.node.growable:
-            raise BlockIOError("no space is left in the storage", errno=_ENOSPC, path=self._file.node.filename)
+        self._require_room(end)
         self._fill(start, run, 1)
         if not whole:
             self._next = start + run
         return offset, run, self._take_blank(offset, end)
+
+    def _require_room(self, end: int) -> None:
+        if end > self._file.node.size and not self._file.node.growable:
+            raise BlockIOError("no space is left in the storage", errno=_ENOSPC, path=self._file.node.filename)
 
     def _take_blank(self, offset: int, end: int) -> bool:
         """Whether this room was never written; from now on it counts as written."""
@@ -253,15 +159,24 @@ class Refcounts:
                 hint="check the image; it was not written to",
             )
 
-    def lower(self, offset: int, clusters: int = 1) -> bool:
-        """Take one reference away from each of these clusters; True if that left the first of them free. Where a block
-        cannot be read nothing is taken away."""
+    def load(self, offset: int, clusters: int) -> None:
+        """Have the counts of these clusters in memory, whatever the size of the cache, so that lowering them cannot fail."""
         self._file.tell("cluster_free")
         self._file.tell("refblock_alloc")
         first = offset >> self._cluster_bits
         last = first + clusters - 1
         blocks = {which: self._block(which) for which in range(first // self.per_block, last // self.per_block + 1)}
         self._blocks.update((which, block) for which, block in blocks.items() if block is not None)
+
+    def lower(self, offset: int, clusters: int = 1) -> bool:
+        """Take one reference away from each of these clusters; True if that left the first of them free. Where a block
+        cannot be read nothing is taken away."""
+        self.load(offset, clusters)
+        return self.lower_loaded(offset, clusters)
+
+    def lower_loaded(self, offset: int, clusters: int) -> bool:
+        """As `lower`, behind a `load` of the same clusters."""
+        first = offset >> self._cluster_bits
         for cluster in range(first, first + clusters):
             count = self.get(cluster)
             if not count:
@@ -271,10 +186,11 @@ class Refcounts:
                     offset=cluster << self._cluster_bits,
                     hint="check the image",
                 )
-            self._set(cluster, count - 1)
+            if count == 1:  # known to hold no metadata before it can be given out
+                self.metadata.discard(cluster)
+            self._fill(cluster, 1, count - 1, rises=False)
             if count == 1:
                 self._next = min(self._next, cluster)
-                self.metadata.discard(cluster)
         return not self.get(first)
 
     def share(self, cluster: int) -> bool:
@@ -282,7 +198,7 @@ class Refcounts:
         count = self.get(cluster)
         if not 0 < count < self._max_count:
             return False
-        self._set(cluster, count + 1)
+        self._fill(cluster, 1, count + 1)
         return True
 
     def last_references(self, stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -311,6 +227,9 @@ class Refcounts:
         """Write what changed: safe before anything refers to it. New tables too: nothing points to them yet."""
         for which in sorted(self._changed):
             block = self._blocks[which]
+            if block.low >= block.high and which not in self._unlinked:  # an interrupt kept it from being crossed off
+                self._changed.discard(which)
+                continue
             low, high = (0, self._cluster_size) if which in self._unlinked else (block.low, block.high)
             # Whole sectors: a sector is what a disk writes at once.
             low, high = low - low % 512, min(align_up(high, 512), self._cluster_size)
@@ -368,21 +287,24 @@ class Refcounts:
         return block
 
     def _make(self, raw: bytearray) -> Block:
-        bits = self._header.refcount_bits
-        return WideBlock(raw, bits) if bits >= 8 else NarrowBlock(raw, bits)
+        return make_block(raw, self._header.refcount_bits)
 
-    def _set(self, cluster: int, count: int) -> None:
-        self._fill(cluster, 1, count)
-
-    def _fill(self, cluster: int, clusters: int, count: int) -> None:
+    def _fill(self, cluster: int, clusters: int, count: int, *, rises: bool = True) -> None:
+        """Give clusters this count. Where counts rise, the file is made to have room for the blocks first: a count that falls
+        was not zero, and lies in no hole."""
         end = cluster + clusters
         while cluster < end:
             which, index = divmod(cluster, self.per_block)
             part = min(end - cluster, self.per_block - index)
             block = self._block(which)
             assert block is not None, "counted only where a block exists"
-            block.fill(index, part, count)
+            if rises and not block.in_place:
+                offset, raw = self.table[which] & q.REFBLOCK_MASK, block.raw(0, self._cluster_size)
+                if has_hole(self._file, offset, raw):
+                    self._file.write(offset, memoryview(raw))
+                block.in_place = True
             self._changed.add(which)
+            block.fill(index, part, count)
             cluster += part
 
     def _find_free(self, start: int) -> int:
@@ -415,13 +337,33 @@ class Refcounts:
                 return  # the larger table needed this block already
         offset = cluster << self._cluster_bits
         self._refuse_metadata(cluster, 1)
+        self._require_room(offset + self._cluster_size)
+        self._make_room_for_entry(which)
+        counted_by, index = divmod(cluster, self.per_block)
         block = self._make(bytearray(self._cluster_size))
-        self.table[which] = offset
+        if counted_by == which:
+            block.fill(index, 1, 1)
+        self._file.write(offset, memoryview(block.raw(0, self._cluster_size)))
+        block.in_place = True
+        if counted_by != which:
+            self._fill(cluster, 1, 1)
+        # One step: no call, and so no interrupt, from here to the entry of the table.
         self._blocks[which] = block
-        self._unlinked.add(which)
-        self._set(cluster, 1)
-        self.metadata.add(cluster)
+        self._unlinked |= {which}
+        self._changed |= {which}
+        self.metadata |= {cluster}
+        self.table[which] = offset
         self._take_blank(offset, offset + self._cluster_size)
+
+    def _make_room_for_entry(self, which: int) -> None:
+        """See to it that the file has room for this entry of the table on disk."""
+        if self._moved and not self._offered:
+            return  # that table is not this one
+        first = which & ~63
+        sector = self.table[first : first + 64].tobytes()
+        offset = self._header.refcount_table_offset + 8 * first
+        if not any(sector) and has_hole(self._file, offset, sector):
+            self._file.write(offset, memoryview(sector))
 
     def _grow_table(self, entries: int) -> None:
         """Make room for more blocks: a larger table, in new clusters, that takes the place of this one at `write_links`."""
@@ -437,20 +379,32 @@ class Refcounts:
             )
         header = self._header
         old = (header.refcount_table_offset, header.refcount_table_clusters)
-        self.table.extend([0] * (size // 8 - len(self.table)))
+        # A table that never reached the disk is given up at once; one that did when the header points elsewhere.
+        unseen = bool(self._moved) and not self._offered
+        moved = self._moved if unseen else [*self._moved, old]
         clusters = size >> self._cluster_bits
         try:
+            self.table.extend([0] * (size // 8 - len(self.table)))
             offset, _, _ = self.allocate(clusters, whole=True)
+            try:
+                self._file.write(offset, memoryview(bytes(size)))
+            except BaseException:
+                self.lower(offset, clusters)
+                raise
+            self.protect(offset, clusters)
+            # One step: no call, and so no interrupt, inside it.
+            header.refcount_table_offset, header.refcount_table_clusters, self._moved, self._offered = (
+                offset,
+                clusters,
+                moved,
+                False,
+            )
         except BaseException:
-            self._shrink_table(old[1] * self._cluster_size // 8)
+            if header.refcount_table_offset == old[0]:
+                self._shrink_table(old[1] * self._cluster_size // 8)
             raise
-        self.protect(offset, clusters)
-        if self._moved and not self._offered:
-            self.lower(*old)  # that table never reached the disk
-        else:
-            self._moved.append(old)
-        self._offered = False
-        header.refcount_table_offset, header.refcount_table_clusters = offset, clusters
+        if unseen:
+            self.lower(*old)
 
     def _shrink_table(self, entries: int) -> None:
         """Undo a growth that failed: blocks that only the larger table could point to are gone with it."""

@@ -72,12 +72,14 @@ def grow_l1(node: Qcow2, size: int) -> None:
 
 def _announce(node: Qcow2, size: int) -> None:
     old = node.header.size
+    node.size_unsure = True  # until it is stored: cut short in between, the next flush stores the size that it finds
     node.header.size = size
     try:
         node.header.store(node.file, "size")
     except BaseException:
         node.header.size = old
         raise
+    node.size_unsure = False
 
 
 def _blank(node: Qcow2, old: int, size: int) -> None:
