@@ -68,9 +68,9 @@ class Log(AroundNode):
 
     def _close_file(self) -> None:
         with self._mutex:
-            file, self._file = self._file, None
-        if file is not None:
-            file.close()
+            if self._file is not None:
+                self._file.close()  # again where an interrupt cut it short
+                self._file = None
 
     def forsake(self) -> None:
         super().forsake()
