@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import random
+import select
+import socket
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ from lamina.nbd.server import Server
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from tests.conftest import Qemu
+from tests.nbd_raw import Gone, SocketStream, dial
 
 SIZE = 1 << 20
 PATIENCE = 20.0
@@ -308,6 +311,64 @@ def test_an_export_is_the_parents_alone(tmp_path: Path) -> None:
             in_child(child)
             assert image.read(0, 7) == b"written"
             image.flush()
+
+
+def test_a_server_is_the_parents_alone(tmp_path: Path) -> None:
+    """A child that leaves the `with` of a server neither ends its connections nor removes its name, whatever locks threads of
+    the parent hold; and one that lives on keeps no client waiting."""
+    where = tmp_path / "nbd.sock"
+    with Image(MemoryStorage(SIZE)) as memory:
+        server = Server([Export(memory, "disk", writable=True)], unix=str(where), port=0)
+        with server, dial(where) as raw:
+            raw.begin("disk")
+            raw.write(0, b"written")
+            mine = [server._wake.fileno(), *(sock.fileno() for sock in server._listeners)]
+            mine += [connection._plain.fileno() for connection in server._connections]
+
+            def child() -> None:
+                server.wait()
+                server.wait(last_client=True)
+                for number in mine:
+                    with pytest.raises(OSError, match="Bad file descriptor"):
+                        os.fstat(number)
+                assert server.stats()["transmitting"] == 0
+                assert server.uris == []
+                server.__exit__(None, None, None)
+                with pytest.raises(lamina.Closed, match="another process's"):
+                    server.start()
+
+            with server._mutex:
+                in_child(child)
+            assert where.exists()
+            assert not select.select([server._woken], [], [], 0)[0], "the parent's threads were woken up"
+            assert raw.read(0, 7) == b"written"
+            with dial(where) as other:
+                other.begin("disk")
+                assert other.read(0, 7) == b"written"
+            lives, ends = os.pipe()
+            there, ready = os.pipe()
+            pid = os.fork()
+            if not pid:
+                os.close(ends)
+                assert isinstance(raw.stream, SocketStream)
+                raw.stream.sock.close()
+                os.close(ready)
+                os.read(lives, 1)
+                os._exit(0)
+            os.close(lives)
+            os.close(ready)
+            assert os.read(there, 1) == b""
+            os.close(there)
+            try:
+                family, port = server._listeners[-1].family, server._listeners[-1].getsockname()
+                server.close()
+                with pytest.raises(Gone):
+                    raw.read(0, 7)
+                with socket.socket(family) as late, pytest.raises(ConnectionRefusedError):
+                    late.connect(port)
+            finally:
+                os.close(ends)
+                os.waitpid(pid, 0)
 
 
 def test_an_image_that_is_handed_over(path: Path) -> None:

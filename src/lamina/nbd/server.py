@@ -19,8 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
-from ..errors import OptionError
+from .. import lifecycle
+from ..errors import Closed, OptionError
 from ..limits import MIB
 from .channel import PlainChannel
 from .export import Export
@@ -49,6 +51,9 @@ _MEMORY = 256 * MIB
 #: Seconds for which the end of a server waits for threads whose connections it has cut.
 _LAST = 1.0
 
+#: All servers of this process.
+_servers: WeakSet[Server] = WeakSet()
+
 
 class Server:
     """Serves `exports` (and the images in `folder`) from `start` until `close`; a context manager does both. Construction
@@ -69,6 +74,8 @@ class Server:
     and 256 MiB more.
 
     Exports are closed by whoever opened their images, after `close`; images of a folder by the server.
+
+    A child that the process forks gives back the server's descriptors at once, and serves nobody; its `close` does nothing.
     """
 
     def __init__(
@@ -133,11 +140,14 @@ class Server:
             self._wake.close()
             self._woken.close()
             raise
+        _servers.add(self)
 
     # -- life
 
     def start(self) -> Self:
-        """Serve, in threads of its own."""
+        """Serve, in threads of its own. Closed after `close`, and in a child of the process whose server it is."""
+        if self._woken.fileno() < 0:
+            raise Closed("the server was closed, or is another process's", hint="make a new one")
         selector = selectors.DefaultSelector()
         for listener in self._listeners:
             listener.setblocking(False)
@@ -183,6 +193,19 @@ class Server:
             pace.close()
         self._wake.close()
         self._woken.close()
+
+    def after_fork(self) -> None:
+        """Forget everything in a forked child, whose parent goes on serving: no name is removed, and no connection is shut
+        down, since both processes share them. Takes no lock: threads of the parent may have held any."""
+        for connection in self._connections:
+            connection.forsake()
+        for sock in (*self._listeners, self._wake, self._woken):
+            sock.close()
+        self._listeners, self._unix, self._accepting = [], None, None
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
+        self._connections, self._paces = {}, {}
+        self._loop = Loop()
 
     def unlink(self) -> None:
         """Remove the name of the Unix socket, as `close` does first. From any thread; waits for nothing."""
@@ -375,3 +398,13 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
     """Wait until all have ended, or the time comes."""
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
+
+
+def _in_child() -> None:
+    if lifecycle.handed_over():
+        return
+    for server in list(_servers):
+        server.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -161,6 +161,10 @@ class Connection:
         self.closing = self.cutting = True
         self._plain.close()
 
+    def forsake(self) -> None:
+        """Give the descriptor back in a forked child; the connection is the parent's, and goes on."""
+        self._plain.forsake()
+
     def put_out(self, why: str) -> None:
         """End it now, for a reason that is to be logged."""
         self._why = self._why or f"put out: {why}"
