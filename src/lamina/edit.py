@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: How often who waits at a gate looks again, in seconds.
 _LOOK_AGAIN = 0.0005
-#: What the state of a gate is made of: `Turn`, and whether it is shut for ever.
-_BY, _CLOSED = "by", "closed"
+#: Among the turns of a gate: it is shut for ever.
+_CLOSED = "closed"
 
 
 class Turn:
@@ -55,28 +55,33 @@ class Gate:
         finally:
             gate.leave(token)
 
-    (The second time counts where the first was cut off.) Who shuts the gate, waits for it and opens it again in the same way:
-    taking it is one step, and so is giving it up, which does nothing where another has it."""
+    (The second time counts where the first was cut off.) Who shuts the gate opens it again in the same way, whatever became
+    of shutting it. `leave` and `open` are calls of C code: they are done when an interrupt can strike, even if a second one
+    comes directly behind it."""
 
-    __slots__ = ("_state", "inside", "leave")
+    __slots__ = ("_line", "_turns", "inside", "leave", "open")
 
     def __init__(self) -> None:
         self.inside: set[object] = set()
         self.leave = self.inside.discard
-        #: Empty while it is open.
-        self._state: dict[str, object] = {}
+        #: Those who shut it, or wait until they may. Empty while it is open.
+        self._turns: set[object] = set()
+        #: Let the waiting requests in, if this turn is what shut it.
+        self.open = self._turns.discard
+        #: The same in the order of arrival, and some who left.
+        self._line: list[Turn] = []
 
     def enter(self, token: object) -> None:
         """Pass, or wait until it is open. Raises Closed once it is shut for ever."""
         self.inside.add(token)
         # Asked after entering: whoever shuts the gate then sees this request inside, or it sees the gate.
-        if self._state:
+        if self._turns:
             self._wait(token)
 
     def _wait(self, token: object) -> None:
-        while self._state:
+        while self._turns:
             self.leave(token)
-            if _CLOSED in self._state:
+            if _CLOSED in self._turns:
                 raise Closed("this image was closed")
             self._require_another_thread("make a request")
             time.sleep(_LOOK_AGAIN)
@@ -87,7 +92,7 @@ class Gate:
         raises: call `open` afterwards."""
         self._require_outside("edit the graph or change its size")
         self._take(owner)
-        if _CLOSED in self._state:
+        if _CLOSED in self._turns:
             raise Closed("this image was closed")
         self._empty()
 
@@ -102,33 +107,41 @@ class Gate:
 
     def refuse(self) -> None:
         """Let nobody in any more; those inside go on."""
-        self._state[_CLOSED] = True
+        self._turns.add(_CLOSED)
 
     @property
     def closed(self) -> bool:
         """Whether it is shut for ever."""
-        return _CLOSED in self._state
-
-    def open(self, owner: Turn) -> None:
-        """Let the waiting requests in, if `owner` is who shut it."""
-        if self._state.get(_BY) is owner:
-            self._state.pop(_BY, None)
+        return _CLOSED in self._turns
 
     def is_shut_by(self, owner: Turn) -> bool:
-        return self._state.get(_BY) is owner
+        return self._owner() is owner
 
     def _take(self, owner: Turn) -> None:
-        while self._state.setdefault(_BY, owner) is not owner:
+        self._turns.add(owner)
+        self._line.append(owner)  # behind that: who is in the line and not among the turns has left
+        while self._owner() is not owner:
             self._require_another_thread("edit, close or resize the image")
             time.sleep(_LOOK_AGAIN)
+
+    def _owner(self) -> Turn | None:
+        """Whose turn it is: the first in the line who has not left."""
+        for turn in tuple(self._line):
+            if turn in self._turns:
+                return turn
+            try:
+                self._line.remove(turn)
+            except ValueError:  # another thread did
+                continue
+        return None
 
     def _empty(self) -> None:
         while self.inside:
             time.sleep(_LOOK_AGAIN)
 
     def _require_another_thread(self, what: str) -> None:
-        by = self._state.get(_BY)
-        if isinstance(by, Turn) and by.thread == threading.get_ident():
+        by = self._owner()
+        if by is not None and by.thread == threading.get_ident():
             raise LaminaError(
                 f"this thread {by.what}, and cannot {what} before that is done",
                 hint="do it afterwards, or in another thread",
@@ -379,7 +392,8 @@ class Edit:
         try:
             refresh(self._entrance)
         except BaseException:  # a node above cannot keep to its limits over this one
-            edge.node = node.children.pop("image").node
+            edge.node = below.node  # before any call: a second interrupt must not part the image from its files
+            del node.children["image"]
             node.close()
             raise
         return node
@@ -421,15 +435,16 @@ class Edit:
         if not isinstance(node, FormatNode):
             raise OptionError("only a format has a backing node", node=node.name)
         new = None if spec is None else self._opener.child("backing", spec, read_only=True)
-        old = node.children.pop("backing", None)
+        before, after = node.children, dict(node.children)
+        old = after.pop("backing", None)
         if new is not None:
-            node.children["backing"] = new
+            after["backing"] = new
+        # There and back by one store each: an interrupt must not leave the image without what lies below it.
+        node.children = after
         try:
             refresh(self._entrance)
         except BaseException:  # a node above cannot do with that one
-            node.children.pop("backing", None)
-            if old is not None:
-                node.children["backing"] = old
+            node.children = before
             refresh(self._entrance)
             if new is not None:
                 new.close()

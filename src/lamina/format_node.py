@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import UnsupportedFeature
+from .errors import LaminaError, UnsupportedFeature
 from .node import COMPRESS, Node, bounded, fill_zero, plain
 
 if TYPE_CHECKING:
@@ -82,6 +82,23 @@ class FormatNode(Node):
     def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
         """Fill `view` from a COMPRESSED stretch that begins at `offset`."""
         raise self.refuse("read of packed data")
+
+    #: Whether the thread that holds the lock of the tables is in the middle of changing them.
+    changes = False
+
+    def require_outside_changes(self) -> None:
+        """Raise LaminaError where this thread, which holds the lock of the tables, is changing them already: a signal handler
+        or a finalizer asks for something. It would find half a change, and make it a wrong one."""
+        if self.changes:
+            raise LaminaError(
+                "this thread is inside a request of this image, and cannot make another before that is done",
+                path=self.filename,
+                hint="do it after the request (not in a signal handler), or in another thread",
+            )
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self.changes = False  # the thread that did is the parent's
 
     def write_packed(self, offset: int, view: memoryview) -> None:
         """A write that asks for COMPRESS: as `write`, packing what can be packed."""

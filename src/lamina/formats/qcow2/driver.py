@@ -165,10 +165,12 @@ class Qcow2(FormatNode):
         if found is not None:
             return found
         with self._lock:
+            self.require_outside_changes()
             return self._mappings.map(offset, length)
 
     def map_columns(self, offset: int, length: int) -> Extents:
         with self._lock:
+            self.require_outside_changes()
             start, size, flags, host = self._mappings.map_columns(offset, length)
         return self.columns(start, size, flags, host)
 
@@ -176,12 +178,16 @@ class Qcow2(FormatNode):
         """What `work(*arguments)` returns, called with the tables locked. Where they turn out to be corrupt the image is
         marked so. (An interrupt cannot divide `with` and a lock of the interpreter; an `__enter__` of our own it could.)"""
         with self._lock:
+            self.require_outside_changes()
+            self.changes = True
             try:
                 return work(*arguments)
             except CorruptImage:
                 if not self.read_only:
                     self.mark_corrupt()
                 raise
+            finally:
+                self.changes = False
 
     def reserve(self, offset: int, length: int) -> Reservation:
         return self.changing(self._reserve, offset, length)
@@ -404,6 +410,7 @@ class Qcow2(FormatNode):
 
     def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
         with self._lock:
+            self.require_outside_changes()
             entry = self._mappings.entry(offset)
         self._compression.read_into(entry, offset & self._cluster_size - 1, view)
 
