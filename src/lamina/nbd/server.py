@@ -50,6 +50,9 @@ _LOOK = 1.0
 _MEMORY = 256 * MIB
 #: Seconds for which the end of a server waits for threads whose connections it has cut.
 _LAST = 1.0
+#: Seconds after which `wait` looks again, and bytes that tell it to look sooner.
+_WAIT = 0.2
+_NEWS = 4096
 
 #: All servers of this process.
 _servers: WeakSet[Server] = WeakSet()
@@ -115,14 +118,20 @@ class Server:
         self._clients_memory = Memory(min(wanted, max(memory * 3 // 4, CLIENT_MEMORY)))
         self._memory = Memory(memory - self._clients_memory.left)
         self._mutex = threading.Lock()
-        self._changed = threading.Condition(self._mutex)
+        # Signal handlers call `close`, `stats` and the like in the middle of each other, so that none of these may hold the
+        # mutex. What they look at is copied in single steps; `_moves` is odd while what belongs together is changed.
         self._connections: dict[Connection, threading.Thread] = {}
         self._ended = {"connections": 0, "refused": 0}
-        self._served = 0  # clients that came as far as transmission
+        self._moves = 0
+        self._closing: set[int] = set()  # the threads that are inside `close`
+        self._served = self._left_again = 0  # clients that came as far as transmission, and those of them that are gone
         self._paces: dict[Export, tuple[Pace, int]] = {}  # and how many clients the export has
         self._loop = Loop()
         self._accepting: threading.Thread | None = None
         self._wake, self._woken = socket.socketpair()
+        self._news, self._heard = socket.socketpair()  # for `wait`: somebody left, or the server was closed
+        for end in (self._news, self._heard):
+            end.setblocking(False)
         self._listeners: list[socket.socket] = list(sockets)
         self._unix: tuple[str, tuple[int, int]] | None = None
         try:
@@ -137,8 +146,7 @@ class Server:
                 raise OptionError("the server has nowhere to listen", hint="give a Unix socket, or a port")
         except BaseException:
             self._close_listeners()
-            self._wake.close()
-            self._woken.close()
+            self._close_signals()
             raise
         _servers.add(self)
 
@@ -160,22 +168,34 @@ class Server:
     def wait(self, *, last_client: bool = False, stop: threading.Event | None = None) -> None:
         """Return when the server was closed, or `stop` is set; with `last_client` also when somebody was served and nobody is
         any more."""
-        with self._changed:
-            while not (stop is not None and stop.is_set()) and self._listeners:
-                if last_client and self._served and not self._transmitting():
-                    return
-                self._changed.wait(0.2)
+        while not (stop is not None and stop.is_set()) and self._listeners:
+            if last_client and self._served and self._left_again == self._served:
+                return
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                if select.select([self._heard], [], [], _WAIT)[0]:
+                    self._heard.recv(_NEWS)
 
     def close(self, grace: float = 5.0) -> None:
         """Let nobody in any more, answer what was received, and end. What takes longer is cut off: requests that are done in
         steps when two thirds of `grace` (seconds) are over, all others at its end. Takes at most a second longer than that;
-        a thread that storage does not answer may be left. May be called again."""
+        a thread that storage does not answer may be left. May be called again, from any thread and from a signal handler; in
+        a handler that interrupted this very function it returns at once, and the interrupted call goes on."""
         self._close_listeners()
-        if self._accepting is not None:
-            self._accepting.join()
+        me = threading.get_ident()
+        if me in self._closing:
+            return
+        self._closing.add(me)
+        try:
+            self._end(grace)
+        finally:
+            self._closing.discard(me)
+
+    def _end(self, grace: float) -> None:
+        accepting = self._accepting
+        if accepting is not None:
+            accepting.join()
             self._accepting = None
-        with self._mutex:
-            connections = dict(self._connections)
+        connections = self._connections.copy()
         begun = time.monotonic()
         for connection in connections:
             connection.drain()
@@ -187,24 +207,26 @@ class Server:
             if thread.is_alive():
                 connection.close()
         _join(connections.values(), time.monotonic() + _LAST)
-        with self._mutex:
-            paces = [pace for pace, _ in self._paces.values()]
-        for pace in paces:
+        for pace, _ in list(self._paces.values()):
             pace.close()
-        self._wake.close()
-        self._woken.close()
+        self._close_signals()
+
+    def _close_signals(self) -> None:
+        for end in (self._wake, self._woken, self._news, self._heard):
+            end.close()
 
     def after_fork(self) -> None:
         """Forget everything in a forked child, whose parent goes on serving: no name is removed, and no connection is shut
         down, since both processes share them. Takes no lock: threads of the parent may have held any."""
         for connection in self._connections:
             connection.forsake()
-        for sock in (*self._listeners, self._wake, self._woken):
-            sock.close()
+        for listener in self._listeners:
+            listener.close()
+        self._close_signals()
         self._listeners, self._unix, self._accepting = [], None, None
         self._mutex = threading.Lock()
-        self._changed = threading.Condition(self._mutex)
-        self._connections, self._paces = {}, {}
+        self._connections, self._paces, self._moves = {}, {}, 0
+        self._closing.clear()
         self._loop = Loop()
 
     def unlink(self) -> None:
@@ -250,9 +272,12 @@ class Server:
     def stats(self) -> dict[str, Any]:
         """Counters since the start: connections that ended, were refused, are in negotiation and in transmission; requests by
         command, bytes read and written, and failures, of all clients together."""
-        with self._mutex:
-            now = list(self._connections)
-            totals = dict(self._ended)
+        while True:
+            moves = self._moves
+            now, totals = list(self._connections), self._ended.copy()
+            if moves == self._moves and not moves % 2:
+                break
+            time.sleep(0)
         for connection in now:
             for name, count in connection.counts.items():
                 totals[name] = totals.get(name, 0) + count
@@ -273,8 +298,9 @@ class Server:
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.close()
-        with contextlib.suppress(OSError):
-            self._wake.send(b"\0")
+        for end in (self._wake, self._news):
+            with contextlib.suppress(OSError):
+                end.send(b"\0")
 
     def _accept_all(self, selector: selectors.BaseSelector) -> None:
         look = time.monotonic() + self._look
@@ -357,16 +383,20 @@ class Server:
         try:
             connection.run()
         finally:
-            with self._changed:
+            with self._mutex:
+                self._moves += 1
                 del self._connections[connection]
                 if connection.admitted:
                     self._clients_memory.give(CLIENT_MEMORY)
+                    self._left_again += 1
                 if connection.export is not None:
                     self._left(connection.export)
                 self._ended["connections"] += 1
                 for name, count in connection.counts.items():
                     self._ended[name] = self._ended.get(name, 0) + count
-                self._changed.notify_all()
+                self._moves += 1
+            with contextlib.suppress(OSError):  # the server is closed, or `wait` has enough to look at
+                self._news.send(b"\0")
 
     def _admit(self) -> bool:
         with self._mutex:
@@ -377,7 +407,7 @@ class Server:
             return True
 
     def _transmitting(self) -> int:
-        return sum(connection.transmitting for connection in self._connections)
+        return sum(connection.transmitting for connection in list(self._connections))
 
     def _pace(self, export: Export) -> Pace:
         with self._mutex:
