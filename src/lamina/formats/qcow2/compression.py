@@ -16,15 +16,13 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import lifecycle
 from ...errors import CorruptImage, LimitExceeded
 from ...limits import KIB, MIB, align_down, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from .driver import Qcow2
+    from .packers import Packers
 
 #: Clusters that small reads unpacked last are kept, up to so many bytes.
 _KEPT = MIB
@@ -60,7 +58,7 @@ class Compression:
         # one sector, and a piece at the end of the file is written up to the end of its last.
         self._placing = threading.Lock()
         self._end = 0  # of what was placed last; on a cluster boundary: there is no room behind it
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: Packers | None = None
 
     # -- reading
 
@@ -151,7 +149,7 @@ class Compression:
             return self._pack(view)
         share = align_up(-(-len(view) // threads), self._cluster_size)
         parts = [view[at : at + share] for at in range(0, len(view), share)]
-        return [packed for part in self._pool().map(self._pack, parts) for packed in part]
+        return [packed for part in self._packers().run(self._pack, parts) for packed in part]
 
     def _pack(self, view: memoryview) -> list[bytes]:
         size, pack = self._cluster_size, self._codec()[0]
@@ -161,13 +159,12 @@ class Compression:
             found.append(pack(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
         return found
 
-    def _pool(self) -> ThreadPoolExecutor:
+    def _packers(self) -> Packers:
         with self._keeping:
             if self._threads is None:
-                from concurrent.futures import ThreadPoolExecutor
+                from .packers import Packers
 
-                lifecycle.before_pools()
-                self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
+                self._threads = Packers(min(os.cpu_count() or 1, _MOST_THREADS))
             return self._threads
 
     def _place_all(self, pieces: list[tuple[int, bytes]]) -> None:
@@ -241,4 +238,4 @@ class Compression:
 
     def close(self) -> None:
         if self._threads is not None:
-            self._threads.shutdown()
+            self._threads.close()
