@@ -137,7 +137,7 @@ def test_packed_clusters_share_room_that_is_free_again_when_all_are_gone() -> No
         image.flush()
     assert storage.size - before <= 9 * CLUSTER
     image.flush()
-    assert not node.check().findings
+    assert not [finding for finding in node.check().findings if finding.kind != "note"]
 
 
 def test_over_what_cannot_pack_it_is_refused() -> None:
