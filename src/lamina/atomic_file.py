@@ -21,7 +21,7 @@ from typing import Self
 from zlib import crc32
 
 from .errors import BlockIOError, LaminaError, Locked, OptionError, tell_too
-from .target_file import NOT_ALLOWED, Lock, Target, open_folder
+from .target_file import NOT_ALLOWED, Lock, Target, open_folder, real_path
 
 #: Of a file that is written in place, so many bytes from the start are written last. The headers of all formats begin there.
 HEADER_BYTES = 4096
@@ -90,7 +90,7 @@ class AtomicFile:
         self.path = os.fspath(path)
         try:
             #: The path without links: where the file is, or will be.
-            self.target = os.path.realpath(self.path)
+            self.target = real_path(self.path)
         except ValueError as error:  # NUL, or a character that no file name can have
             raise OptionError(f"this cannot be a file name: {error}", path=self.path) from error
 

@@ -43,6 +43,18 @@ def refuse_stream(top: Node, fd: int, name: str) -> None:
         raise OptionError("this is the source itself, which would be written over", path=name, hint=_HINT)
 
 
+def refuse_input(fd: int, target: int | str, name: str) -> None:
+    """OptionError where the descriptor `fd`, from which a job reads, is open on the regular file or block device that
+    `target` is, a path or a descriptor, which is called `name`."""
+    try:
+        source, found = os.fstat(fd), os.stat(target)
+    except (OSError, ValueError):
+        return  # whoever reads or opens it says what is wrong with it
+    stored = stat.S_ISREG(source.st_mode) or stat.S_ISBLK(source.st_mode)
+    if stored and _identity(source) == _identity(found):
+        raise OptionError("this is the source itself, which would be written over", path=name, hint=_HINT)
+
+
 def _files(top: Node, beneath: bool = False) -> Iterator[tuple[StorageNode, bool]]:
     """The storage of a graph, and of each whether it belongs to a backing file."""
     if isinstance(top, StorageNode):

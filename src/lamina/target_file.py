@@ -152,6 +152,20 @@ class Target:
         )
 
 
+def real_path(path: str) -> str:
+    """The path without links of the file that is at `path`, or will be. BlockIOError where it can only be a folder (`x/`),
+    and where the system refuses to follow a link on the way (one of another user in a folder with the sticky bit): whoever
+    opens the path without links would not be stopped. ValueError where it is no path."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise BlockIOError.from_os(error, "cannot create a file there", path=path) from error
+    except OSError:
+        if os.path.basename(path) in ("", ".", ".."):
+            raise BlockIOError("it names a folder", errno=errno.EISDIR, path=path, hint="name a file in it") from None
+    return os.path.realpath(path)
+
+
 def open_folder(path: str) -> int:
     """A descriptor by which names in the folder `path` are reached, whatever it is called meanwhile. Raises OSError."""
     return os.open(path or ".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -207,3 +207,16 @@ def test_an_interrupt_is_told_how_to_go_on(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(folder)
     assert main(COMMAND) == 0
     assert Path("target.raw").read_bytes() == Path("source.raw").read_bytes()
+
+
+def test_a_journal_that_is_a_fifo_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("journal")
+    assert main(COMMAND) == 1
+    assert "no journal" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["journal", "source.raw"]
+
+
+def test_a_journal_behind_a_link_is_removed_at_the_end(folder: Path) -> None:
+    os.symlink("elsewhere", "journal")
+    assert main(COMMAND) == 0
+    assert sorted(os.listdir()) == ["journal", "source.raw", "target.raw"]

@@ -361,3 +361,36 @@ def test_a_target_holds_and_gives_back(tmp_path: Path) -> None:
         target.close()
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["disk"]
+
+
+# -- names that lead elsewhere
+
+
+@pytest.mark.parametrize("end", ["/", "/.", "//"])
+def test_a_name_that_can_only_be_a_folder_makes_and_replaces_no_file(tmp_path: Path, end: str) -> None:
+    (tmp_path / "there").write_bytes(b"old")
+    for name in ("there", "new"):
+        with pytest.raises(BlockIOError, match="folder"):
+            write_file(f"{tmp_path}/{name}{end}", b"new")
+    assert os.listdir(tmp_path) == ["there"]
+    assert (tmp_path / "there").read_bytes() == b"old"
+
+
+def test_a_link_that_the_system_refuses_to_follow_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fs.protected_symlinks the system follows no link of another user in a folder such as /tmp. That is a setting of
+    the machine, so its answer is put in here."""
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere")
+    real = os.stat
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if path == str(link) and options.get("follow_symlinks", True):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(BlockIOError, match="Permission denied"):
+        write_file(str(link), b"new")
+    assert os.listdir(tmp_path) == ["link"]

@@ -28,9 +28,10 @@ from ..jobs.copy_ends import (
 from ..jobs.copy_journal import Journal, Partial
 from ..jobs.progress import Monitor
 from ..options import format_size, parse_name, path_in
-from ..own_files import refuse_own, refuse_stream
+from ..own_files import refuse_input, refuse_own, refuse_stream
 from ..request import Child
 from ..target_file import Target as HeldTarget
+from ..target_file import real_path
 from .arguments import Parser, tell_of_writers
 from .nbd_names import export_target, names_export
 from .terminal import Meter
@@ -165,7 +166,12 @@ def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
                 raise OptionError("the journal and the target are one file", path=args.resume_file, hint=_OTHER)
         if isinstance(source, StorageSource):
             refuse_own(source.node, journal)
-    if isinstance(source, StorageSource) and path is not None:
+    if isinstance(source, PipeSource):
+        if args.target == "-":
+            refuse_input(sys.stdin.fileno(), sys.stdout.fileno(), "standard output")
+        elif not names_export(args.target) and (file := parse_name(args.target).get("filename")):
+            refuse_input(sys.stdin.fileno(), file, file)
+    elif isinstance(source, StorageSource) and path is not None:
         refuse_own(source.node, path)
     elif isinstance(source, StorageSource) and args.target == "-":
         refuse_stream(source.node, sys.stdout.fileno(), "standard output")
@@ -250,9 +256,10 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
         partial = None
         if path is not None:
             replaces = None
-            if os.path.lexists(os.path.realpath(path)):
+            where = real_path(path)
+            if os.path.lexists(where):
                 # Held until the copy has its name: a program that opens the old file meanwhile meets the lock.
-                replaces = HeldTarget(os.path.realpath(path), lock_for_writing)
+                replaces = HeldTarget(where, lock_for_writing)
                 stack.callback(replaces.close)
             status = replaces.status if replaces is not None else None
             facts["target-identity"] = None if status is None else [status.st_dev, status.st_ino]

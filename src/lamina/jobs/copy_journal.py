@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING, Any, Self
 
 from ..atomic_file import sync_folder, write_file
@@ -35,8 +36,10 @@ class Journal:
     def resume(cls, path: str) -> Self | None:
         """The journal that is at `path`, or None. FormatError if that is none."""
         try:
-            with open(path, "rb") as file:
-                data = file.read(_LONGEST + 1)
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+                # A FIFO could be waited for without end.
+                regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+                data = file.read(_LONGEST + 1) if regular else b""
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -80,7 +83,7 @@ class Journal:
     def remove(self) -> None:
         """The copy is whole."""
         try:
-            os.unlink(self.path)
+            os.unlink(os.path.realpath(self.path))  # a link stays, as it was made
         except OSError as error:
             raise BlockIOError.from_os(error, "the copy is whole, but its journal stays", path=self.path) from error
 
