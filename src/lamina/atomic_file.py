@@ -215,7 +215,7 @@ class AtomicFile:
                 raise self._taken() from error
         self._named = False
         if durable:
-            sync_folder(os.path.dirname(self.target))
+            sync_folder(".", self._folder)  # whatever it is called by now
 
     def _finish_in_place(self) -> None:
         if not self.begun:
@@ -313,10 +313,11 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = Fal
             at += os.pwrite(file.fd, view[at:], at)
 
 
-def sync_folder(path: str) -> None:
-    """The names in this folder are on stable storage on return. Raises OSError."""
+def sync_folder(path: str, folder: int | None = None) -> None:
+    """The names in this folder are on stable storage on return. `folder`: a descriptor of the one that `path` is relative to.
+    Raises OSError."""
     try:
-        fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
         os.sync()  # a folder that may be written and not read
         return

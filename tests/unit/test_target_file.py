@@ -394,3 +394,20 @@ def test_a_link_that_the_system_refuses_to_follow_is_not_followed(
     with pytest.raises(BlockIOError, match="Permission denied"):
         write_file(str(link), b"new")
     assert os.listdir(tmp_path) == ["link"]
+
+
+@pytest.mark.usefixtures("tmpfile")
+def test_a_folder_that_is_renamed_meanwhile_gets_the_file_and_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    (folder / "disk").write_bytes(b"old")
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd))[1])
+    with AtomicFile(folder / "disk") as file:
+        os.write(file.fd, b"new")
+        folder.rename(other)
+    assert (other / "disk").read_bytes() == b"new"
+    assert synced[-1] == other.stat().st_ino
