@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,9 @@ def in_ci() -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed before the workers of xdist start (they inherit the environment) and before hypothesis looks."""
+    # Whoever runs the tests in the background may have SIGINT ignored, and a program that inherits that leaves it so.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("LAMINA_REFERENCES", None)  # the default of a site is none of ours
     given = "LAMINA_SEED" in os.environ
     os.environ.setdefault("LAMINA_SEED", str(random.SystemRandom().randrange(1 << 32)))

@@ -261,6 +261,8 @@ def _limits(text: str) -> Budget:
         if key not in names or not isinstance(value, str):
             raise OptionError(f"--limits: there is no limit {key}", hint=f"the limits are {', '.join(names)}")
         found[key.replace("-", "_")] = parse_size(value)
+    if not found:
+        raise OptionError("--limits: no limit is given", hint=f"the limits are {', '.join(names)}")
     return Budget(**found)
 
 
