@@ -207,7 +207,7 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        seconds = float(text) if text.isascii() and "_" not in text else math.nan  # Python reads more than people write
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _MOST_SECONDS:
