@@ -7,8 +7,6 @@ import os
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from .. import lifecycle
-
 if TYPE_CHECKING:
     from .link import Link
 
@@ -34,9 +32,8 @@ def abandon_all() -> None:
 
 
 def _in_child() -> None:
-    if not lifecycle.handed_over():
-        for link in _all():
-            link.inherited = True
+    for link in _all():
+        link.inherited = True
 
 
 os.register_at_fork(after_in_child=_in_child)
