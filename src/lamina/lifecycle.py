@@ -20,7 +20,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -44,6 +45,7 @@ entrances: WeakSet[Entrance] = WeakSet()
 _guarded: WeakSet[Node] = WeakSet()  # the top nodes of graphs that are closed here if nobody else does
 _forgotten: deque[Node] = deque()  # graphs that a thread is to close
 _closers: set[object] = set()  # the threads that do
+_handed_over = False
 _late = False  # whether `_flush_all` was registered behind the thread pools of the standard library
 
 
@@ -83,6 +85,22 @@ def before_pools() -> None:
     if register is not None:
         with suppress(RuntimeError):  # the program is ending: what was registered before runs
             register(_flush_all)
+
+
+@contextmanager
+def handing_over() -> Iterator[None]:
+    """A process forked inside becomes the owner of all graphs; its parent leaves them alone from then on."""
+    global _handed_over
+    _handed_over = True
+    try:
+        yield
+    finally:
+        _handed_over = False
+
+
+def handed_over() -> bool:
+    """Whether a process that is forked now becomes the owner."""
+    return _handed_over
 
 
 def _caller() -> str:
@@ -166,6 +184,8 @@ def _close_all() -> None:
 
 
 def _in_child() -> None:
+    if _handed_over:
+        return
     forgotten = list(_forgotten)
     _forgotten.clear()
     _closers.clear()

@@ -7,6 +7,8 @@ import os
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from .. import lifecycle
+
 if TYPE_CHECKING:
     from .link import Link
 
@@ -32,8 +34,9 @@ def abandon_all() -> None:
 
 
 def _in_child() -> None:
-    for link in _all():
-        link.inherited = True
+    if not lifecycle.handed_over():
+        for link in _all():
+            link.inherited = True
 
 
 os.register_at_fork(after_in_child=_in_child)

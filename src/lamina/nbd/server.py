@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
+from .. import lifecycle
 from ..errors import Closed, OptionError
 from ..limits import MIB
 from .channel import PlainChannel
@@ -430,6 +431,8 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
 
 
 def _in_child() -> None:
+    if lifecycle.handed_over():
+        return
     for server in list(_servers):
         server.after_fork()
 
