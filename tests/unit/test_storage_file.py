@@ -314,3 +314,22 @@ def test_direct_io_by_many_threads(direct: Path) -> None:
     assert len(stored) == 100_000 - 7
     last = max(offset for first in range(12) for offset in range(first * 97, 100_000 - 104, 97 * 12)) + 97
     assert stored[:last] == b"".join(bytes([at // 97 % 12 + 1]) * 97 for at in range(0, last, 97))
+
+
+def test_a_truncate_that_changes_nothing_asks_the_system_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cutting an empty file to nothing makes ext4 write it to the disk when it is closed."""
+    path = tmp_path / "disk"
+    path.touch()
+    node = FileStorage.open(FileStorage.schema.parse({"filename": str(path)}), Opener(read_only=False))
+    cut: list[int] = []
+    ftruncate = os.ftruncate
+    monkeypatch.setattr(os, "ftruncate", lambda fd, size: (cut.append(size), ftruncate(fd, size))[1])
+    node.truncate(0)
+    assert cut == []
+    node.truncate(1000)
+    node.truncate(1000)
+    node.truncate(0)
+    assert cut == [1000, 0]
+    node.close()
