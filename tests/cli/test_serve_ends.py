@@ -76,6 +76,8 @@ def test_told_twice_it_ends_at_once(folder: Path, number: signal.Signals) -> Non
     with running(folder, "-w", STUCK, "--pid-file", "pid") as process, dial(folder / "s") as raw:
         raw.begin("")
         raw.stream.send(raw.write_bytes(0, b"stuck"))
+        raw.request(w.CMD_READ, 0, 512)
+        assert raw.collect(1)[0].data == bytes(512)  # so the write was received
         process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE
         while (folder / "s").exists():
