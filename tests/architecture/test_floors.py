@@ -39,6 +39,7 @@ FLOORS = [
         "report",
         "target_file",
         "version",
+        "workers",
     },
     {
         "api",

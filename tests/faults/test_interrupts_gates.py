@@ -2,8 +2,7 @@
 
 `sys.settrace` sees each opcode before it runs, and raises KeyboardInterrupt at the first, the second, ... of those that the
 module `lamina.edit` (or `lamina.image`) runs for one operation, until the operation comes to its end. That is more than a
-signal can do, which is seen at calls and jumps alone. (CPython 3.11 puts no handler around the first opcode of a `try` that
-lies inside a `try`: what is protected here has none.)
+signal can do, which is seen at calls and jumps alone.
 
 `LAMINA_CLOSE_INTERRUPTS=1` interrupts a close at each call in all of Lamina, not at each 29th (a few minutes).
 """
@@ -11,12 +10,11 @@ lies inside a `try`: what is protected here has none.)
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ import lamina
 from lamina import edit as edit_module
 from lamina import image as image_module
 from lamina.storage import aligned
+from lamina.testing.interrupts import in_another_thread, interrupted_at_call, interrupted_at_opcode
 
 SIZE = 256 * 1024
 PATIENCE = 20.0
@@ -33,73 +32,8 @@ STEP = int(os.environ.get("LAMINA_CLOSE_INTERRUPTS", "29"))
 FILES = {edit_module.__file__, image_module.__file__}
 
 
-@contextmanager
-def interrupted_at(number: int, files: set[str | None]) -> Iterator[list[int]]:
-    """KeyboardInterrupt at that opcode, counted from 1, of all that these files run in this thread. Yields how many ran.
-    (Finalizers are left out: what they raise reaches nobody.)"""
-    seen = [0]
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in files or (event == "call" and is_in_finalizer(frame)):
-            return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        if event == "opcode":
-            seen[0] += 1
-            if seen[0] == number:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
-
-
-@contextmanager
-def interrupted_at_call(number: int, files: set[str | None]) -> Iterator[list[int]]:
-    """The same at calls of functions in these files, and at returns from C there: where signals are seen, if at fewer points
-    than a signal has."""
-    seen = [0]
-
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename in files and not is_in_finalizer(frame):
-            seen[0] += 1
-            if seen[0] == number:
-                raise KeyboardInterrupt
-
-    sys.setprofile(profile)
-    try:
-        yield seen
-    finally:
-        sys.setprofile(None)
-
-
-def is_in_finalizer(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def in_another_thread(work: Callable[[], None]) -> None:
-    """Do it there; fail the test if it does not come to its end."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - told by the thread that waits for this one
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive(), "it waits for ever"
-    assert not errors, errors
+def in_files(files: set[str | None]) -> Callable[[CodeType], bool]:
+    return lambda code: code.co_filename in files
 
 
 def edit(image: lamina.Image) -> None:
@@ -148,7 +82,7 @@ def test_no_gate_stays_shut_and_nobody_inside(tmp_path: Path, name: str) -> None
         while not done:
             number += 1
             assert number < 5000
-            with interrupted_at(number, {edit_module.__file__}) as seen:
+            with interrupted_at_opcode(number, in_files({edit_module.__file__})) as seen:
                 try:
                     operation(image)
                     done = True
@@ -176,7 +110,10 @@ def test_requests_that_waited_for_an_interrupted_edit_go_on(tmp_path: Path) -> N
         thread.start()
         try:
             for number in range(1, 2000):
-                with interrupted_at(number, {edit_module.__file__}) as seen, suppress(KeyboardInterrupt):
+                with (
+                    interrupted_at_opcode(number, in_files({edit_module.__file__})) as seen,
+                    suppress(KeyboardInterrupt),
+                ):
                     empty_edit(image)
                 if seen[0] < number:
                     break
@@ -191,7 +128,7 @@ def test_no_buffer_of_direct_io_stays_taken() -> None:
     number, done = 0, False
     while not done:
         number += 1
-        with interrupted_at(number, {aligned.__file__}) as seen, suppress(KeyboardInterrupt):
+        with interrupted_at_opcode(number, in_files({aligned.__file__})) as seen, suppress(KeyboardInterrupt):
             with pool.buffer() as buffer:
                 buffer[:4] = b"data"
             done = True
@@ -226,7 +163,7 @@ def test_a_close_that_was_interrupted_is_called_again(tmp_path: Path, within: st
     # What a format does with its tables is tested elsewhere.
     everywhere = {str(file) for file in package.rglob("*.py") if "qcow2" not in file.parts}
     files: set[str | None] = FILES if within == "the gate" else {*everywhere}
-    interrupt = interrupted_at if within == "the gate" else interrupted_at_call
+    interrupt = interrupted_at_opcode if within == "the gate" else interrupted_at_call
     lamina.create(path, "qcow2", cluster_size=4096, backing_file=base.name, backing_fmt="raw")
     empty = path.read_bytes()
     number, step, interrupted = 1, min(STEP, 5) if within == "the gate" else STEP, True
@@ -235,7 +172,7 @@ def test_a_close_that_was_interrupted_is_called_again(tmp_path: Path, within: st
         (tmp_path / "writes").write_bytes(b"")
         image = lamina.open(graph(tmp_path, within), read_only=False)
         image.write(100, b"written")
-        with interrupt(number, files):
+        with interrupt(number, in_files(files)):
             try:
                 image.close()
                 interrupted = False

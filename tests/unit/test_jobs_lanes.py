@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 
 import lamina
+from lamina import workers
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
 from lamina.image import Image
 from lamina.jobs.compare import Difference, compare
@@ -53,7 +54,7 @@ class Slow(MemoryStorage):
             self._now += 1
             self.most = max(self.most, self._now)
             self.order.append(offset)
-            of_a_lane = re.fullmatch(r"lamina-.*_\d", threading.current_thread().name)
+            of_a_lane = re.fullmatch(r"lamina-(convert-|compare).*_\d", workers.names.get(threading.get_ident(), ""))
             meets = of_a_lane is not None and self._met < self._meet.parties
             self._met += meets
             pause = WAITED * (1 + self._dice.random())
@@ -107,7 +108,10 @@ def content(seed: int) -> bytes:
 @pytest.fixture(autouse=True)
 def no_threads_left() -> Iterator[None]:
     yield
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lamina-")]
+    deadline = time.monotonic() + 20
+    while workers.names and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not workers.names
 
 
 def one_by_one(content: bytes, before: bytes) -> Result:

@@ -9,10 +9,8 @@ can share between source and target passes neither (see `sharing`).
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,8 +25,9 @@ from ..numeric import np
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
+from ..workers import Task, Workers
 from .beneath import Below, differing, layers_above, stored
-from .lanes import Errand, Lanes, is_far, lanes_for
+from .lanes import Lanes, is_far, lanes_for
 from .output import Output
 from .progress import Monitor
 from .sharing import Place, Sharer, without
@@ -79,7 +78,7 @@ class _Batch:
         self.zeros: list[tuple[int, int]] = []
         self.end = 0
         self.last = False
-        self.ready: Future[None] | None = None
+        self.ready: Task[None] | None = None
         self.error: BaseException | None = None
 
 
@@ -248,11 +247,10 @@ class _Copy:
     def run(self, reading: Lanes, writing: Lanes) -> Result:
         for _ in range(reading.count + writing.count + _SPARE):
             self._free.put(memoryview(bytearray(_BUFFER)))
-        planning = Errand(self._plan_all, reading)
-        planner = threading.Thread(target=planning, name="lamina-convert", daemon=True)
+        planning, planner = Task(self._plan_all, reading), Workers(1, "lamina-convert")
         try:
             try:
-                planner.start()
+                planner.start(planning)
                 self._write_all(writing)
             finally:
                 self._end(planning, planner, reading, writing)
@@ -263,18 +261,17 @@ class _Copy:
         copied = self._sharer.done if self._sharer else 0
         return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
 
-    def _end(self, planning: Errand, planner: threading.Thread, reading: Lanes, writing: Lanes) -> None:
+    def _end(self, planning: Task[None], planner: Workers, reading: Lanes, writing: Lanes) -> None:
         """No other thread does anything when this returns. May be called again."""
         self._stopped = True
         self._free.put(None)
-        planning.call_off()
-        if planning.begun:
-            planner.join()
+        planning.cancel()
+        planner.close()
         reading.close()
         writing.close()
 
     def _write_all(self, writing: Lanes) -> None:
-        under_way: deque[tuple[_Batch, Future[None]]] = deque()
+        under_way: deque[tuple[_Batch, Task[None]]] = deque()
         last = False
         while not last:
             batch = self._full.get()
@@ -285,7 +282,7 @@ class _Copy:
             last = batch.last
             self._output.add(sum(len(view) for _, view in batch.writes))
             under_way.append((batch, writing.submit(self._write, batch)))
-            while under_way and (last or len(under_way) == writing.count or under_way[0][1].done()):
+            while under_way and (last or len(under_way) == writing.count or under_way[0][1].finished):
                 batch, written = under_way.popleft()
                 written.result()
                 self._written(batch)

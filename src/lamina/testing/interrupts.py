@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
+from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -80,3 +82,72 @@ def interrupts(start: int = 0, step: int = 1) -> Iterator[Interrupt]:
         if interrupt.struck is None:
             return
         number += step
+
+
+#: Whether the code object of a function counts.
+Counts = Callable[[CodeType], bool]
+
+
+@contextmanager
+def interrupted_at_call(number: int, counts: Counts) -> Iterator[list[int]]:
+    """KeyboardInterrupt in this thread at point number `number`, counted from 1: a call of a function that counts, or a
+    return from C code in one. Yields how many there were, and sets itself off for nothing after the interrupt."""
+    seen = [0]
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event in ("call", "c_return") and counts(frame.f_code) and not _in_finalizer(frame):
+            seen[0] += 1
+            if seen[0] == number:
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+
+
+@contextmanager
+def interrupted_at_opcode(number: int, counts: Counts) -> Iterator[list[int]]:
+    """The same at every opcode of these functions, which is more than a signal can do: it is seen at calls and jumps alone.
+    (CPython 3.11 puts no handler around the first opcode of a `try` that lies inside a `try`: code that is held to this has
+    none.)"""
+    seen = [0]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if not counts(frame.f_code) or (event == "call" and _in_finalizer(frame)):
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            seen[0] += 1
+            if seen[0] == number:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield seen
+    finally:
+        sys.settrace(before)
+
+
+def in_another_thread(work: Callable[[], object], patience: float = 20.0) -> None:
+    """Call `work` there, and raise what it raises. AssertionError if it has not come to its end after `patience` seconds:
+    that thread goes on waiting, and ends with the program."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name="test")
+    thread.start()
+    thread.join(patience)
+    assert not thread.is_alive(), "it waits for ever"
+    if errors:
+        raise errors[0]

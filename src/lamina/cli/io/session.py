@@ -11,10 +11,9 @@ from .output import Output
 from .target import Target
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     from ...filters.blkdebug.rules import Rules
     from ...image import Image
+    from ...workers import Task, Workers
 
 #: Requests that can be under way at the same time; more wait in line.
 _IN_FLIGHT = 32
@@ -32,8 +31,8 @@ class Session:
         self.failed = False  #: whether any command has failed so far
         self.target: Target | None = None
         self._image: Image | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._waiting: list[Future[None]] = []
+        self._workers: Workers | None = None
+        self._waiting: list[Task[None]] = []
         #: Where requests of the open image may be stopped; None as long as no command asked for that.
         self.rules: Rules | None = None
 
@@ -85,16 +84,16 @@ class Session:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Run `work` beside the commands that follow."""
-        if self._pool is None:
-            from concurrent.futures import ThreadPoolExecutor
+        if self._workers is None:
+            from ...workers import Workers
 
-            self._pool = ThreadPoolExecutor(_IN_FLIGHT, "io")
-        self._waiting = [one for one in self._waiting if not one.done() or one.exception()]
-        self._waiting.append(self._pool.submit(work))
+            self._workers = Workers(_IN_FLIGHT, "io")
+        self._waiting = [one for one in self._waiting if not one.finished or one.wait()]
+        self._waiting.append(self._workers.submit(work))
 
     def running(self) -> int:
         """How many requests are under way beside the commands."""
-        return sum(not one.done() for one in self._waiting)
+        return sum(not one.finished for one in self._waiting)
 
     def drain(self) -> None:
         """Wait until nothing is under way. OptionError if a request is stopped, since only a command lets it go on."""
@@ -104,7 +103,7 @@ class Session:
             time.sleep(_LOOK_AGAIN)
         waiting, self._waiting = self._waiting, []
         # All of them, before one that failed is told.
-        errors = [error for one in waiting if (error := one.exception()) is not None]
+        errors = [error for one in waiting if (error := one.wait()) is not None]
         if errors:
             raise errors[0]
 
@@ -113,6 +112,6 @@ class Session:
         try:
             self.close()
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()
+            if self._workers is not None:
+                self._workers.close()
             self.output.flush()

@@ -21,8 +21,8 @@ from ...limits import KIB, MIB, align_down, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
+    from ...workers import Workers
     from .driver import Qcow2
-    from .packers import Packers
 
 #: Clusters that small reads unpacked last are kept, up to so many bytes.
 _KEPT = MIB
@@ -58,7 +58,7 @@ class Compression:
         # one sector, and a piece at the end of the file is written up to the end of its last.
         self._placing = threading.Lock()
         self._end = 0  # of what was placed last; on a cluster boundary: there is no room behind it
-        self._threads: Packers | None = None
+        self._workers: Workers | None = None
 
     # -- reading
 
@@ -149,7 +149,7 @@ class Compression:
             return self._pack(view)
         share = align_up(-(-len(view) // threads), self._cluster_size)
         parts = [view[at : at + share] for at in range(0, len(view), share)]
-        return [packed for part in self._packers().run(self._pack, parts) for packed in part]
+        return [packed for part in self._packers().map(self._pack, parts) for packed in part]
 
     def _pack(self, view: memoryview) -> list[bytes]:
         size, pack = self._cluster_size, self._codec()[0]
@@ -159,13 +159,13 @@ class Compression:
             found.append(pack(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
         return found
 
-    def _packers(self) -> Packers:
+    def _packers(self) -> Workers:
         with self._keeping:
-            if self._threads is None:
-                from .packers import Packers
+            if self._workers is None:
+                from ...workers import Workers
 
-                self._threads = Packers(min(os.cpu_count() or 1, _MOST_THREADS))
-            return self._threads
+                self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-pack")
+            return self._workers
 
     def _place_all(self, pieces: list[tuple[int, bytes]]) -> None:
         """Reserve, write, commit: what is packed is on its way before any mapping names it."""
@@ -237,5 +237,5 @@ class Compression:
             node._write_out()
 
     def close(self) -> None:
-        if self._threads is not None:
-            self._threads.close()
+        if self._workers is not None:
+            self._workers.close()
