@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .cli.main import run
+from .cli.entry import run
 
 run()

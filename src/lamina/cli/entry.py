@@ -1,0 +1,18 @@
+"""Where the installed program `lamina` begins, and `python -m lamina`."""
+
+from __future__ import annotations
+
+import signal
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Run the command line of this process, and end the process.
+
+    Until the command line has handlers of its own (`signals.install`), Ctrl-C ends the process as the system does: Python's
+    handler would raise KeyboardInterrupt in the middle of an import, where nothing catches it, and print a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .main import run as run_command
+
+    run_command()
