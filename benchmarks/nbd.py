@@ -31,7 +31,7 @@ QEMU = "qemu-nbd"
 OUR_COPY = "lamina copy"
 NBDCOPY = "nbdcopy"
 
-#: What our server says of its memory (`lamina.nbd.server_connection`): requests and replies of each client, and the pool.
+#: What our server says of its memory (`lamina.nbd.server.connection`): requests and replies of each client, and the pool.
 CLIENTS, IN_FLIGHT = 8, 32
 MEMORY = CLIENTS * 2 * MIB + IN_FLIGHT * MIB
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from lamina.errors import BlockIOError, LaminaError, NotSupported
 from lamina.nbd import wire
-from lamina.nbd.export import Export
-from lamina.nbd.server_negotiation import Negotiation, Phase, Refused
-from lamina.nbd.server_session import PART, REFUSED, Request, Transmission
+from lamina.nbd.server.export import Export
+from lamina.nbd.server.negotiation import Negotiation, Phase, Refused
+from lamina.nbd.server.transmission import PART, REFUSED, Request, Transmission
 
 from .nbd_raw import Gone
 

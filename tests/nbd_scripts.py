@@ -9,9 +9,9 @@ import struct
 from collections.abc import Sequence
 
 from lamina.nbd import wire
-from lamina.nbd.client_facts import Facts, Mode, Wish
-from lamina.nbd.client_negotiation import Negotiation, Task
-from lamina.nbd.client_session import Request, Transmission
+from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.negotiation import Negotiation, Task
+from lamina.nbd.client.transmission import Request, Transmission
 
 FIXED = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
 ALL_FLAGS = 0x1FFF & ~(wire.FLAG_READ_ONLY | wire.FLAG_SEND_RESIZE | wire.FLAG_ROTATIONAL)

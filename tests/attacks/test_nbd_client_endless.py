@@ -16,8 +16,8 @@ import pytest
 import lamina
 from lamina.cli.main import main
 from lamina.errors import LaminaError
-from lamina.nbd import client_negotiation, client_session, wire
-from lamina.nbd.client import Client
+from lamina.nbd import wire
+from lamina.nbd.client import Client, negotiation, transmission
 from lamina.nbd.inspect import inspect, list_exports
 
 from ..nbd_fake_server import CHUNKS, Asked, Behave, Serve, exactly, requests, shake, starting
@@ -115,7 +115,7 @@ READS: dict[str, tuple[Callable[[Asked], Iterator[bytes]], str]] = {
 
 @pytest.mark.parametrize("kind", READS)
 def test_a_reply_without_end(serve: Serve, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(client_session, "MAX_CHUNKS", 512)
+    monkeypatch.setattr(transmission, "MAX_CHUNKS", 512)
     pieces, words = READS[kind]
     fails(serve(endless(pieces)).uri, lambda client: client.read(0, 65536), words)
 
@@ -123,7 +123,7 @@ def test_a_reply_without_end(serve: Serve, monkeypatch: pytest.MonkeyPatch, kind
 def test_the_extents_of_all_contexts_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from ..nbd_scripts import Chunks
 
-    monkeypatch.setattr(client_session, "MAX_ALL_EXTENTS", 100)
+    monkeypatch.setattr(transmission, "MAX_ALL_EXTENTS", 100)
     chunks = Chunks("structured")
     extents = [(512, 0)] * 60
     with pytest.raises(LaminaError, match="more than 100 extents"):
@@ -143,7 +143,7 @@ def test_a_long_answer_about_status_is_cut_where_it_takes_too_much_memory() -> N
     finally:
         tracemalloc.stop()
     assert request.status is not None
-    assert request.status["base:allocation"] == rows[: client_session.KEPT_EXTENTS]
+    assert request.status["base:allocation"] == rows[: transmission.KEPT_EXTENTS]
     assert peak < 32 << 20
 
 
@@ -252,7 +252,7 @@ def test_contexts_that_nobody_asked_for(serve: Serve) -> None:
 
 def test_many_exports_with_much_to_say_of_each(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each answer is short enough; together they are gigabytes."""
-    monkeypatch.setattr(client_negotiation, "MAX_ALL_BYTES", 1 << 20)
+    monkeypatch.setattr(negotiation, "MAX_ALL_BYTES", 1 << 20)
 
     def answer_to(number: int) -> Iterator[bytes]:
         if number == wire.OPT_LIST:

@@ -17,9 +17,9 @@ from pathlib import Path
 from lamina.errors import LaminaError
 from lamina.nbd import wire as w
 from lamina.nbd.client import Client
-from lamina.nbd.client_facts import Facts, Mode, Wish
-from lamina.nbd.client_negotiation import Negotiation, Task
-from lamina.nbd.client_session import Request, Transmission
+from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.negotiation import Negotiation, Task
+from lamina.nbd.client.transmission import Request, Transmission
 
 from ..nbd_fake_server import FakeServer
 from ..nbd_scripts import (

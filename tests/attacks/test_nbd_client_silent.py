@@ -201,10 +201,10 @@ def test_a_trickle_is_silence(serve: Serve, hold: threading.Event) -> None:
 
 def test_what_keeps_moving_ends_too(serve: Serve, hold: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply that moves just enough each time is given up when it took many times its limit."""
-    from lamina.nbd import client_times
+    from lamina.nbd.client import times
 
-    monkeypatch.setattr(client_times, "STEP", 64)
-    monkeypatch.setattr(client_times, "_TIMES", 3)
+    monkeypatch.setattr(times, "STEP", 64)
+    monkeypatch.setattr(times, "_TIMES", 3)
 
     def behave(sock: socket.socket, number: int) -> None:
         shake(sock, SIZE)
@@ -222,8 +222,8 @@ def test_what_keeps_moving_ends_too(serve: Serve, hold: threading.Event, monkeyp
 
 
 def test_a_slow_flush_is_waited_for_and_so_is_what_stands_behind_it() -> None:
-    from lamina.nbd.client_request import Sent
-    from lamina.nbd.client_times import Clock, Times
+    from lamina.nbd.client.request import Sent
+    from lamina.nbd.client.times import Clock, Times
 
     clock = Clock(Times(0.0, 600.0))
     read, flush = Sent(wire.CMD_READ, 0, 512), Sent(wire.CMD_FLUSH)

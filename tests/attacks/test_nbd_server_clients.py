@@ -21,7 +21,7 @@ import lamina
 from lamina.limits import GIB, KIB, MIB
 from lamina.nbd import Export, Folder, Server
 from lamina.nbd import wire as w
-from lamina.nbd.server_negotiation import MAX_OPTIONS
+from lamina.nbd.server.negotiation import MAX_OPTIONS
 
 from ..nbd_raw import CLIENT_FLAGS, Gone, Raw, SocketStream, dial, info, meta, option_bytes, sized
 from .nbd_victim import conversation, rest, served, victim

@@ -20,7 +20,7 @@ import lamina
 from lamina.limits import MIB
 from lamina.nbd import Export, Server
 from lamina.nbd import wire as w
-from lamina.nbd.server_connection import CLIENT_MEMORY
+from lamina.nbd.server.connection import CLIENT_MEMORY
 from lamina.nbd.tls import server_context
 from tests.certificates import write_certificates
 

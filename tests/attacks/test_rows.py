@@ -18,7 +18,7 @@ from lamina.image import Image
 from lamina.jobs.compare import compare
 from lamina.jobs.windows import windows
 from lamina.nbd import wire
-from lamina.nbd.export import Export
+from lamina.nbd.server.export import Export
 
 from .images import GIB, KIB, MIB, Victim
 from .oracle import MAX_MEMORY, MAX_SECONDS, measure

@@ -311,7 +311,7 @@ def transfer(path: str, rounds: int, payload: memoryview) -> None:
 
 @pytest.mark.parametrize("driver", ["raw", "slow"])
 def test_memory_under_load_stays_below_its_bound(tmp_path: Path, driver: str) -> None:
-    """8 clients, each with 32 MiB x 4 read and written at a time: 2 GiB. The bound is that of `server_connection`: 2 MiB for
+    """8 clients, each with 32 MiB x 4 read and written at a time: 2 GiB. The bound is that of `server.connection`: 2 MiB for
     each client, 2 MiB for each thread of the pool, and the interpreter."""
     disk = tmp_path / "disk"
     payload = memoryview(random.Random(1).randbytes(32 * MIB))

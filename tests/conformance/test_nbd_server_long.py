@@ -22,7 +22,7 @@ from lamina.image import Image
 from lamina.limits import GIB, KIB, MIB
 from lamina.nbd import Export, Server
 from lamina.nbd import wire as w
-from lamina.nbd.server_commands import MOST, STEP
+from lamina.nbd.server.commands import MOST, STEP
 from lamina.storage.memory import MemoryStorage
 
 from ..nbd_load import nothing_left, serving, until

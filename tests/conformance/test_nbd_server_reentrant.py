@@ -18,7 +18,7 @@ import pytest
 
 from lamina.image import Image
 from lamina.nbd import Export, Server
-from lamina.nbd.server_connection import Connection
+from lamina.nbd.server.connection import Connection
 from lamina.storage.memory import MemoryStorage
 
 from ..nbd_load import nothing_left
@@ -30,7 +30,8 @@ ROUNDS = 10 if "LAMINA_HOSTILE_CLIENTS" not in os.environ else 300
 _PROGRAM = """
 import signal, sys, threading
 from lamina.image import Image
-from lamina.nbd import Export, Server, server as module
+from lamina.nbd import Export, Server
+from lamina.nbd.server import server as module
 from lamina.storage.memory import MemoryStorage
 
 work, where = sys.argv[1:]

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from lamina.limits import KIB, MIB
-from lamina.nbd import Export, server_loop
-from lamina.nbd import server_connection as room
+from lamina.nbd import Export
 from lamina.nbd import wire as w
-from lamina.nbd.server_loop import Turn
+from lamina.nbd.server import connection as room
+from lamina.nbd.server import loop
+from lamina.nbd.server.loop import Turn
 from lamina.nbd.wire import CMD_READ as READ
 from lamina.nbd.wire import CMD_WRITE as WRITE
 
@@ -217,7 +218,7 @@ def test_what_a_rule_is_broken_with_is_the_same_in_the_loop(tmp_path: Path, mode
 
 def test_who_says_farewell_in_the_loop_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when the loop next looks for the silent."""
-    monkeypatch.setattr(server_loop, "_SWEEP", 8.0)
+    monkeypatch.setattr(loop, "_SWEEP", 8.0)
     with serving(tmp_path, fast()) as (_, path), ExitStack() as stack:
         leaving, *others = crowd(path, stack)
         begun = time.monotonic()

@@ -10,9 +10,9 @@ import pytest
 from lamina.filters.blocksize import BlockSize
 from lamina.graph import open_graph
 from lamina.image import Image
-from lamina.nbd.export import Export
 from lamina.nbd.node import NbdStorage
 from lamina.nbd.server import Server
+from lamina.nbd.server.export import Export
 from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import PAGE, MemoryStorage

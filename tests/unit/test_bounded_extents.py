@@ -18,7 +18,7 @@ from lamina.jobs.compare import compare
 from lamina.jobs.windows import pairs, windows
 from lamina.limits import Budget
 from lamina.nbd import wire
-from lamina.nbd.export import Export
+from lamina.nbd.server.export import Export
 
 KIB = 1 << 10
 SIZE = 256 * KIB + 512

@@ -23,8 +23,8 @@ from lamina import lifecycle
 from lamina.filters.cow import Cow
 from lamina.graph import open_graph
 from lamina.image import Image
-from lamina.nbd.export import Export
 from lamina.nbd.server import Server
+from lamina.nbd.server.export import Export
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from tests.conftest import Qemu

@@ -15,9 +15,9 @@ import lamina
 from lamina.errors import LaminaError
 from lamina.limits import KIB, align_down
 from lamina.nbd import Export, wire
-from lamina.nbd.client_facts import Facts, Wish
-from lamina.nbd.client_negotiation import Negotiation
-from lamina.nbd.client_session import Request, Transmission
+from lamina.nbd.client.facts import Facts, Wish
+from lamina.nbd.client.negotiation import Negotiation
+from lamina.nbd.client.transmission import Request, Transmission
 
 from ..nbd_memory import MemoryServer
 

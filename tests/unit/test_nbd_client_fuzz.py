@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client_facts import Facts, Mode, Wish
-from lamina.nbd.client_negotiation import Negotiation
-from lamina.nbd.client_session import Request, Transmission
+from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.negotiation import Negotiation
+from lamina.nbd.client.transmission import Request, Transmission
 
 from ..nbd_scripts import (
     GO,

@@ -9,8 +9,8 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client_facts import Facts, Listed, Wish
-from lamina.nbd.client_negotiation import MAX_REPLIES, Negotiation, Task
+from lamina.nbd.client.facts import Facts, Listed, Wish
+from lamina.nbd.client.negotiation import MAX_REPLIES, Negotiation, Task
 
 from ..nbd_scripts import (
     ALL_FLAGS,

@@ -9,8 +9,8 @@ import pytest
 
 from lamina.errors import LaminaError, NotFound, NotSupported
 from lamina.nbd import wire
-from lamina.nbd.client_facts import Mode
-from lamina.nbd.client_session import LARGE, MAX_PIECES, ROOM, Request, Transmission
+from lamina.nbd.client.facts import Mode
+from lamina.nbd.client.transmission import LARGE, MAX_PIECES, ROOM, Request, Transmission
 
 from ..nbd_scripts import (
     STRUCTURED,

@@ -11,8 +11,8 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client_facts import Mode
-from lamina.nbd.client_session import Request
+from lamina.nbd.client.facts import Mode
+from lamina.nbd.client.transmission import Request
 
 from ..nbd_scripts import (
     Chunks,

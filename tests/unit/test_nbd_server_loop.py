@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import pytest
 
-from lamina.nbd import server_loop as room
-from lamina.nbd.server_loop import Loop, Turn
+from lamina.nbd.server import loop as room
+from lamina.nbd.server.loop import Loop, Turn
 
 PATIENCE = 20.0
 

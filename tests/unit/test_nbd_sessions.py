@@ -20,8 +20,8 @@ import lamina
 from lamina.limits import KIB, MIB
 from lamina.nbd import Export
 from lamina.nbd import wire as w
-from lamina.nbd.server_negotiation import MAX_OPTION, Agreed, Negotiation, Phase
-from lamina.nbd.server_session import PART, REFUSED, ROOM, Request, Transmission
+from lamina.nbd.server.negotiation import MAX_OPTION, Agreed, Negotiation, Phase
+from lamina.nbd.server.transmission import PART, REFUSED, ROOM, Request, Transmission
 
 from ..nbd_memory import MemoryServer, Shelf
 from ..nbd_raw import CLIENT_FLAGS, Raw, info, meta, option_bytes

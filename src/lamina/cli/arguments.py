@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(value, list):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
         if getattr(args, "timeout", None) is not None:
-            from ..nbd.client_times import set_usual
+            from ..nbd.client.times import set_usual
 
             set_usual(args.timeout)
         return args

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return failure
     finally:
-        if times := sys.modules.get("lamina.nbd.client_times"):
+        if times := sys.modules.get("lamina.nbd.client.times"):
             times.set_usual(None)  # the option --timeout was for this command
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import ssl
 
     from ..image import Image
-    from ..nbd.exports import Folder, Offer
     from ..nbd.server import Server
+    from ..nbd.server.exports import Folder, Offer
 
 _EXAMPLES = """
   lamina serve -k disk.sock disk.qcow2                       read-only, on a Unix socket; ends with the last client
@@ -226,7 +226,7 @@ def _log(verbose: bool) -> None:
 
 def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
     """The exports, opened: what is wrong with an image is known before anybody can connect."""
-    from ..nbd.exports import Offer
+    from ..nbd.server.exports import Offer
 
     several = len(args.filenames) > 1 or bool(args.export)
     if several and (args.export_name is not None or args.description):
@@ -314,7 +314,7 @@ def _window(image: Image, args: Namespace, options: dict[str, Any]) -> None:
 
 
 def _export(image: Image, args: Namespace, options: dict[str, Any]) -> Any:
-    from ..nbd.export import Export
+    from ..nbd.server.export import Export
 
     offered = image.node.bitmaps
     bitmaps = {}
@@ -335,7 +335,7 @@ def _folder(args: Namespace) -> Folder | None:
         raise BlockIOError("it is not a folder", errno=errno.ENOTDIR, path=args.folder, operation="serve")
     if args.writable and not args.format:
         raise OptionError("a format is never guessed for writing", path=args.folder, hint="give it: -f raw, -f qcow2")
-    from ..nbd.exports import Folder
+    from ..nbd.server.exports import Folder
 
     _format_of_folder(args)
     return Folder(

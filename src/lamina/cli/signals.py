@@ -151,7 +151,7 @@ def _look() -> tuple[dict[int, tuple[int, int]], bool]:
 
 def _abandon_connections() -> None:
     # Nothing is imported here: the interrupted thread may hold the lock of an import. What is not loaded has no connection.
-    link = sys.modules.get("lamina.nbd.link")
-    abandon = getattr(link, "abandon_all", None)
+    links = sys.modules.get("lamina.nbd.links")
+    abandon = getattr(links, "abandon_all", None)
     if abandon is not None:
         abandon()

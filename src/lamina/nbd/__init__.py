@@ -1,8 +1,8 @@
 """NBD: disks over a network, as server and as client.
 
-`wire` is the protocol as a table. The sessions (`server_negotiation`, `server_session`, `client_*`) are machines without
-I/O; `server_connection` and `client` drive them in threads over a `channel`, plain or TLS. `export` shows an image as
-NBD sees it, `exports` what a server has to offer, `node` is the storage driver `nbd`.
+`wire` is the protocol as a table. `server` and `client` each hold the two halves of the protocol (`negotiation`,
+`transmission`) as machines without I/O, and the threads that drive them over a `channel`, plain or TLS. `node` is the
+storage driver `nbd`, `inspect` asks a server about its exports without entering one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import Client
-    from .export import Export
-    from .exports import Folder, Offer
-    from .server import Server
+    from .server import Export, Folder, Offer, Server
 
 __all__ = ["Client", "Export", "Folder", "Offer", "Server"]
 
-_HOMES = {"Client": "client", "Export": "export", "Folder": "exports", "Offer": "exports", "Server": "server"}
+_HOMES = {"Client": "client", "Export": "server", "Folder": "server", "Offer": "server", "Server": "server"}
 
 
 def __getattr__(name: str) -> Any:

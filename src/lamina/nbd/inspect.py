@@ -13,11 +13,11 @@ from typing import Final, NamedTuple
 from ..detect import HEAD_BYTES, TAIL_BYTES, detect
 from ..errors import FormatError, LaminaError, OptionError
 from . import wire
-from .client import Client
-from .client_connection import leave, negotiate
-from .client_facts import Facts, Listed, Wish
-from .client_negotiation import Task
-from .client_times import Times
+from .client.client import Client
+from .client.connection import leave, negotiate
+from .client.facts import Facts, Listed, Wish
+from .client.negotiation import Task
+from .client.times import Times
 from .uri import Target, parse
 
 

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from .. import lifecycle
 
 if TYPE_CHECKING:
-    from .link import Link
+    from .client.link import Link
 
 _links: WeakSet[Link] = WeakSet()
 

@@ -15,7 +15,7 @@ from ..limits import KIB, Limits, align_down
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded
 from ..schema import Option, Schema
 from . import wire
-from .client import Client
+from .client.client import Client
 from .uri import OPTIONS, from_options
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ..errors import LaminaError, printable
-from ..limits import KIB, MIB
-from . import wire
+from ...errors import LaminaError, printable
+from ...limits import KIB, MIB
+from .. import wire
 
 if TYPE_CHECKING:
     from .export import Export

@@ -1,6 +1,6 @@
 """What a client wants of an NBD server and what it is told: the agreed facts, the listed exports, the refusals.
 
-Plain values without I/O, which `client_negotiation` makes of the server's bytes and the rest of the client relies on.
+Plain values without I/O, which `negotiation` makes of the server's bytes and the rest of the client relies on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
-from ..errors import BlockIOError, LaminaError, NotFound, NotSupported, printable
-from . import wire
+from ...errors import BlockIOError, LaminaError, NotFound, NotSupported, printable
+from .. import wire
 
 Mode = Literal["simple", "structured", "extended"]
 Handshake = Literal["oldstyle", "newstyle", "newstyle-fixed"]

@@ -14,13 +14,13 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ..limits import KIB, align_down
-from . import wire
+from ...limits import KIB, align_down
+from .. import wire
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
 
-    from .server_negotiation import Agreed
+    from .negotiation import Agreed
 
 #: Where requests are received: one system call brings many of them.
 ROOM: Final = 1024 * KIB

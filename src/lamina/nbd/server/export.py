@@ -12,17 +12,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BlockIOError, ReadOnly
-from ..image import Image
-from ..limits import MIB, align_down, align_up, is_power_of_two
-from ..node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
-from ..request import is_zero
-from . import wire
+from ...errors import BlockIOError, ReadOnly
+from ...image import Image
+from ...limits import MIB, align_down, align_up, is_power_of_two
+from ...node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
+from ...request import is_zero
+from .. import wire
 
 if TYPE_CHECKING:
-    from ..bitmap import DirtyBitmap
-    from ..extents import Extents
-    from ..numeric import NDArray
+    from ...bitmap import DirtyBitmap
+    from ...extents import Extents
+    from ...numeric import NDArray
 
     Columns = tuple[NDArray[Any], NDArray[Any]]
 
@@ -161,7 +161,7 @@ class Export:
     ) -> list[tuple[int, bytes]]:
         """For each context in `names`, how many extents from `offset` on are told, and they, packed as `wire.EXTENT` (`wide`:
         `wire.EXTENT_EXT`). At least one, at most MAX_EXTENTS, only the first if `one`; together never past the request."""
-        from ..numeric import np
+        from ...numeric import np
 
         found: dict[str, list[Columns]] = {name: [] for name in names}
         end = offset + length
@@ -206,7 +206,7 @@ class Export:
 
     def _runs(self, name: str, exact: Extents | None, begin: int, end: int) -> Columns:
         """(lengths, values) of the context `name` from `begin` to `end`; neighbours may be equal."""
-        from ..numeric import np
+        from ...numeric import np
 
         bitmap = self._bitmaps.get(name)
         if bitmap is not None:
@@ -225,7 +225,7 @@ class Export:
         return rounded.length, np.where(rounded.data, 0, wire.STATE_HOLE) | np.where(rounded.zero, wire.STATE_ZERO, 0)
 
     def _dirty(self, bitmap: DirtyBitmap, begin: int, end: int) -> Columns:
-        from ..numeric import np
+        from ...numeric import np
 
         edges, values, at = [begin], [], begin
         for start, stop in bitmap.dirty(begin, end):
@@ -245,7 +245,7 @@ class Export:
 
 
 def _exact_values(exact: Extents) -> NDArray[Any]:
-    from ..numeric import np
+    from ...numeric import np
 
     values = exact.depth.astype(np.int64) << wire.EXACT_DEPTH_SHIFT & 0xFFFFFFFF
     for mask, bit in (
@@ -260,7 +260,7 @@ def _exact_values(exact: Extents) -> NDArray[Any]:
 
 def _joined(pieces: list[Columns]) -> Columns:
     """The pieces, one after the other, with equal neighbours made one."""
-    from ..numeric import np
+    from ...numeric import np
 
     lengths = np.concatenate([piece[0] for piece in pieces]).astype(np.int64)
     values = np.concatenate([piece[1] for piece in pieces]).astype(np.int64)
@@ -270,7 +270,7 @@ def _joined(pieces: list[Columns]) -> Columns:
 
 def _clipped(lengths: NDArray[Any], values: NDArray[Any], begin: int, first: int, last: int) -> Columns:
     """The part from `first` to `last` of extents that start at `begin`."""
-    from ..numeric import np
+    from ...numeric import np
 
     edges = np.clip(np.concatenate(([begin], begin + np.cumsum(lengths))), first, last)
     lengths = np.diff(edges)

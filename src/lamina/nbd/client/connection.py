@@ -1,6 +1,6 @@
 """From a target to a connection that is ready: the socket, TLS, and the handshake, within their times.
 
-Drives `client_negotiation` over a channel. Everything here blocks, and holds no state between calls.
+Drives `negotiation` over a channel. Everything here blocks, and holds no state between calls.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BlockIOError, LaminaError, printable
-from .channel import Channel, PlainChannel
-from .client_facts import Facts, Wish
-from .client_negotiation import Negotiation, Task
+from ...errors import BlockIOError, LaminaError, printable
+from ..channel import Channel, PlainChannel
+from .facts import Facts, Wish
+from .negotiation import Negotiation, Task
 
 if TYPE_CHECKING:
     import ssl
 
-    from .uri import Target
+    from ..uri import Target
 
 #: Errors that may be gone in a moment: nobody listens yet, or the server is just being started again.
 PASSING: Final = frozenset(
@@ -194,7 +194,7 @@ def negotiate(
     then told goodbye as far as the protocol lets one."""
     context: tuple[ssl.SSLContext, str | None] | None = None
     if wish.tls != "off":
-        from .tls import client_context
+        from ..tls import client_context
 
         context = client_context(target)
     channel: Channel = connect(target, connect_timeout, check)

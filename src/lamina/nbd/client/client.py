@@ -14,16 +14,16 @@ import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Self
 
-from ..errors import BlockIOError
-from . import wire
-from .channel import Channel
-from .client_calls import Calls
-from .client_connection import Check, enter, never
-from .client_facts import Facts, Wish
-from .client_request import Durability, Pending, Sent, take_leave
-from .client_times import Times
+from ...errors import BlockIOError
+from .. import wire
+from ..channel import Channel
+from ..uri import Target, parse
+from .calls import Calls
+from .connection import Check, enter, never
+from .facts import Facts, Wish
 from .link import Link
-from .uri import Target, parse
+from .request import Durability, Pending, Sent, take_leave
+from .times import Times
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12

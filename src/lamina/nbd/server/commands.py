@@ -13,16 +13,16 @@ from collections.abc import Callable
 from errno import ESHUTDOWN
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BlockIOError, LaminaError, NotSupported
-from ..limits import GIB, KIB, MIB, align_down
-from . import wire
+from ...errors import BlockIOError, LaminaError, NotSupported
+from ...limits import GIB, KIB, MIB, align_down
+from .. import wire
 from .export import MAX_EXTENTS
-from .server_session import PART, REFUSED, Request, Transmission
+from .transmission import PART, REFUSED, Request, Transmission
 
 if TYPE_CHECKING:
-    from .channel import Buffer
-    from .server_connection import Connection
-    from .server_negotiation import Agreed
+    from ..channel import Buffer
+    from .connection import Connection
+    from .negotiation import Agreed
 
 log = logging.getLogger("lamina.nbd")
 

@@ -11,8 +11,8 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
-from ..errors import BlockIOError, OptionError
-from .wire import PORT
+from ...errors import BlockIOError, OptionError
+from ..wire import PORT
 
 #: Seconds for which a socket that is in the way may take to answer.
 _PROBE: Final = 1.0

@@ -3,7 +3,7 @@
 A driver asks `buffer()` where the next bytes go, tells with `received(n)` how many came, and sends what `to_send()` hands
 out; nothing is ever read ahead, so that no plaintext can slip behind STARTTLS and no reply behind the last option. What the
 server says is held against a bound before anything is allocated for it, and against the specification (proto.md, "Handshake
-phase", and its extensions) before it is believed. Then comes transmission: `client_session`.
+phase", and its extensions) before it is believed. Then comes transmission: `transmission`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import struct
 from collections.abc import Generator, Sequence
 from typing import Final, Literal
 
-from ..errors import BlockIOError, NotFound, NotSupported, printable
-from ..limits import MAX_SIZE, MIB, align_down, is_power_of_two
-from . import wire
-from .client_facts import Facts, Handshake, Listed, Mode, Refused, Wish, server_text, violation
+from ...errors import BlockIOError, NotFound, NotSupported, printable
+from ...limits import MAX_SIZE, MIB, align_down, is_power_of_two
+from .. import wire
+from .facts import Facts, Handshake, Listed, Mode, Refused, Wish, server_text, violation
 
 Task = Literal["enter", "list", "describe"]
 _Steps = Generator[int, bytes, None]

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BlockIOError, LaminaError
-from . import wire
+from ...errors import BlockIOError, LaminaError
+from .. import wire
 
 if TYPE_CHECKING:
     from .link import Link

@@ -9,11 +9,11 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from ..limits import KIB
-from .server_session import PART
+from ...limits import KIB
+from .transmission import PART
 
 if TYPE_CHECKING:
-    from .server_session import Request
+    from .transmission import Request
 
 #: A request that comes in pieces goes on while so many bytes of it come within the time limit.
 _GOING_ON: Final = 16 * KIB

@@ -1,6 +1,6 @@
 """The NBD server: listens, lets clients in within limits, and ends in good order.
 
-Each client has a thread (`server_connection.py`). A client that only connects costs that thread, and leaves after
+Each client has a thread (`connection.py`). A client that only connects costs that thread, and leaves after
 the handshake time. When as many negotiate as may, one that has said nothing for a while makes room for the next; while none
 has, newcomers wait in the backlog of the socket. So a flood of clients that say nothing puts out no client that goes on.
 """
@@ -21,19 +21,19 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
-from .. import lifecycle
-from ..errors import Closed, OptionError
-from ..limits import MIB
-from .channel import PlainChannel
+from ... import lifecycle
+from ...errors import Closed, OptionError
+from ...limits import MIB
+from ..channel import PlainChannel
+from ..tls import allowed
+from ..uri import Target
+from .access import check_access
+from .connection import CLIENT_MEMORY, Connection
 from .export import Export
 from .exports import Folder, Offer, View, check_names
-from .server_access import check_access
-from .server_connection import CLIENT_MEMORY, Connection
-from .server_listen import check_reach, keep_alive, listen_tcp, listen_unix
-from .server_loop import Loop
-from .server_pool import Memory, Pace
-from .tls import allowed
-from .uri import Target
+from .listen import check_reach, keep_alive, listen_tcp, listen_unix
+from .loop import Loop
+from .pool import Memory, Pace
 
 if TYPE_CHECKING:
     import ssl

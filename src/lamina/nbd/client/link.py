@@ -20,19 +20,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, cast
 
-from ..errors import BlockIOError, Closed, LaminaError
-from ..limits import KIB
-from . import links, wire
-from .channel import Buffer, Channel
-from .client_connection import PASSING, Check, leave, lost, passes, pause
-from .client_facts import Facts
-from .client_request import CHANGES, Durability, Request, Sent
-from .client_session import Transmission
-from .client_times import SHORT, TICK, Clock, Times
-from .links import abandon_all as abandon_all  # where the command line looks for it
+from ...errors import BlockIOError, Closed, LaminaError
+from ...limits import KIB
+from .. import links, wire
+from ..channel import Buffer, Channel
+from .connection import PASSING, Check, leave, lost, passes, pause
+from .facts import Facts
+from .request import CHANGES, Durability, Request, Sent
+from .times import SHORT, TICK, Clock, Times
+from .transmission import Transmission
 
 if TYPE_CHECKING:
-    from .uri import Target
+    from ..uri import Target
 
 #: So many requests on their way fit into the buffers of both sockets even if nobody reads there: headers and replies of a
 #: few bytes each, which a Unix socket counts as a kilobyte. Beyond that, who sends looks whether it can.

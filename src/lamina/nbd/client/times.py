@@ -12,12 +12,12 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from ..errors import BlockIOError
-from ..limits import KIB
-from . import wire
+from ...errors import BlockIOError
+from ...limits import KIB
+from .. import wire
 
 if TYPE_CHECKING:
-    from .client_request import Request
+    from .request import Request
 
 #: Bytes, in either direction, that count as progress although no request is answered yet.
 STEP: Final = 16 * KIB

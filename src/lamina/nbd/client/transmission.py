@@ -18,12 +18,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from ..errors import BlockIOError, LaminaError, NotSupported
-from ..limits import KIB
-from ..node import fill_zero
-from . import wire
-from .client_facts import Facts, server_text, violation
-from .client_request import CHANGES, Request
+from ...errors import BlockIOError, LaminaError, NotSupported
+from ...limits import KIB
+from ...node import fill_zero
+from .. import wire
+from .facts import Facts, server_text, violation
+from .request import CHANGES, Request
 
 #: Replies are received this much at a time, unless large reads are on their way: then a header at a time, and the bytes
 #: into their view. (Measured: 4 KiB reads want many replies in one call, 256 KiB reads want no copy.)

@@ -14,13 +14,13 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OutOfRange, ReadOnly
-from ..limits import GIB, MAX_SIZE, align_down, align_up
-from . import wire
-from .client_facts import Facts, Wish, violation
-from .client_request import Durability, Group, Pending, Sent, take_leave
+from ...errors import BlockIOError, Closed, LaminaError, NotSupported, OutOfRange, ReadOnly
+from ...limits import GIB, MAX_SIZE, align_down, align_up
+from .. import wire
+from ..uri import Target
+from .facts import Facts, Wish, violation
 from .link import Link
-from .uri import Target
+from .request import Durability, Group, Pending, Sent, take_leave
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # Python 3.12

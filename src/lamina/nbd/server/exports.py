@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from ..errors import BlockIOError, LaminaError, OptionError, printable
-from ..image import Image
-from ..node import Node, StorageNode
-from . import wire
+from ...errors import BlockIOError, LaminaError, OptionError, printable
+from ...image import Image
+from ...node import Node, StorageNode
+from .. import wire
+from ..tls import allowed
 from .export import Export
-from .server_negotiation import Refused
-from .tls import allowed
+from .negotiation import Refused
 
 log = logging.getLogger("lamina.nbd")
 

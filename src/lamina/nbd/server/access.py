@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
+from ...errors import OptionError
 
 if TYPE_CHECKING:
     import ssl

@@ -1,16 +1,16 @@
 """One client of a server: its negotiation, then its requests, from the first byte to the last.
 
-A connection is one thread that receives, executes (`server_commands.py`) and answers. One receive brings many requests and
+A connection is one thread that receives, executes (`commands.py`) and answers. One receive brings many requests and
 one send takes many replies, so that a request costs microseconds. Where storage is slow, waiting for one request would hold
 up the others: then requests go to a pool of threads that the export has, and each is answered when it is done. No thread of
 a pool waits for a client: what it has to say goes to a thread that only sends, and belongs to that client.
 
-A request that takes many steps (`server_commands.STEP`) has a thread of its own, not one of the pool: two clients could keep
+A request that takes many steps (`commands.STEP`) has a thread of its own, not one of the pool: two clients could keep
 the whole pool busy with such for hours. Between the steps it ends if its client is gone, or the server wants to end.
 
-Memory: 1 MiB of requests (`server_session.ROOM`) and 1 MiB of replies (`server_commands.SLAB`) for each client, and up to
+Memory: 1 MiB of requests (`transmission.ROOM`) and 1 MiB of replies (`commands.SLAB`) for each client, and up to
 1 MiB more for each of its 16 requests that are in the pool, or answered and not sent; all together as much as the server has
-(`server_pool.Memory`). Nothing is allocated by a length that a client names.
+(`pool.Memory`). Nothing is allocated by a length that a client names.
 
 Time: whoever accepts clients looks at all of them now and then (`overdue`) and puts out those that stopped. Replies that are
 not taken end the connection by the time limit of the socket.
@@ -28,23 +28,23 @@ from collections.abc import Callable, Sequence
 from errno import ETIMEDOUT
 from typing import TYPE_CHECKING, Final
 
-from ..errors import BlockIOError, LaminaError
-from ..limits import KIB
-from . import wire
-from .server_commands import SLAB, STEP, STEPPED, Commands
-from .server_loop import Loop
-from .server_negotiation import Agreed, Negotiation, Phase
-from .server_pool import Memory, Pace
-from .server_session import PART, REFUSED, ROOM, Request, Transmission
-from .server_waits import Waits
+from ...errors import BlockIOError, LaminaError
+from ...limits import KIB
+from .. import wire
+from .commands import SLAB, STEP, STEPPED, Commands
+from .loop import Loop
+from .negotiation import Agreed, Negotiation, Phase
+from .pool import Memory, Pace
+from .transmission import PART, REFUSED, ROOM, Request, Transmission
+from .waits import Waits
 
 if TYPE_CHECKING:
     import ssl
 
-    from .channel import Buffer, PlainChannel
+    from ..channel import Buffer, PlainChannel
+    from ..tls_channel import TlsChannel
     from .export import Export
     from .exports import View
-    from .tls_channel import TlsChannel
 
 log = logging.getLogger("lamina.nbd")
 
