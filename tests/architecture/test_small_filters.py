@@ -1,4 +1,4 @@
-"""Filters stay small: what two of them need belongs to the floor of the nodes. Counted are the lines that hold code."""
+"""Filters stay small: code that two filters need belongs to the layer of the nodes. Only lines that hold code are counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def code_lines(source: str) -> int:
 
 
 def statements_on_one_line(source: str) -> list[int]:
-    """Lines on which more than one simple statement stands: the count would be no count."""
+    """Lines on which more than one simple statement stands, which the count of lines would miss."""
     starts = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
     return sorted({line for line in starts if starts.count(line) > 1})
 

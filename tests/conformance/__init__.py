@@ -1,4 +1,4 @@
-"""Every driver of the house against the suites that `lamina.testing` ships."""
+"""Runs the conformance suites of `lamina.testing` against every driver."""
 
 import pytest
 

@@ -28,7 +28,7 @@ def example(own_drivers: None) -> Iterator[types.ModuleType]:
 
 
 def test_the_example_filters(example: types.ModuleType, tmp_path: Path) -> None:
-    registry.register("slow", "filter", "slow_example:Slow", "every read takes a while longer")
+    registry.register("slow", "filter", "slow_example:Slow", "delays every read")
     path = tmp_path / "disk.qcow2"
     lamina.create(path, "qcow2", 1 << 20)
     spec = {"driver": "slow", "milliseconds": 1, "image": {"driver": "qcow2", "file": {"filename": str(path)}}}

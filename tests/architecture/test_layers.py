@@ -1,7 +1,7 @@
-"""The house keeps its shape: imports point down, files stay short and say what they are, the README's map is true.
+"""The architecture: imports point down the layers, files are short and documented, the README's map is complete.
 
-All of it is read from the source with `ast`; nothing of Lamina is imported. Each rule is a function of plain values,
-and a test beside it shows that it can fail.
+The tests parse the source with `ast` and import nothing of Lamina. Each rule is a function of plain values, and a second
+test shows that the rule can fail.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HOUSE = ROOT / "src" / "lamina"
+PACKAGE = ROOT / "src" / "lamina"
 
-#: From the lowest to the highest. An import may point to its own floor or below, never above.
-FLOORS = [
+#: From the lowest to the highest. A module may import modules of its own layer and of lower ones.
+LAYERS = [
     {"errors"},
     {
         "atomic_file",
@@ -59,15 +59,15 @@ FLOORS = [
     {"filters", "formats", "storage"},
     {"jobs", "nbd"},
     {"cli", "testing"},
-    {"", "__main__"},  # the package's own __init__ gives the public names of every floor, on demand
+    {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
 ]
-#: These never import one another, though they share a floor: the registry finds each by its name.
+#: Packages of one layer that never import one another: the registry finds each driver by its name.
 SIBLINGS = {"filters", "formats", "storage"}
 
 LONGEST = 500
 LONGER = "Longer than 500 lines:"
 VAGUE = {"common", "helper", "helpers", "misc", "util", "utils"}
-# Folders and hosts of one machine: none of them means anything on another.
+# Folders and hosts of one machine, which do not exist on another.
 OF_A_MACHINE = re.compile(
     r"""(?<![\w.$)}~/-])/(?:work|root|tmp/venv|var/cache|opt)/
     |(?:--|_)(?:extra-)?index-url|INDEX_URL
@@ -82,14 +82,14 @@ def sources(*folders: str) -> list[Path]:
 
 
 def module_name(file: Path) -> str:
-    """`formats.qcow2.header` for that file below the house; "" for the house's own `__init__`."""
-    parts = file.relative_to(HOUSE).with_suffix("").parts
+    """The dotted name of `file` below the package, such as `formats.qcow2.header`; "" for the package's `__init__`."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def floor_of(module: str) -> int | None:
-    room = module.split(".")[0]
-    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
+def layer_of(module: str) -> int | None:
+    top = module.split(".")[0]
+    return next((number for number, names in enumerate(LAYERS) if top in names), None)
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -111,9 +111,9 @@ def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def imported(source: str, module: str, is_package: bool, known: set[str]) -> Iterator[tuple[int, str]]:
-    """The modules of the house that `source`, the text of `module`, imports: line and name, as in `module_name`.
+    """The modules of Lamina that the text `source` of `module` imports: line and name, as in `module_name`.
 
-    `known` holds all modules of the house: `from . import x` means the module x if there is one, else a name in the
+    `known` holds the names of all modules: `from . import x` means the module x if there is one, else a name in the
     package.
     """
     for node in imports(ast.parse(source)):
@@ -137,34 +137,34 @@ def imported(source: str, module: str, is_package: bool, known: set[str]) -> Ite
 
 def upward(module: str, target: str) -> str | None:
     """Why `module` may not import `target`, or None if it may."""
-    below, above = floor_of(module), floor_of(target)
+    below, above = layer_of(module), layer_of(target)
     if above is None:
-        return f"{target} is on no floor: add it to FLOORS"
+        return f"{target} is in no layer: add it to LAYERS"
     if below is None:
-        return f"{module} is on no floor: add it to FLOORS"
+        return f"{module} is in no layer: add it to LAYERS"
     if above > below:
         return f"lamina.{target} is above lamina.{module}".replace("lamina. ", "lamina ")
-    rooms = {module.split(".")[0], target.split(".")[0]}
-    if len(rooms) == 2 and rooms <= SIBLINGS:
+    packages = {module.split(".")[0], target.split(".")[0]}
+    if len(packages) == 2 and packages <= SIBLINGS:
         return f"{module} and {target} are siblings: let the registry find it by name"
     return None
 
 
-HOUSE_FILES = sources("src/lamina")
+PACKAGE_FILES = sources("src/lamina")
 ALL_FILES = sources("src", "tests", "benchmarks", "tour", "docs")
-MODULES = {module_name(file) for file in HOUSE_FILES}
+MODULES = {module_name(file) for file in PACKAGE_FILES}
 
 
 def from_root(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-# Floors
+# Layers
 
 
 def test_no_import_points_upward() -> None:
     wrong = []
-    for file in HOUSE_FILES:
+    for file in PACKAGE_FILES:
         module = module_name(file)
         for line, target in imported(file.read_text(), module, file.name == "__init__.py", MODULES):
             if reason := upward(module, target):
@@ -172,9 +172,9 @@ def test_no_import_points_upward() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_room_is_on_a_floor() -> None:
-    homeless = sorted({module.split(".")[0] for module in MODULES if floor_of(module) is None})
-    assert not homeless, f"put into FLOORS, as low as it can be: {', '.join(homeless)}"
+def test_every_module_has_a_layer() -> None:
+    unknown = sorted({module.split(".")[0] for module in MODULES if layer_of(module) is None})
+    assert not unknown, f"add to the lowest possible layer of LAYERS: {', '.join(unknown)}"
 
 
 @pytest.mark.parametrize(
@@ -249,45 +249,45 @@ def too_long(source: str) -> bool:
     return lines > LONGEST and LONGER not in (ast.get_docstring(ast.parse(source)) or "")
 
 
-def says_what_it_is(source: str) -> bool:
+def documented(source: str) -> bool:
     """Whether the docstring of a module holds a sentence: some words and a full stop."""
     return bool(re.search(r"\w+\W+\w+\W.*[.!?:](\s|$)", ast.get_docstring(ast.parse(source)) or "", re.DOTALL))
 
 
 @pytest.mark.parametrize("file", ALL_FILES, ids=from_root)
-def test_file_is_short_and_says_what_it_is(file: Path) -> None:
+def test_file_is_short_and_documented(file: Path) -> None:
     source = file.read_text()
-    if file.name == "__init__.py" and not source and not file.is_relative_to(HOUSE):
+    if file.name == "__init__.py" and not source and not file.is_relative_to(PACKAGE):
         return  # folders of tests are packages only so that two test files may have one name
     assert not too_long(source), f"more than {LONGEST} lines: find the second subject, or say {LONGER!r} and why"
-    assert says_what_it_is(source), "the docstring says in a sentence what this is and where it stands"
-    assert file.stem not in VAGUE, "a name that says nothing: name the subject"
-    assert not VAGUE & set(file.relative_to(ROOT).parts), "a folder whose name says nothing: name the subject"
+    assert documented(source), "the docstring of a module is at least one sentence"
+    assert file.stem not in VAGUE, "a vague name: name the subject"
+    assert not VAGUE & set(file.relative_to(ROOT).parts), "a vague folder name: name the subject"
 
 
-def test_every_folder_of_the_house_is_a_package() -> None:
-    bare = {from_root(file.parent) for file in HOUSE_FILES if not (file.parent / "__init__.py").exists()}
-    assert not bare, f"no __init__.py that says what lives there: {', '.join(sorted(bare))}"
+def test_every_folder_of_the_source_is_a_package() -> None:
+    bare = {from_root(file.parent) for file in PACKAGE_FILES if not (file.parent / "__init__.py").exists()}
+    assert not bare, f"no __init__.py that documents the package: {', '.join(sorted(bare))}"
 
 
 def test_the_rules_for_a_file_can_fail() -> None:
     assert too_long('"""Long."""\n' + "x = 1\n" * LONGEST)
     assert not too_long('"""Long.\n\nLonger than 500 lines: one table."""\n' + "x = 1\n" * LONGEST)
     assert not too_long("x = 1\n" * LONGEST)
-    assert not says_what_it_is("x = 1")
-    assert not says_what_it_is('"""Formats."""')
-    assert says_what_it_is('"""Formats: one module each."""')
+    assert not documented("x = 1")
+    assert not documented('"""Formats."""')
+    assert documented('"""Formats: one module each."""')
 
 
 # Nothing of one machine
 
 
 def committed() -> list[Path]:
-    """What is in the repository or would be at the next commit; in an unpacked archive, every file."""
+    """The files of the repository, those of the next commit included; in an unpacked archive, every file."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return [ROOT / name for name in told.split("\0") if name and (ROOT / name).is_file()]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     hidden = {".venv", ".git", "__pycache__"}
     return [file for file in ROOT.rglob("*") if file.is_file() and not hidden & set(file.relative_to(ROOT).parts)]
 
@@ -330,7 +330,7 @@ def test_what_names_one_machine(text: str, named: bool) -> None:
 README = ROOT / "README.md"
 
 
-def house_map(text: str) -> str:
+def module_map(text: str) -> str:
     """The fenced block of a Markdown text whose first line begins with `src/lamina/`; "" if it has none."""
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return next((block for block in blocks if block.startswith("src/lamina/")), "")
@@ -339,9 +339,9 @@ def house_map(text: str) -> str:
 def named_in(block: str) -> set[str]:
     """The paths from the repository's root that the map names.
 
-    A line that is indented speaks of what lies in `src/lamina/`, any other of the repository. Words that end in `/` or
-    `.py` are paths. If the line's first word is a folder, the others lie in it; `qcow2/{layout,header}` names two
-    modules of a folder (an ending `...` says that there are more). All other words are prose.
+    Paths of an indented line are relative to `src/lamina/`, those of any other line to the repository. Words that end in
+    `/` or `.py` are paths. If the first word of a line is a folder, the other paths are relative to that folder;
+    `qcow2/{layout,header}` names two modules of a folder (a final `...` stands for more). All other words are prose.
     """
     found: set[str] = set()
     for line in block.splitlines():
@@ -360,19 +360,19 @@ def named_in(block: str) -> set[str]:
     return found
 
 
-def in_the_house() -> set[str]:
-    """What the map must name: every package at any depth, every module that lies directly in the house."""
-    packages = {from_root(file.parent) + "/" for file in HOUSE_FILES if file.name == "__init__.py"}
-    return packages | {from_root(file) for file in HOUSE_FILES if file.parent == HOUSE and file.name != "__main__.py"}
+def required_in_map() -> set[str]:
+    """The paths that the map must name: every package at any depth, and every module directly in `src/lamina`."""
+    packages = {from_root(file.parent) + "/" for file in PACKAGE_FILES if file.name == "__init__.py"}
+    return packages | {from_root(file) for file in PACKAGE_FILES if file.parent == PACKAGE and file.name != "__main__.py"}
 
 
 def test_the_map_in_the_readme_is_true() -> None:
-    block = house_map(README.read_text())
+    block = module_map(README.read_text())
     assert block, "the README has a fenced block that begins with src/lamina/"
     named = named_in(block)
     gone = sorted(name for name in named if not (ROOT / name).exists())
     assert not gone, f"named in the map but not there: {', '.join(gone)}"
-    missing = sorted(in_the_house() - named)
+    missing = sorted(required_in_map() - named)
     assert not missing, f"there but not named in the map: {', '.join(missing)}"
 
 
@@ -386,14 +386,14 @@ make tour
 ```
 src/lamina/
   __init__.py     the public names, read/write, loaded lazily
-  errors.py  limits.py      ground floor; and/or
+  errors.py  limits.py      base layer; and/or
   request.py      the request path (idea 3);  ranges.py  locks on byte ranges
   formats/        raw  qcow2/{header, mapping,...}
   cli/            main, one module per command, io/ (the shell)
 tests/            unit  conformance/
 ```
 """
-    assert named_in(house_map(text)) == {
+    assert named_in(module_map(text)) == {
         "src/lamina/",
         "src/lamina/__init__.py",
         "src/lamina/errors.py",
@@ -409,4 +409,4 @@ tests/            unit  conformance/
         "tests/",
         "tests/conformance/",
     }
-    assert house_map("```\nlamina/\n```") == ""
+    assert module_map("```\nlamina/\n```") == ""
