@@ -1,4 +1,4 @@
-"""The base of filters that do the same around all requests. On the floor of the nodes, under the contract of `node.py`."""
+"""The base class of filters that treat all requests alike. It follows the contract of `node.py`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from .request import Child
 if TYPE_CHECKING:
     from .extents import Extents
 
-#: A request that only waits to be done.
+#: A function without parameters that executes one request.
 Request: TypeAlias = Callable[[], Any]
 
 
 class AroundNode(FilterNode):
-    """An observer that does the same around all requests: they pass one hook. `clock`, for hooks that wait or measure, is the
-    module `time`, or what a test moves by hand."""
+    """A filter whose requests all pass through one method, `around`. `clock`, for filters that wait or measure, has the
+    functions of the module `time`; tests replace it."""
 
     def __init__(self, image: Child, *, clock: Any = time, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(image, name=name, read_only=read_only)
         self.clock = clock
 
     def around(self, kind: str, request: Request, offset: int, length: int, flags: int, /) -> Any:
-        """Do `request`, and return what it returns; or raise instead. `kind`: "read", "write", "zero", "discard", "flush",
-        "truncate" or "extents". Of a truncate, `offset` is the new size; what a request does not have is 0."""
+        """Execute `request` and return its result, or raise an error instead. `kind`: "read", "write", "zero", "discard",
+        "flush", "truncate" or "extents". `offset`, `length` and `flags` are 0 where the request has none; for a truncate
+        `offset` is the new size."""
         return request()
 
     def read_into(self, offset: int, view: memoryview) -> None:

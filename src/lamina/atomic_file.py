@@ -1,11 +1,11 @@
-"""Files that appear under their name when they are whole, and not before.
+"""Atomic creation and replacement of files: a file gets its name only when its content is complete.
 
-Ground floor: it imports nothing but errors, and knows nothing of images; `creation` adds the locks of images and says what is
-done on standard error. It stands for `tempfile`, too, whose import alone is a tenth of what a short command costs.
+Base layer; the module does not know images. `creation` adds image locks and prints warnings on standard error. `tempfile` is
+not used, since its import takes a tenth of the time of a short command.
 
-A new file has no name while it is written (O_TMPFILE), where the file system has that: whatever ends the process leaves
-nothing. Elsewhere, and for the moment in which a file is replaced, it is called `temporary_name(TARGET)`, and the process
-that writes it holds a lock on it (flock): the next `AtomicFile` of that target removes what a killed process has left.
+A new file has no name while it is written (O_TMPFILE), if the file system supports that, so a killed process leaves nothing
+behind. Otherwise, and for a moment when a file is replaced, the new file is named `temporary_name(TARGET)`, and the writing
+process holds a lock on it (flock). The next `AtomicFile` of the target removes the temporary file of a killed process.
 """
 
 from __future__ import annotations
@@ -20,51 +20,50 @@ from types import TracebackType
 from typing import Self
 from zlib import crc32
 
-from .errors import BlockIOError, LaminaError, Locked, OptionError, tell_too
+from .errors import BlockIOError, LaminaError, Locked, OptionError, append_hint
 from .target_file import NOT_ALLOWED, Lock, Target, open_folder, real_path
 
-#: Of a file that is written in place, so many bytes from the start are written last. The headers of all formats begin there.
+#: The first bytes of a file that is written in place; they are written last. The header of every format is there.
 HEADER_BYTES = 4096
 
 _PREFIX = ".lamina-new-"
 _LONGEST_NAME = 255
-#: What open says where there is no O_TMPFILE. (EISDIR, ENOENT: a kernel that does not know it. EINVAL: some file systems.)
+#: Errors of open without support for O_TMPFILE. (EISDIR, ENOENT: an old kernel. EINVAL: some file systems.)
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
-#: What a system says that has no such operation for this file.
-_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
+#: Errors of an operation that the file system does not support.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
 
 
 def temporary_name(name: str) -> str:
-    """What a file of this name is called, in the same folder, while it is not whole. A name that leaves no room for the
-    prefix is cut, and told apart by a checksum."""
-    whole = _PREFIX + name
-    if len(os.fsencode(whole)) <= _LONGEST_NAME:
-        return whole
-    return os.fsdecode(os.fsencode(whole)[:200]) + f"-{crc32(os.fsencode(name)):08x}"
+    """The name, in the same folder, of the temporary file for the target `name`. A name that would exceed the limit of the
+    file system is truncated and gets a checksum."""
+    temporary = _PREFIX + name
+    if len(os.fsencode(temporary)) <= _LONGEST_NAME:
+        return temporary
+    return os.fsdecode(os.fsencode(temporary)[:200]) + f"-{crc32(os.fsencode(name)):08x}"
 
 
 class AtomicFile:
-    """A new file at a path, or a new content of the file that is there. A context manager: write to the descriptor `fd`;
-    leaving without an error gives the file its name, an error leaves nothing of it. No name leads to `fd` meanwhile that a
-    program could want; messages name `path`.
+    """A new file at a path, or a replacement of the existing file. A context manager: the caller writes to the descriptor
+    `fd`. At the end of the block the file gets its name; after an error it is removed. Messages contain `path`.
 
-    A file that is there already is held (`Target`) from the beginning to the end and replaced in one step. The new file has
-    the owner, permissions and extended attributes of the old one, but never set-user-id, set-group-id or sticky bits. Where
-    a rename would lose what the file is (`Target.obstacle`), and on a block device, `in_place` is true: `fd` is open on the
-    file itself, with its old content. The first HEADER_BYTES bytes are then to be put into `header`, and are written at the
-    end, so that a half-written file is never taken for a whole one; `begun` is to be set before the old content changes.
+    An existing file is opened and locked (`Target`) for the whole block and replaced by a rename. The new file gets the
+    owner, permissions and extended attributes of the old one, but never set-user-id, set-group-id or sticky bits. Where a
+    rename would lose properties of the file (`Target.obstacle`), and for a block device, `in_place` is true: `fd` is the
+    existing file with its old content. The caller then stores the first HEADER_BYTES bytes in `header`, which are written at
+    the end, so that an incomplete file is never taken for an image, and sets `begun` before it changes the old content.
 
-    `durable`: file and name are on stable storage at the end: the file first, then the name, so that a power cut leaves the
-    old file or the new one. Where a file is replaced that is so in any case. `mode`: the permissions of a file of a new name,
-    of which the system takes the bits of the umask. `lock`: see `Target`. `tell`: called with a line of text before anything
-    is written in place, to say so. One thread at a time. In a process that was forked meanwhile nothing of it does anything.
+    `durable`: the file and then its name are on stable storage at the end, so that a power cut leaves the old file or the
+    new one. A replacement is always durable. `mode`: the permissions of a file with a new name, without the bits of the
+    umask. `lock`: see `Target`. `tell`: called with a warning, one line, before a file is written in place. Not thread-safe.
+    In a forked child process all methods do nothing.
     """
 
-    # Of the class, so that one whose making was interrupted can be put away, too.
+    # Class attributes, so that `__del__` works for an instance whose `__init__` was interrupted.
     fd = -1
     _folder = -1
     _old: Target | None = None
-    _named = False  # the temporary name may be in use, by us
+    _named = False  # the temporary file of this instance may exist
     _process = -1
 
     def __init__(
@@ -78,34 +77,34 @@ class AtomicFile:
     ) -> None:
         self.durable = durable
         self.in_place = False
-        #: Whether it is a block device, which keeps its length and what nobody overwrites.
+        #: Whether the target is a block device, whose length is fixed and whose other bytes stay.
         self.is_device = False
-        #: In place: the old content is gone.
+        #: Whether the old content was changed in place.
         self.begun = False
         self.header = bytearray()
         self._mode, self._lock, self._tell = mode, lock, tell
         self._name = self._temporary = ""
         self._process = os.getpid()
-        #: As the caller names it.
+        #: The path as the caller wrote it.
         self.path = os.fspath(path)
         try:
-            #: The path without links: where the file is, or will be.
+            #: The path without symbolic links.
             self.target = real_path(self.path)
-        except ValueError as error:  # NUL, or a character that no file name can have
-            raise OptionError(f"this cannot be a file name: {error}", path=self.path) from error
+        except ValueError as error:  # NUL, or a character without an encoding
+            raise OptionError(f"not a valid file name: {error}", path=self.path) from error
 
     @property
     def replaces(self) -> bool:
-        """Whether a file was there before."""
+        """Whether the target existed before."""
         return self._old is not None
 
     def __enter__(self) -> Self:
         try:
             self._open()
         except BaseException as error:
-            self._discard(error)
+            self._clean_up(error)
             if isinstance(error, OSError) and not isinstance(error, LaminaError):
-                raise BlockIOError.from_os(error, "cannot create a file there", path=self.path) from error
+                raise BlockIOError.from_os(error, "cannot create the file", path=self.path) from error
             raise
         return self
 
@@ -117,17 +116,17 @@ class AtomicFile:
             error = problem
             if isinstance(problem, OSError) and not isinstance(problem, LaminaError):
                 raise BlockIOError.from_os(
-                    problem, "the new file is whole, but cannot be put there", path=self.path
+                    problem, "the new file is complete, but cannot be renamed to its target", path=self.path
                 ) from problem
             raise
         finally:
-            self._discard(error)
+            self._clean_up(error)
 
     def __del__(self) -> None:
-        # An interrupt that came before the first line of __exit__.
-        self._discard(None)
+        # For an interrupt before the first line of __exit__.
+        self._clean_up(None)
 
-    # -- at the beginning
+    # -- begin
 
     def _open(self) -> None:
         folder, self._name = os.path.split(self.target)
@@ -150,23 +149,23 @@ class AtomicFile:
         except OSError as error:
             if old is None or error.errno not in NOT_ALLOWED or isinstance(error, LaminaError):
                 raise
-            reason = f"no file can be made in its folder ({os.strerror(error.errno)})"
+            reason = f"no file can be created in its folder ({os.strerror(error.errno)})"
         else:
             reason = old.give_attributes(self.fd) if old is not None else None
         if old is not None and reason is not None:
             if self._named:
-                self._remove_ours()
+                self._remove_temporary()
             self._close_new()
             self._open_in_place(old, reason)
 
     def _open_in_place(self, old: Target, reason: str) -> None:
         self.fd, self.in_place, self.header = os.dup(old.fd), True, bytearray(HEADER_BYTES)
         if not self.is_device and self._tell is not None:
-            self._tell(f"written in place, since {reason}: a failure half-way loses the old content")
+            self._tell(f"written in place, since {reason}: a failure before the end loses the old content")
         old.drop_privileges()
 
     def _create(self, mode: int) -> None:
-        """Make the new file, without a name where that can be. Raises OSError."""
+        """Create the new file, without a name if the file system supports that. Raises OSError."""
         flags = os.O_RDWR | os.O_CLOEXEC
         if hasattr(os, "O_TMPFILE"):
             try:
@@ -175,8 +174,8 @@ class AtomicFile:
                 if error.errno not in _NO_TMPFILE:
                     raise
             else:
-                if os.path.lexists(_path_of(self.fd)):  # by which it gets its name
-                    _say_in_use(self.fd)
+                if os.path.lexists(_path_of(self.fd)):  # this path is needed to give the file its name
+                    _mark_in_use(self.fd)
                     return
                 self._close_new()
         while True:
@@ -184,12 +183,12 @@ class AtomicFile:
             self.fd = os.open(
                 self._temporary, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self._folder
             )
-            _say_in_use(self.fd)
+            _mark_in_use(self.fd)
             if _is_at(self.fd, self._folder, self._temporary):
                 return
-            self._close_new()  # another run took it for left over, before it was locked
+            self._close_new()  # another process removed the file before it was locked
 
-    # -- at the end
+    # -- end
 
     def _finish(self) -> None:
         if self.in_place:
@@ -206,16 +205,16 @@ class AtomicFile:
             self._old.replace(self._temporary)
         elif self._named:
             if _exists(self._folder, self._name):
-                raise self._taken()
+                raise self._name_in_use()
             os.replace(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         else:
             try:
                 self._link(self._name)
             except FileExistsError as error:
-                raise self._taken() from error
+                raise self._name_in_use() from error
         self._named = False
         if durable:
-            sync_folder(".", self._folder)  # whatever it is called by now
+            sync_folder(".", self._folder)  # by its descriptor, since the folder may have been renamed
 
     def _finish_in_place(self) -> None:
         if not self.begun:
@@ -232,29 +231,29 @@ class AtomicFile:
     def _link(self, name: str) -> None:
         os.link(_path_of(self.fd), name, src_dir_fd=self._folder, dst_dir_fd=self._folder, follow_symlinks=True)
 
-    def _taken(self) -> BlockIOError:
+    def _name_in_use(self) -> BlockIOError:
         return BlockIOError(
-            "another program made a file of this name meanwhile",
+            "another program created a file of this name meanwhile",
             errno=errno.EEXIST,
             path=self.path,
-            hint="it is left alone; do it again to replace it",
+            hint="that file is unchanged; run the command again to replace it",
         )
 
-    # -- in any case
+    # -- clean-up
 
-    def _discard(self, error: BaseException | None) -> None:
-        """Put away what is there still. What cannot be put away is told with `error`, if there is one."""
+    def _clean_up(self, error: BaseException | None) -> None:
+        """Remove the temporary file and close all descriptors. `error` gets a hint about the state of the target."""
         left = None
         try:
             if isinstance(error, KeyboardInterrupt):
-                tell_too(error, self._outcome())
+                append_hint(error, self._outcome())
             if self._process == os.getpid():
                 if self.in_place and self.begun and not self.is_device and self.fd >= 0:
                     left = "the old content is lost"
                     os.ftruncate(self.fd, 0)
                 elif self._named:
-                    left = f"remove {os.path.join(os.path.dirname(self.target), self._temporary)}, which is left there"
-                    self._remove_ours()
+                    left = f"remove the temporary file {os.path.join(os.path.dirname(self.target), self._temporary)}"
+                    self._remove_temporary()
                     left = None
         except OSError:
             if left is None or error is None:
@@ -268,29 +267,29 @@ class AtomicFile:
             if old is not None:
                 old.close()
         if left is not None and isinstance(error, LaminaError):
-            tell_too(error, left)
+            append_hint(error, left)
 
     def _outcome(self) -> str:
-        """What an interrupt leaves at the target."""
+        """The state of the target after an interrupt."""
         if self.in_place:
             return f"the old content of {self.path} is lost" if self.begun else f"nothing was changed at {self.path}"
         with suppress(OSError):
             if self.fd >= 0 and os.path.samestat(os.stat(self.target), os.fstat(self.fd)):
-                return f"{self.path} is there, whole"
+                return f"{self.path} is complete"
         return f"nothing was changed at {self.path}"
 
-    def _remove_ours(self) -> None:
+    def _remove_temporary(self) -> None:
         if self.fd >= 0:
             if _is_at(self.fd, self._folder, self._temporary):
                 os.unlink(self._temporary, dir_fd=self._folder)
         elif self._folder >= 0:
-            # Interrupted as it was made, or before: then nobody holds its lock.
-            with suppress(LaminaError):  # another's, or in use: not what this made
+            # Creation was interrupted, so no process holds the lock.
+            with suppress(LaminaError):  # the file of another user or process
                 self._remove_unfinished()
         self._named = False
 
     def _remove_unfinished(self) -> None:
-        """Remove what a run that was killed has left: it belonged to this user or, by then, to the owner of the target."""
+        """Remove the temporary file of a killed process, whose owner is this user or already the owner of the target."""
         owners = {os.geteuid()} | ({self._old.status.st_uid} if self._old is not None else set())
         _remove_unfinished(self._folder, self._temporary, owners)
 
@@ -301,7 +300,7 @@ class AtomicFile:
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = False, mode: int = 0o666) -> None:
-    """Make `data` the content of the file at `path`, in one step (see `AtomicFile`). Raises BlockIOError, OptionError."""
+    """Write `data` to the file at `path` atomically (see `AtomicFile`). Raises BlockIOError, OptionError."""
     with AtomicFile(path, durable=durable, mode=mode) as file:
         if file.in_place:
             file.begun = True
@@ -314,57 +313,55 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = Fal
 
 
 def sync_folder(path: str, folder: int | None = None) -> None:
-    """The names in this folder are on stable storage on return. `folder`: a descriptor of the one that `path` is relative to.
-    Raises OSError."""
+    """Flush the names of a folder to stable storage. `folder`: the descriptor to which `path` is relative. Raises OSError."""
     try:
         fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
-        os.sync()  # a folder that may be written and not read
+        os.sync()  # the folder may be written but not read
         return
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in _MISSING:  # file systems whose folders have no such thing
+        if error.errno not in _UNSUPPORTED:  # some file systems cannot flush folders
             raise
     finally:
         os.close(fd)
 
 
 def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
-    """Remove the temporary file `name` if a process that was killed has left it. Raises Locked if a process writes it, and
-    BlockIOError where it is not certain that it is left over: its owner is not one of `owners`, it is no regular file, has
-    several names, or cannot be locked."""
+    """Remove the temporary file `name` of a killed process. Raises Locked if a process is writing it, and BlockIOError if it
+    may be something else: its owner is not in `owners`, it is no regular file, has several links, or cannot be locked."""
     try:
         fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
     except FileNotFoundError:
         return
     except OSError as error:
-        if not _exists(folder, name):  # the folder may not be searched, or it is gone
+        if not _exists(folder, name):  # the folder cannot be searched or was removed
             raise
-        raise _in_the_way(folder, name) from error
+        raise _not_temporary(folder, name) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_uid not in owners:
-            raise _in_the_way(folder, name)
+            raise _not_temporary(folder, name)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            hint = "wait until that program is done"
-            raise Locked("another program is making this file", path=_in_folder(folder, name), hint=hint) from error
+            hint = "wait until that program has finished"
+            raise Locked("another program is writing this file", path=_in_folder(folder, name), hint=hint) from error
         except OSError as error:
-            raise _in_the_way(folder, name) from error
+            raise _not_temporary(folder, name) from error
         if _is_at(fd, folder, name):
             os.unlink(name, dir_fd=folder)
     finally:
         os.close(fd)
 
 
-def _in_the_way(folder: int, name: str) -> BlockIOError:
+def _not_temporary(folder: int, name: str) -> BlockIOError:
     return BlockIOError(
-        "this file is in the way of a new one, and is not known to be left over",
+        "this file has the name of a temporary file, but may not be one",
         errno=errno.EEXIST,
         path=_in_folder(folder, name),
-        hint="remove it",
+        hint="remove or rename it",
     )
 
 
@@ -375,9 +372,9 @@ def _in_folder(folder: int, name: str) -> str:
         return name
 
 
-def _say_in_use(fd: int) -> None:
-    """Hold the lock that says "a living process writes this file", where there are such locks. (Another run that looks at the
-    file may hold it for a moment, and then removes the file.)"""
+def _mark_in_use(fd: int) -> None:
+    """Take the lock that marks the file as being written, if the file system has such locks. (Another process that checks the
+    file may hold the lock for a moment; it then removes the file.)"""
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

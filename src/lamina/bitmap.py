@@ -1,7 +1,7 @@
-"""Dirty bitmaps: which bytes of a disk were written since some moment. Ground floor: pure, no I/O.
+"""Dirty bitmaps, which record the bytes of a disk that were written since a point in time. Base layer, without I/O.
 
-A node offers its bitmaps by name (`Node.bitmaps`); backup tools read them through NBD. A bitmap may say too much and never
-too little: whatever was written is dirty.
+A node provides its bitmaps by name (`Node.bitmaps`); backup programs read them over NBD. Every written byte is dirty; other
+bytes of the same granule are too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from .limits import is_power_of_two
 
 
 class DirtyBitmap(Protocol):
-    """What a bitmap answers. Safe for any number of threads."""
+    """The interface of a dirty bitmap. Thread-safe."""
 
     @property
     def granularity(self) -> int:
-        """Bytes that one bit stands for, a power of two."""
+        """The number of bytes per bit, a power of two."""
 
     def dirty(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the dirty stretches between `begin` and `end`, cut there, in order, none touching the next."""
+        """The dirty ranges (start, stop) between `begin` and `end`, in order, clipped to these bounds and not adjacent."""
 
 
 class MemoryBitmap:
-    """A bitmap in memory, gone with the process. Its memory grows with the number of dirty granules."""
+    """A bitmap that exists only in memory. Its size grows with the number of dirty granules."""
 
     def __init__(self, granularity: int = 1 << 16) -> None:
         if not is_power_of_two(granularity):
@@ -35,7 +35,7 @@ class MemoryBitmap:
         self._mutex = threading.Lock()
 
     def mark(self, offset: int, length: int) -> None:
-        """These bytes were written."""
+        """Mark the granules of these bytes as dirty."""
         if not length:
             return
         granules = range(offset // self.granularity, -(-(offset + length) // self.granularity))
@@ -43,7 +43,7 @@ class MemoryBitmap:
             self._granules.update(granules)
 
     def clear(self) -> None:
-        """Nothing is dirty any more."""
+        """Mark all granules as clean."""
         with self._mutex:
             self._granules.clear()
 

@@ -1,7 +1,8 @@
-"""What can go wrong, as one family of exceptions.
+"""The exceptions of Lamina, one family.
 
-Every exception that Lamina raises on purpose is a `LaminaError`, and also the builtin that a caller who does not know
-Lamina would catch (`OSError`, `ValueError`, `PermissionError`). The text is one line: what, where, and what to do now.
+Every exception that Lamina raises on purpose is a `LaminaError`. Most also derive from the builtin exception that a caller
+without knowledge of Lamina would catch (`OSError`, `ValueError`, `PermissionError`). The text is one line: the problem, the
+file or node, and the next step.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 class LaminaError(Exception):
     """The base of all errors of this library.
 
-    `message` says what went wrong, without the place. The place is in `path` (a file or a URI), `node` (a node's name),
-    `operation` ("read", "write", ...), `offset` and `length` (bytes, in the terms of that node); `hint` says what to do.
-    Each of these may be None. `str()` puts them into one line.
+    `message` states the problem only. The other attributes, each of which may be None, locate it: `path` (a file or a URI),
+    `node` (the name of a node), `operation` ("read", "write", ...), `offset` and `length` (bytes of that node). `hint` is
+    the next step for the user. `str()` joins them in one line.
     """
 
-    #: The errno that a protocol (NBD) or an exit status can carry for this error.
+    #: The errno that stands for this error in a protocol (NBD) or an exit status.
     errno: int | None = _errno.EIO
 
     def __init__(
@@ -45,15 +46,15 @@ class LaminaError(Exception):
     def __str__(self) -> str:
         where = self.path or self.node
         text = f"{printable(where)}: {self.message}" if where else self.message
-        place = []
+        details = []
         if self.operation:
-            place.append(self.operation)
+            details.append(self.operation)
         if self.offset is not None:
-            place.append(f"offset {self.offset}")
+            details.append(f"offset {self.offset}")
         if self.length is not None:
-            place.append(f"length {self.length}")
-        if place:
-            text += f" ({', '.join(place)})"
+            details.append(f"length {self.length}")
+        if details:
+            text += f" ({', '.join(details)})"
         if self.hint:
             text += f"; {self.hint}"
         return text
@@ -76,106 +77,108 @@ class OptionError(LaminaError, ValueError):
 
 
 class FormatError(LaminaError, ValueError):
-    """The bytes are not a usable image of the format they were opened as."""
+    """The file is not a usable image of the format with which it was opened."""
 
     errno = _errno.EINVAL
 
 
 class CorruptImage(FormatError):
-    """A structure inside the image contradicts itself or points where it must not."""
+    """A structure inside the image is inconsistent or holds an invalid reference."""
 
     errno = _errno.EIO
 
 
 class UnsupportedFeature(FormatError):
-    """The image, or the caller, asks for a feature that exists but that this version of Lamina does not have."""
+    """The image or the caller needs a feature of the format that this version of Lamina does not implement."""
 
     errno = _errno.ENOTSUP
 
 
 class LimitExceeded(FormatError):
-    """A length or count is above the limit that bounds what an image or a peer may make us allocate."""
+    """A length or count from an image or a peer exceeds the limit that bounds allocations."""
 
     errno = _errno.EFBIG
 
 
 class PolicyError(LaminaError, PermissionError):
-    """A name found inside an image was not granted by the policy that the image was opened with."""
+    """The policy of the opened image does not grant a file name that the image contains."""
 
     errno = _errno.EPERM
 
 
 class BlockIOError(LaminaError, OSError):
-    """An operation on storage failed; `errno` says how, in the numbers of the operating system."""
+    """An operation on storage failed; `errno` is the error number of the operating system."""
 
-    def __init__(self, message: str, *, errno: int = _errno.EIO, **place: Any) -> None:
-        LaminaError.__init__(self, message, **place)
+    def __init__(self, message: str, *, errno: int = _errno.EIO, **context: Any) -> None:
+        LaminaError.__init__(self, message, **context)
         self.errno = errno
         self.strerror = message
 
     @classmethod
-    def from_os(cls, error: OSError, message: str | None = None, **place: Any) -> BlockIOError:
-        """The Lamina error that stands for `error` of the operating system (keep it as the cause: `raise ... from`)."""
+    def from_os(cls, error: OSError, message: str | None = None, **context: Any) -> BlockIOError:
+        """Convert `error` of the operating system to an error of this class. Callers keep `error` as the cause
+        (`raise ... from`). `context`: keyword arguments of `LaminaError`."""
         number = error.errno or _errno.EIO
         kind: type[BlockIOError] = NotFound if number == _errno.ENOENT and issubclass(NotFound, cls) else cls
         reason = os.strerror(number)
-        return kind(f"{message}: {reason}" if message else reason, errno=number, **place)
+        return kind(f"{message}: {reason}" if message else reason, errno=number, **context)
 
 
 class NotFound(BlockIOError, FileNotFoundError):
-    """A file that should be opened does not exist."""
+    """The file to be opened does not exist."""
 
-    def __init__(self, message: str, *, errno: int = _errno.ENOENT, **place: Any) -> None:
-        super().__init__(message, errno=errno, **place)
+    def __init__(self, message: str, *, errno: int = _errno.ENOENT, **context: Any) -> None:
+        super().__init__(message, errno=errno, **context)
 
 
 class NotSupported(BlockIOError):
-    """A node cannot do this operation (ENOTSUP); the request path falls back to another one where that is allowed."""
+    """A node does not support an operation (ENOTSUP). The request path uses another operation instead where it may."""
 
-    def __init__(self, message: str, *, errno: int = _errno.ENOTSUP, **place: Any) -> None:
-        super().__init__(message, errno=errno, **place)
+    def __init__(self, message: str, *, errno: int = _errno.ENOTSUP, **context: Any) -> None:
+        super().__init__(message, errno=errno, **context)
 
 
 class OutOfRange(LaminaError, ValueError):
-    """A request that lies outside the node, or with a negative offset or length."""
+    """A request exceeds the bounds of the node, or has a negative offset or length."""
 
     errno = _errno.EINVAL
 
 
 class ReadOnly(LaminaError, PermissionError):
-    """A change was asked of a node that was opened read-only."""
+    """A request would change a node that was opened read-only."""
 
     errno = _errno.EPERM
 
 
 class Locked(LaminaError, BlockingIOError):
-    """Another program, or another open image of this one, holds a lock that excludes this use."""
+    """Another process, or another image in this process, holds a conflicting lock on the file."""
 
     errno = _errno.EAGAIN
 
 
 class Closed(LaminaError, ValueError):
-    """The node or image was closed before this operation."""
+    """The operation needs a node or image that is already closed."""
 
     errno = _errno.EBADF
 
 
 class Cancelled(LaminaError):
-    """A job was stopped before it was done; what it left behind was removed."""
+    """A job was stopped before it was complete. The job has removed its incomplete output."""
 
     errno = _errno.ECANCELED
 
 
-def tell_too(error: BaseException | None, words: str) -> None:
-    """Let `error` tell `words`, too: behind its hint, or, of an interrupt, as a note, which the command line shows."""
+def append_hint(error: BaseException | None, text: str) -> None:
+    """Append `text` to the hint of a `LaminaError`. A KeyboardInterrupt gets it as a note, which the command line prints;
+    other exceptions are left unchanged."""
     if isinstance(error, LaminaError):
-        error.hint = f"{error.hint}; {words}" if error.hint else words
+        error.hint = f"{error.hint}; {text}" if error.hint else text
     elif isinstance(error, KeyboardInterrupt):
-        error.add_note(words)
+        error.add_note(text)
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped: names found inside images must not drive a terminal."""
+    """`text` with control characters escaped, since names inside images could contain terminal escape sequences."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,13 +1,13 @@
-"""Extents: what the bytes of a disk are and where they lie, held in columns, with the algebra that composes them.
+"""Extents: the status and location of the bytes of a disk, stored in columns, and the operations that compose them.
 
-Every read, map, copy, commit and NBD block status is an `Extents` on its way through this module. A format answers a
-query with one batch of columns; `over` lays it over its backing layer, `clip` and `shift` carry it through filters, and
-`align` rounds it for a consumer that asks for a granularity. Inside the library the answer is exact, in bytes; rounding
-comes once, at the edge. Content (data, zero, compressed, where) and ownership (present, depth) are two questions.
+Maps, copies, commits and NBD block status all use `Extents`. A format returns one batch of columns per query; `over` puts it
+on top of the extents of the backing layer, `clip` and `shift` convert it in filters, and `align` rounds it for a consumer
+with a granularity. Extents are exact, in bytes, inside the library; only the consumer rounds them, once. Content (data,
+zero, compressed, location) and ownership (present, depth) are independent.
 
-All operations are pure functions of immutable values, so any number of threads may share them. They are vectorised: a
-few passes over the columns, never a Python loop over rows. Offsets and lengths are bytes, from 0 to 2**63 - 1. This is
-the ground floor: it imports nothing but numpy and its neighbours, and touches no file.
+All operations are pure functions of immutable values and therefore thread-safe. They are vectorised: a few passes over the
+columns, never a Python loop over rows. Offsets and lengths are bytes, from 0 to 2**63 - 1. Base layer, without I/O; numpy is
+the only other import.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
 from .numeric import ArrayLike, NDArray, np
 
-#: Bits of the column `flags`. DATA: bytes are stored somewhere. ZERO: they read as zeros. PRESENT: a layer owns
-#: them, so none below it counts. COMPRESSED: they are stored, but not as they read (and so without a host offset).
+#: Bits of the column `flags`. DATA: the bytes are stored. ZERO: they read as zeros. PRESENT: a layer owns the bytes, so
+#: lower layers do not matter. COMPRESSED: they are stored compressed or otherwise encoded, so they have no host offset.
 DATA, ZERO, PRESENT, COMPRESSED = 1, 2, 4, 8
 
-#: Rows that iteration turns into objects at a time: few enough for the cache, enough to forget the cost of numpy.
+#: The number of rows that iteration converts to objects at a time: few enough for the CPU cache, and enough to amortise the
+#: cost of a numpy call.
 _CHUNK = 4096
 
 Int64s: TypeAlias = NDArray[np.int64]
@@ -36,14 +37,14 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 
 class HostFile(Protocol):
-    """The file that a host offset counts in. Two are the same if they are the same object (a node of the graph)."""
+    """The file to which host offsets refer: a node of the graph. Two are equal if they are the same object."""
 
     @property
     def filename(self) -> str: ...
 
 
 class Extent(NamedTuple):
-    """`length` bytes from `start` with one answer; the other fields mean what the columns of `Extents` do."""
+    """`length` bytes from `start` with one status. The other fields have the meaning of the columns of `Extents`."""
 
     start: int
     length: int
@@ -61,7 +62,7 @@ class Extent(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Bytes in all extents, and in those that are data, zero, present and compressed; and the number of extents."""
+    """The bytes of all extents, of those that are data, zero, present and compressed, and the number of extents."""
 
     length: int
     data: int
@@ -73,20 +74,20 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Extents:
-    """An immutable, ordered sequence of extents that do not overlap, one row each, in columns of equal length.
+    """An immutable, ordered sequence of extents that do not overlap: one row each, in columns of equal length.
 
-    As an answer to a query they are *contiguous*: each starts where the one before it ended. `where`, `intersect` and
-    `diff` may leave gaps; what cannot work with gaps (`over`, `align`) raises ValueError for them. Neighbours may be
-    equal until `coalesce`. Build one with the class methods: calling the class itself checks nothing.
+    The result of a query is *contiguous*: each extent starts at the end of the previous one. Results of `where`, `intersect`
+    and `diff` may have gaps; `over` and `align` raise ValueError for these. Adjacent rows may be equal until `coalesce`.
+    Create instances with the class methods, since the constructor checks nothing.
     """
 
-    begin: int  #: where the first extent starts; also known if there is none
+    begin: int  #: the start of the first extent; defined even without extents
     start: Int64s  #: increasing
     length: Int64s  #: bytes, above 0
     flags: Bytes  #: DATA, ZERO, PRESENT, COMPRESSED
-    depth: Int32s  #: the layer that decides, 0 is the top; the bottom layer where none owns the bytes
-    file: Int32s  #: index into `files` of the file that holds the bytes as they read, or -1
-    offset: Int64s  #: where in that file the extent starts, or -1
+    depth: Int32s  #: the layer of the chain that decides, 0 is the top; the bottom layer if none owns the bytes
+    file: Int32s  #: index into `files` of the file that stores the bytes unencoded, or -1
+    offset: Int64s  #: the offset of the extent in that file, or -1
     files: tuple[HostFile, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class Extents:
         file: HostFile | None = None,
         offset: int | None = None,
     ) -> Extents:
-        """One extent of `length` > 0 bytes; `file` and `offset` are given both or not at all."""
+        """One extent of `length` > 0 bytes. `file` and `offset` are given together or not at all."""
         flags = DATA * data | ZERO * zero | PRESENT * present | COMPRESSED * compressed
         number, files = (-1, ()) if file is None else (0, (file,))
         column = None if offset is None else [offset]
@@ -115,7 +116,7 @@ class Extents:
 
     @classmethod
     def empty(cls, begin: int, files: tuple[HostFile, ...] = ()) -> Extents:
-        """No extents, at `begin`: the answer to a query of length 0."""
+        """No extents, at `begin`: the result of a query of length 0."""
         _check_range(begin, begin)
         none, few = np.empty(0, np.int64), np.empty(0, np.int32)
         return cls(begin, none, none, np.empty(0, np.uint8), few, few, none, files)
@@ -132,14 +133,14 @@ class Extents:
         offset: ArrayLike | None = None,
         files: tuple[HostFile, ...] = (),
     ) -> Extents:
-        """Extents of columns of n rows, taken without a copy if their types fit: do not change them afterwards.
+        """Extents of columns with n rows. Columns of the right type are not copied, so do not change them afterwards.
 
-        `start` has n rows; each other column may be a number that holds for all. `depth` is 0 if not given. `offset` -1
-        means none. `file` as one number (0 if not given) is meant for the rows that have an offset; as a column it must
-        be -1 where `offset` is. Raises ValueError (OutOfRange for numbers) if a promise of this class is broken.
+        `start` has n rows; each other column may be one number for all rows. The default of `depth` is 0. An `offset` of -1
+        means none. `file` as one number (default: 0) applies to the rows with an offset; as a column it must be -1 where
+        `offset` is. Raises ValueError if the rows violate the rules of this class, OutOfRange for numbers out of range.
         """
         if len(set(files)) != len(files):
-            raise ValueError("a host file is named twice in `files`")
+            raise ValueError("`files` contains a host file twice")
         starts: Int64s = _column(start, np.int64, np.size(start))
         count = len(starts)
         lengths: Int64s = _column(length, np.int64, count)
@@ -151,10 +152,10 @@ class Extents:
             indexes[offsets < 0] = -1
         if not count:
             return cls.empty(0, files)
-        # A sum that passes 2**63 - 1 wraps to a negative one, so the smallest tells of them all.
+        # A sum above 2**63 - 1 wraps to a negative number, so the minimum reveals any overflow.
         ends = starts + lengths
         if starts[0] < 0 or lengths.min() < 1 or ends.min() < 1 or offsets.min() < -1 or (offsets + lengths).min() < 0:
-            raise OutOfRange("an extent is empty, or outside 0 to 2**63 - 1 (in the disk or its host file)")
+            raise OutOfRange("an extent is empty or outside 0 to 2**63 - 1 (in the disk or its host file)")
         if (starts[1:] < ends[:-1]).any():
             raise ValueError("extents overlap or are not in order")
         if bits.max() >= 2 * COMPRESSED or depths.min() < 0 or indexes.min() < -1 or indexes.max() >= len(files):
@@ -165,7 +166,7 @@ class Extents:
 
     @classmethod
     def from_extents(cls, extents: Iterable[Extent]) -> Extents:
-        """The columns of some objects, in order; for none of them, `empty(0)`."""
+        """Extents with one row for each object, in order; `empty(0)` if there are no objects."""
         rows = list(extents)
         if not rows:
             return cls.empty(0)
@@ -178,11 +179,11 @@ class Extents:
 
     @classmethod
     def concat(cls, pieces: Sequence[Extents]) -> Extents:
-        """One or more pieces, each of which begins where the one before it ends; equal neighbours stay two."""
+        """Join one or more pieces, each of which begins at the end of the previous one. Equal rows are not coalesced."""
         if not pieces:
             raise ValueError("nothing to concatenate")
         if any(left.end != right.begin for left, right in itertools.pairwise(pieces)):
-            raise ValueError("a piece does not begin where the one before it ends")
+            raise ValueError("a piece does not begin at the end of the previous one")
         return pieces[0] if len(pieces) == 1 else cls._joined(pieces)
 
     @property
@@ -203,7 +204,7 @@ class Extents:
 
     @property
     def end(self) -> int:
-        """Where the last extent ends; `begin` if there is none."""
+        """The end of the last extent; `begin` if there are no extents."""
         return int(self.start[-1]) + int(self.length[-1]) if len(self.start) else self.begin
 
     @property
@@ -219,26 +220,26 @@ class Extents:
             yield from self._objects(slice(first, first + _CHUNK))
 
     def __getitem__(self, index: int) -> Extent:
-        """The extent number `index`; negative numbers count from the end."""
+        """The extent with the number `index`; negative numbers count from the end."""
         number = range(len(self))[operator.index(index)]
         return next(self._objects(slice(number, number + 1)))
 
     def at(self, position: int) -> Extent:
-        """The extent that holds the byte at `position`; OutOfRange if none does."""
+        """The extent that contains the byte at `position`; OutOfRange if there is none."""
         if self.begin <= position < self.end:
             extent = self[int(np.searchsorted(self.start, position, "right")) - 1]
             if position < extent.end:
                 return extent
-        raise OutOfRange("no extent holds this byte", offset=position)
+        raise OutOfRange("no extent contains this byte", offset=position)
 
     def totals(self) -> Totals:
-        """Bytes by attribute, and the number of extents."""
+        """The bytes of each status, and the number of extents."""
         masks = (self.data, self.zero, self.present, self.compressed)
         data, zero, present, compressed = (int(self.length[mask].sum()) for mask in masks)
         return Totals(int(self.length.sum()), data, zero, present, compressed, len(self))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same rows (not only the same meaning: see `coalesce`), in the same files."""
+        """Whether both have the same rows in the same files. Rows that differ may have the same meaning: see `coalesce`."""
         if not isinstance(other, Extents):
             return NotImplemented
         if self.begin != other.begin or len(self) != len(other):
@@ -254,16 +255,16 @@ class Extents:
         return f"<Extents [{self.begin}, {self.end}): {rows}>"
 
     def clip(self, begin: int, end: int) -> Extents:
-        """The part inside [begin, end); host offsets follow the cut. If nothing is: empty, at the nearest point."""
+        """The part inside [begin, end), with adjusted host offsets. Without such a part: empty, at the nearest offset."""
         if begin > end:
-            raise ValueError(f"a range cannot end at {end} before it begins at {begin}")
+            raise ValueError(f"the range ends at {end}, before it begins at {begin}")
         low, high = max(begin, self.begin), min(end, self.end)
         if low >= high:
             return Extents.empty(min(low, self.end), self.files)
         if (low, high) == (self.begin, self.end):
             return self
         first = int(np.searchsorted(self.start, low, "right")) - 1
-        first += self[first].end <= low  # it begins in a gap
+        first += self[first].end <= low  # `low` is in a gap
         last = int(np.searchsorted(self.start, high, "left"))
         if first == last:
             return Extents.empty(low, self.files)
@@ -273,27 +274,27 @@ class Extents:
         return self._cut(slice(first, last), start, stop)
 
     def shift(self, delta: int) -> Extents:
-        """The same extents `delta` bytes further (or nearer, if negative); host offsets stay."""
+        """The same extents with `delta`, which may be negative, added to their starts; host offsets stay."""
         _check_range(self.begin + delta, self.end + delta)
         return replace(self, begin=self.begin + delta, start=self.start + delta)
 
     def deepen(self, layers: int) -> Extents:
-        """The same extents seen from `layers` layers further up the chain."""
+        """The same extents with `layers` added to their depths, as seen from a higher layer of the chain."""
         return replace(self, depth=self.depth + np.int32(layers))
 
     def pad_zero(self, end: int, depth: int = 0) -> Extents:
-        """With zeros up to `end` that layer `depth` owns without storing them: what a shorter backing file answers."""
+        """Append zeros up to `end` that layer `depth` owns and does not store, as beyond the end of a short backing file."""
         return self._padded(end, ZERO | PRESENT, depth)
 
     def over(self, below: Extents) -> Extents:
-        """Self where it is present, else what `below`, the next layer, answers for the same range, one layer deeper. A
-        stretch that no layer owns is answered by `below` too, so its depth counts down to the bottom of the chain."""
+        """The rows of self that are present, and the rows of `below`, the next layer of the chain, for the other bytes, one
+        layer deeper. Bytes that no layer owns get the depth of the bottom layer."""
         return self.masking(below.deepen(1))
 
     def masking(self, below: Extents) -> Extents:
-        """As `over`, but `below` is part of the same layer: what a filter holds back lies so over its image."""
+        """As `over`, but with `below` in the same layer: the rows of a filter that holds newer bytes than its child."""
         if self.begin != below.begin or self.end != below.end:
-            raise ValueError(f"[{self.begin}, {self.end}) cannot lie over [{below.begin}, {below.end})")
+            raise ValueError(f"[{self.begin}, {self.end}) and [{below.begin}, {below.end}) are not the same range")
         self._need_contiguous()
         below._need_contiguous()
         own = self.where(present=True)
@@ -302,10 +303,7 @@ class Extents:
         return own._merge(below.intersect(self.where(present=False))) if own else below
 
     def coalesce(self) -> Extents:
-        """The shortest answer that says the same: equal neighbours are joined.
-
-        Equal are those that touch, with the same flags and depth, and both without an offset or contiguous in a file.
-        """
+        """Join adjacent rows of the same flags and depth, if both have no offset or are contiguous in one file."""
         last, this = slice(None, -1), slice(1, None)
         joins = self.flags[this] == self.flags[last]
         joins &= self.depth[this] == self.depth[last]
@@ -318,16 +316,16 @@ class Extents:
         return self._cut(heads, self.start[heads], self._ends()[tails])
 
     def align(self, alignment: int, end: int | None = None) -> Extents:
-        """Rounded for a consumer that sees blocks of `alignment` bytes, a power of two up to 2**62; coalesced.
+        """Round to blocks of `alignment` bytes, a power of two up to 2**62, and coalesce.
 
-        Blocks lie on the absolute grid of multiples of `alignment`; the first begins at `begin`, the last ends at
-        `end`, where the consumer's view ends. An `end` past our own adds padding: zero, not data, not present, without
-        an offset, at the depth of the last extent. A block that several extents touch is data, present or compressed if
-        any of them is, and zero if all are; it keeps an offset only if all follow each other in one file; its depth is
-        the smallest of those present, or of all if none is. A block inside one extent keeps its answer.
+        Block boundaries are multiples of `alignment`. The first block begins at `begin`, the last ends at `end`, the end of
+        the disk as the consumer sees it. An `end` beyond the last extent adds padding: zero, not data, not present, without
+        an offset, at the depth of the last extent. A block that overlaps several extents is data, present or compressed if
+        any of them is, and zero if all of them are. It has an offset only if the extents are contiguous in one file. Its
+        depth is the minimum of the present extents, or of all if none is present. A block inside one extent is unchanged.
 
-        To round a long disk in batches, cut the batches at multiples of `alignment`. Raises ValueError for extents with
-        gaps, for an `alignment` that is none, and for an `end` before our own or beyond 2**63 - 1.
+        To round a long disk in batches, split the batches at multiples of `alignment`. Raises ValueError for extents with
+        gaps, for an invalid `alignment`, and for an `end` before the last extent or beyond 2**63 - 1.
         """
         if not is_power_of_two(alignment) or alignment > 1 << 62:
             raise ValueError(f"alignment {alignment} is not a power of two up to 2**62")
@@ -336,7 +334,7 @@ class Extents:
         return whole._round(alignment).coalesce()
 
     def intersect(self, ranges: Extents) -> Extents:
-        """The parts of self that lie inside extents of `ranges` (whatever these say), cut where those begin and end."""
+        """The parts of self inside the extents of `ranges`, split at their boundaries. The status of `ranges` is ignored."""
         mine, _, start, stop = self._overlaps(ranges)
         return self._cut(mine, start, stop)
 
@@ -349,16 +347,16 @@ class Extents:
         compressed: bool | None = None,
         depth: int | None = None,
     ) -> Extents:
-        """The extents with all the attributes that are given; the others become gaps."""
-        asked = ((DATA, data), (ZERO, zero), (PRESENT, present), (COMPRESSED, compressed))
-        mask = sum(bit for bit, wanted in asked if wanted is not None)
-        keep = (self.flags & mask) == sum(bit for bit, wanted in asked if wanted)
+        """The extents that match all given attributes; the others become gaps."""
+        criteria = ((DATA, data), (ZERO, zero), (PRESENT, present), (COMPRESSED, compressed))
+        mask = sum(bit for bit, wanted in criteria if wanted is not None)
+        keep = (self.flags & mask) == sum(bit for bit, wanted in criteria if wanted)
         if depth is not None:
             keep &= self.depth == depth
         return self if keep.all() else self._take(np.flatnonzero(keep))
 
     def diff(self, other: Extents) -> Extents:
-        """Where both have an answer but differ about content (data or zero): self's answers there, coalesced."""
+        """The parts of self, coalesced, whose content (data or zero) differs from that of `other`. Gaps are ignored."""
         mine, theirs, start, stop = self._overlaps(other)
         differs = ((self.flags[mine] ^ other.flags[theirs]) & (DATA | ZERO)) != 0
         return self._cut(mine[differs], start[differs], stop[differs]).coalesce()
@@ -381,21 +379,21 @@ class Extents:
             raise ValueError(f"the extents from {self.begin} to {self.end} have gaps")
 
     def _take(self, rows: Any) -> Extents:
-        """These rows, by a slice or by increasing numbers."""
+        """The given rows: a slice, or increasing numbers."""
         start = self.start[rows]
         begin = int(start[0]) if len(start) else self.begin
         length, flags, depth = self.length[rows], self.flags[rows], self.depth[rows]
         return Extents(begin, start, length, flags, depth, self.file[rows], self.offset[rows], self.files)
 
     def _cut(self, rows: Any, start: Int64s, stop: Int64s) -> Extents:
-        """These rows with new bounds; host offsets follow the start."""
+        """The given rows with new bounds and adjusted host offsets."""
         file, offset = self.file[rows], self.offset[rows] + (start - self.start[rows])
         offset[file < 0] = -1
         begin = int(start[0]) if len(start) else self.begin
         return Extents(begin, start, stop - start, self.flags[rows], self.depth[rows], file, offset, self.files)
 
     def _file_in(self, files: tuple[HostFile, ...]) -> Int32s:
-        """The column `file` as indexes into `files`, which has all of ours."""
+        """The column `file` as indexes into `files`, a superset of `self.files`."""
         if self.files == files[: len(self.files)]:
             return self.file
         number = {file: index for index, file in enumerate(files)}
@@ -404,7 +402,7 @@ class Extents:
 
     @classmethod
     def _joined(cls, pieces: Sequence[Extents]) -> Extents:
-        """The rows of all pieces, one piece after the other, in the files of all."""
+        """The rows of all pieces, one piece after the other, with one tuple of files."""
         files = tuple(dict.fromkeys(itertools.chain.from_iterable(dict.fromkeys(piece.files for piece in pieces))))
 
         def joined(name: str) -> NDArray[Any]:
@@ -415,7 +413,7 @@ class Extents:
         return cls(pieces[0].begin, start, length, flags, depth, file, offset, files)
 
     def _merge(self, other: Extents) -> Extents:
-        """The rows of both, which do not overlap, in order."""
+        """The rows of both, which must not overlap, in order."""
         both = Extents._joined([self, other])
         return both._take(np.argsort(both.start, kind="stable"))  # two sorted runs: the stable sort merges them
 
@@ -428,7 +426,7 @@ class Extents:
         return Extents._joined([self, Extents.from_columns([self.end], end - self.end, flags, depth=depth)])
 
     def _overlaps(self, other: Extents) -> tuple[Int64s, Int64s, Int64s, Int64s]:
-        """Each pair of rows (ours, theirs) that share bytes, in order, with where these bytes begin and end."""
+        """The pairs of overlapping rows (of self, of `other`), in order, with begin and end of the overlap."""
         ends, other_ends = self._ends(), other._ends()
         first = np.searchsorted(other_ends, self.start, "right")
         count = np.searchsorted(other.start, ends, "left") - first
@@ -438,30 +436,30 @@ class Extents:
         return mine, theirs, begin, np.minimum(ends[mine], other_ends[theirs])
 
     def _follows(self) -> Bools:
-        """For each row but the first, whether its bytes follow those of the row before it in the same host file."""
-        follows: Bools = self.offset[1:] == self.offset[:-1] + self.length[:-1]  # no -1 follows another
+        """For each row but the first: whether its bytes follow those of the previous row in the same host file."""
+        follows: Bools = self.offset[1:] == self.offset[:-1] + self.length[:-1]  # False for two offsets of -1
         follows &= self.file[1:] == self.file[:-1]
         return follows
 
     def _round(self, alignment: int) -> Extents:
-        """`align` without its checks. Only blocks with the start of an extent inside them change: the *mixed* ones."""
+        """`align` without its checks. Only *mixed* blocks change: those with the start of an extent inside them."""
         inner = np.flatnonzero(self.start[1:] & (alignment - 1)) + 1  # the rows that start inside a block
         if not len(inner):
             return self
         base = self.start[inner] & -alignment
-        # Not base + alignment: the end of the last block of the number line does not fit into 64 bits.
+        # Not base + alignment, which overflows 64 bits for the last block below 2**63.
         top = base + np.minimum(self.end - base, alignment)
         bottom = np.maximum(base, self.begin)
 
         heads = np.flatnonzero(np.concatenate(([True], base[1:] != base[:-1])))  # in `inner`, the first of each block
         tails = np.append(heads[1:], len(inner)) - 1
-        first, last = inner[heads] - 1, inner[tails]  # the rows that touch a block, two or more
-        # A row may close one block and open the next, so the groups overlap. Of the pairs first, last + 1, first, ...
-        # that reduceat takes, every other result is a group; those between are of no use.
+        first, last = inner[heads] - 1, inner[tails]  # the two or more rows that overlap a block
+        # A row may overlap two blocks, so the groups overlap. reduceat gets the bounds first, last + 1, first, ...: every
+        # other result belongs to a group, and the results between are discarded.
         bounds = np.column_stack((first, last + 1)).ravel()
         bounds = bounds[bounds < len(self)]  # the last group ends with the rows
-        # ZERO is flipped before and after, so that "or" is "and" for it. An absent row's depth gets more added than any
-        # depth, so that it counts only if no present row is there; then the mask takes it off again.
+        # ZERO is inverted before and after, so that "or" acts as "and" on it. An absent row gets 2**32 added to its depth,
+        # so that the minimum selects it only if no row of the block is present; the mask removes the sum again.
         flags = (np.bitwise_or.reduceat(self.flags ^ ZERO, bounds)[::2] ^ ZERO).astype(np.uint8)
         ranks = self.depth + np.where(self.present, 0, 1 << 32)
         depth = (np.minimum.reduceat(ranks, bounds)[::2] & 0xFFFFFFFF).astype(np.int32)
@@ -472,7 +470,7 @@ class Extents:
         start = bottom[heads]
         mixed = Extents(int(start[0]), start, top[heads] - start, flags, depth, file, offset, self.files)
 
-        # What the mixed blocks leave of each row; rows that lie wholly inside them end up with no length.
+        # The part of each row outside mixed blocks; a row inside a mixed block gets the length 0.
         start, stop = self.start.copy(), self._ends()
         start[inner] = top
         stop[inner - 1] = bottom
@@ -481,7 +479,7 @@ class Extents:
 
 
 def _column(values: ArrayLike, dtype: Any, count: int) -> NDArray[Any]:
-    """`values` as a column of its own (a view where that is enough); a number is repeated `count` times."""
+    """`values` as a new column (a view where the type fits); a single number is repeated `count` times."""
     try:
         column = np.asarray(values, dtype)
     except OverflowError as error:
@@ -489,7 +487,7 @@ def _column(values: ArrayLike, dtype: Any, count: int) -> NDArray[Any]:
     if column.ndim == 0:
         return np.full(count, column, dtype)
     if column.shape != (count,):
-        raise ValueError(f"a column has the shape {column.shape} and not {(count,)}")
+        raise ValueError(f"a column has the shape {column.shape}, not {(count,)}")
     return column.view()
 
 

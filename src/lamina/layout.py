@@ -1,7 +1,7 @@
-"""Binary structures, declared once: what lies at which offset of a header or table entry, and what it means.
+"""Declarations of binary structures: the offset, type and meaning of each field of a header or table entry.
 
-A format or protocol declares its structures as data: names, types, documentation. Reading, writing, `lamina explain`,
-the documentation pages and the fuzzers all work from that declaration. Ground floor: pure, no I/O.
+A format or protocol declares its structures as data: names, types, documentation. Reading, writing, the documentation pages
+and the fuzzers all use the declaration. Base layer, without I/O.
 
     HEADER = Structure("example header", ">", [
         Field("magic", "4s", "always EXMP", default=b"EXMP"),
@@ -11,7 +11,7 @@ the documentation pages and the fuzzers all work from that declaration. Ground f
     ])
     HEADER.unpack(buffer).size;  HEADER["size"].offset;  HEADER.pack(size=1 << 30)
 
-Structures and their parts never change after they are made, so all of this may run in many threads at once.
+Structures and their fields are immutable, so this module is thread-safe.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Flags:
         return value
 
     def names(self, value: int) -> tuple[str, ...]:
-        """The names of the flags that are set in `value`, lowest bit first. Unknown bits are in `unknown`."""
+        """The names of the flags that are set in `value`, lowest bit first. `unknown` returns the other bits."""
         return tuple(flag.name for flag in self.bits if value >> flag.bit & 1)
 
     def unknown(self, value: int) -> int:
-        """The bits of `value` that have no name; 0 if all are known."""
+        """The bits of `value` without a name; 0 if all are known."""
         return value & ~self.known
 
     def text(self, value: int) -> str:
-        """For people: `dirty, corrupt, unknown bits 0x10`; `none` if no bit is set."""
+        """A readable text: `dirty, corrupt, unknown bits 0x10`; `none` if no bit is set."""
         parts = list(self.names(value))
         if self.unknown(value):
             parts.append(f"unknown bits {self.unknown(value):#x}")
@@ -81,14 +81,14 @@ class Flags:
 
 
 class Field:
-    """One field: a name, a type, what it means.
+    """One field: name, type and documentation.
 
-    `type`: `u8 u16 u32 u64 i8 i16 i32 i64`, `Ns` (N bytes), or `Nx` (N bytes of padding: packed as zeros, in no
-    record, and it may have any name or none). `default` is packed where no value is given; without one the value is
-    required. `flags` names the bits of an integer, `values` names its values (`{0: "deflate", 1: "zstd"}`); neither
-    limits what is read.
+    `type`: `u8 u16 u32 u64 i8 i16 i32 i64`, `Ns` (N bytes), or `Nx` (N bytes of padding: written as zeros, absent from
+    records, with any name or none). `default` is the value that `pack` uses if none is given; without a default the value
+    is required. `flags` names the bits of an integer, `values` names its values (`{0: "deflate", 1: "zstd"}`); other values
+    are read all the same.
 
-    `size` is in bytes. `offset`, in bytes from the start of the structure, is set on the fields of a `Structure`.
+    `size` is in bytes. `offset`, in bytes from the start of the structure, is set in the fields of a `Structure`.
     """
 
     __slots__ = ("_code", "default", "doc", "flags", "name", "offset", "size", "type", "values")
@@ -106,7 +106,7 @@ class Field:
         code = _INTEGERS.get(type)
         if code is None:
             if type[-1:] not in ("s", "x") or not type[:-1].isdecimal() or int(type[:-1]) == 0:
-                raise ValueError(f"field {name!r}: there is no type {type!r}")
+                raise ValueError(f"field {name!r}: the type {type!r} is unknown")
             code = type
         self.name, self.type, self.doc = name, type, doc
         self.default, self.flags, self.values = default, flags, values
@@ -133,7 +133,7 @@ class Field:
         return (-(1 << bits - 1), (1 << bits - 1) - 1) if self.type[0] == "i" else (0, (1 << bits) - 1)
 
     def check(self, value: object) -> None:
-        """ValueError or TypeError, naming the field, if it cannot store `value`. Bytes may be shorter than it."""
+        """Raise ValueError or TypeError if the field cannot store `value`. Bytes may be shorter than the field."""
         if self.is_integer:
             if not hasattr(value, "__index__"):
                 raise TypeError(f"{self.name} is {value!r}, and must be an integer")
@@ -143,10 +143,10 @@ class Field:
         elif not isinstance(value, bytes | bytearray):
             raise TypeError(f"{self.name} is {value!r}, and must be bytes")
         elif len(value) > self.size:
-            raise ValueError(f"{self.name} has {len(value)} bytes, and the field only {self.size}")
+            raise ValueError(f"{self.name} is {len(value)} bytes long, and the field only {self.size}")
 
     def text(self, value: int | bytes) -> str:
-        """`value` as people read it: names of flags and values where declared, bytes as text where printable."""
+        """A readable text of `value`: the declared names of flags and values; printable bytes as text."""
         if isinstance(value, int):
             if self.flags:
                 return f"{value:#x} ({self.flags.text(value)})"
@@ -158,7 +158,7 @@ class Field:
             return f'"{stripped.decode("ascii")}"'
         return bytes(value).hex(" ") if stripped else f"{len(value)} zero bytes"
 
-    def _placed(self, offset: int) -> Field:
+    def _at(self, offset: int) -> Field:
         field = Field(self.name, self.type, self.doc, default=self.default, flags=self.flags, values=self.values)
         field.offset = offset
         return field
@@ -168,11 +168,11 @@ class Field:
 
 
 class Record(tuple[Any, ...]):
-    """What `Structure.unpack` returns: an immutable tuple of the values, each also an attribute by its field's name."""
+    """The result of `Structure.unpack`: an immutable tuple of values, which are also attributes with the fields' names."""
 
     __slots__ = ()
     if TYPE_CHECKING:
-        # Field names may be those of tuple's own methods.
+        # Fields may have the names of these methods of tuple.
         count: Any
         index: Any
 
@@ -181,7 +181,7 @@ class Record(tuple[Any, ...]):
     _fields: tuple[str, ...] = ()
 
     def _asdict(self) -> dict[str, Any]:
-        """The values by field name, in the order of the structure: what `Structure.pack` takes."""
+        """The values by field name, in the order of the structure: keyword arguments of `Structure.pack`."""
         return dict(zip(self._fields, self, strict=True))
 
     def __repr__(self) -> str:
@@ -189,7 +189,7 @@ class Record(tuple[Any, ...]):
 
 
 class Row(NamedTuple):
-    """One line of `Structure.describe`: `value` is as unpacked, `field.text(value)` is for people."""
+    """One row of `Structure.describe`. `value` is the unpacked value; `Field.text` makes it readable."""
 
     offset: int
     size: int
@@ -201,7 +201,7 @@ class Row(NamedTuple):
 class Structure:
     """Fields that follow one another without gaps, in one byte order (">" big-endian, "<" little-endian).
 
-    `size` is in bytes; `fields` has every field with its offset, padding included; `structure[name]` is one field.
+    `size` is in bytes; `fields` lists every field with its offset, including padding; `structure[name]` is one field.
     """
 
     __slots__ = ("_by_name", "_bytes", "_names", "_record", "_struct", "byte_order", "doc", "fields", "name", "size")
@@ -210,23 +210,23 @@ class Structure:
         if byte_order not in ("<", ">"):
             raise ValueError(f"{name}: the byte order is {byte_order!r}, not '<' or '>'")
         self.name, self.byte_order, self.doc = name, byte_order, doc
-        placed: list[Field] = []
+        located: list[Field] = []
         self._by_name: dict[str, Field] = {}
         offset = 0
         for field in fields:
-            field = field._placed(offset)
+            field = field._at(offset)
             offset += field.size
-            placed.append(field)
+            located.append(field)
             if field.is_pad:
                 continue
             if field.name in self._by_name:
                 raise ValueError(f"{name}: two fields are named {field.name}")
             self._by_name[field.name] = field
         self.size = offset
-        self.fields = tuple(placed)
+        self.fields = tuple(located)
         self._names = tuple(self._by_name)
         self._bytes = tuple(field for field in self._by_name.values() if not field.is_integer)
-        self._struct = struct.Struct(byte_order + "".join(field._code for field in placed))
+        self._struct = struct.Struct(byte_order + "".join(field._code for field in located))
         self._record: type[Record] | None = None
         for field in self._by_name.values():
             if field.default is not None:
@@ -234,16 +234,16 @@ class Structure:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the fields that have values (all but padding), in order."""
+        """The names of all fields except padding, in order."""
         return self._names
 
     @property
     def codec(self) -> struct.Struct:
-        """The bare packer of all values in order, for paths where a record (1 us) costs too much."""
+        """The `struct.Struct` of all values in order, for hot paths in which a record (1 us) is too slow."""
         return self._struct
 
     def extend(self, name: str, fields: Sequence[Field], *, doc: str = "") -> Structure:
-        """A structure that begins with the fields of this one and goes on with `fields`."""
+        """A structure with the fields of this one followed by `fields`."""
         return Structure(name, self.byte_order, [*self.fields, *fields], doc=doc or self.doc)
 
     def __getitem__(self, name: str) -> Field:
@@ -262,10 +262,7 @@ class Structure:
         return f"<Structure {self.name}: {self.size} bytes>"
 
     def unpack(self, buffer: ReadableBuffer, at: int = 0) -> Record:
-        """The record that lies `at` bytes into `buffer`; what follows it is ignored.
-
-        CorruptImage, naming the structure and both sizes, if the buffer is too short.
-        """
+        """The record at the offset `at` of `buffer`. Raises CorruptImage if the buffer is too short."""
         if at < 0:
             raise ValueError(f"{self.name}: the offset {at} is negative")
         try:
@@ -275,9 +272,9 @@ class Structure:
         return (self._record or self._make_record())(values)
 
     def unpack_field(self, name: str, buffer: ReadableBuffer, at: int = 0) -> Any:
-        """The value of one field of the structure that lies `at` bytes into `buffer`.
+        """The value of one field of the structure at the offset `at` of `buffer`.
 
-        The buffer need not hold the fields after it; CorruptImage if it is too short for this one.
+        The buffer may end after this field. Raises CorruptImage if it ends before the end of this field.
         """
         if at < 0:
             raise ValueError(f"{self.name}: the offset {at} is negative")
@@ -289,35 +286,36 @@ class Structure:
             raise self._too_short(what, at + field.offset, field.size, memoryview(buffer).nbytes) from None
 
     def pack(self, /, **values: Any) -> bytes:
-        """The bytes of a structure with these values. A field that is not given takes its default.
+        """The bytes of a structure with these values; other fields have their defaults.
 
-        ValueError names a field that is unknown, missing or out of range, TypeError one whose value has the wrong type.
+        Raises ValueError for a field that is unknown, missing or out of range, TypeError for a value of the wrong type.
         """
         ordered = self._ordered(values)
         try:
             return self._struct.pack(*ordered)
         except struct.error:
-            self._blame(ordered)
+            self._check(ordered)
             raise
 
     def pack_into(self, buffer: WriteableBuffer, at: int = 0, /, **values: Any) -> None:
-        """As `pack`, written `at` bytes into `buffer`; ValueError if it does not fit. An error writes nothing."""
-        room = memoryview(buffer).nbytes - at
-        if at < 0 or room < self.size:
-            raise ValueError(f"{self.name}: {self.size} bytes at offset {at} do not fit into a buffer of {room + at}")
+        """As `pack`, into `buffer` at the offset `at`. Raises ValueError if the buffer is too short. After an error `buffer`
+        is unchanged."""
+        available = memoryview(buffer).nbytes
+        if at < 0 or available - at < self.size:
+            raise ValueError(f"{self.name}: {self.size} bytes at offset {at} do not fit into a buffer of {available}")
         memoryview(buffer).cast("B")[at : at + self.size] = self.pack(**values)
 
     def pack_field(self, name: str, value: int | bytes) -> bytes:
-        """The bytes of one field: what to write at `structure[name].offset` to change only that. Errors as `pack`."""
+        """The bytes of one field, to be written at `structure[name].offset`. Raises as `pack` does."""
         field = self[name]
         field.check(value)
         return struct.pack(self.byte_order + field._code, value)
 
     def describe(self, buffer: ReadableBuffer, at: int = 0) -> list[Row]:
-        """A row for each field, padding included, of the structure that lies `at` bytes into `buffer`.
+        """A row for each field, including padding, of the structure at the offset `at` of `buffer`.
 
-        Offsets count from the start of `buffer`. Made for looking at broken images: of a structure that is cut short,
-        the fields that are whole are described.
+        Offsets are relative to the start of `buffer`. For a truncated structure, as in a damaged image, the result contains
+        the fields that are complete.
         """
         if at < 0:
             raise ValueError(f"{self.name}: the offset {at} is negative")
@@ -333,7 +331,7 @@ class Structure:
         return rows
 
     def _make_record(self) -> type[Record]:
-        # Made at the first use: a command that reads one header should not pay for the classes of all formats.
+        # Created at the first use, so that a command that reads one header does not create the classes of all formats.
         body: dict[str, Any] = {"__slots__": (), "_fields": self._names, "__doc__": self.doc or self.name}
         for index, name in enumerate(self._names):
             body[name] = property(itemgetter(index), doc=self._by_name[name].doc)
@@ -342,27 +340,28 @@ class Structure:
         return self._record
 
     def _ordered(self, values: dict[str, Any]) -> list[Any]:
-        """`values` completed by the defaults, in the order of the fields."""
+        """`values` with the defaults of the other fields, in the order of the fields."""
         ordered = []
         for name, field in self._by_name.items():
             value = values.get(name, field.default)
             if value is None:
-                raise ValueError(f"{self.name}: no value is given for {name}")
+                raise ValueError(f"{self.name}: the value of {name} is missing")
             ordered.append(value)
         if not values.keys() <= self._by_name.keys():
             unknown = ", ".join(sorted(values.keys() - self._by_name.keys()))
             raise ValueError(f"{self.name} has no field {unknown}")
-        # struct cuts bytes that are too long without a word.
+        # struct truncates bytes that are too long without an error.
         for field in self._bytes:
             if field.name in values:
                 field.check(values[field.name])
         return ordered
 
-    def _blame(self, ordered: list[Any]) -> None:
+    def _check(self, ordered: list[Any]) -> None:
+        """Raise the error of the first value that its field cannot store."""
         for field, value in zip(self._by_name.values(), ordered, strict=True):
             field.check(value)
 
     @staticmethod
     def _too_short(what: str, at: int, needed: int, available: int) -> CorruptImage:
-        there = max(0, available - at)
-        return CorruptImage(f"the {what} is cut short: it needs {needed} bytes at offset {at}, and {there} are there")
+        left = max(0, available - at)
+        return CorruptImage(f"the {what} is truncated: it needs {needed} bytes at offset {at}, and only {left} remain")

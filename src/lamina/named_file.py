@@ -1,7 +1,7 @@
-"""Files that a user names for a command to read beside its images: rules, patterns, keys. Ground floor.
+"""Auxiliary files that a command reads: rules, patterns, keys. Base layer. (`side_file` writes auxiliary files.)
 
-Such a name may be a FIFO (`<(...)` of a shell). One is read to its end, but never waited for longer than `PATIENCE` seconds.
-What is written beside images is in `side_file`.
+Such a file may be a FIFO (`<(...)` of a shell), which is read to its end. Each wait for its writer is limited to `PATIENCE`
+seconds.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Final
 
 from .errors import BlockIOError, NotFound, OptionError, printable
 
-#: Seconds that somebody who writes into a FIFO may keep us waiting for the next bytes.
+#: The longest wait, in seconds, for the writer of a FIFO.
 PATIENCE: Final = 10.0
-_PIECE: Final = 1 << 16
+_CHUNK: Final = 1 << 16
 
 
 def read_named(path: str, most: int, *, failure: str, patience: float | None = None) -> tuple[bytes, os.stat_result]:
-    """The first `most` bytes of the file, FIFO or device at `path`, and its status when it was opened. `failure`: what an
-    error says. NotFound, BlockIOError (ETIMEDOUT where nobody writes into the FIFO); OptionError where it is no name."""
+    """The first `most` bytes of the file, FIFO or device at `path`, and its status when it was opened. `failure`: the text
+    of errors. Raises NotFound, BlockIOError (ETIMEDOUT if no process writes to the FIFO), OptionError for an invalid name."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise _failed(error, failure, path) from error
-    except ValueError as error:  # a NUL, or a character that no file name has
+    except ValueError as error:  # NUL, or a character without an encoding
         raise OptionError(f"{failure}: {printable(str(error))}", path=path, hint="name a file") from error
     try:
         status = os.fstat(fd)
@@ -37,12 +37,12 @@ def read_named(path: str, most: int, *, failure: str, patience: float | None = N
             if waits:
                 _wait(fd, path, failure, limit)
             try:
-                piece = os.read(fd, min(most - len(data), _PIECE))
+                chunk = os.read(fd, min(most - len(data), _CHUNK))
             except BlockingIOError:
                 continue
-            if not piece:
+            if not chunk:
                 break
-            data += piece
+            data += chunk
         return bytes(data), status
     except OSError as error:
         if isinstance(error, BlockIOError):
@@ -53,13 +53,13 @@ def read_named(path: str, most: int, *, failure: str, patience: float | None = N
 
 
 def _wait(fd: int, path: str, failure: str, patience: float) -> None:
-    """Until something can be read, or the writers of a FIFO are gone. A FIFO that nobody has opened to write yet is not at
-    its end: `poll` tells the two apart, a read does not."""
+    """Wait until bytes can be read or all writers of a FIFO have closed it. `poll` also waits for the first writer, while a
+    read would report the end of the file."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     if not poll.poll(patience * 1000):
         raise BlockIOError(
-            f"{failure}: nothing has been written into it for {patience:g} s", errno=errno.ETIMEDOUT, path=path
+            f"{failure}: no process has written to it for {patience:g} s", errno=errno.ETIMEDOUT, path=path
         )
 
 

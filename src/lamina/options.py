@@ -1,9 +1,9 @@
-"""How users name a graph of nodes: names and option lists. Ground floor: no I/O.
+"""Parsing of names and option lists, with which users describe a graph of nodes. Base layer, without I/O.
 
-Every spelling becomes one thing, the *nested options*: a dict of str to values, where a value may be such a dict or a
-list. `parse_name` reads what stands where a file name can (a path, `json:{...}`, `blkdebug:CONFIG:IMAGE`, `nbd://...`),
-`parse_keyval` reads `driver=qcow2,file.filename=disk.qcow2`. What a driver accepts of them is in its `schema.Schema`.
-All errors are `OptionError`; all functions may run in many threads.
+Every notation is parsed to *nested options*: a dict whose values may be dicts and lists. `parse_name` parses names in place
+of a file name (a path, `json:{...}`, `blkdebug:CONFIG:IMAGE`, `nbd://...`), and `parse_keyval` parses lists such as
+`driver=qcow2,file.filename=disk.qcow2`. The `schema.Schema` of a driver checks the result. All errors are `OptionError`; all
+functions are thread-safe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .errors import OptionError
 from .limits import MAX_SIZE
 
-#: Options nest at most this deep; a text that describes them has at most so many characters.
+#: The maximum nesting depth of options, and the maximum number of characters of a text that describes them.
 MAX_DEPTH = 32
 MAX_TEXT = 1 << 20
 
@@ -26,10 +26,10 @@ _ABSENT: Any = object()
 
 
 def parse_size(text: str, *, exact: bool = True) -> int:
-    """The bytes that `text` says: `512`, `10b`, `64k`, `1.5G`, `0x200`; suffixes in either case are powers of 1024.
+    """Parse a size in bytes: `512`, `10b`, `64k`, `1.5G`, `0x200`. Suffixes, in either case, are powers of 1024.
 
-    A fraction that is not a whole number of bytes is refused; with `exact` off it is rounded to the nearest byte, as
-    the drop-in command lines must. Negative sizes and those above 2**63 - 1 are refused.
+    A fractional number of bytes is refused. Without `exact` it is rounded to the nearest byte, as qemu-io does. Negative
+    sizes and sizes above 2**63 - 1 are refused.
     """
     import re
 
@@ -42,7 +42,7 @@ def parse_size(text: str, *, exact: bool = True) -> int:
         unit, divisor = SIZE_UNITS[found[4].lower()], 10 ** len(found[3])
         size, rest = divmod(int(found[2] + found[3]) * unit, divisor)
         if rest and (exact or unit == 1):
-            raise OptionError(f"the size {shown(text)} is not a whole number of bytes", hint="write the bytes in full")
+            raise OptionError(f"the size {shown(text)} is not a whole number of bytes", hint="write the size in bytes")
         size += 2 * rest >= divisor
     if size > MAX_SIZE:
         raise OptionError(f"the size {shown(text)} is too large", hint=f"the largest is {MAX_SIZE}, or 8E - 1")
@@ -50,45 +50,46 @@ def parse_size(text: str, *, exact: bool = True) -> int:
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """The range of bytes [start, end) that `text` says: `FROM-TO`, or `FROM-` for all from there, in sizes as `parse_size`
-    reads them. A range that is empty is refused."""
+    """Parse a range of bytes [start, end): `FROM-TO`, or `FROM-` without an upper bound, in sizes as `parse_size` reads them.
+    An empty range is refused."""
     first, dash, last = text.strip().partition("-")
     start, end = parse_size(first), parse_size(last) if last else MAX_SIZE
     if not dash or start >= end:
-        raise OptionError(f"{shown(text)} is not a range", hint="write FROM-TO, or FROM- for all from there: 0-1M, 8M-")
+        raise OptionError(f"{shown(text)} is not a range", hint="write FROM-TO, or FROM- without an end: 0-1M, 8M-")
     return start, end
 
 
 def format_size(size: int) -> str:
-    """`size` bytes for people: `64 KiB`, `1.5 GiB`; three significant digits from 1 KiB on, exact below."""
+    """A readable size: `64 KiB`, `1.5 GiB`. Sizes below 1 KiB are exact, others have three significant digits."""
     if size < 1024:
         return f"{size} B"
-    # qemu-img's text to the letter, since scripts compare it: 1000 of a unit are 0.977 of the next.
+    # Exactly the text of qemu-img, since scripts compare it: 1000 KiB is written as 0.977 MiB.
     power = next((power for power in range(1, 6) if size / (1 << 10 * power) < 1000), 6)
     return f"{size / (1 << 10 * power):.3g} {'KMGTPE'[power - 1]}iB"
 
 
 def flatten(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options as one level of dotted keys: `{"file": {"filename": "x"}}` -> `{"file.filename": "x"}`.
+    """Convert nested options to one level of dotted keys: `{"file": {"filename": "x"}}` -> `{"file.filename": "x"}`.
 
-    Lists become numbers (`children.0`); an empty dict or list stays as it is. `nest` is the inverse.
+    Items of lists get numbers (`children.0`); an empty dict or list stays a value. `nest` is the inverse.
     """
     return {".".join(path): value for path, value in _leaves(options)}
 
 
 def nest(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with dotted keys, at any level, as nested options; below the top, keys 0, 1, 2, ... make a list.
+    """Convert options with dotted keys, at any level, to nested options. Groups with the keys 0, 1, 2, ... become lists.
 
-    OptionError if a key is given twice, is both a value and a group, has an empty part, or if a number is left out.
+    Raises OptionError for a duplicate key, a key that is both a value and a group, an empty part of a key, and a missing
+    number of a list.
     """
     return _build(_leaves(options))
 
 
 def parse_keyval(text: str, *, implied: str | None = None, last_wins: bool = False) -> dict[str, Any]:
-    """Nested options from `key=value,key=value`, all values str. Dots in keys nest, `,,` is a comma inside a value.
+    """Parse `key=value,key=value` to nested options with string values. Keys may be dotted; `,,` is a comma in a value.
 
-    `implied`: the key of a first item that has no `=`, as in `secret,id=s0`. Every other item without `=` is refused,
-    and so is a key that is given twice, unless `last_wins`. Errors as `nest`.
+    `implied`: the key of a first item without `=`, as in `secret,id=s0`. Other items without `=` are refused. With
+    `last_wins` the last of several equal keys counts; otherwise duplicate keys are refused. Raises as `nest` does.
     """
     values: dict[str, str] = {}
     for key, value in _items(text):
@@ -104,25 +105,25 @@ def parse_keyval(text: str, *, implied: str | None = None, last_wins: bool = Fal
 
 
 def asks_for_help(text: str) -> bool:
-    """Whether an option list holds the bare word `help` or `?`, which asks what could be given."""
+    """Whether an option list contains the word `help` or `?`, a request for the list of options."""
     return any(key is None and word in ("help", "?") for key, word in _items(text))
 
 
 def to_keyval(options: Mapping[str, Any]) -> str:
-    """Nested options as `key=value,...`, which `parse_keyval` reads; OptionError for what that spelling cannot say."""
+    """Format nested options as `key=value,...` for `parse_keyval`. Raises OptionError for values without such a form."""
     words = []
     for path, value in _leaves(options):
         key = ".".join(path)
         if isinstance(value, int):
             value = str(value) if not isinstance(value, bool) else "on" if value else "off"
         if not isinstance(value, str) or "," in key or "=" in key:
-            raise OptionError(f"{shown(key)} = {shown(value)} cannot be key=value", hint="write it as json:{...}")
+            raise OptionError(f"{shown(key)} = {shown(value)} cannot be written as key=value", hint="write json:{...}")
         words.append(f"{key}={value.replace(',', ',,')}")
     return ",".join(words)
 
 
 def to_json_name(options: Mapping[str, Any]) -> str:
-    """Nested options as the name `json:{...}`, ASCII only, which `parse_name` reads."""
+    """Format nested options as the name `json:{...}`, in ASCII, for `parse_name`."""
     import json
 
     try:
@@ -132,34 +133,34 @@ def to_json_name(options: Mapping[str, Any]) -> str:
 
 
 def parse_name(text: str) -> dict[str, Any]:
-    """Nested options for the node that a name stands for. A plain path gives its storage, `{"driver": "file", ...}`.
+    """Parse the name of a node to nested options. A plain path gives a storage node, `{"driver": "file", ...}`.
 
     Known prefixes: `json:`, `blkdebug:CONFIG:IMAGE`, `blkverify:RAW:IMAGE`, `nbd:unix:PATH[:exportname=NAME]`,
     `nbd:HOST:PORT[:exportname=NAME]`, NBD URIs (`nbd://`, `nbds://`, `nbd+unix://`, ...: passed on as `uri`),
-    `file:PATH`, `host_device:PATH`, `null:` and `null-co://`, both with `?size=SIZE`. As in the programs people know,
-    another word before a colon, with no slash before it, is no path: such a file is named `./word:rest`. `-` is standard
-    input or output, and refused here: a command that can stream asks before (a file of that name is `./-`).
+    `file:PATH`, `host_device:PATH`, `null:` and `null-co://`, both with `?size=SIZE`. As in QEMU, any other word before a
+    colon and before the first slash is an unknown protocol; a file of such a name is written `./word:rest`. `-` means
+    standard input or output and is refused here, since commands that stream handle it before (the file is `./-`).
     """
     return _parse_name(text, 1)
 
 
 def path_in(name: str | PathLike[str], *, what: str = "a new image") -> str:
-    """The path of the file that `name` stands for, where nothing but a file will do. In a str a prefix means what it means
-    to `parse_name`; a `PathLike` is a path, whatever it looks like. `what`, for messages: what the file is to be."""
+    """The path of the file that `name` denotes. Raises OptionError for every other kind of node. A string may have a prefix
+    of `parse_name`; a `PathLike` is always a path. `what`: the purpose of the file, for messages."""
     if not isinstance(name, str):
         return fspath(name)
     options = parse_name(name)
     path = options.pop("filename", None)
     if options.pop("driver", "file") not in ("file", "host_device") or options or not isinstance(path, str):
         raise OptionError(f"{shown(name)} is not the name of a file, and cannot be {what}", hint="name a path")
-    if not is_whole(path):
-        raise OptionError(f"the file name {shown(path)} has half a character in it", hint="write whole characters")
+    if not is_encodable(path):
+        raise OptionError(f"the file name {shown(path)} contains a lone surrogate", hint="write the whole character")
     return path
 
 
-def is_whole(text: str) -> bool:
-    """Whether the system and peers can be given `text`: no lone surrogate, but for those that stand for bytes of names that
-    are not UTF-8."""
+def is_encodable(text: str) -> bool:
+    """Whether `text` has a form in bytes, for system calls and NBD peers. Lone surrogates have none, except those with which
+    Python represents the bytes of file names that are not UTF-8."""
     if text.isascii():
         return True
     try:
@@ -170,8 +171,8 @@ def is_whole(text: str) -> bool:
 
 
 def stored_name(name: str) -> str:
-    """What an image stores for the file that `name` stands for: its path, and never a text that is read as anything else."""
-    path = path_in(name, what="stored in an image as that of its backing file")
+    """The text by which an image refers to the file `name`: its path, with `./` before it if a prefix could be read in it."""
+    path = path_in(name, what="stored as the name of a backing file")
     word, colon, _ = path.partition(":")
     return f"./{path}" if colon and "/" not in word else path
 
@@ -181,7 +182,7 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
         raise OptionError("the name is too long or nested too deeply")
     prefix, colon, rest = text.partition(":")
     if text == "-":
-        hint = "name a file; one of that name is ./-"
+        hint = "name a file; write ./- for a file named -"
         raise OptionError('"-" is standard input or output, which cannot be used here', hint=hint)
     if not colon or "/" in prefix:
         return _file("file", text)
@@ -193,7 +194,7 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
         first, colon, image = rest.partition(":")
         if not colon:
             hint = "blkdebug:CONFIG:IMAGE, where CONFIG may be empty" if prefix == "blkdebug" else "blkverify:RAW:IMAGE"
-            raise OptionError(f"{shown(text)} lacks a second colon before the image", hint=f"write {hint}")
+            raise OptionError(f"{shown(text)} has no second colon before the image", hint=f"write {hint}")
         inner = _parse_name(image, depth + 1)
         if prefix == "blkverify":
             return {"driver": prefix, "raw": _parse_name(first, depth + 1), "test": inner}
@@ -204,15 +205,15 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
     if prefix in ("null", "null-co", "null-aio"):
         query = rest.removeprefix("//")
         if query and not query.startswith("?size="):
-            raise OptionError(f"a null device has no {shown(rest)}", hint="write null-co:// or null:?size=1G")
+            raise OptionError(f"a null device has no option {shown(rest)}", hint="write null-co:// or null:?size=1G")
         return {"driver": "null", **({"size": query.removeprefix("?size=")} if query else {})}
     hint = "for a file of that name write ./NAME or file:NAME; the format is a separate option"
-    raise OptionError(f"{shown(text)} names the protocol {shown(prefix)}, which is not there", hint=hint)
+    raise OptionError(f"{shown(text)} names the protocol {shown(prefix)}, which is unknown", hint=hint)
 
 
 def _file(driver: str, path: str) -> dict[str, Any]:
     if not path or "\0" in path:
-        raise OptionError(f"the file name {shown(path)} is empty, or holds a NUL character", hint="name a file")
+        raise OptionError(f"the file name {shown(path)} is empty or contains a NUL character", hint="name a file")
     return {"driver": driver, "filename": path}
 
 
@@ -234,7 +235,7 @@ def _json_name(text: str) -> dict[str, Any]:
         hint = "strings are written in double quotes" if "'" in text else "write json:{...}, one JSON object"
         raise OptionError(f"the options after json: cannot be read: {clip(str(error))}", hint=hint) from error
     if not isinstance(options, dict):
-        raise OptionError(f"after json: stands {shown(options)}, not an object", hint='write json:{"driver": ...}')
+        raise OptionError(f"the text after json: is {shown(options)}, not an object", hint='write json:{"driver": ...}')
     return nest(options)
 
 
@@ -249,15 +250,17 @@ def _nbd_name(text: str, prefix: str, rest: str) -> dict[str, Any]:
     else:
         server = {"type": "inet", "host": kind, "port": path}
     if prefix != "nbd" or not all(server.values()) or ":" in server.get("port", ""):
-        hint = "write nbd:unix:PATH or nbd:HOST:PORT, either with :exportname=NAME after it, or a URI such as nbd://HOST/NAME"
+        hint = (
+            "write nbd:unix:PATH or nbd:HOST:PORT, optionally with :exportname=NAME, or a URI such as nbd://HOST/NAME"
+        )
         raise OptionError(f"{shown(text)} is not the address of an NBD server", hint=hint)
     return {"driver": "nbd", "server": server, **({"export": export} if colon else {})}
 
 
 def _items(text: str) -> Iterator[tuple[str | None, str]]:
-    """The items of an option list as (key, value); the key is None where there is no `=`."""
+    """The items of an option list as (key, value); the key of an item without `=` is None."""
     if len(text) > MAX_TEXT:
-        raise OptionError(f"the option list has {len(text)} characters", hint=f"at most {MAX_TEXT} are read")
+        raise OptionError(f"the option list has {len(text)} characters", hint=f"the limit is {MAX_TEXT}")
     at = 0
     while at < len(text):
         comma = text.find(",", at)
@@ -279,12 +282,14 @@ def _items(text: str) -> Iterator[tuple[str | None, str]]:
 def _split(key: Any) -> tuple[str, ...]:
     parts = tuple(key.split(".", MAX_DEPTH)) if isinstance(key, str) else ("",)
     if not all(parts) or len(parts) > MAX_DEPTH:
-        raise OptionError(f"the option name {shown(key)} has an empty part, or too many", hint="write file.filename")
+        raise OptionError(
+            f"the option name {shown(key)} has an empty part or too many parts", hint="write file.filename"
+        )
     return parts
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value that is not a group, with its path; dots in keys count as levels. Empty groups are values."""
+    """Each value that is not a group, with its path. Dots in keys separate levels; an empty group is a value."""
     if len(path) > MAX_DEPTH:
         raise OptionError(f"{shown('.'.join(path))} is nested too deeply", hint=f"the limit is {MAX_DEPTH} levels")
     if isinstance(value, Mapping) and (value or not path):
@@ -305,17 +310,17 @@ def _build(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
             group = group.setdefault(part, {})
             if not isinstance(group, dict):
                 raise _conflict(path, part)
-        there = group.get(path[-1], _ABSENT)
-        if isinstance(there, dict) and isinstance(value, Mapping):
+        earlier = group.get(path[-1], _ABSENT)
+        if isinstance(earlier, dict) and isinstance(value, Mapping):
             continue
-        if there is not _ABSENT:
+        if earlier is not _ABSENT:
             raise _conflict(path, path[-1])
         group[path[-1]] = {} if isinstance(value, Mapping) else value
     return {name: _with_lists(value, (name,)) for name, value in root.items()}
 
 
 def _with_lists(value: Any, path: tuple[str, ...]) -> Any:
-    """`value` with every group whose keys all are 0, 1, 2, ... turned into a list."""
+    """`value` with a list in place of every group whose keys are 0, 1, 2, ..."""
     if not isinstance(value, dict) or not value:
         return value
     group = {name: _with_lists(item, (*path, name)) for name, item in value.items()}
@@ -324,7 +329,7 @@ def _with_lists(value: Any, path: tuple[str, ...]) -> Any:
     items = [group.get(str(number), _ABSENT) for number in range(len(group))]
     if _ABSENT in items:
         missing = f"{shown('.'.join(path))} has no item {items.index(_ABSENT)}"
-        raise OptionError(f"the list {missing}", hint="items are numbered 0, 1, 2, ...")
+        raise OptionError(f"the list {missing}", hint="number the items 0, 1, 2, ...")
     return items
 
 
@@ -334,12 +339,13 @@ def _conflict(path: tuple[str, ...], part: str) -> OptionError:
 
 
 def clip(text: str) -> str:
+    """`text`, shortened to 100 characters."""
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def shown(value: Any) -> str:
-    """`value` for an error message: quoted, control characters escaped, short."""
+    """`value` for an error message: quoted, with escaped control characters, and shortened."""
     try:
         return clip(repr(value[:100] if isinstance(value, str) else value))
-    except ValueError:  # Python does not write out numbers of thousands of digits
-        return "a number that is too long to be shown"
+    except ValueError:  # Python refuses to format integers of thousands of digits
+        return "a number with too many digits"

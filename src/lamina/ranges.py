@@ -1,18 +1,18 @@
-"""Locks on byte ranges: who may touch which bytes of a node at the same time.
+"""Range locks, which order overlapping requests to one node.
 
-The request path (`request.py`) holds one of these per node. A shared hold excludes exclusive holds of any overlapping
-range; an exclusive hold excludes all. Requests are served in the order of arrival among those that overlap, so nobody
-starves, and a request holds one range of a node at a time, so nobody deadlocks.
+The request path (`request.py`) has one `RangeLock` per node. A shared lock excludes exclusive locks of overlapping ranges; an
+exclusive lock excludes all locks of overlapping ranges. Overlapping requests get their locks in the order of arrival, so no
+request starves; a request locks one range of a node at a time, so requests do not deadlock.
 
-While nobody holds or wants a range exclusively, a shared hold is only counted, without a range. A request that comes for an
-exclusive hold waits until those have left.
+While no thread holds or requests an exclusive lock, shared locks are only counted, without their ranges. A request for an
+exclusive lock waits until the counter is 0.
 
-An exception may arrive between any two steps (Ctrl-C is one), and a hold that stayed would make later requests wait for ever.
-So the work is handed to the lock (`shared`, `exclusive`), every step of taking and giving back can be repeated without harm,
-and a hold is given up by a store, which no exception divides: two signals that arrive together raise one exception directly
-behind the other, and would find the second attempt of anything that is a call. What is left to do then, taking the hold out
-of the line and waking others, any other thread does that looks. There is no mutex either, which an exception could leave
-locked: each step is one operation of a list or a set, which no other thread can divide.
+An exception such as KeyboardInterrupt may be raised between any two steps, and a lock that stayed behind would block later
+requests for ever. Therefore the caller passes its work to the lock (`shared`, `exclusive`), every step of acquiring and
+releasing may be repeated, and a lock is released by an assignment, which no exception interrupts. (A call would not be safe
+even in a second attempt: two signals that arrive together raise one exception directly after the other.) The remaining steps,
+removing the entry from the queue and waking waiters, are done by any thread that finds a released entry. There is no mutex,
+which an exception could leave locked: each step is one atomic operation of a list or a set.
 """
 
 from __future__ import annotations
@@ -22,49 +22,51 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-#: How often it is looked whether the counted holds have left, in seconds.
-_LOOK_AGAIN = 0.00005
-#: How long a waiter sleeps at most, in seconds: exceptions may have kept another thread from waking it.
-_ASLEEP = 0.1
+#: The interval, in seconds, at which an exclusive request checks the counter of shared locks.
+_POLL_INTERVAL = 0.00005
+#: The longest sleep of a waiter, in seconds: an exception may have kept another thread from waking it.
+_MAX_SLEEP = 0.1
 
 _Result = TypeVar("_Result")
 
 
-class _Hold:
-    """A range that is held, or waited for."""
+class _Entry:
+    """A range that a thread has locked or waits for."""
 
-    __slots__ = ("end", "exclusive", "gone", "start", "wake")
+    __slots__ = ("end", "exclusive", "released", "start", "wake")
 
     def __init__(self, start: int, end: int, exclusive: bool) -> None:
         self.start = start
         self.end = end
         self.exclusive = exclusive
-        self.gone = False  # given up, though it may still be in the line
-        self.wake = threading.Lock()  # whoever leaves the line releases it; to wait is to acquire it
+        self.released = False  # may still be in the queue
+        self.wake = threading.Lock()  # the thread waits by acquiring it; a thread that leaves the queue releases it
         self.wake.acquire()
 
 
 class RangeLock:
-    """Shared and exclusive holds on half-open ranges `[start, end)`. Safe for any number of threads."""
+    """Shared and exclusive locks on half-open ranges `[start, end)`. Thread-safe."""
 
-    __slots__ = ("_count", "_counted", "_exclusive", "_line", "_uncount")
+    __slots__ = ("_count", "_counted", "_exclusive", "_queue", "_uncount")
 
     def __init__(self) -> None:
-        self._line: list[_Hold] = []  # holds and waiters, in the order of arrival
-        self._exclusive: set[_Hold] = set()  # those of them that are exclusive
-        self._counted: set[object] = set()  # shared holds that are only counted
+        self._queue: list[_Entry] = []  # holders and waiters, in the order of arrival
+        self._exclusive: set[_Entry] = set()  # the exclusive entries of the queue
+        self._counted: set[object] = set()  # one token for each shared lock that is only counted
         self._count = self._counted.add
         self._uncount = self._counted.discard
 
     def shared(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What `work(*arguments)` returns, called while this thread holds the range with others."""
+        """Call `work(*arguments)` under a shared lock of the range, and return its result."""
         token = object()
         try:
             try:
                 self._count(token)
-                if self._exclusive:  # asked after it is counted: an exclusive one that comes now waits for this one
+                if (
+                    self._exclusive
+                ):  # checked after counting: an exclusive request that arrives now waits for this token
                     self._uncount(token)
-                    return self._in_line(_Hold(start, end, False), work, arguments)
+                    return self._queued(_Entry(start, end, False), work, arguments)
                 return work(*arguments)
             finally:
                 self._uncount(token)
@@ -72,58 +74,58 @@ class RangeLock:
             self._uncount(token)
 
     def exclusive(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What `work(*arguments)` returns, called while this thread holds the range alone."""
-        return self._in_line(_Hold(start, end, True), work, arguments)
+        """Call `work(*arguments)` under an exclusive lock of the range, and return its result."""
+        return self._queued(_Entry(start, end, True), work, arguments)
 
-    def _in_line(self, hold: _Hold, work: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
+    def _queued(self, entry: _Entry, work: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
         try:
             try:
-                self._take(hold)
+                self._acquire(entry)
                 return work(*arguments)
             finally:
-                hold.gone = True
-                self._give_back(hold)
+                entry.released = True
+                self._release(entry)
         finally:
-            hold.gone = True
-            self._give_back(hold)
+            entry.released = True
+            self._release(entry)
 
-    def _take(self, hold: _Hold) -> None:
-        self._line.append(hold)
-        if hold.exclusive:
-            self._exclusive.add(hold)
-        # A hold that is in the line is woken by each that leaves it afterwards, so no departure is missed.
-        while self._blocked(hold):
-            hold.wake.acquire(timeout=_ASLEEP)
-        if hold.exclusive:
+    def _acquire(self, entry: _Entry) -> None:
+        self._queue.append(entry)
+        if entry.exclusive:
+            self._exclusive.add(entry)
+        # Every thread that releases an entry wakes all entries of the queue, so this one misses no release.
+        while self._blocked(entry):
+            entry.wake.acquire(timeout=_MAX_SLEEP)
+        if entry.exclusive:
             while self._counted:
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(_POLL_INTERVAL)
 
-    def _give_back(self, hold: _Hold) -> None:
-        self._exclusive.discard(hold)
-        for other in tuple(self._line):
-            if other.gone:
-                self._forget(other)
+    def _release(self, entry: _Entry) -> None:
+        self._exclusive.discard(entry)
+        for other in tuple(self._queue):
+            if other.released:
+                self._remove(other)
                 continue
             try:
                 other.wake.release()
-            except RuntimeError:  # it is awake already
+            except RuntimeError:  # already awake
                 continue
 
-    def _forget(self, hold: _Hold) -> None:
-        """Take out what was given up: this thread's own, or what an exception kept another thread from taking out."""
-        self._exclusive.discard(hold)
+    def _remove(self, entry: _Entry) -> None:
+        """Remove a released entry: of this thread, or of a thread that an exception kept from removing it."""
+        self._exclusive.discard(entry)
         try:
-            self._line.remove(hold)
-        except ValueError:  # somebody else did
+            self._queue.remove(entry)
+        except ValueError:  # another thread removed it
             return
 
-    def _blocked(self, hold: _Hold) -> bool:
-        """Whether a hold that came earlier conflicts."""
-        for other in tuple(self._line):
-            if other is hold:
+    def _blocked(self, entry: _Entry) -> bool:
+        """Whether an earlier entry of the queue conflicts with `entry`."""
+        for other in tuple(self._queue):
+            if other is entry:
                 return False
-            if other.gone:
+            if other.released:
                 continue
-            if other.start < hold.end and hold.start < other.end and (other.exclusive or hold.exclusive):
+            if other.start < entry.end and entry.start < other.end and (other.exclusive or entry.exclusive):
                 return True
         return False

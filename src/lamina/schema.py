@@ -1,7 +1,7 @@
-"""The typed options of a driver: what it accepts, with types, bounds, defaults and help. Ground floor: no I/O.
+"""The typed options of a driver: names, types, bounds, defaults and help texts. Base layer, without I/O.
 
-A `Schema` makes typed values of nested options (see `options.py`) and prints `-o help`. What is unknown, missing or
-ill-typed is an `OptionError` that names the option, the value, and what would be right.
+A `Schema` converts nested options (see `options.py`) to typed values and provides the rows of `-o help`. An option that is
+unknown, missing or of the wrong type raises `OptionError`, which names the option, its value and the accepted values.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 from .errors import OptionError
 from .limits import MAX_SIZE
-from .options import SIZE_UNITS, clip, is_whole, nest, parse_name, parse_size, shown
+from .options import SIZE_UNITS, clip, is_encodable, nest, parse_name, parse_size, shown
 
-_INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: it means octal to some programs
-_TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name, or options"}
+_INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: some programs read it as octal
+_TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name or options"}
 _BOOLS = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 
 class Option:
     """One option of a driver.
 
-    `type` is one of: `str`, `int`, `size` (bytes), `bool`, `enum` (a str of `choices`), `node` (a child: nested
-    options, or a str that `parse_name` reads, or null or "" for none; any other object passes as an open node), `list`
-    (of `items`: an Option, or a Schema for dicts), `dict` (by the Schema `items`), `any`. Values come as JSON types, or
-    as the text a user wrote. `minimum` and `maximum` (both included) and `choices` also bound numbers.
+    `type` is one of: `str`, `int`, `size` (bytes), `bool`, `enum` (one of the strings `choices`), `node` (a child: nested
+    options, a string for `parse_name`, null or "" for no child, or any other object, which is taken as an open node),
+    `list` (of `items`: an Option, or a Schema for dicts), `dict` (its Schema is `items`), `any`. Values are JSON types or
+    text as users write it. `minimum` and `maximum` (both inclusive) and `choices` also restrict numbers.
     """
 
     __slots__ = ("aliases", "choices", "default", "doc", "items", "maximum", "minimum", "name", "required", "type")
@@ -46,13 +46,13 @@ class Option:
     ) -> None:
         incomplete = (type == "enum" and not choices) or (type in ("dict", "list") and items is None)
         if incomplete or not hasattr(Option, f"_read_{type}"):
-            raise ValueError(f"option {name}: the type {type!r} is unknown, or lacks its choices or items")
+            raise ValueError(f"option {name}: the type {type!r} is unknown, or its choices or items are missing")
         self.name, self.type, self.doc, self.default = name, type, doc, default
         self.choices, self.required, self.aliases = tuple(choices), required, tuple(aliases)
         self.minimum, self.maximum, self.items = minimum, maximum, items
 
     def parse(self, value: Any, where: str | None = None) -> Any:
-        """The typed value; OptionError with the option's dotted name (`where`), the value, and what it takes."""
+        """Convert `value` to the type of the option. `where`: the dotted name for errors. Raises OptionError."""
         where = where or self.name
         parsed = getattr(self, f"_read_{self.type}")(value, where)
         low, high = self.minimum, self.maximum
@@ -62,7 +62,7 @@ class Option:
         return parsed
 
     def takes(self) -> str:
-        """What may be given, in a few words: `a size from 512 to 2M`, `one of off, metadata, full`."""
+        """A description of the accepted values: `a size from 512 to 2M`, `one of off, metadata, full`."""
         if self.choices:
             return "one of " + ", ".join(map(self.spell, self.choices))
         text = _TAKES.get(self.type, f"a {self.type}")
@@ -71,7 +71,7 @@ class Option:
         return text
 
     def spell(self, value: Any) -> str:
-        """A typed value as a user would write it, exactly: sizes with a suffix, bools as on and off."""
+        """The exact text of a typed value as users write it: sizes with a suffix, bools as on and off."""
         if isinstance(value, bool):
             return "on" if value else "off"
         if self.type == "size" and isinstance(value, int) and value > 0:
@@ -93,11 +93,11 @@ class Option:
             value = os.fsdecode(value)
         if not isinstance(value, str):
             raise self._wrong(value, where)
-        # Most texts are names, for the system or for a peer. No name has a NUL, nor half a character.
+        # Most texts are names of files or exports, which contain neither NUL characters nor lone surrogates.
         if "\0" in value:
             raise OptionError(f"{where} is {shown(value)}", hint="it takes text without NUL characters")
-        if not is_whole(value):
-            raise OptionError(f"{where} is {shown(value)}", hint="it takes text of whole characters")
+        if not is_encodable(value):
+            raise OptionError(f"{where} is {shown(value)}", hint="it takes text without lone surrogates")
         return value
 
     _read_enum = _read_str
@@ -112,7 +112,7 @@ class Option:
         if not isinstance(number, int) or isinstance(number, bool):
             raise self._wrong(value, where)
         if abs(number) > MAX_SIZE:
-            raise OptionError(f"{where} is {shown(value)}", hint=f"no number is above {MAX_SIZE}")
+            raise OptionError(f"{where} is {shown(value)}", hint=f"numbers are at most {MAX_SIZE}")
         return number
 
     def _read_size(self, value: Any, where: str) -> Any:
@@ -148,7 +148,8 @@ class Option:
         items = [self.items.parse(item, f"{where}.{number}") for number, item in enumerate(value)]
         if None in items and isinstance(self.items, Option) and self.items.type == "node":
             number = items.index(None)
-            raise OptionError(f"{where}.{number} is {shown(value[number])}", hint=f"it takes {self.items.takes()}")
+            hint = f"it takes {self.items.takes()}"
+            raise OptionError(f"{where}.{number} is {shown(value[number])}", hint=hint)
         return items
 
     def _read_dict(self, value: Any, where: str) -> Any:
@@ -156,7 +157,7 @@ class Option:
 
 
 class Schema:
-    """The options that a driver (or one group inside its options) accepts, in the order of their help."""
+    """The options that a driver, or one group of its options, accepts. Their order is that of the help."""
 
     __slots__ = ("_by_name", "driver", "options")
 
@@ -167,21 +168,22 @@ class Schema:
         for option in self.options:
             for name in (option.name, *option.aliases):
                 if "." in name or self._by_name.setdefault(name, option) is not option:
-                    raise ValueError(f"{driver}: the option name {name!r} is taken, or has a dot")
+                    raise ValueError(f"{driver}: the option name {name!r} is a duplicate or contains a dot")
 
     def extend(self, driver: str, options: Iterable[Option]) -> Schema:
-        """The schema of `driver` that takes these options and those of this schema after them."""
+        """A schema for `driver` with `options`, followed by the options of this schema."""
         return Schema(driver, (*options, *self.options))
 
     def __getitem__(self, name: str) -> Option:
         return self._by_name[name]
 
     def parse(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """Typed values by the options' own names (never an alias); dotted keys nest first.
+        """Convert `options`, which may contain dotted keys, to typed values by the names of the options (never an alias).
 
-        The result has every option: one that is absent, or null, has its default, and a list without one is empty. Only
-        nodes differ, since "no child" is not "not said": an absent node without a default is left out, null stays None.
-        A key `driver` may repeat the driver's name. OptionError: unknown, missing, given twice or ill-typed.
+        The result contains every option. An absent or null option has its default; a list without a default is empty.
+        Nodes differ, since null means "no child": null stays None, and an absent node without a default is left out. A key
+        `driver` may repeat the driver's name. Raises OptionError for an option that is unknown, missing, duplicate or of
+        the wrong type.
         """
         if not isinstance(options, Mapping):
             raise OptionError(f"{where or self.driver} is {shown(options)}", hint="it takes a group of options")
@@ -202,7 +204,7 @@ class Schema:
         result: dict[str, Any] = {}
         for option in self.options:
             if option.required and given.get(option.name) is None:
-                raise OptionError(f"{prefix}{option.name} is missing", hint=f"give it: {option.takes()}")
+                raise OptionError(f"{prefix}{option.name} is missing", hint=f"set it to {option.takes()}")
             if option.name in given:
                 result[option.name] = given[option.name]
             elif option.type == "list":
@@ -212,7 +214,7 @@ class Schema:
         return result
 
     def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
-        """Rows for documentation and `-o help`: dotted name, type, default (`required` if there is none), meaning."""
+        """Rows for documentation and `-o help`: dotted name, type, default (or `required`), description."""
         rows = []
         for option in self.options:
             kind = "|".join(map(option.spell, option.choices)) or {"bool": "on|off"}.get(option.type, option.type)
@@ -231,5 +233,5 @@ class Schema:
         return OptionError(f"{self.driver} has no option {shown(key)}{inside}", hint=hint)
 
 
-#: The child that a filter lies over.
-IMAGE = Option("image", "node", "the node below", required=True)
+#: The child of a filter.
+IMAGE = Option("image", "node", "the child node", required=True)

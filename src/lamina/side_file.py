@@ -1,8 +1,8 @@
-"""Files that a user lets a command write beside its images: reports, logs, counters, pid files.
+"""Auxiliary files that a command writes: reports, logs, counters, pid files. (`named_file` reads auxiliary files.)
 
-Ground floor. Such a file often lies in a folder that others may write, and the command may run as root. So a link is never
-followed, and what is there already is written only where that cannot harm somebody else: a regular file of the same user
-with one link, a FIFO, a terminal. A FIFO is never waited for longer than `patience` seconds.
+Base layer. Such a file may be in a folder that other users can write, and the command may run as root. Therefore symbolic
+links are never followed, and an existing file is written only if that cannot harm other users: a regular file of the same
+user with one link, a FIFO, or a terminal. Each wait for the reader of a FIFO is limited to `patience` seconds.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Final, Self
 
 from .errors import BlockIOError, OptionError
 
-#: Seconds that somebody who reads a FIFO may keep us waiting.
+#: The longest wait, in seconds, for the reader of a FIFO.
 PATIENCE: Final = 10.0
-#: Bytes that a pipe which `poll` calls writable takes without blocking (PIPE_BUF of Linux).
+#: The number of bytes that a pipe accepts without blocking when `poll` reports it as writable (PIPE_BUF of Linux).
 _PIPE = 4096
-#: Names that mean a descriptor of this process: links by their nature, but nobody else's.
+#: Names of descriptors of this process. They are symbolic links, but other users cannot change them.
 _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d{1,9})|(stdout)|(stderr))|/proc/self/fd/(\d{1,9})", re.ASCII)
 
 
 class SideFile:
-    """The file at `path`, open for writing ("-" is standard output); it is made, with the permissions `mode`, if it is not
-    there. `append`: what it holds stays; otherwise it is emptied. `failure` is what an error says. For one thread at a time.
+    """The file at `path`, open for writing ("-" is standard output). A missing file is created with the permissions `mode`;
+    an existing file is truncated unless `append` is set. `failure`: the text of errors. Not thread-safe.
 
-    BlockIOError if it cannot be opened, or is not a file that may be written: see above.
+    Raises BlockIOError if the file cannot be opened or may not be written (see the module).
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class SideFile:
         except OSError as error:
             raise self._failed(error) from error
         except ValueError as error:
-            raise OptionError(f"this cannot be a file name: {error}", path=path) from error
-        found = os.fstat(self._fd)
+            raise OptionError(f"not a valid file name: {error}", path=path) from error
+        status = os.fstat(self._fd)
         #: Device and inode.
-        self.identity = (found.st_dev, found.st_ino)
-        self.regular = stat.S_ISREG(found.st_mode)
+        self.identity = (status.st_dev, status.st_ino)
+        self.regular = stat.S_ISREG(status.st_mode)
 
     def write(self, text: str) -> None:
-        """Write `text`, as UTF-8, where the last one ended. BlockIOError; ETIMEDOUT where nobody reads the FIFO."""
+        """Write `text` as UTF-8 after the previous text. Raises BlockIOError, with ETIMEDOUT if no process reads the FIFO."""
         data = memoryview(text.encode(errors="backslashreplace"))
         try:
             while data:
@@ -66,7 +66,7 @@ class SideFile:
             raise self._failed(error) from error
 
     def empty(self) -> None:
-        """Forget what the regular file holds: the next `write` is at its start. For one that was opened with `append`."""
+        """Truncate a regular file that was opened with `append`; the next `write` begins at offset 0."""
         if self.regular:
             try:
                 os.ftruncate(self._fd, 0)
@@ -74,11 +74,11 @@ class SideFile:
                 raise self._failed(error) from error
 
     def _writable(self, data: memoryview) -> memoryview:
-        """As much of `data` as a pipe takes now; waits for room."""
+        """Wait until the pipe is writable. Returns the part of `data` that it accepts without blocking."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         if not poll.poll(self._patience * 1000):
-            raise _Refusal(errno.ETIMEDOUT, f"nobody has read from it for {self._patience:g} s")
+            raise _Refusal(errno.ETIMEDOUT, f"no process has read from it for {self._patience:g} s")
         return data[:_PIPE]
 
     @property
@@ -86,7 +86,7 @@ class SideFile:
         return self._fd < 0
 
     def close(self) -> None:
-        """Give the descriptor back. Calling it again does nothing. BlockIOError where the system tells of a failure now."""
+        """Close the descriptor; further calls do nothing. Raises BlockIOError for a write error reported at close."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
@@ -110,7 +110,7 @@ class SideFile:
 
 
 class _Refusal(OSError):
-    """Why a file is not written, in words."""
+    """An OSError with its own text and hint, for files that may not be written."""
 
     def __init__(self, number: int, why: str, hint: str | None = None) -> None:
         super().__init__(number, why)
@@ -118,8 +118,8 @@ class _Refusal(OSError):
 
 
 def make_side_file(path: str, *, failure: str = "it cannot be written") -> None:
-    """See to it that there is a file at `path` to which storage may write: a new one, a regular file as above, whose bytes
-    stay, or a block device. BlockIOError."""
+    """Ensure that `path` is a file for a storage node: a new file, an existing regular file that may be written (see the
+    module), whose content stays, or a block device. Raises BlockIOError."""
     try:
         if stat.S_ISBLK(os.stat(path).st_mode):
             return
@@ -145,28 +145,28 @@ def _open(path: str, append: bool, mode: int, deadline: float) -> int:
         except FileExistsError:
             pass
         try:
-            _judge(os.lstat(path))  # before it is opened: to open a device can do something
+            _require_safe(os.lstat(path))  # checked before the open, which has side effects on some devices
             fd = os.open(path, flags)
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 raise
-            continue  # gone since
+            continue  # removed meanwhile
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise _refused("it is a symbolic link, and is not followed") from error
+                raise _refused("symbolic links are not followed") from error
             if error.errno != errno.ENXIO:
                 raise
             if time.monotonic() > deadline:
-                raise _Refusal(errno.ENXIO, "nobody reads from this FIFO") from error
+                raise _Refusal(errno.ENXIO, "no process reads from this FIFO") from error
             time.sleep(0.02)
             continue
         try:
-            # The name may have changed its meaning meanwhile: what counts is the descriptor.
-            found = os.fstat(fd)
-            _judge(found)
-            if stat.S_ISREG(found.st_mode) and not append:
+            # The file of that name may have been replaced meanwhile, so the descriptor is checked as well.
+            status = os.fstat(fd)
+            _require_safe(status)
+            if stat.S_ISREG(status.st_mode) and not append:
                 os.ftruncate(fd, 0)
-            if not stat.S_ISFIFO(found.st_mode):
+            if not stat.S_ISFIFO(status.st_mode):
                 os.set_blocking(fd, True)
         except BaseException:
             os.close(fd)
@@ -174,19 +174,19 @@ def _open(path: str, append: bool, mode: int, deadline: float) -> int:
         return fd
 
 
-def _judge(found: os.stat_result) -> None:
-    """BlockIOError if what is there already is not for us to write."""
-    kind = found.st_mode
+def _require_safe(status: os.stat_result) -> None:
+    """Raise `_Refusal` if the existing file may not be written."""
+    kind = status.st_mode
     if stat.S_ISLNK(kind):
-        raise _refused("it is a symbolic link, and is not followed")
+        raise _refused("symbolic links are not followed")
     if stat.S_ISREG(kind):
-        if found.st_uid != os.geteuid():
-            raise _refused("the file is another user's")
-        if found.st_nlink != 1:
-            raise _refused("the file has other names (hard links), and would change under all of them")
+        if status.st_uid != os.geteuid():
+            raise _refused("the file belongs to another user")
+        if status.st_nlink != 1:
+            raise _refused("the file has several names (hard links)")
     elif not stat.S_ISFIFO(kind) and not stat.S_ISCHR(kind):
         raise _refused("it is not a regular file")
 
 
 def _refused(why: str) -> _Refusal:
-    return _Refusal(errno.EPERM, why, hint="name a new file, or remove this one")
+    return _Refusal(errno.EPERM, why, hint="name a new file, or remove the existing one")

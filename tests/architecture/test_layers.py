@@ -363,7 +363,9 @@ def named_in(block: str) -> set[str]:
 def required_in_map() -> set[str]:
     """The paths that the map must name: every package at any depth, and every module directly in `src/lamina`."""
     packages = {from_root(file.parent) + "/" for file in PACKAGE_FILES if file.name == "__init__.py"}
-    return packages | {from_root(file) for file in PACKAGE_FILES if file.parent == PACKAGE and file.name != "__main__.py"}
+    return packages | {
+        from_root(file) for file in PACKAGE_FILES if file.parent == PACKAGE and file.name != "__main__.py"
+    }
 
 
 def test_the_map_in_the_readme_is_true() -> None:

@@ -88,7 +88,7 @@ def test_in_place(
     os.link("target", "second")
     told = run("convert", "-O", format, *options, "a.raw", "target")
     assert told == (
-        "target: written in place, since the file has 2 names (hard links): a failure half-way loses the old content\n"
+        "target: written in place, since the file has 2 names (hard links): a failure before the end loses the old content\n"
     )
     assert content_of("second", format) == CONTENT
     if format == "qcow2":
@@ -175,7 +175,7 @@ def test_a_target_in_use_is_left_alone(
             ["copy", "a.raw", "target"],
         ):
             assert main(arguments) == 1
-            assert "another open of this file" in capsys.readouterr().err
+            assert "another process, or another image in this one" in capsys.readouterr().err
         user.stdin.close()
     assert Path("target").read_bytes() == before
     # And the other way: while it is written nobody opens it.

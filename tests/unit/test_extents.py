@@ -286,13 +286,13 @@ class TestWrongUse:
             stored(0, 1000, 0).pad_zero(999)
 
     def test_layers_of_different_ranges(self) -> None:
-        with pytest.raises(ValueError, match="cannot lie over"):
+        with pytest.raises(ValueError, match="are not the same range"):
             zeros(0, 10).over(zeros(0, 11))
-        with pytest.raises(ValueError, match="cannot lie over"):
+        with pytest.raises(ValueError, match="are not the same range"):
             zeros(0, 10).over(zeros(1, 10))
 
     def test_pieces_that_do_not_touch(self) -> None:
-        with pytest.raises(ValueError, match="does not begin where"):
+        with pytest.raises(ValueError, match="does not begin at the end of"):
             Extents.concat([zeros(0, 10), zeros(11, 12)])
         with pytest.raises(ValueError, match="nothing"):
             Extents.concat([])

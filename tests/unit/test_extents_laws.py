@@ -219,7 +219,7 @@ def test_masking(pair: tuple[Extents, Extents]) -> None:
     lower = cells(below)
     assert cells(top.masking(below)) == {p: c if c.present else lower[p] for p, c in cells(top).items()}
     if below.end < MAX_SIZE:  # there is no further
-        with pytest.raises(ValueError, match="cannot lie over"):
+        with pytest.raises(ValueError, match="are not the same range"):
             top.masking(below.shift(1))
 
 
@@ -281,7 +281,7 @@ def test_at(extents: Extents) -> None:
         if position in rows:
             assert extents.at(position) == rows[position]
         else:
-            with pytest.raises(ValueError, match="no extent holds"):
+            with pytest.raises(ValueError, match="no extent contains"):
                 extents.at(position)
 
 

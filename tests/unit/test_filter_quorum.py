@@ -26,10 +26,10 @@ class Copy(MemoryStorage):
 
     fails: tuple[str, ...] = ()
 
-    def _there(self, operation: str) -> dict[int, bytearray]:
+    def _require_open(self, operation: str) -> dict[int, bytearray]:
         if operation in self.fails:
             raise BlockIOError(f"no {operation}", errno=errno.ENOSPC)
-        return super()._there(operation)
+        return super()._require_open(operation)
 
 
 def quorum(count: int, threshold: int, **options: Any) -> tuple[Image, list[Copy]]:

@@ -224,7 +224,7 @@ def test_who_waits_waits_in_the_order_of_arrival() -> None:
         thread = threading.Thread(target=image.read, args=(0, number + 1))
         thread.start()
         threads.append(thread)
-        while len(node.group._queue._line) <= number:
+        while len(node.group._queue._queue) <= number:
             thread.join(0.001)
     writer = threading.Thread(target=image.write, args=(0, b"x" * 77), daemon=True)
     writer.start()

@@ -68,7 +68,7 @@ def test_a_writer_that_comes_late_is_waited_for(fifo: Path) -> None:
 
 
 def test_a_fifo_without_a_writer_is_an_error(fifo: Path) -> None:
-    with pytest.raises(BlockIOError, match=r"nothing has been written into it for 0\.05 s") as caught:
+    with pytest.raises(BlockIOError, match=r"no process has written to it for 0\.05 s") as caught:
         read(fifo, patience=0.05)
     assert caught.value.errno == errno.ETIMEDOUT
     assert caught.value.path == str(fifo)
@@ -78,7 +78,7 @@ def test_a_writer_that_stops_is_an_error(fifo: Path) -> None:
     number = os.open(fifo, os.O_RDWR)
     try:
         os.write(number, b"half")
-        with pytest.raises(BlockIOError, match="nothing has been written"):
+        with pytest.raises(BlockIOError, match="no process has written"):
             read(fifo, patience=0.05)
     finally:
         os.close(number)
@@ -107,7 +107,7 @@ def test_rules_of_blkdebug_come_from_a_fifo(fifo: Path, monkeypatch: pytest.Monk
         image.read(0, 512)
     writer.join()
     monkeypatch.setattr(named_file, "PATIENCE", 0.05)
-    with pytest.raises(BlockIOError, match="the rules of blkdebug cannot be read: nothing has been written"):
+    with pytest.raises(BlockIOError, match="the rules of blkdebug cannot be read: no process has written"):
         lamina.open(options).close()
 
 
@@ -122,4 +122,4 @@ def test_a_pattern_of_io_comes_from_a_fifo(
     assert disk.read_bytes() == b"ab" * 2048
     monkeypatch.setattr(named_file, "PATIENCE", 0.05)
     assert main(["io", "-f", "raw", "-c", f"write -s {fifo} 0 4k", str(disk)]) == 1
-    assert "nothing has been written into it" in capsys.readouterr().err
+    assert "no process has written to it" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_an_interrupt_at_every_opcode_leaves_no_hold(exclusive: bool, other: str
         if other in ("shared", "exclusive"):
             holder = Holder(lock, 0, 10, exclusive=other == "exclusive")
             assert holder.inside.wait(PATIENCE)
-            going = letting_go(holder, lambda lock=lock: len(lock._line) > 1)  # type: ignore[misc]
+            going = letting_go(holder, lambda lock=lock: len(lock._queue) > 1)  # type: ignore[misc]
             tracer.run(lambda hold=hold: hold(5, 15, nothing))  # type: ignore[misc]
             going.join(PATIENCE)
         elif other == "waits":  # somebody waits for the range while it is given back
@@ -158,7 +158,7 @@ def test_an_interrupt_at_every_opcode_leaves_no_hold(exclusive: bool, other: str
 
             def work(lock: RangeLock = lock, waiters: list[Holder] = waiters) -> None:
                 waiters.append(Holder(lock, 0, 10, exclusive=True))
-                while not lock._exclusive or (exclusive and len(lock._line) < 2):
+                while not lock._exclusive or (exclusive and len(lock._queue) < 2):
                     time.sleep(0.0002)
 
             tracer.run(lambda hold=hold, work=work: hold(5, 15, work))  # type: ignore[misc]
@@ -168,7 +168,7 @@ def test_an_interrupt_at_every_opcode_leaves_no_hold(exclusive: bool, other: str
         else:
             tracer.run(lambda hold=hold: hold(5, 15, nothing))  # type: ignore[misc]
         assert is_free(lock), f"opcode {number}"
-        assert not lock._line
+        assert not lock._queue
         assert not lock._exclusive
         assert not lock._counted
         if not tracer.raised:

@@ -408,7 +408,7 @@ def test_a_long_request_gives_way_between_its_steps() -> None:
 
         def checkpoint(self) -> None:
             self.rests += 1
-            assert not self.node.ranges._line
+            assert not self.node.ranges._queue
 
     edge = Edge(node, "root")
     edge.zero(0, 1 << 20)

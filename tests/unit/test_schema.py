@@ -139,14 +139,14 @@ def test_open_nodes_pass_unchanged() -> None:
         ("lazy", 1, "lazy is 1; it takes on or off"),
         ("label", 5, "label is 5; it takes text"),
         ("label", {"a": "b"}, "label is {'a': 'b'}; it takes text"),
-        ("backing", 5, "backing is 5; it takes a name, or options"),
+        ("backing", 5, "backing is 5; it takes a name or options"),
         ("backing", ["a"], r"backing is \['a'\]"),
         ("backing", b"a", "backing is b'a'"),
         ("backing", "foo:bar", "backing: 'foo:bar' names the protocol 'foo'"),
         ("inject-error", "x", "inject-error is 'x'; it takes a list"),
         ("inject-error", {"event": "x"}, "inject-error is .* it takes a list"),
         ("inject-error", ["x"], r"inject-error\.0 is 'x'; it takes a group of options"),
-        ("inject-error", [{"event": "x"}, {}], r"inject-error\.1\.event is missing; give it: text"),
+        ("inject-error", [{"event": "x"}, {}], r"inject-error\.1\.event is missing; set it to text"),
         ("inject-error", [{"event": "x", "errno": "EIO"}], r"inject-error\.0\.errno is 'EIO'; it takes a whole number"),
         ("inject-error", [{"evnt": "x"}], r"has no option 'evnt' in inject-error\.0; did you mean event\?"),
         ("children", ["a", 5], r"children\.1 is 5; it takes a name"),
@@ -179,7 +179,7 @@ def test_unknown_options_name_the_nearest_and_all() -> None:
 
 def test_required_options() -> None:
     for options in ({}, {"file": None}, {"file": ""}):
-        with pytest.raises(OptionError, match="file is missing; give it: a name, or options"):
+        with pytest.raises(OptionError, match="file is missing; set it to a name or options"):
             TOY.parse(options)
     with pytest.raises(OptionError, match="event is missing"):
         RULE.parse({"event": None})
@@ -225,7 +225,7 @@ def test_schemas_extend() -> None:
     assert [option.name for option in wider.options] == ["size", "direct"]
     assert wider.parse({"direct": "on", "size": "1k"}) == {"size": 1024, "direct": True}
     assert wider["size"].doc == "how much"
-    with pytest.raises(ValueError, match="taken"):
+    with pytest.raises(ValueError, match="a duplicate or contains a dot"):
         CACHE.extend("twice", [Option("direct", "str", "")])
 
 
@@ -252,12 +252,12 @@ def test_sizes_are_spelled_exactly(value: int, text: str) -> None:
 
 def test_bad_declarations_are_refused() -> None:
     for kind in ("float", "enum", "list", "dict"):
-        with pytest.raises(ValueError, match="unknown, or lacks its choices or items"):
+        with pytest.raises(ValueError, match="unknown, or its choices or items are missing"):
             Option("x", kind, "")
     for options in (
         [Option("x", "str", ""), Option("x", "str", "")],
         [Option("x", "str", ""), Option("y", "str", "", aliases=("x",))],
         [Option("x.y", "str", "")],
     ):
-        with pytest.raises(ValueError, match="taken, or has a dot"):
+        with pytest.raises(ValueError, match="a duplicate or contains a dot"):
             Schema("bad", options)

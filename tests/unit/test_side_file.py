@@ -151,7 +151,7 @@ def test_a_link_that_is_put_there_meanwhile_is_not_followed(tmp_path: Path) -> N
 
 def test_a_fifo_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(BlockIOError, match="nobody reads"):
+    with pytest.raises(BlockIOError, match="no process reads"):
         write(tmp_path / "fifo")
 
 
@@ -162,7 +162,7 @@ def test_a_fifo_that_is_not_read_any_more_is_not_waited_for(tmp_path: Path) -> N
     try:
         with (
             SideFile(str(path), patience=0.2) as file,
-            pytest.raises(BlockIOError, match="nobody has read"),
+            pytest.raises(BlockIOError, match="no process has read"),
         ):
             file.write("x" * (2 << 20))
     finally:

@@ -275,8 +275,8 @@ def shared(tmp_path: Path) -> Iterator[Path]:
     ("folder_mode", "owner", "words"),
     [
         (0o1777, 0, "in a folder with the sticky bit"),
-        (0o0777, 0, "its owner cannot be given"),
-        (0o0755, NOBODY, "no file can be made in its folder"),
+        (0o0777, 0, "its owner cannot be set"),
+        (0o0755, NOBODY, "no file can be created in its folder"),
     ],
 )
 def test_where_a_user_cannot_replace(shared: Path, folder_mode: int, owner: int, words: str) -> None:
@@ -301,7 +301,7 @@ def test_a_group_that_cannot_be_given(shared: Path) -> None:
     target.write_bytes(b"old")
     os.chown(target, NOBODY, OTHER)
     shared.chmod(0o777)
-    assert as_user(NOBODY, [], lambda: "its group cannot be given" not in in_place(target)) == 0
+    assert as_user(NOBODY, [], lambda: "its group cannot be set" not in in_place(target)) == 0
     target.write_bytes(b"old")
 
     def run() -> int:
@@ -319,7 +319,7 @@ def test_without_the_right_to_write_it_there_is_an_error(shared: Path) -> None:
     shared.chmod(0o777)
 
     def run() -> int:
-        with pytest.raises(BlockIOError, match="cannot be written: Permission denied") as caught:
+        with pytest.raises(BlockIOError, match="cannot write the existing file: Permission denied") as caught:
             write_file(target, b"new")
         assert caught.value.path == str(target)
         return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..api import open as open_any
 from ..creation import create_driver
-from ..errors import Locked, OptionError, tell_too
+from ..errors import Locked, OptionError, append_hint
 from ..image import Image
 from ..jobs.convert import convert, convert_to_file
 from ..jobs.progress import Monitor
@@ -198,5 +198,5 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             )
             there.flush()
         except KeyboardInterrupt as stop:
-            tell_too(stop, f"{target} is overwritten in part")
+            append_hint(stop, f"{target} is overwritten in part")
             raise

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
-from ..errors import LaminaError, OptionError, tell_too
+from ..errors import LaminaError, OptionError, append_hint
 from ..graph import Opener
 from ..image import Image
 from ..jobs.copy import Copied, Copy, Plan
@@ -236,7 +236,9 @@ def _copy_in_place(
         try:
             return job.run()
         except (LaminaError, KeyboardInterrupt) as error:
-            tell_too(error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied")
+            append_hint(
+                error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied"
+            )
             raise
     finally:
         target.close()
@@ -275,7 +277,9 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
                 copied = _copy_to_partial(source, args, plan, monitor, journal, partial)
                 partial.finish()
         except (LaminaError, KeyboardInterrupt) as error:
-            tell_too(error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})")
+            append_hint(
+                error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})"
+            )
             raise
     journal.remove()
     return copied

@@ -1,2 +1,2 @@
-"""Storage: the nodes where bytes lie. One module per driver; `registry` finds them by name, they never import one
+"""Storage nodes, which store bytes. One module per driver; `registry` finds each by its name, and they never import one
 another."""

@@ -1,4 +1,4 @@
-"""What direct I/O (O_DIRECT) needs: the alignment that a file asks for, and a bounded pool of aligned buffers."""
+"""Support for direct I/O (O_DIRECT): the alignment that a file requires, and a bounded pool of aligned buffers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 
 from ..limits import is_power_of_two
 
-#: The size of one buffer, and so of the largest single transfer.
+#: The size of one buffer, and so the largest transfer of one system call.
 BUFFER = 1 << 20
 
-#: How often it is looked whether a buffer is free, in seconds.
-_LOOK_AGAIN = 0.0002
+#: The interval, in seconds, at which a waiting thread checks for a free buffer.
+_POLL_INTERVAL = 0.0002
 
-#: A multiple of every logical block size in common use: right wherever a smaller one would do too.
+#: A multiple of every common logical block size.
 _SAFE = 4096
 
 _BLKSSZGET = 0x1268
@@ -29,9 +29,9 @@ _STATX_SIZE, _DIO_OFFSET_ALIGN = 256, 156
 
 
 class Pool:
-    """At most `count` buffers of `BUFFER` bytes that start on a page, made when first needed. Safe for any number of
-    threads: who asks when all are in use waits. An interrupt at any point leaves no place taken: each is a token in a set,
-    which is taken out twice."""
+    """At most `count` page-aligned buffers of `BUFFER` bytes, allocated when first needed. Thread-safe: a thread waits while
+    all buffers are in use. An interrupt at any point leaves no buffer marked as in use: each use is a token in a set, and the
+    token is removed twice."""
 
     __slots__ = ("_count", "_free", "_using")
 
@@ -42,18 +42,18 @@ class Pool:
 
     @contextmanager
     def buffer(self) -> Iterator[memoryview]:
-        """A buffer for the time of the block. What is in it is left over from others: overwrite before use."""
+        """A context manager that provides a buffer. Its content is undefined."""
         token, leave = object(), self._using.discard
         try:
             try:
                 self._using.add(token)
                 while len(self._using) > self._count:
                     leave(token)
-                    time.sleep(_LOOK_AGAIN)
+                    time.sleep(_POLL_INTERVAL)
                     self._using.add(token)
                 buffer = self._unused()
                 yield buffer
-                self._free.append(buffer)  # not after an error: it is as easily made anew
+                self._free.append(buffer)  # after an error the buffer is dropped; a new one is cheap
             finally:
                 leave(token)
         finally:
@@ -67,10 +67,10 @@ class Pool:
 
 
 def alignment(fd: int) -> int:
-    """The power of two that offsets and lengths of direct I/O on `fd` are multiples of. OSError if it cannot do any."""
+    """The alignment, a power of two, of offsets and lengths of direct I/O on `fd`. Raises OSError without direct I/O."""
     found = _statx_alignment(fd)
     if found is None:
-        # The kernel is too old to say. A trial read of a file may fall into a hole, which passes unchecked.
+        # An old kernel. A trial read would prove nothing, since a read of a hole succeeds with any alignment.
         found = logical_block_size(fd) if stat.S_ISBLK(os.fstat(fd).st_mode) else _SAFE
     if not is_power_of_two(found) or found > BUFFER:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -78,12 +78,12 @@ def alignment(fd: int) -> int:
 
 
 def logical_block_size(fd: int) -> int:
-    """The smallest unit, in bytes, that the block device `fd` transfers."""
+    """The logical block size, in bytes, of the block device `fd`."""
     return int(struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0])
 
 
 def _statx_alignment(fd: int) -> int | None:
-    """What statx says (Linux 6.1): 0 where direct I/O is not possible, None if it does not know."""
+    """The alignment from statx (Linux 6.1): 0 if direct I/O is not supported, None if the kernel does not tell."""
     import ctypes
 
     statx = getattr(ctypes.CDLL(None), "statx", None)

@@ -1,8 +1,8 @@
-"""The driver `file`: a regular file or a block device, reached with positioned reads and writes.
+"""The driver `file`: a regular file or a block device, accessed with positioned reads and writes.
 
-All operations are single system calls that carry their own offset, so any number of threads may run them at once. Holes
-come from SEEK_DATA and SEEK_HOLE, zeroing and discarding from fallocate. With `cache.direct` requests go around the
-page cache, through aligned buffers (`DirectFileStorage`).
+Each operation is a system call with an explicit offset, so the driver is thread-safe. SEEK_DATA and SEEK_HOLE find holes;
+fallocate zeroes and discards. With `cache.direct` requests bypass the page cache through aligned buffers
+(`DirectFileStorage`).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
 
 _HINTS = {
-    errno.ENOSPC: "free some space there, then try again",
-    errno.EDQUOT: "free some space there, then try again",
+    errno.ENOSPC: "free some space on that file system, then try again",
+    errno.EDQUOT: "free some space within the quota, then try again",
     errno.EFBIG: "the file system or a limit of this process allows no file of that size",
 }
 
-_CACHE = Schema("cache", [Option("direct", "bool", "go around the page cache of the system (O_DIRECT)", default=False)])
+_CACHE = Schema("cache", [Option("direct", "bool", "bypass the page cache (O_DIRECT)", default=False)])
 
 
 class FileStorage(StorageNode):
-    """A file. `size` is tracked: writes past the end make a regular file longer. What another program does to the
-    length meanwhile is not noticed, except that what it cut off reads as zeros."""
+    """A file. `size` is tracked: a write past the end extends a regular file. Changes of the length by other programs are not
+    noticed, except that bytes beyond a new, earlier end read as zeros."""
 
     driver: ClassVar[str] = "file"
     schema: ClassVar[Schema] = Schema(
@@ -55,23 +55,23 @@ class FileStorage(StorageNode):
             Option(
                 "locking",
                 "enum",
-                "keep others from using the file in ways that exclude this one; auto: where its file system can",
+                "lock the file against conflicting use; auto: if its file system supports locks",
                 choices=("auto", "on", "off"),
                 default="auto",
             ),
-            Option("cache", "dict", "how the file is cached", items=_CACHE),
+            Option("cache", "dict", "caching of the file", items=_CACHE),
         ],
     )
     supported_flags = FUA if _RWF_DSYNC else 0
-    _cached = True  # by the page cache
+    _cached = True  # in the page cache
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
-        """The file behind the descriptor `fd`, which belongs to this node from now on."""
+        """The file of the descriptor `fd`, which the node owns from now on."""
         super().__init__(name=name, read_only=read_only)
         self._fd = fd
-        #: Closes `fd` when it is asked for its next element, once: one step, which no interrupt cuts in two.
+        #: The next element of this iterator closes `fd`, once: a single step, which no interrupt divides.
         self._open_fds = iter((fd,))
-        self._give_back = map(os.close, self._open_fds)
+        self._close_fd = map(os.close, self._open_fds)
         self._filename = filename
         self.path = path_of(fd, filename)
         status = os.fstat(fd)
@@ -79,20 +79,20 @@ class FileStorage(StorageNode):
         self._regular = stat.S_ISREG(status.st_mode)
         self._size = status.st_size if self._regular else os.lseek(fd, 0, os.SEEK_END)
         self._block = 1 if self._regular else aligned.logical_block_size(fd)
-        # Held by whatever changes the file's length: a write that appends and a truncation must not cross.
+        # Held while the length of the file changes, so that appending writes and truncations do not overlap.
         self._growing = threading.Lock()
-        self._missing: set[int] = set()  # modes of fallocate that this file does not have
-        self._lost: OSError | None = None  # why a flush failed
+        self._missing: set[int] = set()  # modes of fallocate that this file does not support
+        self._flush_error: OSError | None = None  # the error of a failed flush
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """Open `filename`, or take a copy of the descriptor `opener.fd`. Raises NotFound, Locked, BlockIOError."""
+        """Open `filename`, or duplicate the descriptor `opener.fd`. Raises NotFound, Locked, BlockIOError."""
         filename = options["filename"]
         direct = bool((options.get("cache") or {}).get("direct"))
         writing = not opener.read_only
         if opener.force_share and writing:
             raise OptionError(
-                "force-share is only for reading", path=filename, hint="open it read-only, or without force-share"
+                "force-share requires read-only", path=filename, hint="open it read-only, or without force-share"
             )
         fd = open_file(filename, writing) if opener.fd is None else os.dup(opener.fd)
         try:
@@ -118,7 +118,7 @@ class FileStorage(StorageNode):
             os.close(fd)
             raise
 
-    # -- what it is
+    # -- properties
 
     @property
     def size(self) -> int:
@@ -138,7 +138,7 @@ class FileStorage(StorageNode):
 
     @property
     def allocated(self) -> int:
-        """The bytes of storage that the file takes up; may be less than its size (holes) or more."""
+        """The allocated bytes of the file; less than its size if it has holes, and possibly more."""
         try:
             return os.fstat(self._fd).st_blocks * 512
         except OSError as error:
@@ -146,10 +146,10 @@ class FileStorage(StorageNode):
 
     @property
     def has_other_writer(self) -> bool:
-        """Whether another open of the file, in any program, is known by its lock to write to it now."""
+        """Whether another process, or another open file of this one, holds the lock of a writer on the file."""
         return locks.in_use_for_writing(self._fd)
 
-    # -- what it does
+    # -- operations
 
     @plain
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -168,8 +168,8 @@ class FileStorage(StorageNode):
             self._write(offset, view, flags)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        """From another regular file, or elsewhere in this one: its blocks are shared where the file system can do that; else,
-        without NO_FALLBACK, the system copies, though not past the page cache of one that is opened around it."""
+        """Copy from another regular file, or another range of this one. The file system shares the blocks if possible;
+        otherwise, without NO_FALLBACK, the kernel copies. The kernel does not copy to or from a file with direct I/O."""
         if not (
             isinstance(source, FileStorage)
             and source.copyable
@@ -178,7 +178,7 @@ class FileStorage(StorageNode):
             and 0 <= source_offset <= source.size - length
             and (source.identity != self.identity or abs(offset - source_offset) >= length)
         ):
-            raise self.refuse("copy from there")
+            raise self.refuse("copy from this source")
         end = offset + length
         if end > self._size:
             self._grow(end, self._copy, offset, source, source_offset, length, flags)
@@ -203,31 +203,31 @@ class FileStorage(StorageNode):
         except OSError as error:
             raise self._failed(error, "discard", offset, length) from error
         if not done:
-            raise NotSupported("no holes can be made in it", path=self._filename, operation="discard")
+            raise NotSupported("the file does not support holes", path=self._filename, operation="discard")
 
     def flush(self) -> None:
-        """fdatasync: the bytes, and of the metadata all that is needed to find them (the length of the file too).
+        """fdatasync: flush the bytes and the metadata that are needed to read them (including the length of the file).
 
-        A flush that failed fails for ever, until the file is opened again: the system reports a write-back error once
-        and then calls the pages clean, so a later fdatasync would succeed without the bytes being there.
+        After a failed flush every flush fails until the file is opened again: the kernel reports a write-back error once and
+        then marks the pages as clean, so a later fdatasync would succeed although bytes were lost.
         """
         if self.read_only:
             return
         if self._fd < 0:
-            raise Closed("this file was closed", path=self._filename, operation="flush")
-        if self._lost is None:
+            raise Closed("the file is closed", path=self._filename, operation="flush")
+        if self._flush_error is None:
             try:
                 os.fdatasync(self._fd)
                 return
             except OSError as error:
-                self._lost = error
+                self._flush_error = error
         raise BlockIOError.from_os(
-            self._lost,
-            "what was written since the last good flush may be lost",
+            self._flush_error,
+            "data written since the last successful flush may be lost",
             path=self._filename,
             operation="flush",
-            hint="open it again, and write that anew",
-        ) from self._lost
+            hint="open the file again and repeat these writes",
+        ) from self._flush_error
 
     def truncate(self, size: int) -> None:
         with self._growing:
@@ -235,13 +235,13 @@ class FileStorage(StorageNode):
                 if size == self._size:
                     return
                 raise NotSupported(
-                    f"a device of {self._size} bytes cannot be made {size} bytes long",
+                    f"the size of this device is {self._size} bytes and cannot be changed to {size}",
                     path=self._filename,
                     operation="truncate",
                 )
             try:
-                # Not where nothing changes: ext4 writes a file that was cut to nothing to the disk when it is closed, since
-                # it may take the place of an older one (a new image of 1.7 GiB: 0.8 s).
+                # Only if the length changes: ext4 flushes a file that was truncated to 0 when it is closed, since programs
+                # replace files in that way (0.8 s for a new image of 1.7 GiB).
                 if os.fstat(self._fd).st_size != size:
                     os.ftruncate(self._fd, size)
             except OSError as error:
@@ -261,7 +261,7 @@ class FileStorage(StorageNode):
         lengths = np.diff(edges)
         rows = np.flatnonzero(lengths)
         start = edges[rows]
-        # Neighbours are alike only if the file changed while it was asked.
+        # Adjacent extents are equal only if the file changed during the query.
         found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
         return bounded(found.coalesce())
 
@@ -269,7 +269,7 @@ class FileStorage(StorageNode):
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
         except OSError as error:
-            # ENXIO: no data from here to the end. Anything else: not known, which this question allows.
+            # ENXIO: no data up to the end of the file. Other errors: unknown, for which False is allowed.
             return error.errno == errno.ENXIO
 
     @property
@@ -277,20 +277,20 @@ class FileStorage(StorageNode):
         return length_hint(self._open_fds) > 0
 
     def close(self) -> None:
-        self._fd = -1  # first: once it is closed, the number may be another file's
+        self._fd = -1  # first, since the number may be reused as soon as it is closed
         try:
-            next(self._give_back, None)
+            next(self._close_fd, None)
         except OSError as error:
             raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
 
     def forsake(self) -> None:
-        # Locks belong to the open file, which the parent has too: closing a descriptor of it leaves them alone.
+        # Locks belong to the open file description, which the parent process shares, so this close does not release them.
         FileStorage.close(self)
 
-    # -- how it is done
+    # -- implementation
 
     def _read_rest(self, offset: int, view: memoryview, done: int) -> None:
-        """Go on after a short read; what lies past the end of the file (somebody cut it) is zeros."""
+        """Continue after a short read. Bytes past the end of the file, which another program truncated, are zeros."""
         while done < len(view):
             count = preadv(self._fd, (view[done:],), offset + done)
             if not count:
@@ -305,25 +305,25 @@ class FileStorage(StorageNode):
             while done != len(view):
                 done += pwritev(self._fd, (view[done:],), offset + done, how)
         except OSError as error:
-            # This may have taken the only report of a write-back error of somebody else's bytes; see `flush`.
+            # This may be the only report of a write-back error of other writes; see `flush`.
             if flags & FUA and error.errno == errno.EIO:
-                self._lost = error
+                self._flush_error = error
             raise self._failed(error, "write", offset, len(view)) from error
 
     def _copy(self, offset: int, source: FileStorage, source_offset: int, length: int, flags: int) -> None:
-        place = (self._fd, offset, source._fd, source_offset, length)
+        ranges = (self._fd, offset, source._fd, source_offset, length)
         try:
             if self._fd < 0 or source._fd < 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            if system.share(*place):
+            if system.share(*ranges):
                 return
-            quick = flags & NO_FALLBACK or not self._cached or not source._cached
-            done = 0 if quick else system.copy(*place)
+            share_only = flags & NO_FALLBACK or not self._cached or not source._cached
+            done = 0 if share_only else system.copy(*ranges)
         except OSError as error:
             raise (self if source._fd >= 0 else source)._failed(error, "copy", offset, length) from error
         if not done:
-            raise NotSupported("the system cannot copy from there", path=self._filename, operation="copy")
-        # Some of it is done, so the rest must be: it passes through here.
+            raise NotSupported("the kernel cannot copy from this source", path=self._filename, operation="copy")
+        # The kernel copied a part, so NotSupported is no longer allowed: the rest is copied through a buffer.
         buffer = memoryview(bytearray(min(length - done, MIB)))
         for at in range(done, length, MIB):
             part = buffer[: length - at]
@@ -338,26 +338,26 @@ class FileStorage(StorageNode):
                 if end > size and os.fstat(self._fd).st_size < end:
                     os.ftruncate(self._fd, end)
             elif not self._fallocate(_ZERO_RANGE, offset, length):
-                raise NotSupported("it cannot be zeroed without writing", path=self._filename, operation="zero")
+                raise NotSupported("the file cannot be zeroed without writing", path=self._filename, operation="zero")
         except OSError as error:
             if isinstance(error, LaminaError):
                 raise
             raise self._failed(error, "zero", offset, length) from error
 
     def _grow(self, end: int, operation: Callable[..., None], *arguments: Any) -> None:
-        """Run an operation that ends at `end`, past the size, and make the size follow."""
+        """Run an operation that ends at `end`, past the size, and update the size."""
         with self._growing:
             try:
                 operation(*arguments)
             except BaseException:
-                # Part of it may be there: what lies past the tracked size would otherwise come back in a later growth.
+                # The file may be longer now: bytes beyond the tracked size would otherwise reappear when the file grows.
                 if self._fd >= 0:
                     self._size = max(self._size, os.fstat(self._fd).st_size)
                 raise
             self._size = max(self._size, end)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """False if this file has no such operation (asked once); OSError if it has and it failed."""
+        """Call fallocate. Returns False if the file does not support `mode` (tried once); raises OSError for other errors."""
         if mode in self._missing:
             return False
         number = _libc_fallocate(self._fd, mode, offset, length)
@@ -369,8 +369,8 @@ class FileStorage(StorageNode):
         return True
 
     def _edges(self, offset: int, end: int) -> array[int]:
-        """Where, between `offset` and `end`, a hole and data take turns; what starts at `offset` is a hole, maybe
-        empty. The last edge is `end`, or where one answer has as many rows as it may."""
+        """The boundaries of holes and data between `offset` and `end`. The first range, at `offset`, is a hole, which may be
+        empty. The last boundary is `end`, or an earlier offset if the result has the maximum number of rows."""
         fd, seek, to_data, to_hole = self._fd, os.lseek, os.SEEK_DATA, os.SEEK_HOLE
         edges = array("q", (offset,))
         add = edges.append
@@ -385,8 +385,8 @@ class FileStorage(StorageNode):
                     return edges
         except OSError as error:
             if error.errno == errno.EINVAL and len(edges) == 1:
-                add(offset)  # this system does not know holes: all is data
-            elif error.errno != errno.ENXIO:  # that one: nothing but a hole from here to the end
+                add(offset)  # the file system has no holes: everything is data
+            elif error.errno != errno.ENXIO:  # ENXIO: a hole up to the end of the file
                 raise
         add(end)
         return edges
@@ -394,16 +394,15 @@ class FileStorage(StorageNode):
     def _failed(
         self, error: OSError, operation: str, offset: int | None = None, length: int | None = None
     ) -> LaminaError:
-        place: dict[str, Any] = {"path": self._filename, "operation": operation, "offset": offset, "length": length}
+        context: dict[str, Any] = {"path": self._filename, "operation": operation, "offset": offset, "length": length}
         if self._fd < 0:
-            return Closed("this file was closed", **place)
-        return BlockIOError.from_os(error, hint=_HINTS.get(error.errno or 0), **place)
+            return Closed("the file is closed", **context)
+        return BlockIOError.from_os(error, hint=_HINTS.get(error.errno or 0), **context)
 
 
 class DirectFileStorage(FileStorage):
-    """A file without the page cache. Bytes go through aligned buffers of a bounded pool; the request path aligns the
-    requests. Only the last block of a file whose length is not aligned goes through the page cache, so that its length
-    stays exact at any moment."""
+    """A file with direct I/O. Bytes pass through the aligned buffers of a bounded pool; the request path aligns the requests.
+    Only an incomplete last block is written through the page cache, so that the length of the file is always exact."""
 
     _cached = False
 
@@ -415,7 +414,7 @@ class DirectFileStorage(FileStorage):
             fcntl.fcntl(fd, fcntl.F_SETFL, self._flags | os.O_DIRECT)
         except OSError as error:
             raise BlockIOError.from_os(
-                error, "no direct I/O on it", path=filename, operation="open", hint="leave out cache.direct"
+                error, "the file does not support direct I/O", path=filename, operation="open", hint="omit cache.direct"
             ) from error
         self._pool = aligned.Pool()
         self._buffered = threading.Lock()
@@ -462,9 +461,9 @@ class DirectFileStorage(FileStorage):
             self._write_tail(offset + whole, view[whole:], flags)
 
     def _write_tail(self, offset: int, view: memoryview, flags: int) -> None:
-        # For a moment the descriptor is an ordinary one. What other threads write meanwhile is only cached needlessly.
+        # The descriptor loses O_DIRECT for a moment. Other threads may then use the page cache, which is harmless.
         if self._fd < 0:
-            raise Closed("this file was closed", path=self._filename, operation="write")
+            raise Closed("the file is closed", path=self._filename, operation="write")
         with self._buffered:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags)
             try:

@@ -1,8 +1,8 @@
-"""Image locks, understood by QEMU: they stop two programs from using one file in ways that exclude each other.
+"""File locks compatible with QEMU, which prevent conflicting use of an image file by two processes.
 
-A lock is one byte of the file, far from any meaning of its content, held with an open-file-description lock. All locks
-are shared (read) locks, so taking one never fails against QEMU; whether somebody stands in the way is then *asked*. For
-each permission p the byte 100 + p says "I use p", and the byte 200 + p says "nobody else may use p".
+A lock is an open-file-description lock on one byte of the file; the content of the byte does not matter. All locks are shared
+(read) locks, so taking one never conflicts with QEMU; conflicts are found by a *query* afterwards. For each permission p the
+lock on byte 100 + p means "this process uses p", and the lock on byte 200 + p means "other processes must not use p".
 
     p  permission          100 + p  200 + p
     0  consistent read         100      200
@@ -10,9 +10,9 @@ each permission p the byte 100 + p says "I use p", and the byte 200 + p says "no
     2  write unchanged         102      202
     3  resize                  103      203
 
-What programs take, observed in /proc/locks (qemu-io 7.2 and 10.0 are alike):
+The locks of each program, observed in /proc/locks (qemu-io 7.2 and 10.0 agree):
 
-    open as                                        uses        lets no other use
+    opened as                                      uses        denies others
     qcow2 read-write                               0 1 3       1 3
     qcow2 read-only                                0           1 3
     backing file, of any overlay                   0           1 3
@@ -24,11 +24,13 @@ What programs take, observed in /proc/locks (qemu-io 7.2 and 10.0 are alike):
     Lamina read-only, any format                   0           1 3
     Lamina with force-share                        nothing     nothing
 
-So any number of readers coexist, a writer is alone, and a reader is safe from writers. Storage does not know which
-format lies over it, and a raw disk deserves the same: here Lamina is stricter than qemu-io, not than qemu-img convert.
+Several readers may open a file at the same time; a writer excludes all others, and a reader excludes writers. Storage does
+not know the format above it, so a raw disk is protected in the same way: Lamina is stricter than qemu-io there, but not
+stricter than qemu-img convert.
 
-Locks belong to the open file description: a copy of the descriptor (dup, fork) shares them, a second open of the same
-file, in this process too, does not. They end when the last copy is closed. No name of this module does I/O on the file.
+Locks belong to the open file description: a duplicate of the descriptor (dup, fork) shares them; a second open of the file,
+even in this process, does not. The kernel releases them when the last duplicate is closed. This module never reads or writes
+the file.
 """
 
 from __future__ import annotations
@@ -61,28 +63,30 @@ def acquire(
     taken: Collection[int] = (),
     withheld: Collection[int] = (),
 ) -> bool:
-    """Take the locks of a reader, or of a writer, on `fd` and hold them until it is closed. `taken` and `withheld`:
-    permissions that are used, and kept from others, besides those.
+    """Take the locks of a reader or writer on `fd`, until `fd` is closed. `taken` and `withheld`: further permissions that
+    this process uses, and that it denies others.
 
-    Raises Locked if another open of the file excludes this one; close `fd` then. Returns False, after a warning in the
-    log "lamina", where the file system has no such locks; with `required` that raises BlockIOError instead.
+    Raises Locked for a conflicting lock; the caller then closes `fd`. Without support by the file system the function logs a
+    warning ("lamina") and returns False, or with `required` raises BlockIOError.
     """
     used = sorted({CONSISTENT_READ, WRITE, RESIZE, *taken} if writing else {CONSISTENT_READ, *taken})
     unshared = sorted({WRITE, RESIZE, *withheld})
     try:
-        # Locks first and questions after: of two that start at once, at least one sees the other.
+        # All locks are taken before the query, so that of two processes that start together at least one sees the other.
         for permission in used:
             _lock(fd, _USED + permission)
         for permission in unshared:
             _lock(fd, _UNSHARED + permission)
         for permission in used:
             if _held(fd, _UNSHARED + permission):
-                raise _locked(
-                    path, f"another open of this file does not share the right to {_NAMES[permission]}", writing
+                reason = (
+                    f"another process, or another image in this one, denies others to {_NAMES[permission]} this file"
                 )
+                raise _locked(path, reason, writing)
         for permission in unshared:
             if _held(fd, _USED + permission):
-                raise _locked(path, f"another open of this file may {_NAMES[permission]} it", writing)
+                reason = f"another process, or another image in this one, has it open to {_NAMES[permission]}"
+                raise _locked(path, reason, writing)
     except OSError as error:
         if isinstance(error, Locked):
             raise
@@ -90,12 +94,12 @@ def acquire(
             raise _locked(path, "another program holds an exclusive lock on this file", writing) from error
         if required:
             raise BlockIOError.from_os(
-                error, "cannot lock it", path=path, hint="locking=off goes on without"
+                error, "cannot lock the file", path=path, hint="locking=off opens it without locks"
             ) from error
         import logging
 
         logging.getLogger("lamina").warning(
-            "%s: cannot be locked (%s); nothing keeps other programs from changing it meanwhile",
+            "%s: cannot lock the file (%s); other programs may change it while it is open",
             path,
             os.strerror(error.errno or errno.EIO),
         )
@@ -104,7 +108,7 @@ def acquire(
 
 
 def in_use_for_writing(fd: int) -> bool:
-    """Whether another open of the file holds the lock of a writer. False where that cannot be asked."""
+    """Whether another open file description holds the lock of a writer. False if the kernel cannot tell."""
     try:
         return _GETLK is not None and _held(fd, _USED + WRITE)
     except OSError:
@@ -120,13 +124,11 @@ def _lock(fd: int, byte: int) -> None:
 def _held(fd: int, byte: int) -> bool:
     """Whether another open file description holds a lock on `byte`."""
     assert _GETLK is not None
-    # Asked as if for an exclusive lock: any lock of another would stand in its way.
-    answer = fcntl.fcntl(fd, _GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    # The query is for an exclusive lock, which conflicts with any lock of another open file description.
+    result = fcntl.fcntl(fd, _GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return bool(_FLOCK.unpack(result)[0] != fcntl.F_UNLCK)
 
 
 def _locked(path: str, message: str, writing: bool) -> Locked:
-    hint = (
-        "close it there first" if writing else "close it there first, or read it as it changes with force-share=on (-U)"
-    )
+    hint = "close it there first" + ("" if writing else ", or read it while it may change with force-share=on (-U)")
     return Locked(message, path=path, operation="open", hint=hint)

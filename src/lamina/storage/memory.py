@@ -1,4 +1,4 @@
-"""The driver `memory`: bytes in memory, gone when the node is closed. Only pages that were written take up room."""
+"""The driver `memory`: a sparse disk in memory, which is discarded when the node is closed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PAGE = 1 << 16
 
 
 class MemoryStorage(StorageNode):
-    """A sparse store of `PAGE`-sized pages that grows with what is written; a page that is not there reads as zeros, so
-    a node of 1 TiB costs nothing. Safe for any number of threads: one operation runs at a time. Nothing survives, so a
-    flush has nothing to do, and every write is as stable as it can be."""
+    """Pages of `PAGE` bytes, allocated by writes; an unallocated page reads as zeros, so a node of 1 TiB needs no memory.
+    Thread-safe: operations run one at a time. No data outlives the node, so a flush does nothing and every write honours
+    FUA."""
 
     driver: ClassVar[str] = "memory"
-    schema: ClassVar[Schema] = Schema("memory", [Option("size", "size", "its length at first, in bytes", default=0)])
+    schema: ClassVar[Schema] = Schema("memory", [Option("size", "size", "the initial length in bytes", default=0)])
     supported_flags = FUA
 
     def __init__(self, size: int = 0, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
         self._size = size
-        self._pages: dict[int, bytearray] | None = {}  # no byte past the size is ever other than zero
+        self._pages: dict[int, bytearray] | None = {}  # bytes past the size are always zero; None after close
         self._mutex = threading.Lock()
 
     @classmethod
@@ -46,13 +46,13 @@ class MemoryStorage(StorageNode):
 
     @property
     def allocated(self) -> int:
-        """The bytes of memory that its pages take up."""
+        """The memory of the pages, in bytes."""
         with self._mutex:
-            return len(self._there("stat")) * PAGE
+            return len(self._require_open("stat")) * PAGE
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with self._mutex:
-            pages = self._there("read")
+            pages = self._require_open("read")
             for number, lo, hi, at in _parts(offset, len(view)):
                 page = pages.get(number)
                 if page is None:
@@ -62,7 +62,7 @@ class MemoryStorage(StorageNode):
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         with self._mutex:
-            pages = self._there("write")
+            pages = self._require_open("write")
             for number, lo, hi, at in _parts(offset, len(view)):
                 page = pages.get(number)
                 if page is None:
@@ -71,18 +71,18 @@ class MemoryStorage(StorageNode):
             self._size = max(self._size, offset + len(view))
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        """Whole pages are dropped, with or without MAY_UNMAP: there is nothing to gain by keeping them."""
+        """Free complete pages, with or without MAY_UNMAP: keeping them has no advantage."""
         with self._mutex:
-            self._clear(self._there("zero"), offset, offset + length)
+            self._clear(self._require_open("zero"), offset, offset + length)
             self._size = max(self._size, offset + length)
 
     def discard(self, offset: int, length: int) -> None:
         with self._mutex:
-            self._clear(self._there("discard"), offset, offset + length)
+            self._clear(self._require_open("discard"), offset, offset + length)
 
     def truncate(self, size: int) -> None:
         with self._mutex:
-            pages = self._there("truncate")
+            pages = self._require_open("truncate")
             if size < self._size:
                 self._clear(pages, size, self._size)
             self._size = size
@@ -93,8 +93,8 @@ class MemoryStorage(StorageNode):
 
         first, last = offset // PAGE, -(-(offset + length) // PAGE)
         with self._mutex:
-            numbers = np.array(sorted(_within(self._there("extents"), first, last)), np.int64)
-        # Runs of pages that follow one another are one extent, what lies between two runs is another.
+            numbers = np.array(sorted(_within(self._require_open("extents"), first, last)), np.int64)
+        # Consecutive pages form one extent of data; the gaps between them are extents of zeros.
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         heads, tails = numbers[np.append(0, breaks)[: len(numbers)]], numbers[np.append(breaks - 1, -1)[: len(numbers)]]
         inner = np.column_stack((heads, tails + 1)).ravel() * PAGE
@@ -109,19 +109,21 @@ class MemoryStorage(StorageNode):
 
     def reads_zero(self, offset: int, length: int) -> bool:
         with self._mutex:
-            return next(_within(self._there("read"), offset // PAGE, -(-(offset + length) // PAGE)), None) is None
+            return (
+                next(_within(self._require_open("read"), offset // PAGE, -(-(offset + length) // PAGE)), None) is None
+            )
 
     def close(self) -> None:
         with self._mutex:
             self._pages = None
 
-    def _there(self, operation: str) -> dict[int, bytearray]:
+    def _require_open(self, operation: str) -> dict[int, bytearray]:
         if self._pages is None:
-            raise Closed("this node was closed", node=self.name, operation=operation)
+            raise Closed("the node is closed", node=self.name, operation=operation)
         return self._pages
 
     def _clear(self, pages: dict[int, bytearray], start: int, end: int) -> None:
-        """Make [start, end) read as zeros; a page is dropped if nothing else is in it, up to the size."""
+        """Make [start, end) read as zeros. A page without other bytes below the size is freed."""
         first, last = start // PAGE, -(-end // PAGE)
         for number in list(_within(pages, first, last)):
             lo, hi = max(start - number * PAGE, 0), min(end - number * PAGE, PAGE)
@@ -132,7 +134,7 @@ class MemoryStorage(StorageNode):
 
 
 def _parts(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
-    """The pages of a range: number, where in the page it starts and ends, and how far into the range that is."""
+    """The pages of a range: number, start and end of the part in the page, and the offset of the part in the range."""
     end = offset + length
     at = offset
     while at < end:
@@ -143,7 +145,7 @@ def _parts(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _within(pages: dict[int, bytearray], first: int, last: int) -> Iterator[int]:
-    """The numbers, from `first` up to but not `last`, of pages that are there; the shorter of both lists is walked."""
+    """The numbers of the allocated pages in range(first, last), in no particular order."""
     if last - first < len(pages):
         return (number for number in range(first, last) if number in pages)
     return (number for number in pages if first <= number < last)

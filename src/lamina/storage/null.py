@@ -1,4 +1,4 @@
-"""The driver `null`: a disk of any size that keeps nothing and reads as zeros. For measuring what lies above it."""
+"""The driver `null`: a disk of any size that stores nothing and reads as zeros. It serves to measure the nodes above it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class NullStorage(StorageNode):
-    """Writes vanish, reads give zeros. Stateless, so any number of threads may use it."""
+    """Writes are discarded, and reads return zeros. Stateless and thread-safe."""
 
     driver: ClassVar[str] = "null"
     schema: ClassVar[Schema] = Schema(
         "null",
         [
-            Option("size", "size", "its length in bytes", default=GIB),
+            Option("size", "size", "the length in bytes", default=GIB),
             Option(
                 "read-zeroes",
                 "bool",
-                "accepted for compatibility: reads always give zeros, never stale memory",
+                "ignored, for compatibility: reads always return zeros",
                 default=True,
             ),
         ],
@@ -45,20 +45,20 @@ class NullStorage(StorageNode):
 
     @property
     def allocated(self) -> int:
-        """It takes up nothing."""
+        """Always 0."""
         return 0
 
     def read_into(self, offset: int, view: memoryview) -> None:
         fill_zero(view)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        """The bytes vanish."""
+        """Do nothing."""
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        """It reads as zeros already."""
+        """Do nothing."""
 
     def discard(self, offset: int, length: int) -> None:
-        """There is nothing to give back."""
+        """Do nothing."""
 
     def extents(self, offset: int, length: int) -> Extents:
         from ..extents import Extents

@@ -1,4 +1,4 @@
-"""How the driver `file` comes to a descriptor: what may be opened, and what a name means."""
+"""Opening of files for the driver `file`: the accepted types of files, and the path of a descriptor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TYPES = {
 
 
 def path_of(fd: int, filename: str) -> str:
-    """The real path of what `fd` is open on: asked of the system, since the name may mean another file by now."""
+    """The real path of the file of `fd`, from /proc, since `filename` may denote another file by now."""
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:  # no such file system here
+    except OSError:  # no /proc
         path = ""
     return path if path.startswith("/") and not path.endswith(" (deleted)") else os.path.realpath(filename)
 
@@ -28,7 +28,7 @@ def path_of(fd: int, filename: str) -> str:
 def open_file(filename: str, writing: bool) -> int:
     flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
     try:
-        # Looked at before it is opened: opening a FIFO or a device can block, or do something.
+        # Checked before the file is opened, since opening a FIFO or a device may block or have side effects.
         require_file(os.stat(filename).st_mode, filename)
         fd = os.open(filename, flags | os.O_NONBLOCK)
         os.set_blocking(fd, True)
@@ -39,10 +39,10 @@ def open_file(filename: str, writing: bool) -> int:
         if error.errno == errno.ENOENT:
             hint = "check the name, or create it first"
         elif writing and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
-            hint = "ask for the right to write it, or open it read-only (-r)"
+            hint = "get write permission, or open it read-only (-r)"
         raise BlockIOError.from_os(error, "cannot be opened", path=filename, operation="open", hint=hint) from error
     except ValueError as error:
-        raise OptionError(f"this cannot be a file name: {error}", path=filename) from error
+        raise OptionError(f"not a valid file name: {error}", path=filename) from error
     return fd
 
 

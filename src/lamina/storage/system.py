@@ -1,5 +1,5 @@
-"""Calls of the system on ranges of files that Python does not have, or does not finish: fallocate, discard, sharing blocks
-of two files (FICLONERANGE), copying between two (copy_file_range). Used by `FileStorage`. Descriptors in, errnos out."""
+"""System calls on ranges of files, for `FileStorage`: fallocate, discard, shared blocks (FICLONERANGE), copy_file_range.
+Parameters are descriptors; errors are OSError or error numbers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import struct
 from typing import Any
 
 _BLKDISCARD = 0x1277
-#: _IOW(0x94, 13, struct file_clone_range): source, where in it, how long, where to.
+#: _IOW(0x94, 13, struct file_clone_range): source, source offset, length, offset.
 _FICLONERANGE = 0x4020940D
 _FILE_CLONE_RANGE = struct.Struct("qQQQ")
 
-#: What a system says that has no such operation (for this file).
+#: Errors of an operation that the kernel or the file system does not support.
 MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
-#: The same of an operation between two files. (EBADF: their file system cannot. EPERM: a sandbox, or a file that cannot be
-#: changed at all, which the write that is tried next says better.)
+#: The same for operations between two files. (EBADF: no support by the file system. EPERM: a sandbox, or an immutable file,
+#: for which the write that the caller tries next raises a better error.)
 _MISSING_BETWEEN = (*MISSING, errno.EXDEV, errno.ETXTBSY, errno.EBADF, errno.EPERM)
 
 _fallocate_function: Any = None
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
-    """fallocate of the C library (Python has only posix_fallocate): 0, or the errno. Releases the GIL."""
+    """fallocate of the C library (Python has only posix_fallocate). Returns 0 or the error number. Releases the GIL."""
     global _fallocate_function
     import ctypes
 
@@ -43,7 +43,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
 
 
 def discard_device(fd: int, offset: int, length: int) -> bool:
-    """Tell a block device that it may forget these bytes. False if it has no such operation."""
+    """Discard a range of a block device. Returns False if the device does not support that."""
     try:
         fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", offset, length))
     except OSError as error:
@@ -54,9 +54,9 @@ def discard_device(fd: int, offset: int, length: int) -> bool:
 
 
 def share(fd: int, offset: int, source: int, source_offset: int, length: int) -> bool:
-    """Let these bytes of `fd` be the same blocks on the disk as those of `source`, until one of them is written. False, and
-    nothing was done, if the file system cannot: for these files at all, or because the range is not made of whole blocks
-    (the end of `source` counts as the end of a block)."""
+    """Make a range of `fd` share the blocks of a range of `source` (copy-on-write). Returns False, without changes, if the
+    file system does not support that for these files, or if the range does not consist of complete blocks (the last block of
+    `source` may be incomplete)."""
     try:
         fcntl.ioctl(fd, _FICLONERANGE, _FILE_CLONE_RANGE.pack(source, source_offset, length, offset))
     except OSError as error:
@@ -67,8 +67,8 @@ def share(fd: int, offset: int, source: int, source_offset: int, length: int) ->
 
 
 def copy(fd: int, offset: int, source: int, source_offset: int, length: int) -> int:
-    """Have the system copy bytes from `source` to `fd`. Returns how many it did, from the first: fewer than `length` where
-    `source` ends, or from where the system cannot."""
+    """Copy bytes from `source` to `fd` in the kernel. Returns the number of copied bytes, less than `length` at the end of
+    `source` or where the kernel cannot copy."""
     done = 0
     while done < length and hasattr(os, "copy_file_range"):
         try:
