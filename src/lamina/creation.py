@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import registry
 from .atomic_file import HEADER_BYTES, AtomicFile
 from .detect import HEAD_BYTES, TAIL_BYTES
-from .errors import NotSupported, OptionError, UnsupportedFeature, printable
+from .errors import NotSupported, OptionError, printable
+from .format import Format, lookup_format
 from .graph import Opener
 from .limits import MIB
 from .node import NO_FALLBACK, FilterNode
@@ -23,14 +23,12 @@ from .request import Child
 
 if TYPE_CHECKING:
     from .extents import HostFile
-    from .node import Node
 
 
-def create_driver(name: str) -> type[Node]:
-    """The format driver `name`, if it can make images."""
-    kind: type[Node] = registry.lookup(name)
-    if not hasattr(kind, "create"):
-        raise UnsupportedFeature(f"images of format {name} cannot be created", hint="try qcow2 or raw")
+def create_driver(name: str) -> type[Format]:
+    """The format driver `name`, if it makes images; else UnsupportedFeature, or OptionError where `name` is no format."""
+    kind = lookup_format(name)
+    kind.creation_schema()
     return kind
 
 
@@ -42,12 +40,10 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
     unless another program has it open. The new image is on stable storage when this returns. Raises OptionError,
     LimitExceeded, Locked, BlockIOError.
     """
-    kind: Any = create_driver(format)
-    values = kind.create_schema.parse({**options, **({} if size is None else {"size": size})})
-    prepare = getattr(kind, "prepare_create", None)
+    kind = create_driver(format)
+    values = kind.creation_schema().parse({**options, **({} if size is None else {"size": size})})
     target = path_in(path)
-    if prepare is not None:
-        prepare(values, target)
+    kind.prepare_create(values, target)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
     with new_file(target, durable=True) as file:
@@ -193,8 +189,8 @@ def begin(storage: Child) -> None:
         storage.node.begin()
 
 
-def write_image(kind: Any, file: AtomicFile, values: Mapping[str, Any]) -> None:
-    """Lay an image out in `file`. `values` as parsed by `kind.create_schema`."""
+def write_image(kind: type[Format], file: AtomicFile, values: Mapping[str, Any]) -> None:
+    """Lay an image out in `file`. `values` as parsed by `kind.creation_schema()`."""
     storage = open_new(file)
     try:
         kind.create(storage, values["size"], values)

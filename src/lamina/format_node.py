@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import LaminaError, UnsupportedFeature
-from .node import COMPRESS, Node, bounded, fill_zero, plain
+from .errors import LaminaError
+from .format import Format
+from .node import COMPRESS, bounded, fill_zero, plain
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
-    from .report import CheckReport
     from .request import Child
 
 #: What a disk writes at once.
@@ -50,7 +50,7 @@ class Reservation:
         self.token: Any = None
 
 
-class FormatNode(Node):
+class FormatNode(Format):
     """A layout of a disk in the child `file`, over the child `backing` where there is one.
 
     A format implements a *mapping*, not I/O. Reads, status and copy-on-write all derive from it, here, so that they cannot
@@ -103,17 +103,6 @@ class FormatNode(Node):
     def write_packed(self, offset: int, view: memoryview) -> None:
         """A write that asks for COMPRESS: as `write`, packing what can be packed."""
         self.write(offset, view)
-
-    @classmethod
-    def inspect(cls, storage: Child) -> dict[str, Any]:
-        """What the header in `storage` says, opening nothing else: "virtual-size", "cluster-size", "backing-filename",
-        "backing-filename-format" where the format has them, and "format-specific" with all the rest. It works for images
-        that use features which `open` refuses; "unsupported" then lists those. Raises FormatError if there is no header."""
-        raise UnsupportedFeature(f"the driver {cls.driver} cannot inspect")
-
-    def check(self) -> CheckReport:
-        """Hold the structures of the image against one another, changing nothing. Findings are returned, not raised."""
-        raise UnsupportedFeature(f"the driver {self.driver} has no check")
 
     #: The edge to the storage; also among the children.
     file: Child

@@ -156,6 +156,16 @@ class Node:
         return any(child.node.held for child in self.children.values())
 
     @property
+    def allocated(self) -> int | None:
+        """Bytes that it takes up on its device, where it is a file; else None."""
+        return None
+
+    @property
+    def has_other_writer(self) -> bool:
+        """Whether another program has it open for writing now, as far as that can be told: by its locks, of a file."""
+        return False
+
+    @property
     def filename(self) -> str:
         """How a person would name this node: a path where there is one."""
         for child in self.children.values():

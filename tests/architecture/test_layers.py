@@ -46,6 +46,7 @@ LAYERS = [
         "around",
         "creation",
         "edit",
+        "format",
         "format_node",
         "graph",
         "image",

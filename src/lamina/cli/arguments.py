@@ -323,7 +323,7 @@ def tell_of_writers(top: Node) -> None:
     told = set()
 
     def look(node: Node) -> None:
-        if getattr(node, "has_other_writer", False) and node.filename not in told:
+        if node.has_other_writer and node.filename not in told:
             told.add(node.filename)
             sys.stderr.write(
                 f"lamina: warning: {printable(node.filename)}: another program has it open for writing; what is read may mix "

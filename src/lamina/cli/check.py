@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from ..errors import UnsupportedFeature, printable
+from ..format import Format
 from ..graph import open_graph
 from ..report import CheckReport
 from .arguments import Parser, image_source, tell_of_writers
@@ -40,11 +41,10 @@ def main(argv: list[str]) -> int:
     try:
         if args.force_share:
             tell_of_writers(node)
-        check = getattr(node, "check", None)
         try:
-            if check is None:
+            if not isinstance(node, Format):
                 raise UnsupportedFeature(f"the driver {node.driver} has nothing to check", path=node.filename)
-            report: CheckReport = check()
+            report = node.check()
         except UnsupportedFeature as error:
             if not args.quiet:
                 sys.stderr.write(f"lamina: {printable(str(error))}\n")

@@ -103,8 +103,7 @@ def main(argv: list[str]) -> int:
 
     options = format_options(args.target_options)
     if options is None:
-        kind: Any = create_driver(args.target_format or "raw")
-        print_schema(kind.create_schema)
+        print_schema(create_driver(args.target_format or "raw").creation_schema())
         return 0
     if len(args.names) != 2:
         parser.error("one source and one target are needed")

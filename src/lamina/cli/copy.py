@@ -27,6 +27,7 @@ from ..jobs.copy_ends import (
 )
 from ..jobs.copy_journal import Journal, Partial
 from ..jobs.progress import Monitor
+from ..node import StorageNode
 from ..options import format_size, parse_name, path_in
 from ..own_files import refuse_input, refuse_own, refuse_stream
 from ..request import Child
@@ -313,8 +314,9 @@ def _copy_to_partial(
 ) -> Copied:
     child = open_unsynced(partial.path)
     target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=args.allocated)
+    storage = child.node.children["image"].node
     try:
-        partial.expect(getattr(child.node.children["image"].node, "identity", None))
+        partial.expect(storage.identity if isinstance(storage, StorageNode) else None)
         return Copy(source, target, plan, journal=journal, monitor=monitor).run()
     finally:
         target.close()

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
 
     format = args.format or "raw"
-    kind: Any = create_driver(format)
+    kind = create_driver(format)
     options = format_options(args.options)
     if options is None:
-        print_schema(kind.create_schema)
+        print_schema(kind.creation_schema())
         return 0
     if args.filename is None:
         parser.error("the new image is not named")

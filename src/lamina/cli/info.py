@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .. import detect, registry
 from ..errors import FormatError, OptionError, PolicyError, UnsupportedFeature, printable
-from ..graph import Opener, Spec, open_graph, probe
+from ..format import lookup_format
+from ..graph import COMMON, Opener, Spec, open_graph, probe
 from ..node import Node
 from ..options import format_size, parse_name
 from ..policy import Policy, Trail
@@ -99,18 +100,23 @@ def _describe(
     opener = Opener(policy=Policy.none(), force_share=force_share, no_references=True)
     opener.fd = fd
     named = registry.entry(options["driver"]) if "driver" in options else None
-    if named is not None and named.kind == "format" and hasattr(registry.lookup(named.name), "inspect"):
+    values: dict[str, Any] = {}
+    if named is not None and named.kind == "format":
         if format is not None and registry.entry(format).name != named.name:
             raise OptionError(f"the options say driver {named.name}, and the format is given as {format}")
         format = named.name
-        options = options.get("file", {key: options[key] for key in ("filename",) if key in options})
+        if "file" not in options and "filename" in options:
+            options["file"] = {"filename": options.pop("filename")}
+        given = {key: value for key, value in options.items() if key not in COMMON}
+        values = lookup_format(format).schema.parse(given)
+        options = values.pop("file")
     elif named is not None and named.kind != "storage":
         return _open_and_describe(source, format, force_share)
     storage = Child(opener.open(options, storage=True), "file")
     try:
         if in_chain and force_share:
             tell_of_writers(storage.node)
-        found = _inspect(storage, format or probe(storage).format, shown or storage.node.filename, from_image)
+        found = _inspect(storage, format or probe(storage).format, values, shown or storage.node.filename, from_image)
         if format is None:
             found["format-probed"] = True
         return found
@@ -118,18 +124,18 @@ def _describe(
         storage.close()
 
 
-def _inspect(storage: Child, format: str, shown: str, from_image: bool) -> dict[str, Any]:
-    """What the file in `storage` says, as `format`. A format without a driver has a name and a size, and no more."""
+def _inspect(storage: Child, format: str, values: Mapping[str, Any], shown: str, from_image: bool) -> dict[str, Any]:
+    """What the file in `storage` says, as `format` with the options `values`. A format without a driver has a name, and no
+    more."""
     found: dict[str, Any] = {"filename": shown, "format": detect.canonical(format)}
     inspected: dict[str, Any] = {}
     try:
-        kind: Any = registry.lookup(format, "format", from_image=from_image)
+        kind = lookup_format(format, from_image=from_image)
     except UnsupportedFeature as error:
         inspected["unsupported"] = [error.message]
     else:
         found["format"] = kind.driver
-        # A format without metadata has nothing to say but its length.
-        inspected = kind.inspect(storage) if hasattr(kind, "inspect") else {"virtual-size": storage.size}
+        inspected = kind.inspect(storage, values)
     found |= inspected | _allocated(storage.node)
     found.setdefault("dirty-flag", False)
     backing = found.get("backing-filename")
@@ -140,7 +146,7 @@ def _inspect(storage: Child, format: str, shown: str, from_image: bool) -> dict[
 
 
 def _open_and_describe(source: Spec, format: str | None, force_share: bool) -> dict[str, Any]:
-    """A filter, or a format without metadata that has options of its own: what can be seen from above."""
+    """A filter: what can be seen from above."""
     node = open_graph(source, format=format or "probe", force_share=force_share, no_references=True)
     try:
         found = {"filename": node.filename, "format": node.driver, "virtual-size": node.size, "dirty-flag": False}
@@ -153,8 +159,7 @@ def _allocated(node: Node) -> dict[str, int]:
     """What the file beneath takes up, where there is one."""
     while node.children:
         node = next(iter(node.children.values())).node
-    actual = getattr(node, "allocated", None)
-    return {} if actual is None else {"actual-size": actual}
+    return {} if node.allocated is None else {"actual-size": node.allocated}
 
 
 def _chain(source: Spec, args: Namespace) -> Iterator[dict[str, Any]]:

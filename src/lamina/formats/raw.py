@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
+from ..format import Format
 from ..limits import Limits
-from ..node import FUA, Node, plain
+from ..node import FUA, plain
 from ..schema import Option, Schema
 from ..window import shifted_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..extents import Extents, HostFile
     from ..graph import Opener
     from ..request import Child
 
 
-class Raw(Node):
+class Raw(Format):
     """Byte `x` of the disk is byte `offset + x` of the child `file`. With a `size` the disk is that long and cannot be
     resized; else it ends where the file does. It holds no state, so whatever the storage allows may run
     concurrently."""
@@ -64,7 +67,7 @@ class Raw(Node):
         return cls(child, offset=offset, size=size, name=opener.name, read_only=opener.read_only)
 
     @classmethod
-    def create(cls, storage: Child, size: int, options: dict[str, Any]) -> None:
+    def create(cls, storage: Child, size: int, values: Mapping[str, Any]) -> None:
         """Make `storage` a raw disk of `size` bytes that reads as zeros where the storage was empty. A device, which
         cannot change its length, is left as it is if it is long enough, else OptionError."""
         if storage.node.growable:
@@ -75,6 +78,11 @@ class Raw(Node):
                 path=storage.node.filename,
                 hint="choose a smaller size",
             )
+
+    @classmethod
+    def inspect(cls, storage: Child, values: Mapping[str, Any]) -> dict[str, Any]:
+        """There is no header: the disk is as long as its file, or as the window that `values` say."""
+        return {"virtual-size": cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size}
 
     @property
     def size(self) -> int:

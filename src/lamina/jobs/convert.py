@@ -164,16 +164,14 @@ def convert_to_file(
     """
     path = path_in(path)
     refuse_own(source.node, path)
-    kind: Any = create_driver(format)
+    kind = create_driver(format)
     given = {"size": source.size, **options}
     if backing is not None:
         if backing_format is None:
             raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
         given |= {"backing_file": backing, "backing_fmt": backing_format}
-    values = kind.create_schema.parse(given)
-    prepare = getattr(kind, "prepare_create", None)
-    if prepare is not None:
-        prepare(values, path)
+    values = kind.creation_schema().parse(given)
+    kind.prepare_create(values, path)
     how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
     how["max_output"] = max_output
     below: Below | None = None

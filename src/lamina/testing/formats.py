@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from .. import registry
-from ..errors import BlockIOError, NotSupported
+from ..errors import BlockIOError, NotSupported, UnsupportedFeature
 from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
+from ..format import Format, lookup_format
 from ..format_node import BELOW, FormatNode
 from ..format_node import DATA as STORED
 from ..format_node import ZERO as ZEROED
@@ -71,8 +72,8 @@ class FormatConformance(DiskConformance):
 
     def make(self, storage: Child) -> None:
         """Lay a new image out in `storage`, which is empty."""
-        kind: Any = registry.lookup(self.driver, "format")
-        kind.create(storage, self.size, kind.create_schema.parse({**self.create_options, "size": self.size}))
+        kind = lookup_format(self.driver)
+        kind.create(storage, self.size, kind.creation_schema().parse({**self.create_options, "size": self.size}))
 
     def over(self, storage: KeptMemory, below: KeptMemory | None, *, read_only: bool = False) -> Node:
         """The image in `storage`, opened. `storage` and `below` outlive it."""
@@ -111,9 +112,13 @@ class FormatConformance(DiskConformance):
 
     def check(self, node: Node) -> None:
         """Nothing in the structures of the image is wrong, as its driver's own check sees it."""
-        if isinstance(node, FormatNode) and type(node).check is not FormatNode.check:
-            wrong = [finding for finding in node.check().findings if finding.kind == ERROR]
-            assert not wrong, wrong
+        assert isinstance(node, Format)
+        try:
+            findings = node.check().findings
+        except UnsupportedFeature:
+            return
+        wrong = [finding for finding in findings if finding.kind == ERROR]
+        assert not wrong, wrong
 
     @LAW
     @given(st.data())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import registry
 from ...errors import LaminaError, OptionError, UnsupportedFeature
+from ...format import Format
 from ...limits import align_up
 from ...node import Node, require_writable
 from . import grammar
@@ -115,8 +116,7 @@ def _runs(image: Image, offset: int, count: int) -> Iterator[tuple[int, int, boo
 
 
 def _described(node: Node) -> dict[str, Any]:
-    inspect = getattr(node, "inspect", None)
-    return {} if inspect is None else inspect(node.children["file"])
+    return node.inspect(node.children["file"], {}) if isinstance(node, Format) else {}
 
 
 def _state_offset(size: int, cluster: int, specific: dict[str, Any]) -> int:

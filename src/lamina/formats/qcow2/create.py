@@ -183,7 +183,7 @@ def _version(values: Mapping[str, Any]) -> int:
 
 
 def describe(header: Header) -> dict[str, Any]:
-    """What `lamina info` says, by the names that the peers use; see `FormatNode.inspect`."""
+    """What `lamina info` says, by the names that the peers use; see `Format.inspect`."""
     found: dict[str, Any] = {
         "virtual-size": header.size,
         "cluster-size": header.cluster_size,

@@ -27,6 +27,7 @@ from .refcounts import Refcounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from collections.abc import Mapping as Options
 
     from ...extents import Extents
     from ...graph import Opener
@@ -53,7 +54,6 @@ class Qcow2(FormatNode):
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
-    create = staticmethod(_create.create)
     prepare_create = staticmethod(_create.prepare)
 
     def __init__(
@@ -93,15 +93,11 @@ class Qcow2(FormatNode):
         return node
 
     def _open_backing(self, given: Child | dict[str, Any] | str | None, opener: Opener) -> None:
-        """The layer below: what the user gave; else what the image names, with the user's options for it (its format);
-        none where the user gave None."""
-        if isinstance(given, Child):
-            self.children["backing"] = given
-            return
+        """The layer below: what the user gave; else what the image names, with the user's options for it; None: none."""
         named = self.header.backing_file
         if given is None or (not given and named is None):
             return
-        if isinstance(given, str) or named is None or "file" in given or "filename" in given or "image" in given:
+        if isinstance(given, str | Child) or named is None or {"file", "filename", "image"} & {*given}:
             self.children["backing"] = opener.child("backing", given, read_only=True)
         else:
             self.children["backing"] = opener.reference(
@@ -109,7 +105,11 @@ class Qcow2(FormatNode):
             )
 
     @classmethod
-    def inspect(cls, storage: Child) -> dict[str, Any]:
+    def create(cls, storage: Child, size: int, values: Options[str, Any]) -> None:
+        _create.create(storage, size, values)
+
+    @classmethod
+    def inspect(cls, storage: Child, values: Options[str, Any]) -> dict[str, Any]:
         return _create.describe(Header.read(storage))
 
     def check(self) -> CheckReport:

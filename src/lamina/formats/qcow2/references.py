@@ -120,7 +120,7 @@ class References:
         self.uses: dict[Use, list[Clusters]] = defaultdict(list)
         #: Entries that point beyond the file: their COPIED flag still has a count to agree with.
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
-        stored = getattr(storage.node, "allocated", None)
+        stored = storage.node.allocated
         self.to_walk = 2 * (self.size if stored is None else min(stored, self.size)) + _SLACK
         self.crooked = _CROOKED
         self.refcount_table: Entries = np.zeros(0, np.uint64)
