@@ -18,6 +18,7 @@ from .errors import Closed, LaminaError, OptionError
 from .format_node import FormatNode
 from .graph import Opener
 from .node import Node
+from .pending import DONE, Done, Pending
 from .request import Child
 
 if TYPE_CHECKING:
@@ -273,6 +274,34 @@ class Entrance(Child):
         finally:
             gate.leave(token)
 
+    # What is started here is done at once: requests inside the gate have not got a thread that an edit could wait for.
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        self.read_into(offset, view)
+        return DONE
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        self.write(offset, view, flags)
+        return DONE
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        self.zero(offset, length, flags)
+        return DONE
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        return Done(self.zero_runs(offset, length))
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        gate, token = self.gate, object()
+        try:
+            try:
+                gate.enter(token)
+                return Child.zero_runs(self, offset, length)
+            finally:
+                gate.leave(token)
+        finally:
+            gate.leave(token)
+
     def checkpoint(self) -> None:
         if self.gate.closed:
             raise Closed("this image was closed")
@@ -322,6 +351,7 @@ _PASSING = {
         Entrance.flush,
         Entrance.extents,
         Entrance.reads_zero,
+        Entrance.zero_runs,
     )
 }
 

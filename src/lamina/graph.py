@@ -26,6 +26,10 @@ STORAGE_ROLES = ("file", "data-file")
 
 Spec = Mapping[str, Any] | str
 
+#: Options of storage for all graphs that this program opens, where their own options do not give them: what a command line
+#: says once for all names (`--timeout`, `--connections`). Libraries leave it empty.
+usual: dict[str, Any] = {}
+
 
 class Opener:
     """How the nodes of one graph are opened. Given to every driver's `open`.
@@ -131,7 +135,10 @@ class Opener:
         kind = registry.lookup(name)
         if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
             options["file"] = {"driver": "file", "filename": options.pop("filename")}
-        return cast(Node, kind.open(kind.schema.parse(options), self))
+        values = kind.schema.parse(options)
+        if usual and registry.entry(name).kind == "storage":
+            kind.schema.fill(values, options, usual)
+        return cast(Node, kind.open(values, self))
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` that keeps all changes to itself."""

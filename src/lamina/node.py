@@ -23,11 +23,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
-from . import lifecycle, limits
+from . import lifecycle, limits, pending
 from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
+from .pending import DONE, Done, Pending
 from .ranges import RangeLock
 from .schema import IMAGE, Option, Schema
+from .zeros import fill_zero as fill_zero  # where drivers look for it
 
 if TYPE_CHECKING:
     from .bitmap import DirtyBitmap
@@ -98,6 +100,10 @@ class Node:
     def __del__(self) -> None:
         if self.opened_at is not None:
             lifecycle.forget(self)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        pending.restore_defaults(cls, Node)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -219,6 +225,38 @@ class Node:
         """Whether these bytes are known to read as zero without reading them. May miss, never invents."""
         return False
 
+    # -- what it begins, to be asked for later
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        """Begin what `read_into` does, and return the request (`pending.py` says what holds until it is finished). A node
+        that cannot go on by itself does it at once, as here; an error is raised either here or by `Pending.wait`.
+
+        A class that overrides `read_into` and not this method gets this one back, whatever it derives from: a filter that
+        watches or changes reads has them pass `read_into` until it says how they are started. The same goes for the other
+        three and what they start."""
+        self.read_into(offset, view)
+        return DONE
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        """Begin what `write` does."""
+        self.write(offset, view, flags)
+        return DONE
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        """Begin what `zero` does. NotSupported is raised here, not by `Pending.wait`."""
+        self.zero(offset, length, flags)
+        return DONE
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(length, whether it is known to read as zero) of runs of bytes from `offset` on: what `extents` says of zeros, told
+        without arrays. Like that answer it may end before the request does, but not before its first byte."""
+        found = self.extents(offset, length)
+        return list(zip(found.length.tolist(), found.zero.tolist(), strict=True))
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        """Begin what `zero_runs` does; `Pending.wait` returns the answer."""
+        return Done(self.zero_runs(offset, length))
+
     def event(self, name: str) -> None:
         """The node above is about to do what `name` says (`l2_load`, `write_aio`, ...), so that a test can make it fail
         right there. Nothing happens unless the driver overrides this (`blkdebug` does)."""
@@ -292,6 +330,8 @@ class StorageNode(Node):
     #: Whether another program, or another machine, does the work: where that takes long, several requests at once take no
     #: longer than one.
     far: ClassVar[bool] = False
+    #: Whether unflushed writes may be lost with a connection that is made anew: the next `flush` fails, later ones do not.
+    reconnects: bool = False
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
@@ -394,6 +434,21 @@ class FilterNode(_OverImage):
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.image.reads_zero(offset, length)
 
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        return self.image.start_read(offset, view)
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        return self.image.start_write(offset, view, flags)
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        return self.image.start_zero(offset, length, flags)
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        return self.image.zero_runs(offset, length)
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        return self.image.start_zero_runs(offset, length)
+
 
 class TransformNode(_OverImage):
     """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
@@ -409,18 +464,6 @@ def bounded(found: Extents) -> Extents:
     """As much of `found` as one answer may hold (see `Node.extents`)."""
     most = limits.MAX_ROWS
     return found if len(found) <= most else found.clip(found.begin, int(found.start[most]))
-
-
-_ZEROS = bytes(1 << 16)
-
-
-def fill_zero(view: memoryview) -> None:
-    """Set every byte of `view` to zero."""
-    length = len(view)
-    if length <= len(_ZEROS):
-        view[:] = _ZEROS[:length]
-    else:
-        view[:] = bytes(length)
 
 
 def _refuse_foreign(node: Node, operation: str, *_: object, **__: object) -> NoReturn:

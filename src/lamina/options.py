@@ -22,6 +22,7 @@ MAX_TEXT = 1 << 20
 _SIZE = r"\s*\+?(?:0x([0-9a-f]+)|([0-9]*)\.?([0-9]*)([bkmgtpe]?))"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE_HINT = "write bytes, alone or with k, M, G, T, P or E for powers of 1024 (512, 64k, 1.5G), or hex (0x200)"
+_MAX_SECONDS = 100_000
 _ABSENT: Any = object()
 
 
@@ -57,6 +58,18 @@ def parse_range(text: str) -> tuple[int, int]:
     if not dash or start >= end:
         raise OptionError(f"{shown(text)} is not a range", hint="write FROM-TO, or FROM- without an end: 0-1M, 8M-")
     return start, end
+
+
+def parse_seconds(value: object, what: str) -> float:
+    """The seconds that `value`, a number or its text, says, perhaps with a fraction of up to six digits; at most a day and a
+    bit. `what`: for the OptionError."""
+    text = str(value)
+    whole, _, fraction = text.partition(".")
+    digits = (whole + fraction).isascii() and (whole + fraction).isdigit() and whole != "" and len(whole) <= 6
+    if not digits or len(fraction) > 6 or float(text) > _MAX_SECONDS or isinstance(value, bool):
+        hint = f"it is a number of seconds, such as 5 or 0.5, up to {_MAX_SECONDS}; 0: no limit"
+        raise OptionError(f"{what} is {shown(text)}", hint=hint)
+    return float(text)
 
 
 def format_size(size: int) -> str:

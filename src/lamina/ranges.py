@@ -5,7 +5,8 @@ exclusive lock excludes all locks of overlapping ranges. Overlapping requests ge
 request starves; a request locks one range of a node at a time, so requests do not deadlock.
 
 While no thread holds or requests an exclusive lock, shared locks are only counted, without their ranges. A request for an
-exclusive lock waits until the counter is 0.
+exclusive lock waits until the counter is 0. Started requests (`pending.py`) are counted too; a request for an exclusive lock
+finishes them.
 
 An exception such as KeyboardInterrupt may be raised between any two steps, and a lock that stayed behind would block later
 requests for ever. Therefore the caller passes its work to the lock (`shared`, `exclusive`), every step of acquiring and
@@ -20,7 +21,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from .pending import Holding
 
 #: The interval, in seconds, at which an exclusive request checks the counter of shared locks.
 _POLL_INTERVAL = 0.00005
@@ -47,7 +51,7 @@ class _Entry:
 class RangeLock:
     """Shared and exclusive locks on half-open ranges `[start, end)`. Thread-safe."""
 
-    __slots__ = ("_count", "_counted", "_exclusive", "_queue", "_uncount")
+    __slots__ = ("_count", "_counted", "_exclusive", "_queue", "_started", "_uncount", "finish")
 
     def __init__(self) -> None:
         self._queue: list[_Entry] = []  # holders and waiters, in the order of arrival
@@ -55,6 +59,9 @@ class RangeLock:
         self._counted: set[object] = set()  # one token for each shared lock that is only counted
         self._count = self._counted.add
         self._uncount = self._counted.discard
+        self._started: set[Holding] = set()  # started requests that are not finished
+        #: Release the lock of a started request. (One call of C code, which no exception interrupts.)
+        self.finish = self._started.discard
 
     def shared(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` under a shared lock of the range, and return its result."""
@@ -77,6 +84,16 @@ class RangeLock:
         """Call `work(*arguments)` under an exclusive lock of the range, and return its result."""
         return self._queued(_Entry(start, end, True), work, arguments)
 
+    def start(self, request: Holding) -> bool:
+        """Count `request`, which is about to be started, as a shared lock until `finish(request)` is called. False where some
+        thread holds or requests an exclusive lock: `request` is not counted, and the caller does its work at once, with
+        `shared`."""
+        self._started.add(request)
+        if self._exclusive:  # checked after counting, as in `shared`
+            self.finish(request)
+            return False
+        return True
+
     def _queued(self, entry: _Entry, work: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
         try:
             try:
@@ -97,6 +114,9 @@ class RangeLock:
         while self._blocked(entry):
             entry.wake.acquire(timeout=_MAX_SLEEP)
         if entry.exclusive:
+            for request in tuple(self._started):
+                while not request.settle() and request in self._started:
+                    time.sleep(_POLL_INTERVAL)
             while self._counted:
                 time.sleep(_POLL_INTERVAL)
 

@@ -6,6 +6,8 @@ settled, so that no driver below has to. What a driver may rely on in turn is sa
 
 A request whose range is aligned and within the limits goes straight to the driver: that is the fast path, and the first
 lines of each method.
+
+Longer than 500 lines: each rule holds for all operations, those that are started included.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import NotSupported, OutOfRange
 from .limits import GIB, MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
+from .pending import DONE, Done, Pending, start_holding
+from .zeros import is_zero
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -24,20 +28,12 @@ if TYPE_CHECKING:
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
-#: Writes are searched for zeros in pieces of this many bytes.
-_LOOK = 1 << 16
-_ZERO_BYTES = bytes(_LOOK)
 #: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
 _ATOM = 512
 #: The largest step of a request that zeroes or discards, where the driver asks for no smaller one.
 _STEP = 4 * GIB
 #: Rises whenever some node becomes shorter; then no edge trusts the size that it knows.
 _epoch = 0
-
-
-def is_zero(view: memoryview) -> bool:
-    """Whether all bytes are zero. (`startswith` compares 64 KiB in a microsecond; comparing views takes fifty.)"""
-    return all(_ZERO_BYTES.startswith(view[at : at + _LOOK]) for at in range(0, len(view), _LOOK))
 
 
 class Child:
@@ -272,6 +268,67 @@ class Child:
         """Whether these bytes are known to read as zero. May miss, never invents."""
         inside = min(offset + length, self.node.size) - offset
         return inside <= 0 or self.node.reads_zero(offset, inside)
+
+    # -- started now, asked for later (see `pending.py`); what cannot be started is done at once
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        """Begin to fill `view` with the bytes at `offset`."""
+        end = offset + len(view)
+        if not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
+            return self.node.start_read(offset, view)
+        Child.read_into(self, offset, view)
+        return DONE
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        """Begin to make the bytes at `offset` equal to `view`."""
+        node, end = self.node, offset + len(view)
+        passed = flags & node.supported_flags
+        plain = node.zero_detected is None and not flags & ~passed & FUA and not node.read_only
+        if plain and not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
+            started = self._start(node.start_write, offset, view, passed)
+            if started is not None:
+                return started
+        Child.write(self, offset, view, flags)
+        return DONE
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        """Begin to make the bytes read as zero."""
+        node, end = self.node, offset + length
+        asked = flags if node.discards else flags & ~MAY_UNMAP
+        passed = asked & (node.supported_flags | ~FUA)
+        plain = asked == passed and not flags & NO_FALLBACK and not node.read_only
+        if plain and not self._reads_wait and self._passes(offset, end, self._max_zero, self._zero_align):
+            try:
+                started = self._start(node.start_zero, offset, length, passed)
+                if started is not None:
+                    return started
+            except NotSupported:
+                pass  # then it is written
+        Child.zero(self, offset, length, flags)
+        return DONE
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        """Begin to ask which of these bytes are known to read as zero; see `Node.zero_runs`."""
+        self.require_inside(offset, length, "ask for zeros")
+        return self.node.start_zero_runs(offset, length) if length else Done([])
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Which of these bytes are known to read as zero; see `Node.zero_runs`."""
+        self.require_inside(offset, length, "ask for zeros")
+        return self.node.zero_runs(offset, length) if length else []
+
+    def _passes(self, offset: int, end: int, most: int, align: int) -> bool:
+        """Whether a request may go to the driver as it is, without an event that tells of it."""
+        size = self.node.size
+        inside = 0 <= offset < end <= size and end - offset <= most and self.event is None
+        return inside and offset % align == 0 and (end % align == 0 or end == size)
+
+    def _start(self, start: Callable[..., Pending], *arguments: Any) -> Pending | None:
+        """start(*arguments), which holds its range together with others until it is finished, where the node needs an order;
+        None where somebody wants a range exclusively now."""
+        if not self._order:
+            return start(*arguments)
+        return start_holding(self.node.ranges, start, *arguments)
 
     def require_inside(self, offset: int, length: int, operation: str) -> None:
         """Raise OutOfRange if these bytes are not all inside the node."""

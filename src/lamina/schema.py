@@ -213,6 +213,14 @@ class Schema:
                 result[option.name] = option.default
         return result
 
+    def fill(self, values: dict[str, Any], options: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+        """Put what is `usual` into `values`, which `parse` made of `options`, as far as there are such options and `options`
+        do not give them."""
+        for name, value in usual.items():
+            option = self._by_name.get(name)
+            if option is not None and not any(word in options for word in (option.name, *option.aliases)):
+                values[option.name] = option.parse(value, option.name)
+
     def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
         """Rows for documentation and `-o help`: dotted name, type, default (or `required`), description."""
         rows = []

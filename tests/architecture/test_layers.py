@@ -32,6 +32,7 @@ LAYERS = [
         "named_file",
         "numeric",
         "options",
+        "pending",
         "policy",
         "registry",
         "schema",
@@ -40,6 +41,7 @@ LAYERS = [
         "target_file",
         "version",
         "workers",
+        "zeros",
     },
     {
         "api",

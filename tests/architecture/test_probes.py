@@ -20,7 +20,6 @@ SYSTEM = {"ctypes.CDLL(None)", "errno", "fcntl", "libc", "os", "signal", "socket
 #: Attributes that are asked for by a fixed name, and of what. None is one that a driver may have or not.
 NAMES = {
     "FAILURE": "a module of the command line: its exit status for errors",
-    "timeout": "the parsed command line",
     "__index__": "a value: whether it is an integer",
     "errno": "an exception of any class",
     "reason": "an exception of ssl",

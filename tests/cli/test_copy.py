@@ -261,7 +261,7 @@ def test_a_write_error_tells_how_far_it_came(
 # Connections that are cut
 
 
-@pytest.mark.parametrize("budget", [200, 1 << 20, 3_333_333])
+@pytest.mark.parametrize("budget", [400, 1 << 20, 3_333_333])
 def test_a_source_whose_connection_is_cut_comes_back(served: Served, dense: bytes, tmp_path: Path, budget: int) -> None:
     served.image.write(0, dense)
     with Wire(tmp_path / "wire", tmp_path / "disk.sock", budget=budget) as wire:

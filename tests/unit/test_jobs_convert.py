@@ -8,8 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lamina
 from lamina.creation import create
@@ -18,7 +16,6 @@ from lamina.image import Image
 from lamina.jobs.beneath import layers_above
 from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.progress import Monitor
-from lamina.jobs.stored_runs import stored_runs
 from lamina.storage.file import FileStorage
 from lamina.target_file import Target
 
@@ -51,37 +48,6 @@ def image(path: Path, content: bytes, format: str = "qcow2", **options: object) 
 def content_of(path: Path, format: str) -> bytes:
     with lamina.open(path, format=format) as disk:
         return disk.read(0, disk.size)
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from([0, 0, 1]), st.sampled_from([1, 7, 8, 100, 512, 513])), max_size=20),
-    st.integers(0, 2000),
-    st.sampled_from([8, 64, 512]),
-    st.sampled_from([1, 512, 1024]),
-)
-def test_runs_hold_every_byte_that_is_not_zero(
-    parts: list[tuple[int, int]], at: int, granule: int, smallest: int
-) -> None:
-    content = b"".join(bytes([value]) * length for value, length in parts)
-    runs = stored_runs(memoryview(content), at, granule, smallest)
-    rebuilt = bytearray(len(content))
-    end = 0
-    for lo, hi in runs:
-        assert end <= lo < hi
-        # Between two runs lies a hole worth having, of whole blocks of the disk's grid.
-        if end > 0:
-            assert lo - end >= max(smallest, granule)
-            assert (at + end) % granule == 0 == (at + lo) % granule
-        rebuilt[lo:hi] = content[lo:hi]
-        end = hi
-    assert rebuilt == content
-    # A whole block of zeros inside is never stored if its run is long enough.
-    for lo, hi in runs:
-        assert max((len(run) for run in content[lo:hi].split(b"\1")), default=0) < smallest + 2 * granule
-
-
-def test_without_a_granule_everything_is_stored() -> None:
-    assert stored_runs(memoryview(bytes(100)), 5, 0, 0) == [(0, 100)]
 
 
 @pytest.mark.parametrize("seed", range(4))

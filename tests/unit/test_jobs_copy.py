@@ -1,8 +1,7 @@
-"""What a copy is planned from, parts on the grid of a target and zeros found in buffers; and journals held to their copy."""
+"""What a copy is planned from, and parts on the grid of a target; and journals held to their copy."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from pathlib import Path
@@ -14,11 +13,13 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina.errors import LaminaError, OptionError
+from lamina.image import Image
 from lamina.jobs import copy_ends
 from lamina.jobs.copy import Copied, Copy, Plan
-from lamina.jobs.copy_ends import DONE, Part, PipeSource, StorageTarget, Wait, on_grid
+from lamina.jobs.copy_ends import Part, PipeSource, StorageSource, StorageTarget, on_grid
 from lamina.jobs.copy_journal import Journal, Partial
-from lamina.jobs.zero_blocks import stored_parts
+from lamina.node import StorageNode
+from lamina.pending import DONE, Pending
 from lamina.request import Child
 from lamina.target_file import Target
 
@@ -55,61 +56,27 @@ def test_parts_on_a_grid(runs: list[tuple[int, bool]], block: int, request_size:
             assert marked.issuperset(whole)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=10),
-    st.integers(0, 40),
-    st.sampled_from([8, 16]),
-    st.sampled_from([1, 8, 16, 24, 64]),
-)
-def test_stored_parts(runs: list[tuple[int, bool]], at: int, granule: int, smallest: int) -> None:
-    data = b"".join((b"\0" if zero else b"x") * length for length, zero in runs)
-    parts = stored_parts(memoryview(data), at, granule, smallest)
-    kept = bytearray(len(data))
-    last = -1
-    for lo, hi in parts:
-        assert last < lo < hi <= len(data)
-        last = hi
-        kept[lo:hi] = data[lo:hi]
-        # What is left out between two parts is long enough, and on the grid.
-        assert lo == 0 or (lo + at) % granule == 0
-        assert hi == len(data) or (hi + at) % granule == 0
-    gaps = [b - a for (_, a), (b, _) in itertools.pairwise(parts)]
-    assert all(gap >= smallest for gap in gaps)
-    assert bytes(kept) == data
-    if not any(data) and data:
-        assert parts == []
+class _Answers(StorageNode):
+    """Storage of which only the zeros are asked: `runs` of (length, zero), told `most` bytes at a time."""
 
-
-def test_zeros_behind_a_first_byte_that_is_zero() -> None:
-    """Blocks are told apart by their first byte first: one that begins with zeros need not be all zero."""
-    data = bytearray(1 << 16)
-    data[4096 + 4095] = 1
-    data[1 << 15] = 1
-    assert stored_parts(memoryview(data), 0, 4096, 4096) == [(4096, 8192), (1 << 15, (1 << 15) + 4096)]
-
-
-class _Answers:
-    """An export of which only the status is asked: `runs` of (length, zero), told `most` bytes at a time."""
+    driver = "answers"
 
     def __init__(self, runs: list[tuple[int, bool]], most: int, fails: int) -> None:
-        self.contexts = {"base:allocation": 1}
-        self.zero = [zero for length, zero in runs for _ in range(length)]
-        self.size = len(self.zero)
+        super().__init__()
+        self.told = [zero for length, zero in runs for _ in range(length)]
         self.asked = 0
         self._most, self._fails = most, fails
 
-    def start_block_status(self, offset: int, length: int) -> Any:
+    @property
+    def size(self) -> int:
+        return len(self.told)
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
         assert 0 < length <= self.size - offset
         self.asked += 1
         if self.asked == self._fails:
             raise LaminaError("no status")
-        told = [(1, 3 * zero) for zero in self.zero[offset : offset + min(length, self._most)]]
-        return _Said({"base:allocation": told})
-
-
-class _Said:
-    def __init__(self, found: Any) -> None:
-        self.wait = lambda: found
+        return [(1, zero) for zero in self.told[offset : offset + min(length, self._most)]]
 
 
 @given(
@@ -128,7 +95,7 @@ def test_what_must_be_made_zero(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copy_ends, "_WORTH_ASKING", 2)
         patch.setattr(copy_ends, "_FREE_QUESTIONS", 7)
-        status = copy_ends._Status(answers, block)  # type: ignore[arg-type]
+        status = copy_ends._KnownZeros(Child(answers, "target"), block)
         at = 0
         for number, (gap, count) in enumerate(lengths):
             if number == again:
@@ -138,7 +105,7 @@ def test_what_must_be_made_zero(
             hi = min(lo + count * block, answers.size)
             if hi <= lo:
                 break
-            parts = status.not_zero(lo, hi - lo)
+            parts = status.others(lo, hi - lo)
             inside = set()
             for start, length in parts:
                 assert lo <= start < start + length <= hi
@@ -146,15 +113,15 @@ def test_what_must_be_made_zero(
                 assert (start + length) % block == 0 or start + length == hi
                 assert not inside & set(range(start, start + length))
                 inside |= set(range(start, start + length))
-            assert all(answers.zero[place] for place in set(range(lo, hi)) - inside)
+            assert all(answers.told[place] for place in set(range(lo, hi)) - inside)
             at = hi
         assert answers.asked <= 2 * (7 + 1)  # of two, one is asked ahead
 
 
 def test_a_source_that_tells_of_single_bytes_is_read() -> None:
     answers = _Answers([(300_000, False)], 1, -1)
-    answers.target = "export"  # type: ignore[attr-defined]
-    parts = list(copy_ends.ExportSource(answers).parts(0))  # type: ignore[arg-type]
+    with Image(answers) as image:
+        parts = list(StorageSource(image).parts(0))
     assert sum(length for _, length, _ in parts) == 300_000
     assert answers.asked < 1000
 
@@ -182,13 +149,13 @@ class _Memory:
     def parts(self, begin: int) -> Any:
         yield begin, self.size - begin, False
 
-    def start_read(self, offset: int, view: memoryview) -> Wait:
+    def start_read(self, offset: int, view: memoryview) -> Pending:
         return _Later(self._step, lambda: view.__setitem__(slice(None), self.data[offset : offset + len(view)]))
 
-    def start_write(self, offset: int, view: memoryview) -> Wait:
+    def start_write(self, offset: int, view: memoryview) -> Pending:
         return _Later(self._step, lambda: self.data.__setitem__(slice(offset, offset + len(view)), view))
 
-    def start_zero(self, offset: int, length: int) -> Wait:
+    def start_zero(self, offset: int, length: int) -> Pending:
         self.data[offset : offset + length] = bytes(length)
         return DONE
 
@@ -211,6 +178,9 @@ class _Memory:
 
 class _Later:
     """A request that is done when it is waited for; its outcome stays."""
+
+    def leave(self) -> None:
+        self._steps.clear()
 
     def __init__(self, *steps: Any) -> None:
         self._steps = list(steps)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, UnsupportedFeature, printable
 from ..limits import DEFAULT_BUDGET, Budget
-from ..options import asks_for_help, clip, parse_keyval, parse_size, shown
+from ..options import asks_for_help, clip, parse_keyval, parse_seconds, parse_size, shown
 
 if TYPE_CHECKING:
     from ..graph import Spec
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 #: The longest time that an option can say, in seconds: longer ones do not fit what the system waits with.
 LONGEST = 1_000_000
+#: The most connections to one server.
+MOST_CONNECTIONS = 16
+#: Options of commands that stand for options of all storage which has them.
+_OF_STORAGE = {"timeout": "timeout", "connections": "connections", "reconnect": "reconnect-delay"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,10 +69,12 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, key, names.get(value, value))
             elif isinstance(value, list):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
-        if getattr(args, "timeout", None) is not None:
-            from ..nbd.client.times import set_usual
+        said = {name: vars(args).get(dest) for dest, name in _OF_STORAGE.items()}
+        if any(value is not None for value in said.values()):
+            from ..graph import usual
 
-            set_usual(args.timeout)
+            usual.clear()
+            usual.update({name: value for name, value in said.items() if value is not None})
         return args
 
     def _registry_get(self, registry_name: str, value: Any, default: Any = None) -> Any:
@@ -127,14 +133,25 @@ class Parser(argparse.ArgumentParser):
         self.add_references(group)
 
     def add_timeout(self, group: argparse._ArgumentGroup | None = None) -> None:
-        """How long servers are waited for; `parse` sees to it."""
+        """How long servers are waited for: the option `timeout` of storage."""
         (group or self).add_argument(
             "--timeout",
             metavar="SECONDS",
             type=_timeout,
-            help="how long an NBD server may make no progress (default: 60, and 600 while it flushes, trims or zeroes; "
+            help="how long a server may make no progress (default: 60, and 600 while it flushes, trims or zeroes; "
             "0: for ever)",
         )
+
+    def add_connections(self, *flags: str, default: int | None, help: str) -> None:
+        """The option `connections` of storage."""
+        self.add_argument(*flags, dest="connections", metavar="NUMBER", type=_connections, default=default, help=help)
+
+    def add_reconnect(self, *, default: int) -> None:
+        """The option `reconnect-delay` of storage."""
+        self.add_size(
+            "--reconnect", metavar="SECONDS", default=default,
+            help=f"how long to wait for a lost connection to come back (default: {default}); 0: its loss is an error",
+        )  # fmt: skip
 
     def add_references(self, group: argparse._ArgumentGroup | None = None) -> None:
         where = group or self
@@ -227,9 +244,14 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _timeout(text: str) -> float:
-    from ..nbd.uri import parse_timeout
+    return parse_seconds(text, "the timeout")
 
-    return parse_timeout(text)
+
+def _connections(text: str) -> int:
+    number = parse_size(text)
+    if not 1 <= number <= MOST_CONNECTIONS:
+        raise OptionError(f"the number of connections is from 1 to {MOST_CONNECTIONS}")
+    return number
 
 
 def _policy(text: str) -> Policy:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from .. import registry
 from ..api import open as open_any
 from ..creation import create_driver
 from ..errors import Locked, OptionError, append_hint
 from ..image import Image
 from ..jobs.convert import convert, convert_to_file
 from ..jobs.progress import Monitor
+from ..options import parse_name
 from ..own_files import refuse_own
 from .arguments import Parser, format_options, image_source, open_image, print_schema
-from .nbd_names import export_options, names_export
 from .terminal import Meter
 
 _EXAMPLES = """
@@ -70,9 +71,9 @@ def main(argv: list[str]) -> int:
         help="the same where the file system shares blocks (btrfs, xfs, ...); elsewhere read and write",
     )
     unread.add_argument("-c", "--compress", action="store_true", help="store it compressed, as far as that is smaller")
-    parser.add_size(
-        "--connections", metavar="NUMBER", default=1,
-        help="connections to each NBD server that says that several are coherent (1 to 16; default: 1)",
+    parser.add_connections(
+        "--connections", default=None,
+        help="connections to each server that says that several are coherent (1 to 16; default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--flush",
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> int:
     parser.add_quiet()
     parser.add_size(
         "-m", "--parallel", metavar="NUMBER",
-        help="requests of 2 MiB to have under way at once (1 to 16; default: 1, or 8 from and to NBD servers that take long)",
+        help="requests of 2 MiB to have under way at once (1 to 16; default: 1, or 8 from and to servers that take long)",
     )  # fmt: skip
     parser.add_argument(
         "-W", "--oob-writes", action="store_true",
-        help="write in any order, and as much at once as is read (to NBD servers that is the default)",
+        help="write in any order, and as much at once as is read (to servers that is the default)",
     )  # fmt: skip
     for flags, metavar in (
         (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> int:
         parser.error("-S looks for zeros in what -C and --reflink pass unseen: leave one out")
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
-    with _open_source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
+    with open_image(name, args, args.format) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
         monitor = Monitor(meter.report)
         if args.no_create:
             _into(source, target, args, options, monitor)
@@ -120,19 +121,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _open_source(name: str, args: Namespace) -> Image:
-    if args.image_opts or not names_export(name):
-        return open_image(name, args, args.format)
-    spec = {"file": export_options(name, args.connections)}
-    return open_any(spec, format=args.format or "probe", references=args.references, budget=args.limits)
-
-
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
     if args.target_image_opts or args.target_is_zero:
         word = "--target-image-opts" if args.target_image_opts else "--target-is-zero"
         raise OptionError(f"{word} is about a target that is there already", hint="use it with -n")
-    if names_export(target):
-        raise OptionError("an export is there already, and is not made anew", path=target, hint="use it with -n")
+    driver = parse_name(target).get("driver", "file")
+    if driver not in ("file", "host_device") and registry.entry(driver).kind == "storage":
+        raise OptionError("this is no file, and cannot be made anew", path=target, hint="use it with -n")
     backing, backing_format = args.backing, args.backing_format
     if backing is None:
         backing, backing_format = options.pop("backing_file", None), backing_format or options.pop("backing_fmt", None)
@@ -169,8 +164,6 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             hint="give it (-O)",
         )
     spec = image_source(target, args, args.target_format, image_opts=args.target_image_opts)
-    if not args.target_image_opts and names_export(target):
-        spec = {"file": export_options(target, args.connections)}
     try:
         opened = open_any(
             spec, format=args.target_format, read_only=False, references=args.references, budget=args.limits

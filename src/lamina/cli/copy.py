@@ -1,4 +1,4 @@
-"""`lamina copy`: bytes as they are, from a file, a device, a pipe or an NBD export to another. `convert` is for formats."""
+"""`lamina copy`: bytes as they are, from a file, a device, a pipe or an export to another. `convert` is for formats."""
 
 from __future__ import annotations
 
@@ -10,31 +10,22 @@ from contextlib import ExitStack
 from time import monotonic
 from typing import Any
 
+from .. import registry
 from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
 from ..errors import LaminaError, OptionError, append_hint
 from ..graph import Opener
 from ..image import Image
 from ..jobs.copy import Copied, Copy, Plan
-from ..jobs.copy_ends import (
-    ExportSource,
-    ExportTarget,
-    PipeSource,
-    PipeTarget,
-    Source,
-    StorageSource,
-    StorageTarget,
-    Target,
-)
+from ..jobs.copy_ends import PipeSource, PipeTarget, Source, StorageSource, StorageTarget, Target
 from ..jobs.copy_journal import Journal, Partial
 from ..jobs.progress import Monitor
 from ..node import StorageNode
 from ..options import format_size, parse_name, path_in
-from ..own_files import refuse_input, refuse_own, refuse_stream
+from ..own_files import refuse_input, refuse_own, refuse_shared, refuse_stream
 from ..request import Child
 from ..target_file import Target as HeldTarget
 from ..target_file import real_path
 from .arguments import Parser, tell_of_writers
-from .nbd_names import export_target, names_export
 from .terminal import Meter
 
 _EXAMPLES = """
@@ -53,9 +44,11 @@ _OTHER = "name another file"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("copy", "Copy bytes as they are, fast: files, block devices, pipes (-), NBD exports.", _EXAMPLES)
-    parser.add_size(
-        "-C", "--connections", metavar="NUMBER",
+    parser = Parser(
+        "copy", "Copy bytes as they are, fast: files, block devices, pipes (-), exports of servers.", _EXAMPLES
+    )
+    parser.add_connections(
+        "-C", "--connections", default=0,  # the storage chooses
         help="connections to each server that says that several are coherent (1 to 16; default: 4 over TCP, else 1)",
     )  # fmt: skip
     parser.add_size(
@@ -76,10 +69,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--allocated", action="store_true", help="zeros take up room in the target")
     parser.add_argument("--flush", action="store_true", help="the copy is on stable storage when the command ends")
-    parser.add_size(
-        "--reconnect", metavar="SECONDS", default=10,
-        help="how long to wait for a lost connection to come back (default: 10); 0: its loss is an error",
-    )  # fmt: skip
+    parser.add_reconnect(default=10)
     parser.add_argument(
         "--resume-file",
         metavar="PATH",
@@ -94,7 +84,9 @@ def main(argv: list[str]) -> int:
         "-U", "--force-share", action="store_true", help="read beside a program that has the source open for writing"
     )
     parser.add_output()
-    parser.add_argument("source", metavar="SOURCE", help="where from: a file, a device, an NBD address, or - for stdin")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="where from: a file, a device, the URI of an export, or - for stdin"
+    )
     parser.add_argument("target", metavar="TARGET", help="where to; - for standard output")
     args = parser.parse(argv)
     piped = args.target == "-"
@@ -130,35 +122,17 @@ def _print_summary(args: Namespace, copied: Copied, flushed: bool, seconds: floa
 # -- the ends
 
 
-def _connect(name: str, args: Namespace, contexts: tuple[str, ...]) -> Any:
-    from ..nbd import Client
-
-    target = export_target(name)
-    connections = args.connections
-    if connections is None:
-        # Several hide the latency of a network. On one machine each only adds wake-ups: with two processors and qemu-nbd,
-        # 1 GiB took 0.81 s over one connection and 0.94 over four.
-        connections = 1 if target.socket is not None else 4
-    elif not 1 <= connections <= 16:
-        raise OptionError("the number of connections is from 1 to 16")
-    return Client.connect(target, contexts=contexts, connections=connections, reconnect=float(args.reconnect))
-
-
 def _open_source(name: str, args: Namespace) -> Source | PipeSource:
-    extents = not args.no_extents
     if name == "-":
         return PipeSource(sys.stdin.fileno(), "standard input")
-    if names_export(name):
-        contexts = ("base:allocation",) if extents else ()
-        return ExportSource(_connect(name, args, contexts), extents=extents)
     node = Opener(read_only=True, force_share=args.force_share).open(name, storage=True)
     if args.force_share:
         tell_of_writers(node)
-    return StorageSource(Image(node), extents=extents)
+    return StorageSource(Image(node), extents=not args.no_extents)
 
 
 def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
-    """OptionError where the copy would write over what it reads, or over its own journal."""
+    """OptionError where the copy would write over a file that it reads, or over its own journal."""
     path = _path_of(args.target)
     if args.resume_file is not None:
         journal = os.path.realpath(args.resume_file)
@@ -170,44 +144,43 @@ def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
     if isinstance(source, PipeSource):
         if args.target == "-":
             refuse_input(sys.stdin.fileno(), sys.stdout.fileno(), "standard output")
-        elif not names_export(args.target) and (file := parse_name(args.target).get("filename")):
+        elif file := parse_name(args.target).get("filename"):
             refuse_input(sys.stdin.fileno(), file, file)
     elif isinstance(source, StorageSource) and path is not None:
         refuse_own(source.node, path)
     elif isinstance(source, StorageSource) and args.target == "-":
         refuse_stream(source.node, sys.stdout.fileno(), "standard output")
-    elif names_export(args.source) and names_export(args.target) and _same_export(args.source, args.target):
-        raise OptionError("this is the source itself", path=args.target, hint="name another target")
-
-
-def _same_export(source: str, target: str) -> bool:
-    return export_target(source) == export_target(target)
 
 
 def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> Target:
     """A target that is there already: an export, a pipe, a device; or one that keeps nothing."""
     if name == "-":
         return PipeTarget(sys.stdout.fileno(), "standard output")
-    if names_export(name):
-        client = _connect(name, args, () if args.blank or args.allocated else ("base:allocation",))
-        try:
-            return ExportTarget(client, blank=args.blank, allocated=args.allocated, reconnects=args.reconnect > 0)
-        except BaseException:
-            client.close()
-            raise
     options = parse_name(name)
     if options["driver"] == "null" and not isinstance(source, PipeSource):
         options.setdefault("size", source.size)
     child = Child(Opener(read_only=False).open(options, storage=True), "target")
-    return StorageTarget(child, name, blank=args.blank, grows=False, allocated=args.allocated)
+    try:
+        if isinstance(source, StorageSource):
+            refuse_shared(source.node, child.node)
+        return StorageTarget(child, name, blank=args.blank, grows=False, allocated=args.allocated)
+    except BaseException:
+        child.close()
+        raise
 
 
 def _path_of(name: str) -> str | None:
     """The path of a target that is a regular file, or becomes one; None for any other."""
-    if name == "-" or names_export(name) or parse_name(name).get("driver") == "null":
+    if name == "-" or _is_in_place(parse_name(name)):
         return None
     path = path_in(name, what="the target of a copy")
     return None if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode) else path
+
+
+def _is_in_place(options: dict[str, Any]) -> bool:
+    """Whether a target named by these options is storage, and no file."""
+    driver = options.get("driver", "file")
+    return driver not in ("file", "host_device") and registry.entry(driver).kind == "storage"
 
 
 # -- the copy
@@ -326,13 +299,13 @@ def _facts(source: Source | PipeSource, args: Namespace) -> dict[str, Any]:
     """What a journal says of the copy: names, sizes, and of a source that is a file whether it is still the same."""
     facts: dict[str, Any] = {}
     for word, name in (("source", args.source), ("target", args.target)):
-        path = None if names_export(name) else parse_name(name).get("filename")
+        path = None if name == "-" else parse_name(name).get("filename")
         if isinstance(path, str):
             facts[word] = os.path.realpath(path)
             if word == "source":
                 status = os.stat(path)
                 facts["source-identity"] = [status.st_dev, status.st_ino, status.st_mtime_ns]
         else:
-            facts[word] = str(export_target(name)) if names_export(name) else name
+            facts[word] = name
     facts["source-size"] = None if isinstance(source, PipeSource) else source.size
     return facts

@@ -76,7 +76,7 @@ def _show_exports(args: Namespace) -> int:
     from .info_nbd import show
 
     content = not args.list if args.content is None else args.content
-    return show(args.filename, every=args.list, content=content, json=args.output == "json")
+    return show(args.filename, every=args.list, content=content, json=args.output == "json", timeout=args.timeout)
 
 
 def describe(filename: str, format: str | None = None) -> dict[str, Any]:

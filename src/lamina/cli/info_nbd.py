@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from ..nbd.inspect import Inspection
 
 
-def show(name: str, *, every: bool, content: bool, json: bool) -> int:
+def show(name: str, *, every: bool, content: bool, json: bool, timeout: float | None) -> int:
     """Print what there is to say of the export `name`, or of `every` export of its server, to standard output. Returns the
     exit status: 1 if the server told of some export that it has, and refused to tell more. Errors as `nbd.inspect`."""
     from ..nbd.inspect import as_dict, inspect
 
     if not names_export(name):
         raise OptionError("this is no NBD address, and only servers have a list", path=name, hint="nbd://HOST")
-    found = inspect(export_target(name), exports=every, content=content)
+    found = inspect(export_target(name), exports=every, content=content, timeout=timeout)
     if json:
         from json import dumps
 

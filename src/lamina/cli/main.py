@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return failure
     finally:
-        if times := sys.modules.get("lamina.nbd.client.times"):
-            times.set_usual(None)  # the option --timeout was for this command
+        if graph := sys.modules.get("lamina.graph"):
+            graph.usual.clear()  # options such as --timeout were for this command
 
 
 def run() -> NoReturn:

@@ -81,6 +81,7 @@ def _show_contexts(args: Namespace) -> int:
         length=args.max_length,
         totals=args.totals,
         json=args.output == "json",
+        timeout=args.timeout,
     )
     return 0
 

@@ -27,14 +27,23 @@ MOST_ROWS, MOST_KINDS = 1 << 24, 1 << 16
 ALL = "all"
 
 
-def show(name: str, contexts: Sequence[str], *, begin: int, length: int | None, totals: bool, json: bool) -> None:
+def show(
+    name: str,
+    contexts: Sequence[str],
+    *,
+    begin: int,
+    length: int | None,
+    totals: bool,
+    json: bool,
+    timeout: float | None,
+) -> None:
     """Print the map of the export `name` from `begin` on, `length` bytes (None: to the end), to standard output. OptionError
     for a name or a window that cannot be; NotSupported for a context that the server does not have; those of the client."""
     if not names_export(name):
         raise OptionError("contexts are of NBD exports, and this is none", path=name, hint="leave --context out")
     target = export_target(name)
-    wanted = _chosen(target, contexts)
-    with Client.connect(target, contexts=wanted) as client:
+    wanted = _chosen(target, contexts, timeout)
+    with Client.connect(target, contexts=wanted, request_timeout=timeout) as client:
         missing = [one for one in wanted if one not in client.contexts]
         if missing:
             raise NotSupported(
@@ -55,13 +64,13 @@ def show(name: str, contexts: Sequence[str], *, begin: int, length: int | None, 
             sys.stdout.write(piece)
 
 
-def _chosen(target: Target, contexts: Sequence[str]) -> list[str]:
+def _chosen(target: Target, contexts: Sequence[str], timeout: float | None) -> list[str]:
     """The names of `contexts`, each once; `all` stands for those that the server lists for this export."""
     if ALL not in contexts:
         return list(dict.fromkeys(contexts))
     from ..nbd.inspect import inspect
 
-    (one,) = inspect(target)
+    (one,) = inspect(target, timeout=timeout)
     found = one.facts.available if one.facts is not None else ()
     if not found:
         raise NotSupported("the server names no metadata context for this export", path=str(target))

@@ -10,9 +10,12 @@ import json
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..errors import LaminaError
 from ..node import FilterNode
+from ..pending import DONE, Pending
 from ..request import Child
 from ..schema import Option
 from ..side_file import SideFile
@@ -127,6 +130,29 @@ class Stats(FilterNode):
             raise
         self._count(EXTENTS, offset, length, start)
         return found
+
+    # A request that is started is counted when it is done, and timed from its start to then.
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        return self._start(READ, offset, len(view), self.image.start_read, offset, view)
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        return self._start(WRITE, offset, len(view), self.image.start_write, offset, view, flags)
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        return self._start(ZERO, offset, length, self.image.start_zero, offset, length, flags)
+
+    def _start(self, kind: int, offset: int, length: int, start: Callable[..., Pending], *arguments: Any) -> Pending:
+        begin = self._now()
+        try:
+            request = start(*arguments)
+        except BaseException:
+            self._rows()[kind][_FAILED] += 1
+            raise
+        if request is DONE:
+            self._count(kind, offset, length, begin)
+            return DONE
+        return _Counted(self, request, kind, offset, length, begin)
 
     def settle(self) -> None:
         if self._report is not None:
@@ -244,3 +270,34 @@ def _below(classes: dict[str, int], share: float) -> int:
         wanted -= count
         upper = max(2 * int(lower), 1)
     return upper
+
+
+class _Counted:
+    """A request that was started, and is counted by the first who waits for it."""
+
+    __slots__ = ("_begin", "_filter", "_kind", "_length", "_offset", "_request", "_untold")
+
+    def __init__(self, by: Stats, request: Pending, kind: int, offset: int, length: int, begin: int) -> None:
+        self._filter, self._request = by, request
+        self._kind, self._offset, self._length, self._begin = kind, offset, length, begin
+        self._untold = [True]
+
+    def wait(self) -> Any:
+        try:
+            answer = self._request.wait()
+        except LaminaError:
+            if self._take():
+                self._filter._rows()[self._kind][_FAILED] += 1
+            raise
+        if self._take():
+            self._filter._count(self._kind, self._offset, self._length, self._begin)
+        return answer
+
+    def leave(self) -> None:
+        self._request.leave()
+
+    def _take(self) -> bool:
+        try:
+            return self._untold.pop()
+        except IndexError:
+            return False

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import NotSupported, OptionError
 from ..node import NO_FALLBACK, FilterNode
+from ..pending import Pending
 from ..ranges import RangeLock
 from ..request import Child
 from ..schema import Option
@@ -169,6 +170,16 @@ class Throttle(FilterNode):
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         self.group.wait(WRITE, requests=1, length=len(view))
         self.image.write(offset, view, flags)
+
+    # A request that is started waits for its turn before it goes out: what is on its way is never slowed down.
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        self.group.wait(READ, requests=1, length=len(view))
+        return self.image.start_read(offset, view)
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        self.group.wait(WRITE, requests=1, length=len(view))
+        return self.image.start_write(offset, view, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.group.wait(WRITE, requests=1, length=0)

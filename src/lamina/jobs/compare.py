@@ -45,7 +45,7 @@ def compare(
 
     What one has beyond the end of the other must read as zero. With `strict` the sizes must be equal too, and so must
     be, for each byte, whether it is stored, is zero, and is owned by any layer. `parallel`: so many pieces are read at once,
-    1 to 16; None: one, or 8 where an image is far away (an NBD server) and lets us wait. Raises what reading raises, and
+    1 to 16; None: one, or 8 where an image is far away (behind a server) and lets us wait. Raises what reading raises, and
     Cancelled.
     """
     watch = monitor or Monitor()

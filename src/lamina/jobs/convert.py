@@ -26,12 +26,12 @@ from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
 from ..workers import Task, Workers
+from ..zeros import between, stored_parts
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
 from .output import Output
 from .progress import Monitor
 from .sharing import Place, Sharer, without
-from .stored_runs import between, stored_runs
 from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def convert(
     reading only. On btrfs and xfs sharing makes 1 GiB in 0.01 s that otherwise takes 1.1 and 0.16; where nothing can be
     shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked.
 
-    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: one, or 8 where the source is far away (an NBD
+    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: one, or 8 where the source is far away (behind a
     server) and lets us wait. They are written one after the other, or with `in_order` False in any order and as many at
     once; None: in order unless the target is far away. With 20 ms for each request 512 MiB take 0.9 s so, and 3.1 one by one.
 
@@ -372,7 +372,7 @@ class _Copy:
 
     def _sort(self, batch: _Batch, at: int, view: memoryview, *, blank: bool) -> None:
         """What of these bytes is written, and what is zero."""
-        runs = stored_runs(view, at, self._granule, self._hole)
+        runs = stored_parts(view, at, self._granule, self._hole)
         batch.writes += [(at + lo, view[lo:hi]) for lo, hi in runs]
         if not blank:
             batch.zeros += [(at + lo, hi - lo) for lo, hi in between(runs, len(view))]

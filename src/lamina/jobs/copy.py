@@ -1,4 +1,4 @@
-"""Copy bytes as they are, fast: from a file, a device, a pipe or an NBD export to another.
+"""Copy bytes as they are, fast: from a file, a device, a pipe, or storage that is far away to another.
 
 A single thread keeps many requests on their way: reads that were started wait in one line, the writes that came of them in a
 second, both in the order of the disk. So everything before the oldest request that is not done is copied: that is how far a
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import KIB, is_power_of_two
-from .copy_ends import DONE, PipeSource, Source, Target, Wait, on_grid
+from ..pending import DONE, Pending
+from ..zeros import stored_parts
+from .copy_ends import PipeSource, Source, Target, on_grid
 from .output import Output
 from .progress import Monitor
-from .zero_blocks import stored_parts
 
 if TYPE_CHECKING:
     from .copy_journal import Journal
@@ -75,7 +76,7 @@ class _Reading(NamedTuple):
     offset: int
     length: int
     buffer: memoryview | None
-    wait: Wait
+    wait: Pending
 
 
 class _Writing(NamedTuple):
@@ -83,7 +84,7 @@ class _Writing(NamedTuple):
 
     end: int
     buffer: memoryview | None
-    waits: list[Wait]
+    waits: list[Pending]
 
 
 class Copy:
@@ -248,13 +249,13 @@ class Copy:
         while self._writes and not self._writes[0].waits:
             self._settle()
 
-    def _store(self, offset: int, view: memoryview) -> list[Wait]:
+    def _store(self, offset: int, view: memoryview) -> list[Pending]:
         """Write what holds something of these bytes, and make the rest zero."""
         if not self._hole:
             self._output.add(len(view))
             self._written += len(view)
             return [self._target.start_write(offset, view)]
-        waits = []
+        waits: list[Pending] = []
         at = 0
         for lo, hi in stored_parts(view, offset, self._granule, self._hole):
             if at < lo:
@@ -267,7 +268,7 @@ class Copy:
             waits += self._zero(offset + at, len(view) - at)
         return waits
 
-    def _zero(self, offset: int, length: int) -> list[Wait]:
+    def _zero(self, offset: int, length: int) -> list[Pending]:
         if self._target.blank:
             self._skipped += length
             return []

@@ -1,7 +1,8 @@
-"""The ends of a copy: where bytes come from and where they go. Files and other storage, NBD exports, pipes.
+"""The ends of a copy: where bytes come from and where they go. Storage of any kind, and pipes.
 
-Requests are started and waited for. An export has many on their way at once, over its connections, from a single thread; what
-a file is asked is done when `start_...` returns. All offsets and lengths are bytes. Used by `copy` alone, from one thread.
+Requests are started and waited for (`lamina.pending`). Storage that is far away has many on their way at once, from a single
+thread; what a file is asked is done when `start_...` returns. All offsets and lengths are bytes. Used by `copy` alone, from
+one thread.
 """
 
 from __future__ import annotations
@@ -9,19 +10,16 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BlockIOError, LaminaError, OptionError
-from ..image import Image
 from ..limits import GIB, KIB, MIB
-from ..nbd import wire
-from ..nbd.node import NbdStorage
-from ..node import MAY_UNMAP
+from ..node import MAY_UNMAP, Node, StorageNode
+from ..pending import DONE, Pending
+from ..request import Child
 
 if TYPE_CHECKING:
-    from ..nbd import Client
-    from ..node import Node
-    from ..request import Child
+    from ..image import Image
 
 #: A part of the source: offset, length, and whether it is known to read as zero.
 Part = tuple[int, int, bool]
@@ -29,26 +27,11 @@ Part = tuple[int, int, bool]
 #: The longest request to make zero, so that progress is told.
 _MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
-#: An export is asked whether it reads as zero where at least so many bytes are to become zero...
+#: A target is asked whether it reads as zero where at least so many bytes are to become zero...
 _WORTH_ASKING = 64 * KIB
-#: ... and no longer once it was asked so often, and its answers told of less than 1 MiB each.
+#: ... and no longer once it was asked so often, and its answers told of less than 1 MiB each. Likewise a source, where
+#: they tell of less than 64 KiB.
 _FREE_QUESTIONS = 256
-
-
-class Wait(Protocol):
-    """A request that was started."""
-
-    def wait(self) -> Any:
-        """Until it is done; raises the LaminaError that it failed with, each time that it is asked."""
-
-
-class _Done:
-    def wait(self) -> None:
-        pass
-
-
-#: A request that is done already.
-DONE = _Done()
 
 
 class Source(Protocol):
@@ -60,7 +43,7 @@ class Source(Protocol):
     def parts(self, begin: int) -> Iterator[Part]:
         """All from `begin` to the end, in order."""
 
-    def start_read(self, offset: int, view: memoryview) -> Wait:
+    def start_read(self, offset: int, view: memoryview) -> Pending:
         """Begin to fill `view`."""
 
     def close(self) -> None: ...
@@ -79,10 +62,10 @@ class Target(Protocol):
     ordered: bool
     forgets: bool
 
-    def start_write(self, offset: int, view: memoryview) -> Wait:
+    def start_write(self, offset: int, view: memoryview) -> Pending:
         """Begin to write `view`, which must not change until it is done."""
 
-    def start_zero(self, offset: int, length: int) -> Wait:
+    def start_zero(self, offset: int, length: int) -> Pending:
         """Begin to make these bytes zero."""
 
     def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
@@ -102,10 +85,12 @@ class Target(Protocol):
 
 
 class StorageSource:
-    """An opened image, which this closes: a file, a block device, or whatever lies over one. `extents`: skip its holes."""
+    """An opened image, which this closes: a file, a block device, an export, or whatever lies over one. `extents`: skip its
+    holes."""
 
     def __init__(self, image: Image, *, extents: bool = True) -> None:
         self._image = image
+        self._edge = Child(image.node, "source")
         self._extents = extents
         self.name = image.filename
         self.size = image.size
@@ -115,63 +100,27 @@ class StorageSource:
         return self._image.node
 
     def parts(self, begin: int) -> Iterator[Part]:
-        size = self._image.size
-        if not self._extents:
-            if begin < size:
-                yield begin, size - begin, False
-            return
-        from .windows import windows
+        edge, at, size = self._edge, begin, self.size
+        answers = 0
+        asked = edge.start_zero_runs(at, size - at) if self._extents and at < size else None
+        while asked is not None:
+            runs: list[tuple[int, bool]] = asked.wait()
+            end = at + sum(length for length, _ in runs)
+            answers += 1
+            # The next answer comes while this one is worked on; but answers so short cost more than reading.
+            worth = answers <= _FREE_QUESTIONS + (end - begin) // (64 * KIB)
+            asked = edge.start_zero_runs(end, size - end) if end < size and worth else None
+            for length, zero in runs:
+                yield at, length, zero
+                at += length
+        if at < size:
+            yield at, size - at, False
 
-        for found in windows(self._image, begin, size):
-            yield from zip(found.start.tolist(), found.length.tolist(), found.zero.tolist(), strict=True)
-
-    def start_read(self, offset: int, view: memoryview) -> Wait:
-        self._image.read_into(offset, view)
-        return DONE
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        return self._edge.start_read(offset, view)
 
     def close(self) -> None:
         self._image.close()
-
-
-class ExportSource:
-    """An export, through a client that this closes. `extents`: ask where its holes are, if the server tells."""
-
-    def __init__(self, client: Client, *, extents: bool = True) -> None:
-        self._client = client
-        self._extents = extents and wire.BASE_ALLOCATION in client.contexts
-        self.name = str(client.target)
-        self.size = client.size
-
-    def parts(self, begin: int) -> Iterator[Part]:
-        client, at, size = self._client, begin, self._client.size
-        if not self._extents:
-            if at < size:
-                yield at, size - at, False
-            return
-        answers = 0
-        asked = client.start_block_status(at, size - at) if at < size else None
-        while asked is not None:
-            extents: list[tuple[int, int]] = asked.wait()[wire.BASE_ALLOCATION]
-            end = at + sum(length for length, _ in extents)
-            answers += 1
-            if end < size and answers > _FREE_QUESTIONS + (end - begin) // (64 * KIB):
-                # Answers so short cost more than reading.
-                for length, status in extents:
-                    yield at, length, bool(status & wire.STATE_ZERO)
-                    at += length
-                yield end, size - end, False
-                return
-            # The next answer comes while this one is worked on.
-            asked = client.start_block_status(end, size - end) if end < size else None
-            for length, status in extents:
-                yield at, length, bool(status & wire.STATE_ZERO)
-                at += length
-
-    def start_read(self, offset: int, view: memoryview) -> Wait:
-        return self._client.start_read(offset, view)
-
-    def close(self) -> None:
-        self._client.close()
 
 
 class PipeSource:
@@ -203,7 +152,6 @@ class StorageTarget:
     room. `allocated`: zeros take up room."""
 
     ordered = False
-    forgets = False
 
     def __init__(self, child: Child, name: str, *, blank: bool, grows: bool, allocated: bool = False) -> None:
         self._child = child
@@ -213,23 +161,27 @@ class StorageTarget:
         self.blank = blank and not allocated
         self.block = child.node.limits.request_alignment
         self.size = None if grows else child.size
+        self.forgets = _reconnects(child.node)
+        self._zeros = None if self.blank or allocated or grows else _KnownZeros(child, self.block)
 
-    def start_write(self, offset: int, view: memoryview) -> Wait:
-        self._child.write(offset, view)
-        return DONE
+    @property
+    def node(self) -> Node:
+        return self._child.node
 
-    def start_zero(self, offset: int, length: int) -> Wait:
+    def start_write(self, offset: int, view: memoryview) -> Pending:
+        return self._child.start_write(offset, view)
+
+    def start_zero(self, offset: int, length: int) -> Pending:
         if self._grows and offset + length > self._child.size:
             self._child.truncate(offset + length)
-        self._child.zero(offset, length, self._flags)
-        return DONE
+        return self._child.start_zero(offset, length, self._flags)
 
     def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
-        known = self._flags and self._child.reads_zero(offset, length)
-        return [] if known else [(offset, length)]
+        return [(offset, length)] if self._zeros is None else self._zeros.others(offset, length)
 
     def forget(self) -> None:
-        pass
+        if self._zeros is not None:
+            self._zeros.forget()
 
     def flush(self) -> None:
         below = self._child.node.children.get("image") if self._grows else None
@@ -243,60 +195,19 @@ class StorageTarget:
         self._child.close()
 
 
-class ExportTarget:
-    """An export, through a client that this closes. `reconnects`: the client makes lost connections anew."""
-
-    ordered = False
-
-    def __init__(self, client: Client, *, blank: bool, allocated: bool = False, reconnects: bool = False) -> None:
-        self._client = client
-        self._image = Image(NbdStorage(client))
-        self._allocated = allocated
-        self.name = str(client.target)
-        self.blank = blank and not allocated
-        self.block = client.minimum
-        self.size: int | None = client.size
-        self.forgets = reconnects
-        asks = not (blank or allocated) and wire.BASE_ALLOCATION in client.contexts
-        self._status = _Status(client, self.block) if asks else None
-
-    def start_write(self, offset: int, view: memoryview) -> Wait:
-        end = offset + len(view)
-        if end % self.block and end != self.size:
-            # The source ends inside a block of the target, whose rest stays as it is.
-            self._image.write(offset, view)
-            return DONE
-        return self._client.start_write(offset, view)
-
-    def start_zero(self, offset: int, length: int) -> Wait:
-        end = offset + length
-        if not self._client.can_zero or (end % self.block and end != self.size):
-            self._image.zero(offset, length, unmap=not self._allocated)
-            return DONE
-        return self._client.start_zero(offset, length, no_hole=self._allocated)
-
-    def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
-        return [(offset, length)] if self._status is None else self._status.not_zero(offset, length)
-
-    def forget(self) -> None:
-        if self._status is not None:
-            self._status.forget()
-
-    def flush(self) -> None:
-        self._client.flush()
-
-    def resize(self, size: int) -> None:
-        pass
-
-    def close(self) -> None:
-        self._image.close()
+def _reconnects(node: Node) -> bool:
+    """Whether some storage below `node` makes lost connections anew."""
+    if isinstance(node, StorageNode) and node.reconnects:
+        return True
+    return any(_reconnects(child.node) for child in node.children.values())
 
 
-class _Status:
-    """What an export reads as, asked as a copy comes along. Parts are whole blocks of `block` bytes."""
+class _KnownZeros:
+    """What a target reads as, asked as a copy comes along. Parts are whole blocks of `block` bytes."""
 
-    def __init__(self, client: Client, block: int) -> None:
-        self._client = client
+    def __init__(self, child: Child, block: int) -> None:
+        self._child = child
+        self._size = child.size
         self._block = block
         self._asking = True
         self._asked = self._told = 0  # questions, and bytes that were told of
@@ -306,9 +217,9 @@ class _Status:
         #: (end, whether it reads as zero) of stretches that follow each other from `_begin` to `_end`.
         self._runs: deque[tuple[int, bool]] = deque()
         self._begin = self._end = 0
-        self._next: Any = None  # the question about what follows `_end`
+        self._next: Pending | None = None  # the question about what follows `_end`
 
-    def not_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+    def others(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The parts of these bytes that are not known to read as zero."""
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
@@ -334,7 +245,7 @@ class _Status:
         found.append((lo, hi - lo))
 
     def _ask(self, at: int) -> bool:
-        """Learn what follows `at`. False where the server does not say, or in so small parts that to ask costs more than it
+        """Learn what follows `at`. False where the target does not say, or in so small parts that to ask costs more than it
         can save."""
         if not self._asking:
             return False
@@ -342,20 +253,19 @@ class _Status:
         self.forget()
         self._begin = self._end = at
         try:
-            asked = asked or self._client.start_block_status(at, self._client.size - at)
-            told: list[tuple[int, int]] = asked.wait()[wire.BASE_ALLOCATION]
-            for length, flags in told:
+            asked = asked or self._child.start_zero_runs(at, self._size - at)
+            told: list[tuple[int, bool]] = asked.wait()
+            for length, zero in told:
                 self._end += length
-                zero = bool(flags & wire.STATE_ZERO)
                 if self._runs and self._runs[-1][1] == zero:
                     self._runs.pop()
                 self._runs.append((self._end, zero))
             self._asked += 1
             self._told += self._end - at
             self._asking = self._asked < _FREE_QUESTIONS + self._told // MIB
-            if len(self._runs) == 1 and self._runs[0][1] and self._end < self._client.size:
+            if len(self._runs) == 1 and self._runs[0][1] and self._end < self._size:
                 # Much of it is empty: the next answer comes while this one is worked on.
-                self._next = self._client.start_block_status(self._end, self._client.size - self._end)
+                self._next = self._child.start_zero_runs(self._end, self._size - self._end)
         except LaminaError:
             self._asking = False  # nothing is lost by not knowing
         return self._end > at
@@ -374,7 +284,7 @@ class PipeTarget:
         self._fd = fd
         self.name = name
 
-    def start_write(self, offset: int, view: memoryview) -> Wait:
+    def start_write(self, offset: int, view: memoryview) -> Pending:
         try:
             while len(view):
                 view = view[os.write(self._fd, view) :]
@@ -384,7 +294,7 @@ class PipeTarget:
             raise BlockIOError.from_os(error, "cannot write", path=self.name) from error
         return DONE
 
-    def start_zero(self, offset: int, length: int) -> Wait:
+    def start_zero(self, offset: int, length: int) -> Pending:
         while length:
             count = min(length, len(_ZEROS))
             self.start_write(offset, _ZEROS[:count])

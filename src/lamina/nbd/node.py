@@ -13,10 +13,11 @@ from .. import limits
 from ..errors import BlockIOError, Closed, ReadOnly
 from ..limits import KIB, Limits, align_down
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded
+from ..pending import Done, Pending
 from ..schema import Option, Schema
 from . import wire
 from .client.client import Client
-from .uri import OPTIONS, from_options
+from .uri import OPTIONS, from_options, parse_timeout
 
 if TYPE_CHECKING:
     from ..extents import Extents
@@ -32,6 +33,9 @@ _MAX_QUESTIONS: Final = 1 << 12
 #: 0.57 and 0.58 s whole, 0.53 and 0.43 s in such pieces, 0.68 and 0.50 s in pieces of 256 KiB. And a server works on 16
 #: requests of a client at once: where each waits for storage of the server's, longer ones move more.)
 PIECE: Final = 512 * KIB
+
+
+_OPERATIONS: Final = ("read_into", "write", "zero", "discard", "flush", "extents", "reads_zero")
 
 
 class NbdStorage(StorageNode):
@@ -50,9 +54,9 @@ class NbdStorage(StorageNode):
             Option(
                 "connections",
                 "int",
-                "connections to use where the server says that several are coherent",
+                "connections to use where the server says that several are coherent; 0: 4 over TCP, 1 over a Unix socket",
                 default=1,
-                minimum=1,
+                minimum=0,
                 maximum=16,
             ),
             Option("open-timeout", "int", "seconds to try to connect while nobody listens", default=0, minimum=0),
@@ -78,15 +82,22 @@ class NbdStorage(StorageNode):
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
         """Connects. Any LaminaError of `Client.connect`; ReadOnly for an export that cannot be written, where it should."""
-        target = from_options({option.name: options[option.name] for option in OPTIONS})
+        said = {option.name: options[option.name] for option in OPTIONS}
+        timeout = said.pop("timeout")
+        target = from_options(said)
+        # Several connections hide the latency of a network. On one machine each only adds wake-ups: with two processors and
+        # qemu-nbd, copying 1 GiB took 0.81 s over one connection and 0.94 over four.
         client = Client.connect(
             target,
-            connections=options["connections"],
+            connections=options["connections"] or (1 if target.socket is not None else 4),
             open_timeout=options["open-timeout"],
             reconnect=options["reconnect-delay"],
+            request_timeout=None if timeout is None else parse_timeout(timeout),
         )
         try:
-            return cls(client, name=opener.name, read_only=opener.read_only)
+            node = cls(client, name=opener.name, read_only=opener.read_only)
+            node.reconnects = options["reconnect-delay"] > 0
+            return node
         except BaseException:
             client.close()
             raise
@@ -165,17 +176,47 @@ class NbdStorage(StorageNode):
         try:
             return self.client.block_status(offset, length)[wire.BASE_ALLOCATION]
         except BlockIOError as error:
-            if self.client.terse:
-                return [(length, 0)]  # it answers, and so little each time that nobody would be through with it
-            if error.errno != EINVAL or offset < align_down(self.size, self.client.minimum):
-                raise
+            self._require_untold(error, offset)
             return [(length, 0)]
+
+    def _require_untold(self, error: BlockIOError, offset: int) -> None:
+        """Raise `error`, of a question about the status from `offset` on, unless it means that the server does not say."""
+        if self.client.terse:
+            return  # it answers, and so little each time that nobody would be through with it
+        if error.errno != EINVAL or offset < align_down(self.size, self.client.minimum):
+            raise error
 
     def reads_zero(self, offset: int, length: int) -> bool:
         if not self._context or self.client.terse:
             return False
         size, status = self.client.block_status(offset, length, one=True)[wire.BASE_ALLOCATION][0]
         return size >= length and bool(status & wire.STATE_ZERO)
+
+    # -- what goes out at once, and is waited for later
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        return self.client.start_read(offset, view, piece=PIECE)
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        return self.client.start_write(offset, view, bool(flags & FUA), piece=PIECE)
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        return self.client.start_zero(
+            offset,
+            length,
+            fua=bool(flags & FUA),
+            no_hole=not flags & MAY_UNMAP,
+            fast=bool(flags & NO_FALLBACK),
+        )
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        found: list[tuple[int, bool]] = self.start_zero_runs(offset, length).wait()
+        return found
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        if not self._context or self.client.terse:
+            return Done([(length, False)])
+        return _ZeroRuns(self, offset, length, self.client.start_block_status(offset, length))
 
     @property
     def held(self) -> bool:
@@ -187,7 +228,7 @@ class NbdStorage(StorageNode):
     def after_fork(self) -> None:
         """The connection is the parent's: a request of this process would take the reply to one of that."""
         super().after_fork()
-        for operation in ("read_into", "write", "zero", "discard", "flush", "extents", "reads_zero"):
+        for operation in (*_OPERATIONS, "start_read", "start_write", "start_zero", "zero_runs", "start_zero_runs"):
             setattr(self, operation, partial(self._refuse_foreign, operation))
 
     def _refuse_foreign(self, operation: str, *_: object, **__: object) -> NoReturn:
@@ -200,3 +241,23 @@ class NbdStorage(StorageNode):
 
     def forsake(self) -> None:
         self.client.forsake()
+
+
+class _ZeroRuns:
+    """A question about zeros that went out."""
+
+    __slots__ = ("_asked", "_length", "_node", "_offset")
+
+    def __init__(self, node: NbdStorage, offset: int, length: int, asked: Pending) -> None:
+        self._node, self._offset, self._length, self._asked = node, offset, length, asked
+
+    def wait(self) -> list[tuple[int, bool]]:
+        try:
+            told = self._asked.wait()[wire.BASE_ALLOCATION]
+        except BlockIOError as error:
+            self._node._require_untold(error, self._offset)
+            return [(self._length, False)]
+        return [(length, bool(status & wire.STATE_ZERO)) for length, status in told]
+
+    def leave(self) -> None:
+        self._asked.leave()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import OptionError, UnsupportedFeature
-from ..options import MAX_TEXT, shown
+from ..options import MAX_TEXT, parse_seconds, shown
 from ..schema import Option, Schema
 
 #: The port that IANA gave to NBD.
@@ -36,8 +36,6 @@ _SCHEMES = {
 }
 _TLS_PARAMETERS = ("tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates", "tls-psk-file")
 _PARAMETERS = ("socket", "timeout", *_TLS_PARAMETERS)
-#: The longest time that a target may say: a day, and a bit.
-_MAX_TIMEOUT = 100_000
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/")
 
@@ -212,13 +210,7 @@ def parse(text: str) -> Target:
 
 def parse_timeout(value: object) -> float:
     """The time limit that `value`, a number or its text, says: seconds, perhaps with a fraction; 0 for none. OptionError."""
-    text = str(value)
-    whole, _, fraction = text.partition(".")
-    digits = (whole + fraction).isascii() and (whole + fraction).isdigit() and whole != "" and len(whole) <= 6
-    if not digits or len(fraction) > 6 or float(text) > _MAX_TIMEOUT or isinstance(value, bool):
-        hint = f"it is a number of seconds, such as 5 or 0.5, up to {_MAX_TIMEOUT}; 0: no limit"
-        raise OptionError(f"the timeout is {shown(text)}", hint=hint)
-    return float(text)
+    return parse_seconds(value, "the timeout")
 
 
 def from_options(options: Mapping[str, Any]) -> Target:

@@ -14,6 +14,7 @@ import stat
 import threading
 from array import array
 from collections.abc import Callable
+from itertools import pairwise
 from operator import length_hint
 from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -252,10 +253,7 @@ class FileStorage(StorageNode):
         from ..extents import DATA, PRESENT, ZERO, Extents
         from ..numeric import np
 
-        try:
-            edges = np.frombuffer(self._edges(offset, offset + length), np.int64)
-        except OSError as error:
-            raise self._failed(error, "extents", offset, length) from error
+        edges = np.frombuffer(self._edges(offset, offset + length), np.int64)
         flags = np.full(len(edges) - 1, ZERO | PRESENT, np.uint8)
         flags[1::2] = DATA | PRESENT
         lengths = np.diff(edges)
@@ -264,6 +262,12 @@ class FileStorage(StorageNode):
         # Adjacent extents are equal only if the file changed during the query.
         found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
         return bounded(found.coalesce())
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        edges = self._edges(offset, offset + length)
+        # The first run is a hole, and every second one after it; empty ones are left out.
+        runs = [(end - start, not number & 1) for number, (start, end) in enumerate(pairwise(edges)) if end > start]
+        return runs[:MAX_ROWS]
 
     def reads_zero(self, offset: int, length: int) -> bool:
         try:
@@ -387,7 +391,7 @@ class FileStorage(StorageNode):
             if error.errno == errno.EINVAL and len(edges) == 1:
                 add(offset)  # the file system has no holes: everything is data
             elif error.errno != errno.ENXIO:  # ENXIO: a hole up to the end of the file
-                raise
+                raise self._failed(error, "extents", offset, end - offset) from error
         add(end)
         return edges
 

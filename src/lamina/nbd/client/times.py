@@ -45,21 +45,9 @@ class Times(NamedTuple):
     @classmethod
     def all(cls, seconds: float | None) -> Self:
         """The same time for everything: as long as `seconds`, or without a limit (0); None: the usual times."""
-        seconds = _usual if seconds is None else seconds
         if seconds is None:
             return cls()
         return cls(seconds, seconds, seconds) if seconds else cls(None, None)
-
-
-#: What `Times.all(None)` takes for `seconds`.
-_usual: float | None = None
-
-
-def set_usual(seconds: float | None) -> None:
-    """Let clients that are told no times take these `seconds` for everything, as `Times.all` does; None: 60, 600 and 10, as
-    at first. For a program: it holds for all of the process."""
-    global _usual
-    _usual = seconds
 
 
 class Clock:

@@ -16,7 +16,7 @@ from ...errors import BlockIOError, ReadOnly
 from ...image import Image
 from ...limits import MIB, align_down, align_up, is_power_of_two
 from ...node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
-from ...request import is_zero
+from ...zeros import is_zero
 from .. import wire
 
 if TYPE_CHECKING:

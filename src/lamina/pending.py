@@ -1,0 +1,122 @@
+"""Requests that were started and are asked for later: what `Node.start_read` and its siblings return.
+
+A request that was started is carried out once, whether or not anybody waits for it. Until `wait` has returned, or raised, it
+owns its buffer: nobody may read the buffer of a read, or change that of a write. It also keeps its range of bytes (requests
+that need the range for themselves wait for it) and its place inside the graph (an edit, or `close`, waits for it). Whoever
+waits for any of these finishes the request: so a thread that started requests may do everything that it could do before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import LaminaError
+
+if TYPE_CHECKING:
+    from .ranges import RangeLock
+
+
+class Pending(Protocol):
+    """A request that was started. Each method may be called by any thread, and again: the outcome stays."""
+
+    def wait(self) -> Any:
+        """Return when the request is done: the answer to a question, or None. Raises the LaminaError that it failed with."""
+
+    def leave(self) -> None:
+        """Give the request up, as an exception that ends a thread does. When this returns, nobody reads or fills its buffer
+        any more. A change may have been carried out, or may still be."""
+
+
+class Done:
+    """A request that was done when it was started."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, answer: Any = None) -> None:
+        self._answer = answer
+
+    def wait(self) -> Any:
+        return self._answer
+
+    def leave(self) -> None:
+        return
+
+
+#: A read or a change that is done already.
+DONE = Done()
+
+#: Operations of a node, and how they are started.
+_STARTED_BY = {
+    "read_into": ("start_read",),
+    "write": ("start_write",),
+    "zero": ("start_zero",),
+    "extents": ("zero_runs", "start_zero_runs"),
+    "zero_runs": ("start_zero_runs",),
+}
+
+
+def restore_defaults(kind: type, base: type) -> None:
+    """Where the class `kind` has an operation of its own, but not what starts it, give it that of `base`: one that it
+    inherits from another class would get round the operation."""
+    own = vars(kind)
+    for operation, starts in _STARTED_BY.items():
+        for start in starts:
+            if operation in own and start not in own:
+                setattr(kind, start, vars(base)[start])
+
+
+def start_holding(ranges: RangeLock, start: Callable[..., Pending], *arguments: Any) -> Pending | None:
+    """start(*arguments), which holds its range together with others until it is finished; None where somebody holds or wants
+    a range exclusively now."""
+    holding = Holding(ranges)
+    try:
+        try:
+            if not ranges.start(holding):
+                return None
+            request = start(*arguments)
+            holding.request = request
+            return holding
+        finally:
+            if holding.request is None:
+                ranges.finish(holding)
+    finally:
+        if holding.request is None:  # an interrupt may have struck the first time
+            ranges.finish(holding)
+
+
+class Holding:
+    """A request that holds its range of bytes together with others (`RangeLock.start`) until it is finished. `request` is
+    what the node returned, and None until then."""
+
+    __slots__ = ("_ranges", "request")
+
+    def __init__(self, ranges: RangeLock) -> None:
+        self._ranges = ranges
+        self.request: Pending | None = None
+
+    def wait(self) -> Any:
+        # Where an interrupt strikes the range stays held: whoever needs it waits for the request in its turn.
+        assert self.request is not None
+        try:
+            answer = self.request.wait()
+        except LaminaError:
+            self._ranges.finish(self)
+            raise
+        self._ranges.finish(self)
+        return answer
+
+    def leave(self) -> None:
+        assert self.request is not None
+        self.request.leave()
+        self._ranges.finish(self)
+
+    def settle(self) -> bool:
+        """Finish the request for a thread that needs the range; its outcome stays for whoever started it. False where it is
+        just being started, and cannot be finished yet."""
+        if self.request is None:
+            return False
+        with suppress(LaminaError):
+            self.wait()
+        return True
