@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ...errors import CorruptImage, LaminaError, NotSupported
@@ -148,13 +149,10 @@ class Qcow2(FormatNode):
         if self._refcounts_ is None:
             counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
             first = self.header.l1_table_offset >> self._cluster_bits
-            counts.claim(range(first, first + -(-self.header.l1_size * 8 >> self._cluster_bits)))
+            own = range(first, first + -(-self.header.l1_size * 8 >> self._cluster_bits))
             # Entries without COPIED may name one table together: whoever changes it takes a copy.
-            pointers = self._mappings.l1
-            copied = [(e & q.OFFSET_MASK) >> self._cluster_bits for e in pointers if e & q.COPIED and e & q.OFFSET_MASK]
-            shared = {(e & q.OFFSET_MASK) >> self._cluster_bits for e in pointers if not e & q.COPIED}
-            counts.claim(copied)
-            counts.claim(shared - {0})
+            copied, shared = (self._mappings.l2_clusters(copied=flag) for flag in (True, False))
+            counts.claim(chain([own], copied), shared)
             self._refcounts_ = counts
         return self._refcounts_
 

@@ -160,6 +160,13 @@ class Mappings:
         table = self.table(offset >> self._cluster_bits + self._table_bits)
         return 0 if table is None else table.entries[offset >> self._cluster_bits & self.per_table - 1]
 
+    def l2_clusters(self, *, copied: bool) -> Iterator[list[int]]:
+        """The clusters of L2 tables, those of L1 entries with the flag COPIED or of those without; some at a time."""
+        bits, mask, both, flag = self._cluster_bits, q.OFFSET_MASK, q.COPIED | q.OFFSET_MASK, q.COPIED if copied else 0
+        for at in range(0, len(self.l1), _L1_BATCH):
+            part = self.l1[at : at + _L1_BATCH]
+            yield [(e & mask) >> bits for e in part if e & q.COPIED == flag and e & both != flag]
+
     def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
         """Columns (start, length, flags, host offset or -1) for the stretch, equal and contiguous neighbours joined; rows of
         flags 0 belong to the layer below. The answer ends early, on a cluster, where it has `limits.MAX_ROWS` rows, or where

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import sys
 from array import array
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BlockIOError, CorruptImage, LimitExceeded
 from ...limits import align_up
 from . import layout as q
+from .cluster_set import ClusterSet, join, merge, sorted_arrays
 from .refcount_block import Block, make_block
 from .room import has_hole
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from ...request import Child
     from .header import Header
@@ -56,34 +58,35 @@ class Refcounts:
         self._next = 0  # no cluster below this index is free
         #: Host offset from which on no byte was ever written: what is given out there reads as zero.
         self.blank_from = align_up(file.node.size, header.cluster_size)
-        #: Clusters that hold metadata, which must never be given out, nor written as data.
-        self.metadata: set[int] = set()
+        #: Clusters that hold metadata, which must never be given out, nor written as data. Empty before `claim`.
+        self.metadata = ClusterSet()
         self.table = array("Q", (0,)) * (header.refcount_table_clusters << header.cluster_bits - 3)
         file.tell("reftable_load")
         file.read_into(header.refcount_table_offset, memoryview(self.table).cast("B"))
         if sys.byteorder == "little":
             self.table.byteswap()
-        self.claim(range(1))
-        first = header.refcount_table_offset >> self._cluster_bits
-        self.claim(range(first, first + header.refcount_table_clusters))
-        self.claim([(e & q.REFBLOCK_MASK) >> self._cluster_bits for e in self.table if e & q.REFBLOCK_MASK])
 
-    def protect(self, offset: int, clusters: int) -> None:
-        """These clusters hold metadata from now on."""
-        first = offset >> self._cluster_bits
-        self.metadata.update(range(first, first + clusters))
-
-    def claim(self, clusters: Collection[int]) -> None:
-        """These clusters hold a structure of the image as it was found. CorruptImage if another one, or the same, holds one
-        of them: writing to the one would destroy the other."""
-        before = len(self.metadata)
-        self.metadata.update(clusters)
-        if len(self.metadata) != before + len(clusters):
+    def claim(self, single: Iterable[Collection[int]], shared: Iterable[Collection[int]]) -> None:
+        """Fill `metadata` with what holds structures of the image as it was found: the header, the refcount table and its
+        blocks, and the clusters given, in batches. Those that are `shared` may be named more than once. CorruptImage if one
+        cluster holds two structures: writing to the one would destroy the other."""
+        bits, header = self._cluster_bits, self._header
+        first = header.refcount_table_offset >> bits
+        own = [range(1), range(first, first + header.refcount_table_clusters)]
+        blocks = [(entry & q.REFBLOCK_MASK) >> bits for entry in self.table if entry & q.REFBLOCK_MASK]
+        once = join(merge(sorted_arrays(shared, repeated=True), repeated=True))
+        try:
+            self.metadata = ClusterSet(merge([once, *sorted_arrays(chain(own, [blocks], single))]))
+        except ValueError as error:
             raise CorruptImage(
                 "structures of the image lie over one another",
                 path=self._file.node.filename,
                 hint="check the image; it was not written to",
-            )
+            ) from error
+
+    def protect(self, offset: int, clusters: int) -> None:
+        """These clusters hold metadata from now on."""
+        self.metadata.add(offset >> self._cluster_bits, clusters)
 
     @property
     def dirty(self) -> bool:
@@ -150,12 +153,12 @@ class Refcounts:
         return blank
 
     def _refuse_metadata(self, start: int, run: int) -> None:
-        clusters = range(start, start + run)
-        if not self.metadata.isdisjoint(clusters):
+        found = self.metadata.first_of(start, start + run)
+        if found >= 0:
             raise CorruptImage(
                 "a cluster that holds metadata is counted as free",
                 path=self._file.node.filename,
-                offset=next(cluster for cluster in clusters if cluster in self.metadata) << self._cluster_bits,
+                offset=found << self._cluster_bits,
                 hint="check the image; it was not written to",
             )
 
@@ -351,7 +354,7 @@ class Refcounts:
         self._blocks[which] = block
         self._unlinked |= {which}
         self._changed |= {which}
-        self.metadata |= {cluster}
+        self.metadata.recent |= {cluster}
         self.table[which] = offset
         self._take_blank(offset, offset + self._cluster_size)
 

@@ -1,0 +1,168 @@
+"""A set of clusters that takes eight bytes for each: where the metadata of an image lies.
+
+An L1 table of 32 MiB names four million L2 tables, and a `set` of Python takes a hundred bytes for each of them. Here the
+indexes lie in sorted arrays of moderate length. A small table of bytes beside them answers most questions for clusters that
+are not in the set, which every write asks, without a search.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from itertools import islice
+from operator import eq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+#: The longest array. Adding a cluster moves half of one.
+_LONGEST = 1 << 13
+#: So many clusters are sorted at a time, as numbers of Python.
+_BATCH = 1 << 15
+#: So many that were added are kept apart before they are sorted in.
+_RECENT = 1 << 10
+
+
+class ClusterSet:
+    """Clusters, by their indexes in the file. Not thread-safe, but an exception at any point leaves a set that holds every
+    cluster that it held, and none that was not being added."""
+
+    __slots__ = ("_arrays", "_lows", "_mask", "_seen", "recent")
+
+    def __init__(self, arrays: Iterable[array[int]] = ()) -> None:
+        """`arrays`: ascending, and each begins behind the end of the one before, as `merge` makes them."""
+        self._arrays = list(arrays) or [array("Q")]
+        self._lows = [0, *(one[0] for one in self._arrays[1:])]  # nothing in an array is smaller than this
+        #: Clusters that were added last. Code that may not call anything adds to it: `clusters.recent |= {index}`.
+        self.recent: set[int] = set()
+        self._remember(sum(map(len, self._arrays)))
+
+    def __len__(self) -> int:
+        self._sort_in()
+        return sum(map(len, self._arrays))
+
+    def __contains__(self, cluster: int) -> bool:
+        if cluster in self.recent:
+            return True
+        if not self._seen[cluster & self._mask]:
+            return False
+        found = self._arrays[bisect_right(self._lows, cluster) - 1]
+        at = bisect_left(found, cluster)
+        return at < len(found) and found[at] == cluster
+
+    def first_of(self, start: int, stop: int) -> int:
+        """The first cluster of [start, stop) that is in the set, or -1."""
+        recent = -1 if self.recent.isdisjoint(range(start, stop)) else min(self.recent.intersection(range(start, stop)))
+        which = bisect_right(self._lows, start) - 1
+        while which < len(self._arrays) and self._lows[which] < stop:
+            at = bisect_left(self._arrays[which], start)
+            if at < len(self._arrays[which]):
+                found = self._arrays[which][at]
+                if found < stop:
+                    return found if recent < 0 else min(found, recent)
+                break
+            which += 1
+        return recent
+
+    def add(self, first: int, count: int = 1) -> None:
+        """Add `count` clusters from `first` on."""
+        self.recent.update(range(first, first + count))
+        if len(self.recent) > _RECENT:
+            self._sort_in()
+
+    def discard(self, cluster: int) -> None:
+        """Take this cluster out, if it is in the set."""
+        if cluster in self.recent:
+            self.recent -= {cluster}
+        if self._seen[cluster & self._mask]:
+            found = self._arrays[bisect_right(self._lows, cluster) - 1]
+            at = bisect_left(found, cluster)
+            if at < len(found) and found[at] == cluster:
+                del found[at]
+
+    def _sort_in(self) -> None:
+        """Move what is recent into the arrays: it is in both for a while, which does no harm."""
+        for cluster in self.recent:
+            which = bisect_right(self._lows, cluster) - 1
+            found = self._arrays[which]
+            at = bisect_left(found, cluster)
+            if at == len(found) or found[at] != cluster:
+                found.insert(at, cluster)
+            if len(found) > _LONGEST:
+                self._divide(which)
+        count = sum(map(len, self._arrays))
+        if count > len(self._seen):
+            self._remember(count)
+        seen, mask = self._seen, self._mask
+        for cluster in self.recent:
+            seen[cluster & mask] = 1
+        self.recent = set()
+
+    def _divide(self, which: int) -> None:
+        whole = self._arrays[which]
+        half = len(whole) // 2
+        arrays = [*self._arrays[:which], whole[:half], whole[half:], *self._arrays[which + 1 :]]
+        lows = [*self._lows[: which + 1], whole[half], *self._lows[which + 1 :]]
+        self._arrays, self._lows = arrays, lows
+
+    def _remember(self, count: int) -> None:
+        """Make the table of bytes anew, twice as long as the number of clusters at least: a byte that is 0 says that no
+        cluster with these last bits is in the arrays. (What was discarded leaves its byte behind.)"""
+        size = 1 << max(2 * count - 1, 1023).bit_length()
+        seen, mask = bytearray(size), size - 1
+        for found in self._arrays:
+            for cluster in found:
+                seen[cluster & mask] = 1
+        self._seen, self._mask = seen, mask
+
+
+def sorted_arrays(batches: Iterable[Collection[int]], *, repeated: bool = False) -> list[array[int]]:
+    """The clusters of all these batches in sorted arrays of moderate length, for `merge`. `repeated`: a cluster may be there
+    twice, and is kept once in each array."""
+    found: list[array[int]] = []
+    waiting: list[int] = []
+    for batch in batches:
+        waiting += batch
+        if len(waiting) >= _BATCH:
+            found.append(_sorted(waiting, repeated))
+            waiting = []
+    if waiting:
+        found.append(_sorted(waiting, repeated))
+    return found
+
+
+def _sorted(clusters: list[int], repeated: bool) -> array[int]:
+    return array("Q", sorted(set(clusters) if repeated else clusters))
+
+
+def merge(arrays: list[array[int]], *, repeated: bool = False) -> list[array[int]]:
+    """The contents of these sorted arrays, which it empties, as arrays that follow one another. A cluster that is there twice
+    is a ValueError, or, if it may be `repeated`, kept once. The memory needed is that of the result and a little more."""
+    merged: list[array[int]] = []
+    while arrays := [one for one in arrays if one]:
+        # From the end, where an array becomes shorter at no cost: everything from the highest of these elements on.
+        step = max(_LONGEST // len(arrays), 1)
+        bound = max(one[max(len(one) - step, 0)] for one in arrays)
+        taken: list[int] = []
+        for one in arrays:
+            at = bisect_left(one, bound)
+            taken += one[at:]
+            del one[at:]
+        taken.sort()
+        if any(map(eq, taken, islice(taken, 1, None))):
+            if not repeated:
+                raise ValueError("a cluster is named twice")
+            taken = sorted(set(taken))
+        merged.append(array("Q", taken))
+    merged.reverse()
+    return merged
+
+
+def join(arrays: list[array[int]]) -> array[int]:
+    """These arrays, which it empties, one behind the other."""
+    whole = array("Q")
+    arrays.reverse()
+    while arrays:
+        whole.extend(arrays.pop())
+    return whole
