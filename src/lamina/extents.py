@@ -22,9 +22,11 @@ from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
 from .numeric import ArrayLike, NDArray, np
 
-#: Bits of the column `flags`. DATA: the bytes are stored. ZERO: they read as zeros. PRESENT: a layer owns the bytes, so
-#: lower layers do not matter. COMPRESSED: they are stored compressed or otherwise encoded, so they have no host offset.
-DATA, ZERO, PRESENT, COMPRESSED = 1, 2, 4, 8
+# Bits of the column `flags`; see `status`.
+from .status import COMPRESSED as COMPRESSED
+from .status import DATA as DATA
+from .status import PRESENT as PRESENT
+from .status import ZERO as ZERO
 
 #: The number of rows that iteration converts to objects at a time: few enough for the CPU cache, and enough to amortise the
 #: cost of a numpy call.

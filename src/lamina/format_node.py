@@ -1,12 +1,30 @@
-"""What every format is: a layout of a disk in storage, told as a mapping from which all its input and output derives."""
+"""The contract of a format: it tells a mapping of the disk, and all its input and output derives from that mapping.
+
+A driver implements the hooks of `FormatNode`. Which of them run at the same time, and under which lock:
+
+- `map`, `map_columns` and `load` may be called at any moment, by any number of threads, while any other hook runs. A read
+  holds its range of the disk (see `Node.serialise`), so nobody writes, zeroes or drops those bytes meanwhile; a question for
+  the status holds nothing, and its answer may be out of date when it arrives.
+- `reserve`, `store`, `commit`, `abandon` and `drop` are called by a thread that holds the range of its request, rounded out
+  to `serialise` bytes, alone. Threads that hold other ranges call them at the same time: a driver locks what these share, its
+  tables, by itself, and does not hold that lock while bytes of the disk are read or written.
+- `flush` and `truncate`: a flush may come at any moment, also between `reserve` and `commit`; `truncate` holds the whole
+  disk.
+
+The requests of a driver are inside the disk, and none is empty: `length` is at least 1 wherever it is a parameter.
+KeyboardInterrupt may strike at the entry of every function and at the return of every call. What is left then must be whole:
+storage that belongs to nobody is allowed, a mapping of storage that belongs to somebody else is not.
+"""
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import LaminaError
 from .format import Format
-from .node import COMPRESS, bounded, fill_zero, plain
+from .node import MAY_UNMAP, bounded, fill_zero, is_plain, plain
+from .status import ZERO
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -15,73 +33,164 @@ if TYPE_CHECKING:
 #: What a disk writes at once.
 _SECTOR = 512
 
-# What holds a stretch of a format's disk (Mapping.kind).
-BELOW = 0  #: not this layer: the backing node answers, or zero where there is none
-ZERO = 1  #: reads as zero; offset >= 0 where a place in `file` is kept for it
-DATA = 2  #: stored in the child `file` at `offset`
-COMPRESSED = 3  #: packed in the child `file` at `offset`; `read_packed` unpacks
-
 
 class Mapping(NamedTuple):
-    """What holds the first `length` bytes that were asked about."""
+    """What the first `length` bytes that were asked about are.
 
-    kind: int
-    length: int
-    offset: int = -1  #: place in the child `file`, -1: none
+    ======================  ============================================================================================
+    flags                   meaning
+    ======================  ============================================================================================
+    0                       this layer does not own them: the layer below answers, or they are zero where there is none
+    ZERO | PRESENT          they read as zero; with an offset, storage is kept for them there
+    DATA | PRESENT          they are stored in `child`; with an offset, they lie there as they read
+    ... | COMPRESSED        stored compressed, without an offset
+    ======================  ============================================================================================
+
+    An offset is a promise: the bytes at `offset` of `child` are the bytes of the disk, so a reader may fetch them from there,
+    and where the child has a hole they read as zero. What is stored in any other way (compressed, encrypted) has no offset,
+    and `FormatNode.load` fetches it; `token` is for `load` alone, so that it need not look the stretch up again.
+    """
+
+    flags: int  #: the bits of `status`
+    length: int  #: bytes, 1 to what was asked for
+    offset: int = -1  #: where in `child`, -1: nowhere
+    child: Child | None = None  #: the edge to the child that holds the bytes, or storage for them
+    token: Any = None  #: the driver's own
+
+
+class Columns(NamedTuple):
+    """What a stretch of the disk is: the rows of `Mapping` as columns, contiguous, equal and contiguous neighbours joined."""
+
+    start: Any  #: int64, increasing
+    length: Any  #: int64, above 0
+    flags: Any  #: uint8
+    offset: Any  #: int64, -1: none
+    children: tuple[Child, ...]  #: the children in which the offsets count
+    child: Any = None  #: int32, indexes into `children`; None: all offsets count in the first
 
 
 class Reservation:
-    """Room for a write that no reader can see yet: `length` bytes of the request go to `host` in the child `file`.
+    """Storage for a write that no reader can see yet: `length` bytes of the request, from `offset` of the disk on, go to
+    `host` in `child`.
 
-    Where `new` is true the room is fresh: the `head` bytes before and the `tail` bytes after the request's own belong to
-    the same clusters and must be filled with what they read as before. `blank`: the room is known to read as zero.
+    Where `new` is true the storage is fresh: the `head` bytes before and the `tail` bytes after the request's own lie in the
+    same clusters, and are filled with what they read as before. `blank`: fresh storage that is known to read as zero, so that
+    zeros need not be written there. `token` is the driver's own.
     """
 
-    __slots__ = ("blank", "head", "host", "length", "new", "offset", "tail", "token")
+    __slots__ = ("blank", "child", "head", "host", "length", "new", "offset", "tail", "token")
 
-    def __init__(self, offset: int, length: int, host: int, *, new: bool = False, head: int = 0, tail: int = 0) -> None:
+    def __init__(
+        self,
+        offset: int,
+        length: int,
+        host: int,
+        child: Child,
+        *,
+        new: bool = False,
+        head: int = 0,
+        tail: int = 0,
+        blank: bool = False,
+        token: Any = None,
+    ) -> None:
         self.offset = offset
         self.length = length
         self.host = host
+        self.child = child
         self.new = new
         self.head = head
         self.tail = tail
-        self.blank = False
-        self.token: Any = None
+        self.blank = blank
+        self.token = token
+
+
+class To(enum.Enum):
+    """How a stretch reads after `FormatNode.drop`."""
+
+    ZERO = enum.auto()  #: as zero
+    BELOW = enum.auto()  #: as the layer below, or as zero where there is none
+    #: As zero, or as before; the caller needs the bytes no more, and wants the storage back. Never as the layer below,
+    #: whose bytes are older.
+    ANY = enum.auto()
 
 
 class FormatNode(Format):
-    """A layout of a disk in the child `file`, over the child `backing` where there is one.
+    """A layout of a disk in the child `file` (and in others where the format has them), over the child `backing` where there
+    is one.
 
     A format implements a *mapping*, not I/O. Reads, status and copy-on-write all derive from it, here, so that they cannot
-    disagree: `map` for one small request, `map_columns` for a whole stretch (a conformance test holds them equal), and for
-    writing `reserve` -> the bytes are written -> `commit`, or `abandon` if that failed. A mapping is never published before
-    the bytes that it points to are on their way.
+    disagree: `map` for one small request, `map_columns` for a whole stretch (a conformance test holds them equal). To write:
+    `reserve`, then the bytes are stored, then `commit`, or `abandon` where that failed. To zero and to discard: `drop`.
     """
 
+    #: The edge to the storage that holds the format's own structures; also among the children.
+    file: Child
+
+    # -- the hooks of a driver
+
     def map(self, offset: int, length: int) -> Mapping:
-        """What holds the byte at `offset`, and for how many bytes from there, up to `length`, the answer stays the same kind
-        and contiguous. Plain Python: the path of small reads."""
+        """What the byte at `offset` is, and for how many bytes from there, up to `length`, the answer stays the same and
+        contiguous (or for fewer: the caller asks again). Changes nothing. Plain Python: it is the path of small reads. Raises
+        CorruptImage where the tables say what cannot be."""
         raise NotImplementedError
 
-    def map_columns(self, offset: int, length: int) -> Extents:
-        """The same for the whole stretch, as columns made by `columns`, or for as much of it as `limits.MAX_ROWS` rows tell;
-        stretches of kind BELOW are not present."""
+    def map_columns(self, offset: int, length: int) -> Columns:
+        """The same for the whole stretch, or for as much of it, from its beginning, as `limits.MAX_ROWS` rows tell.
+        `block_runs` makes columns of the entries of a table."""
         raise NotImplementedError
+
+    def load(self, mapping: Mapping, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of the disk from `offset` on, all of which `mapping`, whose flags include DATA, holds;
+        called where it has no offset (otherwise the bytes are read from there). A compressed or encrypted format decodes
+        here. The lock of the tables is not held, nor needed: the range is."""
+        raise self.refuse("read of encoded data")
 
     def reserve(self, offset: int, length: int) -> Reservation:
-        """Room for the first bytes of a write. Raises if there is none."""
+        """Storage for the first bytes of a write: at least 1, at most `length`. What the driver changes here (counts, free
+        lists) may be on disk before `commit`; what `map` answers stays. It is the last hook before the bytes are stored that
+        may fail for want of space, or since the tables are corrupt: whatever `commit` will need is there when this returns.
+        After an error nothing is reserved."""
         raise self.refuse("write")
 
+    @plain
+    def store(self, reservation: Reservation, offset: int, view: memoryview, event: str = "write_aio") -> None:
+        """Write `view` to the storage that was reserved, at the place of byte `offset` of the disk: inside the request, or in
+        the head or tail around it. An encrypting format encodes a copy here and hands it to `super().store`.
+
+        Where that makes the child longer, zeros follow up to the end of a sector: otherwise a later write of that whole
+        sector could be torn, if the power goes and the new length is lost. `event` is told to the child (see `Node.event`).
+        After an error the storage holds anything, and `abandon` follows."""
+        child = reservation.child
+        host = reservation.host + offset - reservation.offset
+        if child.event is not None:
+            child.event(event)
+        end = host + len(view)
+        if end % _SECTOR and end > child.node.size and child.node.growable:
+            view = memoryview(b"".join((view, bytes(-end % _SECTOR))))
+        child.write(host, view)
+
     def commit(self, reservation: Reservation) -> None:
-        """The bytes are written: readers see them from now on."""
+        """The bytes are stored: from now on `map` answers with them. Called once for each reservation that was stored in
+        full, also for one that is not `new` (whose mapping stands already). A mapping that points to bytes reaches the disk
+        after them: at the next flush, or at once if the driver flushes in between. After an error, which only a corrupt image
+        is a reason for, the old mapping holds, or the new one."""
 
     def abandon(self, reservation: Reservation) -> None:
-        """The bytes were not written: the room is free again, and readers never saw it."""
+        """The bytes were not stored, or not all of them: fresh storage is free again, and no reader saw it. Called once, in
+        place of `commit`, also after an interrupt; where the interrupt strikes first, nothing is called, and storage that
+        belongs to nobody is left."""
 
-    def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
-        """Fill `view` from a COMPRESSED stretch that begins at `offset`."""
-        raise self.refuse("read of packed data")
+    def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
+        """Give up what the stretch holds; from now on it reads as `to` says. The stretch begins and ends on multiples of
+        `limits.zero_alignment` (for ANY `discard_alignment`) or at the end of the disk, and is no longer than the limits say.
+        `keep`: storage that it has stays reserved for later writes, where the format can do so.
+
+        References go first: storage is free for others only when no table, in memory or on disk, names it. Raises
+        NotSupported, before anything is changed, where the format cannot say that; the request path then writes zeros, or
+        drops a discard. After any other error each block of the stretch reads as before, or as `to` says."""
+        raise self.refuse("discard" if to is To.ANY else "zero")
+
+    # -- one thread inside itself
 
     #: Whether the thread that holds the lock of the tables is in the middle of changing them.
     changes = False
@@ -100,13 +209,6 @@ class FormatNode(Format):
         super().after_fork()
         self.changes = False  # the thread that did is the parent's
 
-    def write_packed(self, offset: int, view: memoryview) -> None:
-        """A write that asks for COMPRESS: as `write`, packing what can be packed."""
-        self.write(offset, view)
-
-    #: The edge to the storage; also among the children.
-    file: Child
-
     # -- what derives from the mapping
 
     @property
@@ -115,24 +217,25 @@ class FormatNode(Format):
 
     @plain
     def read_into(self, offset: int, view: memoryview) -> None:
-        end = offset + len(view)
-        at = offset
-        while at < end:
-            mapping = self.map(at, end - at)
-            kind, length, host = mapping
-            part = view if length == len(view) else view[at - offset : at - offset + length]
-            if kind == DATA:
-                file = self.file
-                if file.event is not None:
-                    file.event("read_aio")
-                file.read_into(host, part)
-            elif kind == BELOW:
-                self.read_below(at, part)
-            elif kind == ZERO:
+        while True:
+            mapping = self.map(offset, len(view))
+            flags, length, host, child, _ = mapping
+            part = view if length == len(view) else view[:length]
+            if flags & ZERO:
                 fill_zero(part)
+            elif host >= 0:
+                assert child is not None
+                if child.event is not None:
+                    child.event("read_aio")
+                child.read_into(host, part)
+            elif flags:
+                self.load(mapping, offset, part)
             else:
-                self.read_packed(at, mapping, part)
-            at += length
+                self.read_below(offset, part)
+            if part is view:
+                return
+            offset += length
+            view = view[length:]
 
     def read_below(self, offset: int, view: memoryview) -> None:
         """Fill `view` with what the layers below hold; zeros past their end."""
@@ -147,9 +250,6 @@ class FormatNode(Format):
             fill_zero(view[inside:])
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        if flags & COMPRESS:
-            self.write_packed(offset, view)
-            return
         end = offset + len(view)
         at = offset
         while at < end:
@@ -159,7 +259,7 @@ class FormatNode(Format):
                 if room.new:
                     self._fill(room, part)
                 else:
-                    self._store(room.host, part)
+                    self.store(room, at, part)
             except BaseException:
                 self.abandon(room)
                 raise
@@ -168,9 +268,9 @@ class FormatNode(Format):
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
         """Whole clusters (`serialise`), whose places are reserved and published as those of a write. Refused before anything
-        is reserved where the file hears of each write."""
+        is reserved where the file hears of each write, and where the driver encodes what it stores."""
         unit, end = self.serialise or 1, offset + length
-        if offset % unit or end % unit or self.file.event is not None:
+        if offset % unit or end % unit or self.file.event is not None or not is_plain(type(self).store):
             raise self.refuse("copy from a file here")
         at = offset
         while at < end:
@@ -178,36 +278,33 @@ class FormatNode(Format):
             try:
                 if room.head or room.tail:
                     raise self.refuse("copy of a part of a cluster")
-                self.file.copy_from(room.host, source, source_offset + at - offset, room.length, flags)
+                room.child.copy_from(room.host, source, source_offset + at - offset, room.length, flags)
             except BaseException:
                 self.abandon(room)
                 raise
             self.commit(room)
             at += room.length
 
-    def _store(self, host: int, part: memoryview, event: str = "write_aio") -> None:
-        """Write bytes to their place in the file. Where that makes the file longer it ends on a sector: otherwise a later
-        write of that whole sector could be torn, if the power goes and the new length is lost."""
-        self.file.tell(event)
-        end = host + len(part)
-        if end % _SECTOR and end > self.file.node.size and self.file.node.growable:
-            part = memoryview(b"".join((part, bytes(-end % _SECTOR))))
-        self.file.write(host, part)
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        self.drop(offset, length, To.ZERO, keep=not flags & MAY_UNMAP)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.drop(offset, length, To.ANY)
 
     def _fill(self, room: Reservation, part: memoryview) -> None:
-        """Write the request's bytes into fresh room, and around them what was there before (copy-on-write)."""
+        """Write the request's bytes into fresh storage, and around them what was there before (copy-on-write)."""
         head, tail = room.head, room.tail
         before, after = room.offset - head, room.offset + room.length
-        # Room that is known to be blank need not be filled with zeros.
+        # Storage that is known to be blank need not be filled with zeros.
         if head and room.blank and self.reads_zero(before, head):
             head, before = 0, room.offset
         if tail and room.blank and self.reads_zero(after, min(tail, max(self.size - after, 0))):
             tail = 0
         if not head and not tail:
-            self._store(room.host, part)
+            self.store(room, room.offset, part)
             return
-        self.file.tell("cow_read")
-        # One buffer, one write: a reader of the file never finds the cluster half filled.
+        room.child.tell("cow_read")
+        # One buffer, one write: a reader of the child never finds the cluster half filled.
         whole = memoryview(bytearray(head + room.length + tail))
         if head:
             self.read_into(before, whole[:head])
@@ -215,11 +312,11 @@ class FormatNode(Format):
         inside = min(tail, max(self.size - after, 0))  # the last cluster may pass the end of the disk: zeros there
         if inside:
             self.read_into(after, whole[head + room.length : head + room.length + inside])
-        self.file.tell("write_aio")
-        self._store(room.host - head, whole, "cow_write")
+        room.child.tell("write_aio")
+        self.store(room, before, whole, "cow_write")
 
     def extents(self, offset: int, length: int) -> Extents:
-        own = self.map_columns(offset, length)
+        own = _extents_of(self.map_columns(offset, length))
         if own.present.all():
             return own
         if self.backing is None:
@@ -230,37 +327,54 @@ class FormatNode(Format):
     def reads_zero(self, offset: int, length: int) -> bool:
         end = offset + length
         while offset < end:
-            kind, run, _ = self.map(offset, end - offset)
-            if kind == BELOW:
+            flags, run, _, _, _ = self.map(offset, end - offset)
+            if not flags:
                 backing = self.backing
                 if backing is not None:
                     inside = min(max(backing.node.size - offset, 0), run)
                     if inside and not backing.reads_zero(offset, inside):
                         return False
-            elif kind != ZERO:
+            elif not flags & ZERO:
                 return False
             offset += run
         return True
 
-    def columns(self, start: Any, length: Any, flags: Any, host: Any) -> Extents:
-        """Columns of this layer, which become the answer's own; `host` is the place in the child `file`, -1 where there is
-        none. The rows are contiguous, and not checked again."""
-        from .extents import Extents
-        from .numeric import np
 
-        base = self.file.node.host_base
+def _extents_of(own: Columns) -> Extents:
+    """The columns of one layer as an answer, whose offsets count in host files. It takes the columns over, and does not check
+    them again."""
+    from .extents import Extents
+    from .numeric import np
+
+    files: tuple[HostFile, ...]
+    start, length, flags, offset, children, child = own
+    bases = [edge.node.host_base for edge in children]
+    if child is None and len(bases) == 1:
+        base = bases[0]
         if base is None:
-            host = np.full(len(start), -1, dtype=np.int64)
+            offset = np.full(len(start), -1, dtype=np.int64)
         elif base[1]:
-            host = np.where(host >= 0, host + base[1], -1)
+            offset = np.where(offset >= 0, offset + base[1], -1)
+        file = (offset >> 63).astype(np.int32)  # 0, the only one, or -1
         files = () if base is None else (base[0],)
-        file = (host >> 63).astype(np.int32)  # 0, the only one, or -1
-        return Extents(int(start[0]), start, length, flags, np.zeros(len(start), np.int32), file, host, files)
+        alike = base is None
+    else:
+        files = tuple(dict.fromkeys(base[0] for base in bases if base is not None))
+        # The last of each is for rows without a child, whose index is -1.
+        number = np.array([*(-1 if base is None else files.index(base[0]) for base in bases), -1], np.int32)
+        shift = np.array([*(0 if base is None else base[1] for base in bases), 0], np.int64)
+        child = np.zeros(len(start), np.int32) if child is None else child
+        file = np.where(offset >= 0, number[child], np.int32(-1))
+        offset = np.where(file >= 0, offset + shift[child], -1)
+        alike = True
+    found = Extents(int(start[0]), start, length, flags, np.zeros(len(start), np.int32), file, offset, files)
+    # Rows that only their offset told apart may have lost it.
+    return found.coalesce() if alike else found
 
 
 def _nobody_below(own: Extents) -> Extents:
     """The status of the bottom layer: what it does not own reads as zero, and nobody owns it."""
-    from .extents import ZERO, Extents
+    from .extents import Extents
     from .numeric import np
 
     flags = np.where(own.present, own.flags, np.uint8(ZERO))

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 FUA = 1  #: the operation returns only when its bytes are on stable storage
 MAY_UNMAP = 2  #: `zero` may give the storage back
 NO_FALLBACK = 4  #: `zero` and `copy_from` must be quick, or raise NotSupported without touching a byte
-#: `write` stores whole blocks of `limits.compress_alignment` packed where that is smaller; all else, and everything where a
-#: node cannot pack, is stored as it is: what is read back is the same.
+#: `write` stores whole blocks of `limits.compress_alignment` compressed where that is smaller; all else, and everything where
+#: a node cannot compress, is stored as it is: what is read back is the same.
 COMPRESS = 8
 
 _serial = itertools.count(1)

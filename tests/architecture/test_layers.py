@@ -38,6 +38,7 @@ LAYERS = [
         "schema",
         "side_file",
         "report",
+        "status",
         "target_file",
         "version",
         "workers",
@@ -46,6 +47,7 @@ LAYERS = [
     {
         "api",
         "around",
+        "block_runs",
         "creation",
         "edit",
         "format",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lamina.errors import LaminaError
+from lamina.format_node import Reservation
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.compression import Compression
 from lamina.formats.qcow2.driver import Qcow2
@@ -103,26 +104,26 @@ def test_any_power_cut_leaves_a_whole_image(
 
 
 def published_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mapping is on disk before the packed bytes are."""
-    real = Qcow2._store
+    """The mapping is on disk before the compressed bytes are."""
+    real = Qcow2.store
 
-    def store(self: Qcow2, host: int, part: memoryview, event: str = "write_aio") -> None:
+    def store(self: Qcow2, room: Reservation, offset: int, view: memoryview, event: str = "write_aio") -> None:
         if event == "write_compressed":
-            late.append((host, bytes(part)))
+            late.append((room, offset, bytes(view)))
         else:
-            real(self, host, part, event)
+            real(self, room, offset, view, event)
 
-    late: list[tuple[int, bytes]] = []
+    late: list[tuple[Reservation, int, bytes]] = []
     write_out = Qcow2._write_out
 
     def writing_out(self: Qcow2) -> bool:
         done = write_out(self)
         while late:
-            host, part = late.pop(0)
-            real(self, host, memoryview(part))
+            room, offset, part = late.pop(0)
+            real(self, room, offset, memoryview(part))
         return done
 
-    monkeypatch.setattr(Qcow2, "_store", store)
+    monkeypatch.setattr(Qcow2, "store", store)
     monkeypatch.setattr(Qcow2, "_write_out", writing_out)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina.format_node import COMPRESSED, FormatNode
+from lamina.format_node import FormatNode
 from lamina.image import Image
 from lamina.node import COMPRESS
+from lamina.status import COMPRESSED
 
 KIB, MIB = 1024, 1 << 20
 GEOMETRIES = [
@@ -54,7 +55,7 @@ def packed_clusters(image: Image) -> int:
     node: Any = image.node
     assert isinstance(node, FormatNode)
     size = node.limits.zero_alignment
-    return sum(node.map(at, 1).kind == COMPRESSED for at in range(0, image.size, size))
+    return sum(bool(node.map(at, 1).flags & COMPRESSED) for at in range(0, image.size, size))
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=words)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping as Options
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from .. import registry
 from ..errors import BlockIOError, NotSupported, UnsupportedFeature
-from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
 from ..format import Format, lookup_format
-from ..format_node import BELOW, FormatNode
-from ..format_node import DATA as STORED
-from ..format_node import ZERO as ZEROED
+from ..format_node import Columns, FormatNode
 from ..graph import Opener
 from ..image import Image
 from ..limits import Limits
@@ -133,7 +130,10 @@ class FormatConformance(DiskConformance):
             for _ in range(6):
                 offset, length = data.draw(spans(image.size, self.unit).filter(lambda span: span[1] > 0))
                 assert isinstance(image.node, FormatNode)
-                assert walk(image.node, offset, length) == image.node.map_columns(offset, length)
+                found = image.node.map_columns(offset, length)
+                assert found.start.dtype == found.length.dtype == found.offset.dtype == np.int64
+                assert found.flags.dtype == np.uint8
+                assert walk(image.node, offset, length) == listed(found)
         finally:
             image.close()
 
@@ -213,16 +213,40 @@ class FormatConformance(DiskConformance):
             image.close()
 
 
-def walk(node: FormatNode, offset: int, length: int) -> Extents:
-    """The answer of `map` for a whole stretch, step by step, in the columns of `map_columns`."""
-    start, lengths, flags, host = [], [], [], []
-    at, end = offset, offset + length
-    while at < end:
-        kind, run, place = node.map(at, end - at)
-        assert 0 < run <= end - at
-        start.append(at)
-        lengths.append(run)
-        flags.append({BELOW: 0, ZEROED: ZERO | PRESENT, STORED: DATA | PRESENT}.get(kind, DATA | PRESENT | COMPRESSED))
-        host.append(place if kind in (ZEROED, STORED) else -1)
-        at += run
-    return node.columns(np.array(start), np.array(lengths), np.array(flags, np.uint8), np.array(host)).coalesce()
+def walk(node: FormatNode, offset: int, length: int) -> list[Row]:
+    """The answer of `map` for a whole stretch, step by step, with rows joined that are alike and contiguous."""
+    rows: list[Row] = []
+    end = offset + length
+    while offset < end:
+        flags, run, place, child, _ = node.map(offset, end - offset)
+        assert 0 < run <= end - offset
+        assert (child is not None) or place < 0
+        _join(rows, Row(offset, run, flags, place, child if place >= 0 else None))
+        offset += run
+    return rows
+
+
+def listed(columns: Columns) -> list[Row]:
+    """The rows of `map_columns`."""
+    places = columns.offset.tolist()
+    which = [0] * len(places) if columns.child is None else columns.child.tolist()
+    children = [columns.children[index] if place >= 0 else None for index, place in zip(which, places, strict=True)]
+    told = (columns.start.tolist(), columns.length.tolist(), columns.flags.tolist(), places, children)
+    return [Row(*row) for row in zip(*told, strict=True)]
+
+
+class Row(NamedTuple):
+    start: int
+    length: int
+    flags: int
+    offset: int
+    child: Child | None
+
+
+def _join(rows: list[Row], new: Row) -> None:
+    if rows and rows[-1].flags == new.flags and rows[-1].child is new.child:
+        last = rows[-1]
+        if new.offset == (last.offset + last.length if last.offset >= 0 else -1):
+            rows[-1] = last._replace(length=last.length + new.length)
+            return
+    rows.append(new)

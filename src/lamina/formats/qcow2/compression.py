@@ -1,11 +1,12 @@
-"""Compressed clusters: reading them, and storing clusters packed.
+"""Compressed clusters: how they are read, and how clusters are stored compressed.
 
-After "Compressed Clusters Descriptor" of the published specification. Packed data begins at any byte and is described up to
-the end of its last sector; the host clusters that its sectors touch count it once each, and others may lie in the same ones.
+After "Compressed Clusters Descriptor" of the published specification. Compressed data begins at any byte and is described
+up to the end of its last sector; the host clusters that its sectors touch count it once each, and others may lie in the same
+ones.
 
-Packed data is laid end to end. The first free byte of the cluster that was last begun is known only as long as the node is
-open, and forgotten as soon as anything in that cluster is given up: bytes that something referred to are written again only
-after their whole cluster was free.
+Compressed data is laid end to end. The first free byte of the cluster that was last begun is known only as long as the node
+is open, and forgotten as soon as anything in that cluster is given up: bytes that something referred to are written again
+only after their whole cluster was free.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import CorruptImage, LimitExceeded
+from ...format_node import Reservation
 from ...limits import KIB, MIB, align_down, align_up
 from . import layout as q
 
@@ -24,16 +26,16 @@ if TYPE_CHECKING:
     from ...workers import Workers
     from .driver import Qcow2
 
-#: Clusters that small reads unpacked last are kept, up to so many bytes.
+#: Clusters that small reads decompressed last are kept, up to so many bytes.
 _KEPT = MIB
-#: What is packed and placed at once, and what one thread packs at least.
+#: What is compressed and placed at once, and what one thread compresses at least.
 _BATCH, _SHARE = 4 * MIB, 128 * KIB
 #: More threads than this found the file or the tables in their way.
 _MOST_THREADS = 8
 
 
 class Room(NamedTuple):
-    """Where one packed cluster goes: its place in the L2 tables, and the entry that will stand there."""
+    """Where one compressed cluster goes: its place in the L2 tables, and the entry that will stand there."""
 
     which: int
     slot: int
@@ -50,7 +52,7 @@ class Compression:
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
         # With counts of one bit no two can share a cluster: nothing would be saved.
-        self.packs = header.refcount_bits > 1
+        self.compresses = header.refcount_bits > 1
         self._kept: dict[int, bytes] = {}  # by L2 entry, the one kept first first
         self._most_kept = max(_KEPT >> self._bits, 2)
         self._keeping = threading.Lock()
@@ -64,10 +66,10 @@ class Compression:
 
     def read_into(self, entry: int, within: int, view: memoryview) -> None:
         """Fill `view` with what the cluster of this L2 entry holds from its byte `within` on. CorruptImage if it cannot be
-        unpacked."""
+        decompressed."""
         data = self._kept.get(entry)
         if data is None:
-            data = self._unpack(entry)
+            data = self._decompress(entry)
             if len(view) < self._cluster_size:  # the next read is likely to want the rest
                 with self._keeping:
                     self._kept[entry] = data
@@ -75,17 +77,17 @@ class Compression:
                         del self._kept[next(iter(self._kept))]
         view[:] = memoryview(data)[within : within + len(view)]
 
-    def _unpack(self, entry: int) -> bytes:
+    def _decompress(self, entry: int) -> bytes:
         node = self._node
         offset, length = q.compressed_place(entry, self._bits)
         inside = min(length, node.file.node.size - offset)  # the last sector may not be there in full
         try:
             if inside <= 0:
                 raise CorruptImage("it begins past the end of the file")
-            packed = memoryview(bytearray(inside))
+            data = memoryview(bytearray(inside))
             node.file.tell("read_compressed")
-            node.file.read_into(offset, packed)
-            return self._codec()[1](packed, self._cluster_size)
+            node.file.read_into(offset, data)
+            return self._codec()[1](data, self._cluster_size)
         except CorruptImage as error:
             raise CorruptImage(
                 f"compressed data cannot be read: {error.message}",
@@ -115,13 +117,13 @@ class Compression:
     # -- writing
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Store whole clusters packed, the last of the disk among them; what does not shrink and parts of clusters as any
-        write. Nothing that was there is written over: a cluster gets a new place."""
+        """Store whole clusters compressed, the last of the disk among them; what does not shrink, and parts of clusters, as
+        any write does. Nothing that was there is written over: a cluster gets a new place."""
         node, size = self._node, self._cluster_size
         end = offset + len(view)
         first = align_up(offset, size)
         last = end if end == node.size else align_down(end, size)
-        if not self.packs or first >= last:
+        if not self.compresses or first >= last:
             node.write(offset, view)
             return
         if offset < first:
@@ -133,8 +135,8 @@ class Compression:
 
     def _write_clusters(self, offset: int, view: memoryview) -> None:
         size = self._cluster_size
-        packed = zip(range(0, len(view), size), self._pack_all(view), strict=True)
-        for shrinks, group in groupby(packed, lambda piece: len(piece[1]) < size):
+        compressed = zip(range(0, len(view), size), self._compress_all(view), strict=True)
+        for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
             pieces = list(group)
             if shrinks:
                 self._place_all([(offset + at, data) for at, data in pieces])
@@ -142,33 +144,33 @@ class Compression:
                 first, last = pieces[0][0], pieces[-1][0]
                 self._node.write(offset + first, view[first : last + size])
 
-    def _pack_all(self, view: memoryview) -> list[bytes]:
-        """Each cluster of `view` packed; of much, each thread packs a share."""
+    def _compress_all(self, view: memoryview) -> list[bytes]:
+        """Each cluster of `view` compressed; of much, each thread compresses a share."""
         threads = min(os.cpu_count() or 1, _MOST_THREADS, len(view) // _SHARE)
         if threads < 2:
-            return self._pack(view)
+            return self._compress(view)
         share = align_up(-(-len(view) // threads), self._cluster_size)
         parts = [view[at : at + share] for at in range(0, len(view), share)]
-        return [packed for part in self._packers().map(self._pack, parts) for packed in part]
+        return [data for part in self._compressors().map(self._compress, parts) for data in part]
 
-    def _pack(self, view: memoryview) -> list[bytes]:
-        size, pack = self._cluster_size, self._codec()[0]
+    def _compress(self, view: memoryview) -> list[bytes]:
+        size, compress = self._cluster_size, self._codec()[0]
         whole = align_down(len(view), size)
-        found = [pack(view[at : at + size]) for at in range(0, whole, size)]
+        found = [compress(view[at : at + size]) for at in range(0, whole, size)]
         if whole < len(view):  # the last cluster of the disk
-            found.append(pack(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
+            found.append(compress(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
         return found
 
-    def _packers(self) -> Workers:
+    def _compressors(self) -> Workers:
         with self._keeping:
             if self._workers is None:
                 from ...workers import Workers
 
-                self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-pack")
+                self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
             return self._workers
 
     def _place_all(self, pieces: list[tuple[int, bytes]]) -> None:
-        """Reserve, write, commit: what is packed is on its way before any mapping names it."""
+        """Reserve, write, commit: compressed data is on its way before any mapping names it."""
         node = self._node
         with self._placing:
             rooms = node.changing(self._reserve, pieces)
@@ -178,7 +180,7 @@ class Compression:
                 for stop in range(1, len(pieces) + 1):
                     if stop == len(pieces) or places[stop] != places[stop - 1] + len(pieces[stop - 1][1]):
                         data = memoryview(b"".join(data for _, data in pieces[start:stop]))
-                        node._store(places[start], data, "write_compressed")
+                        node.store(Reservation(0, len(data), places[start], node.file), 0, data, "write_compressed")
                         start = stop
             except BaseException:
                 node.changing(self._abandon, rooms)
@@ -232,7 +234,7 @@ class Compression:
         node = self._node
         for which, slot, entry in rooms:
             node._own_table(which)
-            node.drop(which, slot, entry)
+            node.replace_entry(which, slot, entry)
         if node._mappings.pressure:
             node._write_out()
 

@@ -12,9 +12,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ...errors import CorruptImage, LaminaError, NotSupported
-from ...format_node import FormatNode, Mapping, Reservation
+from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...limits import Limits, align_up
-from ...node import COMPRESS, MAY_UNMAP
+from ...node import COMPRESS
 from ...request import Child
 from ...schema import Option, Schema
 from . import create as _create
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from collections.abc import Mapping as Options
 
-    from ...extents import Extents
     from ...graph import Opener
     from ...report import CheckReport
 
@@ -68,13 +67,14 @@ class Qcow2(FormatNode):
         # Around all tables, in memory and on their way to the disk; never held while guest data is read or written.
         self._lock = threading.RLock()
         self._mappings = Mappings(file, header, cache_bytes // 2, writable=not read_only)
+        self._map_one = self._mappings.map_one  # asked by every read
         self._cache_bytes = cache_bytes
         self._refcounts_: Refcounts | None = None
         self._freeing = Freeing(file, header.cluster_bits)
         #: The header on disk may say another size than the one in memory: a change of it was cut short.
         self.size_unsure = False
         self._compression = Compression(self)
-        self.supported_flags = COMPRESS if self._compression.packs else 0
+        self.supported_flags = COMPRESS if self._compression.compresses else 0
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -133,14 +133,13 @@ class Qcow2(FormatNode):
     @property
     def limits(self) -> Limits:
         size = self._cluster_size
-        packed = size if self._compression.packs else 0
         step = _STEP_CLUSTERS * size
         return Limits(
             zero_alignment=size,
             max_zero=step,
             discard_alignment=size,
             max_discard=step,
-            compress_alignment=packed,
+            compress_alignment=size if self._compression.compresses else 0,
         )
 
     @property
@@ -159,18 +158,20 @@ class Qcow2(FormatNode):
     # -- the mapping
 
     def map(self, offset: int, length: int) -> Mapping:
-        found = self._mappings.map_one(offset, length)
+        found = self._map_one(offset, length)
         if found is not None:
             return found
         with self._lock:
             self.require_outside_changes()
             return self._mappings.map(offset, length)
 
-    def map_columns(self, offset: int, length: int) -> Extents:
+    def map_columns(self, offset: int, length: int) -> Columns:
         with self._lock:
             self.require_outside_changes()
-            start, size, flags, host = self._mappings.map_columns(offset, length)
-        return self.columns(start, size, flags, host)
+            return self._mappings.map_columns(offset, length)
+
+    def load(self, mapping: Mapping, offset: int, view: memoryview) -> None:
+        self._compression.read_into(mapping.token, offset & self._cluster_size - 1, view)
 
     def changing(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """What `work(*arguments)` returns, called with the tables locked. Where they turn out to be corrupt the image is
@@ -204,30 +205,27 @@ class Qcow2(FormatNode):
         if host and entry & (q.COPIED | q.COMPRESSED) == q.COPIED:
             self._require_data(host, table, index)
             if entry & q.ZERO:  # a place is kept for it, with anything in it: filled like a new one
-                room = self._room(offset, length, host, 1)
-                room.token = (which, index, host, 1, False)
-                return room
+                return self._room(offset, length, host, 1, (which, index, host, 1, False))
             run = 1
             while index + run < stop and entries[index + run] == entry + run * cluster_size:
                 self._require_data(host + run * cluster_size, table, index + run)
                 run += 1
-            return Reservation(offset, min(length, run * cluster_size - within), host + within)
+            return Reservation(offset, min(length, run * cluster_size - within), host + within, self.file)
         run = 1
         while index + run < stop and entries[index + run] & (q.COPIED | q.COMPRESSED) != q.COPIED:
             run += 1
         for at in range(index, index + run) if any(entries[index : index + run]) else ():
             self._require_droppable(table, at)  # given up when this write is committed; too late to refuse then
         host, run, blank = self._refcounts.allocate(run)
-        room = self._room(offset, length, host, run)
+        room = self._room(offset, length, host, run, (which, index, host, run, True))
         room.blank = blank
-        room.token = (which, index, host, run, True)
         return room
 
-    def _room(self, offset: int, length: int, host: int, clusters: int) -> Reservation:
+    def _room(self, offset: int, length: int, host: int, clusters: int, token: Any) -> Reservation:
         within = offset & self._cluster_size - 1
         length = min(length, (clusters << self._cluster_bits) - within)
         tail = -(within + length) & self._cluster_size - 1
-        return Reservation(offset, length, host + within, new=True, head=within, tail=tail)
+        return Reservation(offset, length, host + within, self.file, new=True, head=within, tail=tail, token=token)
 
     def commit(self, reservation: Reservation) -> None:
         if reservation.token is not None:
@@ -253,38 +251,33 @@ class Qcow2(FormatNode):
             if allocated:
                 self.changing(self._refcounts.lower, host, clusters)
 
-    def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        if self.header.version < 3:
-            self._zero_without_flag(offset, length)
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        if flags & COMPRESS:
+            self._compression.write(offset, view)
         else:
-            self.changing(self._zero, offset, length, flags)
+            FormatNode.write(self, offset, view)
 
-    def _zero(self, offset: int, length: int, flags: int) -> None:
-        for which, index, entry in self._entries(offset, length):
-            if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and flags & MAY_UNMAP):
-                self.drop(which, index, q.ZERO)
-            elif not entry & q.ZERO:
+    def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
+        if self.header.version < 3 and to is not To.BELOW and self.backing is not None:
+            # Without a flag for zero a cluster that is dropped shows what the backing file holds.
+            what = "zero" if to is To.ZERO else "discard"
+            raise NotSupported(
+                f"version 2 cannot {what} clusters over a backing file", node=self.name, operation=what, offset=offset
+            )
+        self.changing(self._drop, offset, length, to, keep)
+
+    def _drop(self, offset: int, length: int, to: To, keep: bool) -> None:
+        flagged, backed = self.header.version >= 3, self.backing is not None
+        left = q.ZERO if flagged and to is not To.BELOW else 0
+        # Whether a cluster that holds nothing must say that it is zero; else tables that do not exist need not.
+        everywhere = flagged and (to is To.ZERO or (to is To.ANY and backed))
+        for which, index, entry in self._entries(offset, length, make=everywhere):
+            if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and not (keep and flagged)):
+                self.replace_entry(which, index, left)
+            elif everywhere and not entry & q.ZERO:
                 self._mappings.set(which, index, entry | q.ZERO)
-
-    def _zero_without_flag(self, offset: int, length: int) -> None:
-        """Version 2 has no way to say zero: without a backing file a cluster can be dropped, otherwise zeros are written."""
-        if self.backing is not None:
-            raise NotSupported("version 2 has no zero clusters", node=self.name, operation="zero", offset=offset)
-        self.discard(offset, length)
-
-    def discard(self, offset: int, length: int) -> None:
-        v3, backed = self.header.version >= 3, self.backing is not None
-        if not v3 and backed:
-            # Dropping the cluster would bring back what the backing file holds.
-            raise NotSupported("version 2 cannot discard over a backing file", node=self.name, operation="discard")
-        self.changing(self._discard, offset, length, q.ZERO if v3 else 0, backed)
-
-    def _discard(self, offset: int, length: int, left: int, backed: bool) -> None:
-        for which, index, entry in self._entries(offset, length, make=backed):
-            if entry & (q.COMPRESSED | q.OFFSET_MASK):
-                self.drop(which, index, left)
-            elif backed and not entry & q.ZERO:
-                self._mappings.set(which, index, q.ZERO)
+            elif to is To.BELOW and entry:
+                self._mappings.set(which, index, 0)
 
     def truncate(self, size: int) -> None:
         from .resize import resize
@@ -307,12 +300,7 @@ class Qcow2(FormatNode):
         """Free the clusters of [start, end), which is past the end of the disk; both are multiples of the cluster size, or
         the end that the disk had."""
         if start < end:
-            self.changing(self._cut_off, start, end)
-
-    def _cut_off(self, start: int, end: int) -> None:
-        for which, index, entry in self._entries(start, end - start, make=False):
-            if entry:
-                self.drop(which, index, 0)
+            self.drop(start, end - start, To.BELOW)
 
     def _entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
         """(L1 index, L2 index, entry) of each cluster of this aligned stretch; without `make`, tables that do not exist are
@@ -359,7 +347,7 @@ class Qcow2(FormatNode):
         counts.protect(offset, clusters)
         return offset
 
-    def drop(self, which: int, index: int, entry: int) -> None:
+    def replace_entry(self, which: int, index: int, entry: int) -> None:
         """Put `entry` in the place of one that names clusters: those lose a reference. In this order: cut short in between, a
         cluster leaks; the other way round it could be given out while the old entry still names it."""
         table = self._mappings.table(which)
@@ -397,23 +385,14 @@ class Qcow2(FormatNode):
         """What this entry names could be given up."""
         entry = table.entries[index]
         if entry & q.COMPRESSED:
-            self._require_packed(entry, table, index)
+            self._require_compressed(entry, table, index)
         elif entry & q.OFFSET_MASK:
             self._require_data(entry & q.OFFSET_MASK, table, index)
 
-    def _require_packed(self, entry: int, table: Table | None = None, index: int = 0) -> None:
+    def _require_compressed(self, entry: int, table: Table | None = None, index: int = 0) -> None:
         first, clusters = q.compressed_clusters(entry, self._cluster_bits)
         for cluster in range(first, first + clusters):
             self._require_data(cluster << self._cluster_bits, table, index)
-
-    def read_packed(self, offset: int, mapping: Mapping, view: memoryview) -> None:
-        with self._lock:
-            self.require_outside_changes()
-            entry = self._mappings.entry(offset)
-        self._compression.read_into(entry, offset & self._cluster_size - 1, view)
-
-    def write_packed(self, offset: int, view: memoryview) -> None:
-        self._compression.write(offset, view)
 
     # -- to disk
 

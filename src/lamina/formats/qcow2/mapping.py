@@ -18,10 +18,11 @@ from array import array
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ... import limits
+from ...block_runs import BlockRuns, following
 from ...errors import CorruptImage
-from ...format_node import BELOW, COMPRESSED, DATA, ZERO, Mapping
+from ...format_node import Mapping
 from ...limits import align_up
+from ...status import COMPRESSED, DATA, PRESENT, ZERO
 from . import layout as q
 from . import sparse
 from .room import has_hole
@@ -29,9 +30,15 @@ from .room import has_hole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ...format_node import Columns
     from ...request import Child
     from .header import Header
 
+_STORED, _ZEROED, _COMPRESSED = DATA | PRESENT, ZERO | PRESENT, DATA | PRESENT | COMPRESSED
+# The path of small reads looks these up in one step.
+_OFFSET, _ZERO = q.OFFSET_MASK, q.ZERO
+#: What of an L2 entry must go on, or be alike, for the next cluster to be of the same run.
+_RUN_MASK = q.OFFSET_MASK | q.COMPRESSED | q.ZERO
 _SWAP = sys.byteorder == "little"
 _new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
@@ -67,6 +74,8 @@ class Mappings:
         self._cluster_size = header.cluster_size
         self.per_table = header.cluster_size // 8
         self._table_bits = header.cluster_bits - 3
+        #: What an L2 entry of a cluster that is neither compressed nor misaligned has none of.
+        self._not_plain = q.COMPRESSED | (q.OFFSET_MASK & header.cluster_size - 1)
         self._writable = writable
         self._blank: array[int] | None = None
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
@@ -104,15 +113,15 @@ class Mappings:
         if table is None:
             return None
         entry = table.entries[cluster & self.per_table - 1]
-        host = entry & q.OFFSET_MASK
-        if entry & q.COMPRESSED or host & self._cluster_size - 1:
+        if entry & self._not_plain:
             return None
+        host = entry & _OFFSET
         if not host:
-            return _new(Mapping, (ZERO if entry & q.ZERO else BELOW, length, -1))
-        return _new(Mapping, (ZERO if entry & q.ZERO else DATA, length, host + within))
+            return _new(Mapping, (_ZEROED if entry & _ZERO else 0, length, -1, None, None))
+        return _new(Mapping, (_ZEROED if entry & _ZERO else _STORED, length, host + within, self._file, None))
 
     def map(self, offset: int, length: int) -> Mapping:
-        """As `FormatNode.map`."""
+        """As `FormatNode.map`. The token of a compressed cluster is its L2 entry."""
         bits = self._cluster_bits
         cluster = offset >> bits
         within = offset & self._cluster_size - 1
@@ -123,42 +132,19 @@ class Mappings:
             while which < last >> self._table_bits and not self.l1[which + 1] & q.OFFSET_MASK:
                 which += 1
             run = (which + 1 << self._table_bits + bits) - offset
-            return Mapping(BELOW, min(run, length))
-        entries = table.entries
-        entry = entries[index]
-        stop = min(self.per_table, index + last - cluster + 1)
-        index += 1
-        host = entry & q.OFFSET_MASK
+            return Mapping(0, min(run, length))
+        entry = table.entries[index]
         if entry & q.COMPRESSED:
-            return Mapping(COMPRESSED, min(self._cluster_size - within, length), q.compressed_place(entry, bits)[0])
+            return Mapping(_COMPRESSED, min(self._cluster_size - within, length), -1, self._file, entry)
+        host = entry & q.OFFSET_MASK
         if host & self._cluster_size - 1:
-            self._misaligned(host, table, index - 1)
-        begin = index
-        if host:
-            flag = entry & q.ZERO
-            expected = host + self._cluster_size
-            while index < stop:
-                entry = entries[index]
-                if entry & q.OFFSET_MASK != expected or entry & q.COMPRESSED or entry & q.ZERO != flag:
-                    break
-                expected += self._cluster_size
-                index += 1
-            place = host + within
-            kind = ZERO if flag else DATA
-        else:
-            place = -1
-            kind = ZERO if entry & q.ZERO else BELOW
-            unlike = q.OFFSET_MASK | q.COMPRESSED | q.ZERO
-            alike = entry & unlike
-            while index < stop and entries[index] & unlike == alike:
-                index += 1
-        run = (index - begin + 1 << bits) - within
-        return Mapping(kind, min(run, length), place)
-
-    def entry(self, offset: int) -> int:
-        """The L2 entry of the cluster with this byte; 0 if there is none."""
-        table = self.table(offset >> self._cluster_bits + self._table_bits)
-        return 0 if table is None else table.entries[offset >> self._cluster_bits & self.per_table - 1]
+            self._misaligned(host, table, index)
+        stop = min(self.per_table, index + last - cluster + 1)
+        step = self._cluster_size if host else 0
+        run = (following(table.entries, index, stop, _RUN_MASK, step) << bits) - within
+        if not host:
+            return Mapping(_ZEROED if entry & q.ZERO else 0, min(run, length))
+        return Mapping(_ZEROED if entry & q.ZERO else _STORED, min(run, length), host + within, self._file)
 
     def l2_clusters(self, *, copied: bool) -> Iterator[list[int]]:
         """The clusters of L2 tables, those of L1 entries with the flag COPIED or of those without; some at a time."""
@@ -167,50 +153,23 @@ class Mappings:
             part = self.l1[at : at + _L1_BATCH]
             yield [(e & mask) >> bits for e in part if e & q.COPIED == flag and e & both != flag]
 
-    def map_columns(self, offset: int, length: int) -> tuple[Any, Any, Any, Any]:
-        """Columns (start, length, flags, host offset or -1) for the stretch, equal and contiguous neighbours joined; rows of
-        flags 0 belong to the layer below. The answer ends early, on a cluster, where it has `limits.MAX_ROWS` rows, or where
-        it took many steps: neither memory nor time depend on how much the tables of an image say."""
-        from ...numeric import np
-
+    def map_columns(self, offset: int, length: int) -> Columns:
+        """As `FormatNode.map_columns`. The answer ends early, on a cluster, also where it took many steps: neither memory nor
+        time depend on how much the tables of an image say."""
         bits, table_bits = self._cluster_bits, self._table_bits
         first, last = offset >> bits, offset + length - 1 >> bits
-        starts: list[Any] = []
-        flags: list[Any] = []
-        hosts: list[Any] = []
-        rows = 0
-        end = offset
+        runs = BlockRuns(self._file, bits, offset, length)
         for which, count, there in islice(self._l1_runs(first >> table_bits, last >> table_bits), _STEPS):
             base = which << table_bits
             # Only the clusters that were asked about: entries past the end of the disk mean nothing.
             low, high = max(first - base, 0), min(last + 1 - base, count << table_bits)
             if there:
-                start, flag, host = self._rows(self._batch(which, count)[low:high])
-                start += base + low
+                runs.add(*self._status(self._batch(which, count)[low:high]))
             else:
-                start, flag, host = np.array([base + low]), np.zeros(1, np.uint8), np.array([-1])
-            end = base + high << bits
-            # A row goes on across the seam of two batches where it is alike and contiguous.
-            if starts and flag[0] == flags[-1][-1]:
-                run = int(start[0] - starts[-1][-1]) << bits
-                if host[0] == (hosts[-1][-1] + run if hosts[-1][-1] >= 0 else -1):
-                    start, flag, host = start[1:], flag[1:], host[1:]
-            if len(start):
-                starts.append(start)
-                flags.append(flag)
-                hosts.append(host)
-                rows += len(start)
-                if rows >= limits.MAX_ROWS:
-                    break
-        begin = np.concatenate(starts)
-        begin <<= bits
-        most = limits.MAX_ROWS
-        end = min(end, offset + length) if rows <= most else int(begin[most])
-        begin, host = begin[:most], np.concatenate(hosts)[:most]
-        if host[0] >= 0:
-            host[0] += offset - begin[0]
-        begin[0] = offset
-        return begin, np.diff(begin, append=end), np.concatenate(flags)[:most], host
+                runs.add_alike(high - low)
+            if runs.full:
+                break
+        return runs.columns()
 
     def _l1_runs(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
         """(L1 index, number, whether the L2 tables exist) of runs of entries from `first` to `last`: all that do not exist,
@@ -228,31 +187,23 @@ class Mappings:
                 else:
                     yield begin + lo, hi - lo, False
 
-    def _rows(self, entries: Any) -> tuple[Any, Any, Any]:
-        """Entries of consecutive clusters as rows (first cluster, flags, host), equal and contiguous ones joined."""
-        from ...extents import COMPRESSED as PACKED
-        from ...extents import DATA as STORED
-        from ...extents import PRESENT
-        from ...extents import ZERO as ZEROED
+    def _status(self, entries: Any) -> tuple[Any, Any]:
+        """The flags of consecutive clusters, and where each lies or -1, from their L2 entries."""
         from ...numeric import np
 
-        packed = (entries & np.uint64(q.COMPRESSED)) != 0
-        zero = ((entries & np.uint64(q.ZERO)) != 0) & ~packed
+        compressed = (entries & np.uint64(q.COMPRESSED)) != 0
+        zero = ((entries & np.uint64(q.ZERO)) != 0) & ~compressed
         host = (entries & np.uint64(q.OFFSET_MASK)).astype(np.int64)
-        host[packed] = 0
+        host[compressed] = 0
         if (host & (self._cluster_size - 1)).any():
             self._misaligned(int(host[np.flatnonzero(host & (self._cluster_size - 1))[0]]))
         stored = host != 0
         flags = np.zeros(len(entries), dtype=np.uint8)
-        flags[stored] = STORED | PRESENT
-        flags[zero] = ZEROED | PRESENT
-        flags[packed] = STORED | PRESENT | PACKED
-        next_to = stored[:-1] & (host[1:] == host[:-1] + self._cluster_size)
-        follows = np.where(stored[1:], next_to, ~stored[:-1])
-        joins = follows & (flags[1:] == flags[:-1])
-        begin = np.concatenate(([0], np.flatnonzero(~joins) + 1))
+        flags[stored] = _STORED
+        flags[zero] = _ZEROED
+        flags[compressed] = _COMPRESSED
         host[~stored] = -1
-        return begin, flags[begin], host[begin]
+        return flags, host
 
     def _batch(self, which: int, count: int) -> Any:
         """The entries of `count` consecutive L2 tables, all of which exist, as one column."""

@@ -1,0 +1,30 @@
+"""The bits of a status, and one piece of it: what stretches of a disk are, in plain Python.
+
+The bits mean one thing everywhere: in the mapping of a format (`format_node`), in the columns of `extents`, and in what NBD
+and the command line tell. In the base layer, without numpy: the path of small reads uses them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+#: DATA: bytes are stored somewhere. ZERO: they read as zeros. PRESENT: a layer owns them, so none below it counts.
+#: COMPRESSED: they are stored compressed (and so at no offset where they could be read as they are).
+#:
+#: ZERO without DATA: no bytes are stored. DATA and ZERO: a layer keeps storage for the stretch, and what it holds there reads
+#: as zeros, since the file has a hole there. Neither: no layer owns the stretch (a mapping alone says so; `extents` adds
+#: ZERO). Who only wants content looks at ZERO; who counts what is stored looks at DATA.
+DATA: Final = 1
+ZERO: Final = 2
+PRESENT: Final = 4
+COMPRESSED: Final = 8
+
+
+class Status(NamedTuple):
+    """What the first `length` bytes that were asked about are, as a row of `Extents` would say it."""
+
+    flags: int  #: DATA, ZERO, PRESENT, COMPRESSED
+    length: int  #: bytes, above 0
+    depth: int = 0  #: the layer that decides, 0 is the top
+    file: Any = None  #: the host file that holds the bytes as they read (`extents.HostFile`), or None
+    offset: int = -1  #: where in that file they begin, or -1
