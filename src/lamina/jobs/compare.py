@@ -113,7 +113,7 @@ def _unequal(mine: Extents, theirs: Extents) -> Iterator[tuple[int, int, int]]:
     which = np.repeat((_BOTH, _FIRST, _SECOND), [len(part) for part in parts])
     start = np.concatenate([part.start for part in parts])
     length = np.concatenate([part.length for part in parts])
-    return stretches(which, start, length)
+    return stretches(which, start, length, near=(_BOTH, _FIRST, _SECOND))
 
 
 def _first_status(mine: Extents, theirs: Extents) -> int | None:

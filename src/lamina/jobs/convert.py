@@ -29,6 +29,7 @@ from ..workers import Task, Workers
 from ..zeros import between, stored_parts
 from .beneath import Below, differing, layers_above, stored
 from .lanes import Lanes, is_far, lanes_for
+from .near import NEAR
 from .output import Output
 from .progress import Monitor
 from .sharing import Place, Sharer, without
@@ -37,6 +38,7 @@ from .windows import pairs, stretches, windows
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..image import Image
+    from ..numeric import NDArray
 
 _BUFFER = 2 * MIB
 #: Buffers besides those that are being read and written.
@@ -414,6 +416,10 @@ class _Copy:
                 over_zero = held.intersect(blocks.where(zero=True))
                 held = held.intersect(blocks.where(zero=False))
         wanted, owned = held.depth < layers, zero.depth < layers
+        near: tuple[int, ...] = ()
+        if self._hole and self._sharer is None and below is None:
+            near = (_STORED, _OVER_ZERO)
+            owned &= _apart(zero, held)
         self._places = places = self._sharer.places(held, wanted) if self._sharer is not None else []
         start, length = without(places, held.start[wanted], held.length[wanted])
         # Each place has a kind of its own, so that it is made one with no neighbour.
@@ -425,7 +431,7 @@ class _Copy:
         )
         starts = (start, over_zero.start, zero.start[owned], np.array([place.start for place in places], np.int64))
         lengths = (length, over_zero.length, zero.length[owned], np.array([place.length for place in places], np.int64))
-        return stretches(*map(np.concatenate, (kinds, starts, lengths)))
+        return stretches(*map(np.concatenate, (kinds, starts, lengths)), near=near)
 
     def _over_content(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
         """The same where the target has what the backing file holds, whose bytes are compared where they are not known."""
@@ -441,6 +447,15 @@ class _Copy:
         kinds = np.repeat(list(parts), [len(part) for part in parts.values()])
         start = np.concatenate([part.start for part in parts.values()])
         return stretches(kinds, start, np.concatenate([part.length for part in parts.values()]))
+
+
+def _apart(zero: Extents, stored: Extents) -> NDArray[np.bool_]:
+    """Which parts of `zero` do not lie between two parts of `stored` that are read together, and so are found again."""
+    start, end = stored.start, stored.start + stored.length
+    together = np.append(start[1:] - end[:-1] <= NEAR, False)  # no part lies behind the last one
+    before = np.searchsorted(start, zero.start) - 1
+    found: NDArray[np.bool_] = (before < 0) | ~together[before]
+    return found
 
 
 def _unit(target: Image) -> int:

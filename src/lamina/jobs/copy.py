@@ -17,6 +17,7 @@ from ..limits import KIB, is_power_of_two
 from ..pending import DONE, Pending
 from ..zeros import stored_parts
 from .copy_ends import PipeSource, Source, Target, on_grid
+from .near import NEAR
 from .output import Output
 from .progress import Monitor
 
@@ -182,7 +183,9 @@ class Copy:
             self._position = self._durable
 
     def _copy_from(self, source: Source, begin: int) -> None:
-        for offset, length, zero in on_grid(source.parts(begin), begin, self._target.block, self._request):
+        for offset, length, zero in on_grid(
+            source.parts(begin), begin, self._target.block, self._request, NEAR if self._hole else 0
+        ):
             self._make_room()
             if zero:
                 self._reads.append(_Reading(offset, length, None, DONE))

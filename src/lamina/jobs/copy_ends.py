@@ -317,22 +317,22 @@ class PipeTarget:
         pass
 
 
-def on_grid(parts: Iterator[Part], begin: int, block: int, request: int) -> Iterator[Part]:
+def on_grid(parts: Iterator[Part], begin: int, block: int, request: int, near: int = 0) -> Iterator[Part]:
     """The same parts for a target that takes whole blocks: a block that holds anything is read, so that zeros begin and end
     at multiples of `block`; and none is longer than one request: data is cut at multiples of `request`, itself one of
-    `block`."""
-    at = end = begin  # what lies between was not handed on yet: data that ends inside a block
+    `block`. Zeros of at most `near` bytes are read together with what lies beside them."""
+    at = end = begin  # what lies between was not handed on yet: data, up to the end of a block and of a request
     for offset, length, zero in parts:
         end = offset + length
         if zero:
             lo = offset + -offset % block
             hi = end - end % block
-            if hi > lo:
+            if hi - lo > near:
                 yield from _cut(at, lo, request, False)
                 yield from _cut(lo, hi, _MOST_ZERO, True)
                 at = hi
         else:
-            hi = end - end % block
+            hi = end - end % request
             if hi > at:
                 yield from _cut(at, hi, request, False)
                 at = hi

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import LimitExceeded
 from ..extents import Extents
 from ..limits import align_down
 from ..numeric import np
+from .near import NEAR
 
 if TYPE_CHECKING:
     from ..image import Image
@@ -46,15 +47,23 @@ def pairs(first: Image, second: Image, begin: int, end: int, *, grid: int = 1) -
 
 
 def stretches(
-    kind: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]
+    kind: NDArray[np.int64],
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    *,
+    near: Collection[int] = (),
 ) -> Iterator[tuple[int, int, int]]:
     """(kind, start, length) of rows that do not overlap, in order, with neighbours of one kind that touch made one,
-    wherever their bytes lie: what is worth one request."""
+    wherever their bytes lie: what is worth one request. So are neighbours of the kinds `near` that are at most `NEAR` bytes
+    apart."""
     order = np.argsort(start, kind="stable")
     kind, start = kind[order], start[order]
     end = start + length[order]
     if not len(start):
         return iter(())
-    first = np.flatnonzero(np.concatenate(([True], (kind[1:] != kind[:-1]) | (start[1:] != end[:-1]))))
+    apart = start[1:] - end[:-1]
+    if near:
+        apart[(apart <= NEAR) & np.isin(kind[1:], tuple(near))] = 0
+    first = np.flatnonzero(np.concatenate(([True], (kind[1:] != kind[:-1]) | (apart != 0))))
     last = np.append(first[1:], len(start)) - 1
     return zip(kind[first].tolist(), start[first].tolist(), (end[last] - start[first]).tolist(), strict=True)
