@@ -14,6 +14,10 @@ holds its children as edges (`request.Child`), and the edge is the request path.
 
 In return it does each request whole or raises a `LaminaError`; after an error the bytes of that request, and no others,
 are undefined. All operations may be called from any number of threads at once. All offsets and lengths are in bytes.
+
+A read, a write or a zero can also be started and asked for later (`start_read`, ...; the contract is in `pending.py`). By
+default it is done when it is started. Storage that is far away returns a request that goes on by itself, and filters that
+only observe hand that on. Until a request is finished it owns its view, which the driver may keep so long, and its range.
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
-from . import lifecycle, limits, pending
+from . import lifecycle, limits
 from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
-from .pending import DONE, Done, Pending
+from .pending import Pending, Startable
 from .ranges import RangeLock
 from .schema import IMAGE, Option, Schema
 from .zeros import fill_zero as fill_zero  # where drivers look for it
@@ -64,7 +68,7 @@ def is_plain(method: Callable[..., None]) -> bool:
     return method in _plain
 
 
-class Node:
+class Node(Startable):
     """One node of the graph. Subclass `StorageNode`, `FilterNode`, `TransformNode` or `FormatNode` rather than this."""
 
     #: The driver's name in options and in the registry.
@@ -100,10 +104,6 @@ class Node:
     def __del__(self) -> None:
         if self.opened_at is not None:
             lifecycle.forget(self)
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        pending.restore_defaults(cls, Node)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -155,6 +155,12 @@ class Node:
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         """The dirty bitmaps of this node by name. A filter that leaves bytes and offsets alone has those of its child."""
         return {}
+
+    @property
+    def pipelines(self) -> bool:
+        """Whether a read or write that was started goes on by itself, so that several at once take no longer than one."""
+        forwards = type(self).start_read is not self.starts_as.start_read
+        return forwards and any(child.node.pipelines for child in self.children.values())
 
     @property
     def held(self) -> bool:
@@ -224,38 +230,6 @@ class Node:
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether these bytes are known to read as zero without reading them. May miss, never invents."""
         return False
-
-    # -- what it begins, to be asked for later
-
-    def start_read(self, offset: int, view: memoryview) -> Pending:
-        """Begin what `read_into` does, and return the request (`pending.py` says what holds until it is finished). A node
-        that cannot go on by itself does it at once, as here; an error is raised either here or by `Pending.wait`.
-
-        A class that overrides `read_into` and not this method gets this one back, whatever it derives from: a filter that
-        watches or changes reads has them pass `read_into` until it says how they are started. The same goes for the other
-        three and what they start."""
-        self.read_into(offset, view)
-        return DONE
-
-    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
-        """Begin what `write` does."""
-        self.write(offset, view, flags)
-        return DONE
-
-    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
-        """Begin what `zero` does. NotSupported is raised here, not by `Pending.wait`."""
-        self.zero(offset, length, flags)
-        return DONE
-
-    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """(length, whether it is known to read as zero) of runs of bytes from `offset` on: what `extents` says of zeros, told
-        without arrays. Like that answer it may end before the request does, but not before its first byte."""
-        found = self.extents(offset, length)
-        return list(zip(found.length.tolist(), found.zero.tolist(), strict=True))
-
-    def start_zero_runs(self, offset: int, length: int) -> Pending:
-        """Begin what `zero_runs` does; `Pending.wait` returns the answer."""
-        return Done(self.zero_runs(offset, length))
 
     def event(self, name: str) -> None:
         """The node above is about to do what `name` says (`l2_load`, `write_aio`, ...), so that a test can make it fail

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import LaminaError
 
 if TYPE_CHECKING:
+    from .extents import Extents
     from .ranges import RangeLock
 
 
@@ -57,14 +58,59 @@ _STARTED_BY = {
 }
 
 
-def restore_defaults(kind: type, base: type) -> None:
-    """Where the class `kind` has an operation of its own, but not what starts it, give it that of `base`: one that it
-    inherits from another class would get round the operation."""
-    own = vars(kind)
-    for operation, starts in _STARTED_BY.items():
-        for start in starts:
-            if operation in own and start not in own:
-                setattr(kind, start, vars(base)[start])
+class Startable:
+    """The part of a node (`node.py`) that begins operations, to be asked for later.
+
+    A class that overrides an operation, `read_into` say, and not what starts it, gets the default of `start_read` back,
+    whatever it derives from: a filter that watches or changes reads has all of them pass `read_into` until it says how they
+    are started. (What it inherits from another class would get round its `read_into`.)"""
+
+    #: The class whose `start_...` methods make the operations of the object itself: those that subclasses get back.
+    starts_as: ClassVar[type[Startable]]
+
+    if TYPE_CHECKING:
+
+        def read_into(self, offset: int, view: memoryview) -> None: ...
+        def write(self, offset: int, view: memoryview, flags: int = 0) -> None: ...
+        def zero(self, offset: int, length: int, flags: int = 0) -> None: ...
+        def extents(self, offset: int, length: int) -> Extents: ...
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own, defaults = vars(cls), vars(cls.starts_as)
+        for operation, starts in _STARTED_BY.items():
+            for start in starts:
+                if operation in own and start not in own:
+                    setattr(cls, start, defaults.get(start, vars(Startable)[start]))
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        """Begin what `read_into` does, and return the request. A node that cannot go on by itself does it at once, as here;
+        an error is raised either here or by `Pending.wait`."""
+        self.read_into(offset, view)
+        return DONE
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        """Begin what `write` does."""
+        self.write(offset, view, flags)
+        return DONE
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        """Begin what `zero` does. NotSupported is raised here, not by `Pending.wait`."""
+        self.zero(offset, length, flags)
+        return DONE
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(length, whether it is known to read as zero) of runs of bytes from `offset` on: what `extents` says of zeros, told
+        without arrays. Like that answer it may end before the request does, but not before its first byte."""
+        found = self.extents(offset, length)
+        return list(zip(found.length.tolist(), found.zero.tolist(), strict=True))
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        """Begin what `zero_runs` does; `Pending.wait` returns the answer."""
+        return Done(self.zero_runs(offset, length))
+
+
+Startable.starts_as = Startable
 
 
 def start_holding(ranges: RangeLock, start: Callable[..., Pending], *arguments: Any) -> Pending | None:

@@ -21,10 +21,13 @@ _T = TypeVar("_T")
 #: from outside, since `threading.enumerate` does not tell them.
 names: dict[int, str] = {}
 
+#: Seconds after which a thread that waits for a task looks whether it is finished.
+_LOOK_AGAIN = 0.1
+
 
 class Task(Generic[_T]):
-    """A call that is made once. One thread at a time may wait for it or cancel it; each method can be called again, after
-    an interrupt too.
+    """A call that is made once. Any thread may wait for it or cancel it; each method can be called again, after an interrupt
+    too.
 
     `begun`: its worker has it. `finished`: the call has returned or raised, or will not be made.
     """
@@ -58,8 +61,7 @@ class Task(Generic[_T]):
 
     def wait(self) -> BaseException | None:
         """Wait, and return the error that the call raised, or None: Cancelled if it was cancelled before it began."""
-        while not self.finished:
-            self._wake.acquire()
+        self._await_end()
         return self._error
 
     def result(self) -> _T:
@@ -76,8 +78,13 @@ class Task(Generic[_T]):
         """When this returns the call is not under way, and will not begin."""
         # Each side says first what it does, then looks at what the other said: one of them sees it, or both.
         self._cancelled = True
-        while self.begun and not self.finished:
-            self._wake.acquire()
+        if self.begun:
+            self._await_end()
+
+    def _await_end(self) -> None:
+        while not self.finished:
+            if self._wake.acquire(timeout=_LOOK_AGAIN):
+                self._wake.release()  # for other threads that wait; where an interrupt keeps it, they look again
 
 
 def run(task: Task[Any]) -> None:

@@ -57,6 +57,7 @@ LAYERS = [
         "lifecycle",
         "node",
         "own_files",
+        "pooled",
         "ranges",
         "request",
         "window",

@@ -192,6 +192,10 @@ class NbdStorage(StorageNode):
         size, status = self.client.block_status(offset, length, one=True)[wire.BASE_ALLOCATION][0]
         return size >= length and bool(status & wire.STATE_ZERO)
 
+    @property
+    def pipelines(self) -> bool:
+        return True
+
     # -- what goes out at once, and is waited for later
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
