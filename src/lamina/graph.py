@@ -7,6 +7,7 @@ graph is opened; whatever it opened is closed again if a later step fails.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -17,12 +18,15 @@ from .node import MAY_UNMAP, Node, StorageNode
 from .options import parse_name, shown, to_keyval
 from .policy import Policy, Trail
 from .request import Child
+from .root import Graph
 
 #: Options that every node takes, besides those of its driver.
 COMMON = ("node-name", "read-only", "force-share", "snapshot", "detect-zeroes", "discard")
 
 #: The roles whose child is storage: without a driver they name a file, and are never probed.
 STORAGE_ROLES = ("file", "data-file")
+
+_NODE_NAME = re.compile(r"[A-Za-z][\w.-]{0,254}", re.ASCII)
 
 Spec = Mapping[str, Any] | str
 
@@ -40,7 +44,7 @@ class Opener:
     the user calls the node. `trail`: the files on the way from the top of the chain. `taken`, `unshared`: permissions (see
     `storage.locks`) that the locks of files use, and keep from others, besides their own; not those of backing nodes.
     `policy`: what the user granted, None: nothing was said. `probed`: the format that was found by its magic. `account`: the
-    memory that the whole graph may take.
+    memory that the whole graph may take. `graph`: what the nodes belong to; options refer to its nodes by their names.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class Opener:
         probe: bool = False,
         no_references: bool = False,
         fd: int | None = None,
+        graph: Graph | None = None,
     ) -> None:
+        self.graph = graph or Graph()
         self.policy = policy
         self.probed: str | None = None
         self.budget = budget
@@ -89,9 +95,9 @@ class Opener:
         other.__dict__.update(self.__dict__, **changes)
         return other
 
-    def for_parts(self) -> Opener:
-        """The same for nodes that become part of a graph which somebody else closes."""
-        return self._but(_top=False)
+    def for_parts(self, graph: Graph) -> Opener:
+        """The same for nodes that become part of `graph`, which somebody else closes."""
+        return self._but(_top=False, graph=graph)
 
     def permitting(self, taken: Iterable[int], unshared: Iterable[int]) -> Opener:
         """The same for the children of this node, whose files use, and keep from others, these permissions as well."""
@@ -109,9 +115,7 @@ class Opener:
         inner = self._but(_opened=[], name=None, _top=False)
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
-                if not isinstance(value, str):
-                    raise OptionError(f"{key} is {shown(value)}, not a name")
-                inner.name = value
+                inner.name = self._new_name(value)
             elif _switch(key, value):
                 setattr(inner, key.replace("-", "_"), True)
         try:
@@ -120,12 +124,23 @@ class Opener:
             node = inner._open_driver(options) if "driver" in options else inner._probe(options)
             node.zero_detected = zero_detected
             node.discards = discards is not False
+            node.graph = self.graph
             if self._top:
                 lifecycle.guard(node)
             return node
         except BaseException:
             inner.close()
             raise
+
+    def _new_name(self, name: object) -> str:
+        """`name` if a node may be called so, and none is."""
+        if not (isinstance(name, str) and _NODE_NAME.fullmatch(name)):
+            raise OptionError(
+                f"node-name is {shown(name)}, not a name", hint="a letter, then letters, digits, '-', '.' and '_'"
+            )
+        if name in self.graph.nodes:
+            raise OptionError("another node of this graph has that name", node=name, hint="choose another one")
+        return name
 
     def _open_driver(self, options: dict[str, Any]) -> Node:
         """The node of the driver that `options` name."""
@@ -145,16 +160,21 @@ class Opener:
         node = self._but(read_only=True, _top=False).open(options, storage=storage)
         cow = registry.lookup("cow", "filter")
         top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
+        top.graph = self.graph
         if self._top:
             lifecycle.guard(top)
         return top
 
     def child(self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False) -> Child:
-        """An edge to a new child, or the one that is open already. `grows` as in `request.Child`; `read_only` where the
-        child is only ever read."""
+        """An edge to a new child, to the node of this graph that `spec` names, or the one that is given. `grows` as in
+        `request.Child`; `read_only` where the child is only ever read."""
         if isinstance(spec, Child):
             lifecycle.release(spec.node)
             return spec
+        if isinstance(spec, str):
+            shared = self.graph.edge_to(spec, role, grows=grows, writes=not (self.read_only or read_only))
+            if shared is not None:
+                return self._keep(shared)
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None
         opener = self._but(read_only=self.read_only or read_only, fd=fd)
@@ -235,7 +255,7 @@ class Opener:
     def close(self) -> None:
         """Close what was opened for a node that then failed to open."""
         for child in reversed(self._opened):
-            child.close()
+            self.graph.close(child)
         self._opened.clear()
 
     def _keep(self, child: Child) -> Child:
@@ -293,6 +313,7 @@ def open_graph(
     no_references: bool = False,
     snapshot: bool = False,
     fd: int | None = None,
+    graph: Graph | None = None,
 ) -> Node:
     """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
 
@@ -300,7 +321,7 @@ def open_graph(
     nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
     is `Policy.default()`, and nothing where the format was found by a probe. `snapshot`: the image is opened for reading,
     and changes are kept in memory above it. `fd`: a descriptor of the image's file, open already: its storage takes a copy
-    of it, and no file is opened by its name. The caller closes the node.
+    of it, and no file is opened by its name. `graph`: what the nodes become part of. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
@@ -327,6 +348,7 @@ def open_graph(
         probe=format == "probe",
         no_references=no_references,
         fd=fd,
+        graph=graph,
     )
     return opener.open({**options, "snapshot": True} if snapshot else options)
 

@@ -1,7 +1,7 @@
 """What users hold: an opened image, read and written by byte, with its exact status.
 
-An `Image` is the root edge of a graph. Everything it does passes the request path; it adds only the conveniences of Python:
-buffers of any kind, `bytes` as results, context management, and a file-like view.
+An `Image` is a root of a graph (see `root.py`). Everything it does passes the request path; it adds only the conveniences of
+Python: buffers of any kind, `bytes` as results, context management, and a file-like view.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, Self
 
-from .edit import Edit, Entrance
+from .edit import Edit
 from .errors import Closed, LimitExceeded, UnsupportedFeature
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, Budget
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node
 from .policy import Policy
+from .root import Graph, Root
 
 if TYPE_CHECKING:
     from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
@@ -33,15 +34,16 @@ class Image:
     storage, CorruptImage where a format's tables contradict themselves.
     """
 
-    def __init__(self, node: Node, *, budget: Budget = DEFAULT_BUDGET) -> None:
-        self._root: Entrance | None = Entrance(node, "root")
+    def __init__(self, node: Node | Root, *, budget: Budget = DEFAULT_BUDGET) -> None:
+        """The disk of `node`: another user of it, if it has some already."""
+        self._root: Root | None = node if isinstance(node, Root) else Root(node)
         #: What it was opened within; jobs that read from it keep to its `max_output`.
         self.budget = budget
         self._rows = budget.rows
 
     @property
-    def root(self) -> Entrance:
-        """The edge by which requests enter the graph."""
+    def root(self) -> Root:
+        """The way by which requests reach the graph."""
         if self._root is None:
             raise Closed("this image was closed")
         return self._root
@@ -50,6 +52,11 @@ class Image:
     def node(self) -> Node:
         """The node on top of the graph."""
         return self.root.node
+
+    @property
+    def graph(self) -> Graph:
+        """The nodes that belong together, and what their users share."""
+        return self.root.graph
 
     @property
     def size(self) -> int:
@@ -67,7 +74,7 @@ class Image:
 
     @property
     def read_only(self) -> bool:
-        return self.root.node.read_only
+        return self.root.read_only
 
     @property
     def alignment(self) -> int:
@@ -142,6 +149,13 @@ class Image:
     def windows(self, offset: int = 0, length: int | None = None) -> Iterator[Extents]:
         """What `extents` answers, piece by piece: each takes a few megabytes at most, whatever the image says."""
         yield from self.root.windows(offset, max(self.size - offset, 0) if length is None else length)
+
+    def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Image:
+        """Another image on the same node, or on the node of this graph that is given, by its name (`node-name`) for instance.
+        Both see the same bytes and the same edits, at once; each is closed by itself, in any order, and the files are closed
+        with the last. `read_only`: the new one changes nothing. On a node that another node lies on (the backing file, the
+        storage below a format) it never does."""
+        return Image(self.root.share(node, read_only=read_only), budget=self.budget)
 
     def edit(self, *, references: Policy | None = None) -> Edit:
         """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -29,8 +29,8 @@ from .errors import LaminaError
 from .ranges import RangeLock
 
 if TYPE_CHECKING:
-    from .edit import Entrance
     from .node import Node
+    from .root import Root
 
 T = TypeVar("T")
 
@@ -38,9 +38,9 @@ T = TypeVar("T")
 _PATIENCE = 10.0
 _LOOK_AGAIN = 0.001
 
-#: All nodes, and all edges by which users enter graphs.
+#: All nodes, and all roots by which users reach them.
 nodes: WeakSet[Node] = WeakSet()
-entrances: WeakSet[Entrance] = WeakSet()
+roots: WeakSet[Root] = WeakSet()
 
 _guarded: WeakSet[Node] = WeakSet()  # the top nodes of graphs that are closed here if nobody else does
 _forgotten: deque[Node] = deque()  # graphs that a thread is to close
@@ -52,7 +52,7 @@ _late = False  # whether `_flush_all` was registered behind the thread pools of 
 def guard(node: Node, opened_at: str | None = None) -> None:
     """Close `node`, the top of a graph, where nobody else does. `opened_at`: who opened it, as "file:line"; by default the
     stack tells."""
-    node.opened_at = opened_at or _caller()
+    node.opened_at = opened_at or caller()
     _guarded.add(node)
     if not _late and "concurrent.futures.thread" in sys.modules:
         before_pools()
@@ -103,7 +103,7 @@ def handed_over() -> bool:
     return _handed_over
 
 
-def _caller() -> str:
+def caller() -> str:
     """File and line of the innermost frame outside Lamina."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lamina":
@@ -128,18 +128,22 @@ def _close_forgotten() -> None:
                 return
             _closers.add(me)
             continue
-        _settle(node)
+        _settle(node, node.graph.exclusively if node.graph is not None else None)
         del node
 
 
-def _settle(node: Node) -> None:
+def _settle(node: Node, exclusively: Callable[[str, Callable[[], None]], None] | None = None) -> None:
+    """Close it; by default whatever else goes on in its graph."""
     try:
-        node.close()
+        if exclusively is None:
+            node.close()
+        else:
+            exclusively("closes a forgotten image", node.close)
     except Exception as error:  # noqa: BLE001 - nobody is there to catch it
         node.warn("%s was never closed, and what it held back could not be written: %s", node.filename, error)
 
 
-def _all(things: WeakSet[T]) -> list[T]:
+def all_of(things: WeakSet[T]) -> list[T]:
     while True:
         try:
             return list(things)
@@ -149,7 +153,7 @@ def _all(things: WeakSet[T]) -> list[T]:
 
 def _flush_all() -> None:
     """The end has begun; other threads and thread pools still run."""
-    for node in [*(edge.node for edge in _all(entrances)), *_all(_guarded)]:
+    for node in [*(root.node for root in all_of(roots)), *all_of(_guarded)]:
         if node.held and not node.read_only:
             try:
                 node.flush()
@@ -160,17 +164,17 @@ def _flush_all() -> None:
 def _close_all() -> None:
     """No thread runs any more, but daemons."""
     deadline = time.monotonic() + _PATIENCE
-    edges = _all(entrances)
-    for edge in edges:
-        edge.gate.refuse()
-    while (_closers or _forgotten or any(edge.gate.inside for edge in edges)) and time.monotonic() < deadline:
+    open_roots = all_of(roots)
+    for root in open_roots:
+        root.refuse()
+    while (_closers or _forgotten or any(root.gate.inside for root in open_roots)) and time.monotonic() < deadline:
         if _forgotten and not _closers:
             _close_forgotten()
         time.sleep(_LOOK_AGAIN)
     _flush_all()
-    if any(edge.gate.inside for edge in edges):
+    if any(root.gate.inside for root in open_roots):
         return  # a descriptor under a request that runs stays open until the process is gone
-    for node in _all(_guarded):
+    for node in _from_the_top([node for node in all_of(_guarded) if node.held]):
         where = node.opened_at
         if where is not None and node.held:
             try:
@@ -178,6 +182,16 @@ def _close_all() -> None:
             finally:
                 release(node)
                 _settle(node)
+
+
+def _from_the_top(tops: list[Node]) -> list[Node]:
+    """The same nodes, each before those that lie below it: what a node holds back is written to those when it is closed."""
+    ordered: list[Node] = []
+    while tops:
+        below = {id(node) for top in tops for child in top.children.values() for node in child.node.beneath()}
+        ordered += [node for node in tops if id(node) not in below]
+        tops = [node for node in tops if id(node) in below]
+    return ordered
 
 
 # -- forks
@@ -189,9 +203,9 @@ def _in_child() -> None:
     forgotten = list(_forgotten)
     _forgotten.clear()
     _closers.clear()
-    for edge in _all(entrances):
-        edge.after_fork()
-    for node in [*_all(nodes), *forgotten]:
+    for root in all_of(roots):
+        root.gate.after_fork()
+    for node in [*all_of(nodes), *forgotten]:
         node.after_fork()
     for node in forgotten:
         node.close()

@@ -23,9 +23,10 @@ only observe hand that on. Until a request is finished it owns its view, which t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
+from weakref import ref
 
 from . import lifecycle, limits
 from .errors import NotSupported, ReadOnly
@@ -37,9 +38,11 @@ from .zeros import fill_zero as fill_zero  # where drivers look for it
 
 if TYPE_CHECKING:
     from .bitmap import DirtyBitmap
+    from .edge import Edge
     from .extents import Extents, HostFile
     from .graph import Opener
     from .request import Child
+    from .root import Graph
 
 #: Flags of `write`, `zero` and `copy_from`.
 FUA = 1  #: the operation returns only when its bytes are on stable storage
@@ -87,6 +90,8 @@ class Node(Startable):
     widens_zero: ClassVar[bool] = True
     #: Who opened the graph of which this is the top, as "file:line", as long as `lifecycle` closes it if nobody else does.
     opened_at: str | None = None
+    #: The graph that it belongs to: set where it is opened, or where a root is put on it or above it.
+    graph: Graph | None = None
     #: Whether another process opened it: this one was forked from that.
     foreign: bool = False
     _settled: bool = False
@@ -98,6 +103,8 @@ class Node(Startable):
         self.read_only = read_only
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}
+        #: The edges to this node, and some that lead elsewhere by now; see `parents`. Weak: an edge that nobody has is none.
+        self._parents: set[ref[Edge]] = set()
         self.ranges = RangeLock()
         lifecycle.nodes.add(self)
 
@@ -183,6 +190,20 @@ class Node(Startable):
         for child in self.children.values():
             return child.node.filename
         return self.name
+
+    def parents(self) -> list[Edge]:
+        """The edges that lead to this node: of the nodes above it, and of roots. The last one that is closed closes it."""
+        return [edge for known in tuple(self._parents) if (edge := known()) is not None and edge.node is self]
+
+    def beneath(self) -> Iterator[Node]:
+        """This node and all below it, each once."""
+        seen, line = {id(self)}, [self]
+        for node in line:
+            yield node
+            for child in node.children.values():
+                if id(child.node) not in seen:
+                    seen.add(id(child.node))
+                    line.append(child.node)
 
     # -- what it does
 
@@ -276,7 +297,7 @@ class Node(Startable):
     def forsake(self) -> None:
         """What `close` does in a process that only inherited this node: give descriptors back, and nothing else."""
         for child in self.children.values():
-            child.node.forsake()
+            child.close()
         self.children = {}
 
     def refuse(self, operation: str) -> NotSupported:

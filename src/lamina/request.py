@@ -6,19 +6,17 @@ settled, so that no driver below has to. What a driver may rely on in turn is sa
 
 A request whose range is aligned and within the limits goes straight to the driver: that is the fast path, and the first
 lines of each method.
-
-Longer than 500 lines: each rule holds for all operations, those that are started included.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .edge import Edge
 from .errors import NotSupported, OutOfRange
-from .limits import GIB, MAX_SIZE, MAX_TRANSFER, align_down, align_up, is_power_of_two
-from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, fill_zero, require_writable
+from .limits import MAX_SIZE, align_down, align_up
+from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
 from .pending import DONE, Done, Pending, start_holding
 from .zeros import is_zero
 
@@ -28,73 +26,14 @@ if TYPE_CHECKING:
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
-#: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
-_ATOM = 512
-#: The largest step of a request that zeroes or discards, where the driver asks for no smaller one.
-_STEP = 4 * GIB
 #: Rises whenever some node becomes shorter; then no edge trusts the size that it knows.
 _epoch = 0
 
 
-class Child:
-    """An edge to `node`. `grows`: requests may pass the node's end if it is growable (a format's storage, a filter's child);
-    a user's edge and an edge to a backing node never do. Safe for any number of threads."""
+class Child(Edge):
+    """An edge through which requests pass: the rules. Safe for any number of threads."""
 
-    __slots__ = (
-        "_align",
-        "_discard_align",
-        "_max_discard",
-        "_max_transfer",
-        "_max_zero",
-        "_order",
-        "_reads_wait",
-        "_seen",
-        "_within",
-        "_zero_align",
-        "event",
-        "grows",
-        "node",
-        "role",
-    )
-
-    def __init__(self, node: Node, role: str, *, grows: bool = False) -> None:
-        self.node = node
-        self.role = role
-        self.grows = grows
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the node's limits again (they are frozen while requests run)."""
-        #: What hears of events (`Node.event`); None where nobody does, so that asking is all that it costs.
-        self.event: Callable[[str], None] | None = self.node.event if type(self.node).event is not Node.event else None
-        self._seen = self._within = -1
-        limits = self.node.limits
-        align = limits.request_alignment
-        if not is_power_of_two(align) or limits.zero_alignment < 1 or limits.discard_alignment < 1:
-            raise ValueError(f"{self.node.name} declares limits that cannot be: {limits}")
-        self._align = align
-        most = limits.max_transfer or MAX_TRANSFER
-        self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)
-        self._zero_align = math.lcm(limits.zero_alignment, align)
-        self._max_zero = max(align_down(min(limits.max_zero or _STEP, _STEP), self._zero_align), self._zero_align)
-        self._discard_align = math.lcm(limits.discard_alignment, align)
-        self._max_discard = max(
-            align_down(min(limits.max_discard or _STEP, _STEP), self._discard_align), self._discard_align
-        )
-        # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
-        self._reads_wait = self.node.serialise > 0
-        # Read-modify-write and widened zeroes touch whole blocks, so holds are rounded to a multiple of all three.
-        unit = math.lcm(self.node.serialise or 1, align, self._zero_align)
-        self._order = unit if unit > 1 else 0
-
-    @property
-    def size(self) -> int:
-        return self.node.size
-
-    def tell(self, event: str) -> None:
-        """Tell the node of something that is about to happen (see `Node.event`)."""
-        if self.event is not None:
-            self.event(event)
+    __slots__ = ()
 
     # -- the operations
 
@@ -130,8 +69,8 @@ class Child:
         node = self.node
         length = len(view)
         end = offset + length
-        if node.read_only:
-            require_writable(node, "write")
+        if node.read_only or self.read_only:
+            self.require_writable("write")
         if offset < 0 or end > self._within or self._seen != _epoch:
             self._seen, self._within = _epoch, node.size
             if offset < 0 or end > self._within:
@@ -139,8 +78,7 @@ class Child:
         if not length:
             return
         if node.zero_detected is not None and is_zero(view):
-            # Not `self.zero`: a root edge would wait at its gate, behind an edit that waits for this request.
-            Child.zero(self, offset, length, flags & ~COMPRESS | node.zero_detected)
+            self.zero(offset, length, flags & ~COMPRESS | node.zero_detected)
             return
         passed = flags & node.supported_flags
         if not self._order and self.event is None and length <= self._max_transfer:
@@ -161,8 +99,8 @@ class Child:
         and nodes which must see what is written: to look for zeros (`detect-zeroes`), or because they hear of each write."""
         node = self.node
         end = offset + length
-        if node.read_only:
-            require_writable(node, "copy")
+        if node.read_only or self.read_only:
+            self.require_writable("copy")
         if length < 0 or offset < 0 or end > node.size:
             self._bound(offset, end, "copy", grows=self.grows and node.growable)
         if not length:
@@ -181,8 +119,8 @@ class Child:
         NotSupported is raised before a byte is touched."""
         node = self.node
         end = offset + length
-        if node.read_only:
-            require_writable(node, "zero")
+        if node.read_only or self.read_only:
+            self.require_writable("zero")
         if length < 0 or offset < 0 or end > node.size:
             self._bound(offset, end, "zero", grows=self.grows and node.growable)
         if not length:
@@ -210,8 +148,8 @@ class Child:
         """These bytes are no longer needed. Only whole blocks are given back; a driver that cannot is no failure."""
         node = self.node
         end = offset + length
-        if node.read_only:
-            require_writable(node, "discard")
+        if node.read_only or self.read_only:
+            self.require_writable("discard")
         if length < 0 or offset < 0 or end > node.size:
             self._bound(offset, end, "discard", grows=False)
         if not node.discards:
@@ -233,7 +171,7 @@ class Child:
 
     def truncate(self, size: int) -> None:
         """Make the node `size` bytes long; what is added reads as zero."""
-        require_writable(self.node, "truncate")
+        self.require_writable("truncate")
         if not 0 <= size <= MAX_SIZE:
             raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
         # No request of a node that orders its requests runs beside a change of size; storage minds that itself.
@@ -276,19 +214,19 @@ class Child:
         end = offset + len(view)
         if not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
             return self.node.start_read(offset, view)
-        Child.read_into(self, offset, view)
+        self.read_into(offset, view)
         return DONE
 
     def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
         """Begin to make the bytes at `offset` equal to `view`."""
         node, end = self.node, offset + len(view)
         passed = flags & node.supported_flags
-        plain = node.zero_detected is None and not flags & ~passed & FUA and not node.read_only
+        plain = node.zero_detected is None and not flags & ~passed & FUA and not (node.read_only or self.read_only)
         if plain and not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
             started = self._start(node.start_write, offset, view, passed)
             if started is not None:
                 return started
-        Child.write(self, offset, view, flags)
+        self.write(offset, view, flags)
         return DONE
 
     def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
@@ -296,7 +234,7 @@ class Child:
         node, end = self.node, offset + length
         asked = flags if node.discards else flags & ~MAY_UNMAP
         passed = asked & (node.supported_flags | ~FUA)
-        plain = asked == passed and not flags & NO_FALLBACK and not node.read_only
+        plain = asked == passed and not flags & NO_FALLBACK and not (node.read_only or self.read_only)
         if plain and not self._reads_wait and self._passes(offset, end, self._max_zero, self._zero_align):
             try:
                 started = self._start(node.start_zero, offset, length, passed)
@@ -304,7 +242,7 @@ class Child:
                     return started
             except NotSupported:
                 pass  # then it is written
-        Child.zero(self, offset, length, flags)
+        self.zero(offset, length, flags)
         return DONE
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
@@ -335,9 +273,6 @@ class Child:
         if length < 0 or offset < 0 or offset + length > self.node.size:
             self._bound(offset, offset + length, operation, grows=False)
 
-    def close(self) -> None:
-        self.node.close()
-
     # -- how it is done
 
     def _bound(self, offset: int, end: int, operation: str, *, grows: bool) -> int:
@@ -352,10 +287,6 @@ class Child:
             offset=offset,
             length=end - offset,
         )
-
-    def checkpoint(self) -> None:
-        """Called between two steps of a long request, while it holds nothing. An edge that is being closed raises Closed, so
-        that nobody waits for a request that takes hours."""
 
     def _steps(self, offset: int, end: int, step: int) -> Iterator[tuple[int, int]]:
         """The request cut at multiples of `step`. Each step holds its own range, so that requests which wait for one of its
@@ -437,7 +368,7 @@ class Child:
         if len(view) <= step:
             self.node.write(offset, view, flags)
             return
-        # Cut at multiples of `step`, which is one of _ATOM: no block is in two parts.
+        # Cut at multiples of `step`, which is one of 512: no block is in two parts.
         at = 0
         while at < len(view):
             stop = min(at + step - (offset + at) % step, len(view))
@@ -511,11 +442,10 @@ class Child:
             stop = size
         if start % self._zero_align or (stop % self._zero_align and stop != size):
             return None
-        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked. (Nor at
-        # the gate of a root edge, behind an edit that waits for this request.)
-        if start < lo and not Child.reads_zero(self, start, lo - start):
+        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked.
+        if start < lo and not self.reads_zero(start, lo - start):
             return None
-        if hi < stop and not Child.reads_zero(self, hi, stop - hi):
+        if hi < stop and not self.reads_zero(hi, stop - hi):
             return None
         return start, stop
 

@@ -1,8 +1,8 @@
 """An interrupt at any opcode of the gate, of a request at the root edge, of an edit or of a close: nobody waits for ever.
 
 `sys.settrace` sees each opcode before it runs, and raises KeyboardInterrupt at the first, the second, ... of those that the
-module `lamina.edit` (or `lamina.image`) runs for one operation, until the operation comes to its end. That is more than a
-signal can do, which is seen at calls and jumps alone.
+modules `lamina.gate`, `root` and `edit` (or `image`) run for one operation, until the operation comes to its end. That is
+more than a signal can do, which is seen at calls and jumps alone.
 
 `LAMINA_CLOSE_INTERRUPTS=1` interrupts a close at each call in all of Lamina, not at each 29th (a few minutes).
 """
@@ -21,7 +21,9 @@ import pytest
 
 import lamina
 from lamina import edit as edit_module
+from lamina import gate as gate_module
 from lamina import image as image_module
+from lamina import root as root_module
 from lamina.storage import aligned
 from lamina.testing.interrupts import in_another_thread, interrupted_at_call, interrupted_at_opcode
 
@@ -29,7 +31,8 @@ SIZE = 256 * 1024
 PATIENCE = 20.0
 #: Of the calls of a whole close, each so many-th is interrupted.
 STEP = int(os.environ.get("LAMINA_CLOSE_INTERRUPTS", "29"))
-FILES = {edit_module.__file__, image_module.__file__}
+GATE = {edit_module.__file__, gate_module.__file__, root_module.__file__}
+FILES = {*GATE, image_module.__file__}
 
 
 def in_files(files: set[str | None]) -> Callable[[CodeType], bool]:
@@ -82,7 +85,7 @@ def test_no_gate_stays_shut_and_nobody_inside(tmp_path: Path, name: str) -> None
         while not done:
             number += 1
             assert number < 5000
-            with interrupted_at_opcode(number, in_files({edit_module.__file__})) as seen:
+            with interrupted_at_opcode(number, in_files(GATE)) as seen:
                 try:
                     operation(image)
                     done = True
@@ -111,7 +114,7 @@ def test_requests_that_waited_for_an_interrupted_edit_go_on(tmp_path: Path) -> N
         try:
             for number in range(1, 2000):
                 with (
-                    interrupted_at_opcode(number, in_files({edit_module.__file__})) as seen,
+                    interrupted_at_opcode(number, in_files(GATE)) as seen,
                     suppress(KeyboardInterrupt),
                 ):
                     empty_edit(image)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina.edit import Gate, Turn
 from lamina.filters.blkdebug import Blkdebug
 from lamina.format_node import FormatNode
+from lamina.gate import Gate, Holder
 from lamina.node import FUA, MAY_UNMAP
 
 KIB = 1024
@@ -106,24 +106,24 @@ def test_a_request_passes_the_gate_once(tmp_path: Path, monkeypatch: pytest.Monk
     """At a second time it would stand behind an edit that waits for it to leave: both for ever."""
     lamina.create(tmp_path / "disk.qcow2", "qcow2", SIZE, cluster_size=4096)
     passed = 0
-    enter = Gate.enter
 
-    def counted(gate: Gate, token: object) -> None:
+    class Counted(dict[object, Any]):
+        def __setitem__(self, token: object, root: Any) -> None:
+            nonlocal passed
+            passed += 1
+            super().__setitem__(token, root)
+
+    take = Gate.take
+
+    def counted_take(gate: Gate, holder: Holder) -> None:
         nonlocal passed
         passed += 1
-        enter(gate, token)
+        take(gate, holder)
 
-    shut = Gate.shut
-
-    def counted_shut(gate: Gate, owner: Turn) -> None:
-        nonlocal passed
-        passed += 1
-        shut(gate, owner)
-
-    monkeypatch.setattr(Gate, "enter", counted)
-    monkeypatch.setattr(Gate, "shut", counted_shut)  # by a request that runs alone
+    monkeypatch.setattr(Gate, "take", counted_take)  # by a request that runs alone
     with lamina.open({**qcow2(tmp_path / "disk.qcow2"), "detect-zeroes": detect}, read_only=False) as image:
         root, room = image.root, memoryview(bytearray(10_000))
+        root.gate.inside = root._inside = Counted()
         requests: list[Callable[[], object]] = [
             lambda: root.write(5000, memoryview(b"data" * 100)),
             lambda: root.write(9000, memoryview(bytes(7000))),
@@ -210,28 +210,34 @@ def test_what_cannot_be_leaves_the_graph_as_it_was(image: lamina.Image, tmp_path
     assert image.read(0, 10) == b"still here"
 
 
-def test_a_gate_that_is_shut_is_empty(seed: int) -> None:
-    gate = Gate()
+class Somebody:
+    """A user of a gate."""
+
+    closing = False
+
+
+def test_a_gate_that_is_held_is_empty(seed: int) -> None:
+    gate, user = Gate(), Somebody()
     inside = [0] * 4
     stop = threading.Event()
 
     def pass_through(number: int) -> None:
         while not stop.is_set():
             token = object()
-            gate.enter(token)
+            gate.enter(token, user)
             inside[number] = 1
             inside[number] = 0
-            gate.leave(token)
+            gate.inside.pop(token, None)
 
     threads = [threading.Thread(target=pass_through, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     try:
         for _ in range(100):
-            owner = Turn("edits")
-            gate.shut(owner)
+            holder = Holder("edits")
+            gate.take(holder)
             assert not any(inside)
-            gate.open(owner)
+            gate.release(holder)
     finally:
         stop.set()
         for thread in threads:
@@ -239,33 +245,69 @@ def test_a_gate_that_is_shut_is_empty(seed: int) -> None:
 
 
 def test_who_is_turned_away_does_not_stand_for_one_inside() -> None:
-    gate = Gate()
-    staying, owner = object(), Turn("edits")
-    gate.enter(staying)
-    shut = threading.Event()
-    editor = threading.Thread(target=lambda: (gate.shut(owner), shut.set()))
+    gate, user = Gate(), Somebody()
+    staying, holder = object(), Holder("edits")
+    gate.enter(staying, user)
+    taken = threading.Event()
+    editor = threading.Thread(target=lambda: (gate.take(holder), taken.set()))
     editor.start()
-    while not gate.is_shut_by(owner):
+    while gate.holder() is not holder:
         pass
     for _ in range(100):  # what one that comes, sees the gate shut and goes away again leaves behind
         passing = object()
-        gate.inside.add(passing)
-        gate.leave(passing)
-        gate.leave(passing)
-    assert not shut.wait(0.05)
-    gate.leave(staying)
-    assert shut.wait(20)
+        gate.inside[passing] = user
+        gate.inside.pop(passing, None)
+        gate.inside.pop(passing, None)
+        assert not gate.enter(object(), user, wait=False)
+    assert not taken.wait(0.05)
+    gate.inside.pop(staying, None)
+    assert taken.wait(20)
     editor.join()
 
 
-def test_only_who_shut_a_gate_opens_it() -> None:
-    gate, owner = Gate(), Turn("edits")
-    gate.shut(owner)
-    gate.open(Turn("edits"))
-    assert gate.is_shut_by(owner)
-    gate.open(owner)
-    gate.open(owner)
-    gate.enter(object())
+def test_only_who_holds_a_gate_releases_it() -> None:
+    gate, holder = Gate(), Holder("edits")
+    gate.take(holder)
+    gate.release(Holder("edits"))
+    assert gate.holder() is holder
+    gate.release(holder)
+    gate.release(holder)
+    assert gate.enter(object(), Somebody())
+
+
+def test_a_holder_that_does_not_stop_requests_lets_them_pass_and_others_wait() -> None:
+    gate, user = Gate(), Somebody()
+    closing, editing = Holder("closes", stops=False), Holder("edits")
+    gate.take(closing)
+    assert gate.enter(1.5, user, wait=False)
+    gate.inside.pop(1.5, None)
+    taken = threading.Event()
+    editor = threading.Thread(target=lambda: (gate.take(editing), taken.set()))
+    editor.start()
+    while len(gate.holders) < 2:
+        pass
+    assert gate.enter(1.5, user, wait=False)  # the edit's turn has not come
+    assert not taken.wait(0.02)
+    gate.release(closing)
+    assert not taken.wait(0.02)
+    gate.inside.pop(1.5, None)
+    assert taken.wait(20)
+    editor.join()
+    assert not gate.enter(object(), user, wait=False)
+    gate.release(editing)
+
+
+def test_a_started_request_is_finished_by_another_thread() -> None:
+    gate, user, token = Gate(), Somebody(), object()
+    gate.enter(token, user)
+    gate.enter(object(), user)  # the same thread may start more
+    user.closing = True
+    with pytest.raises(lamina.Closed):
+        gate.enter(object(), user)
+    thread = threading.Thread(target=gate.inside.clear)
+    thread.start()
+    thread.join()
+    gate.drain(user)
 
 
 def test_a_thread_that_edits_is_told_not_to_wait_for_itself(image: lamina.Image) -> None:
@@ -283,7 +325,7 @@ def test_a_thread_inside_a_request_is_told_not_to_wait_for_itself(image: lamina.
         """Does what a signal handler might do in the middle of a request."""
 
         def read_into(self, offset: int, view: memoryview) -> None:
-            for ask in (image.close, lambda: image.edit().__enter__()):
+            for ask in (image.close, lambda: image.edit().__enter__(), lambda: image.read(0, 1), image.share):
                 try:
                     ask()
                 except lamina.LaminaError as error:
@@ -294,7 +336,7 @@ def test_a_thread_inside_a_request_is_told_not_to_wait_for_itself(image: lamina.
         node = edit.insert("blkdebug")
     node.__class__ = Calling
     assert image.read(0, 1) == b"\0"
-    assert len(said) == 2
+    assert len(said) == 4
     assert all("inside a request" in text for text in said)
     node.__class__ = Blkdebug
     image.write(0, b"x")

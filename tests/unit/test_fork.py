@@ -194,9 +194,9 @@ def test_locks_that_threads_of_the_parent_hold(tmp_path: Path, path: Path) -> No
         def hold() -> None:
             for lock in locks:
                 lock.acquire()
-            image.root.gate.inside.add("a request")
+            image.root.gate.inside["a request"] = image.root
             node.ranges.exclusive(0, SIZE, image.node.ranges.exclusive, 0, SIZE, wait)
-            image.root.gate.inside.discard("a request")
+            del image.root.gate.inside["a request"]
             for lock in locks:
                 lock.release()
 

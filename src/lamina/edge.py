@@ -1,0 +1,127 @@
+"""The edges of a graph: which node has which other one as a child, and what an edge knows of the node that it leads to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from weakref import ref
+
+from .errors import Closed, ReadOnly
+from .limits import GIB, MAX_TRANSFER, align_down, is_power_of_two
+from .node import Node, require_writable
+
+#: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
+_ATOM = 512
+#: The largest step of a request that zeroes or discards, where the driver asks for no smaller one.
+_STEP = 4 * GIB
+
+
+class Edge:
+    """An edge to `node`. `grows`: requests may pass the node's end if it is growable (a format's storage, a filter's child);
+    a user's edge and an edge to a backing node never do. `read_only`: requests of this edge change nothing, though the node
+    may be open for writing. The node is closed with the last of its edges."""
+
+    __slots__ = (
+        "__weakref__",
+        "_align",
+        "_discard_align",
+        "_max_discard",
+        "_max_transfer",
+        "_max_zero",
+        "_order",
+        "_reads_wait",
+        "_seen",
+        "_within",
+        "_zero_align",
+        "closing",
+        "event",
+        "grows",
+        "node",
+        "read_only",
+        "role",
+    )
+
+    def __init__(self, node: Node, role: str, *, grows: bool = False, read_only: bool = False) -> None:
+        self.node = node
+        self.role = role
+        self.grows = grows
+        self.read_only = read_only
+        #: Whether it is about to be closed: long requests end early.
+        self.closing = False
+        self.refresh()
+        self.count_at(node)
+
+    def count_at(self, node: Node) -> None:
+        """Have `node` know of this edge, which leads there, or is about to."""
+        node._parents.add(ref(self, node._parents.discard))
+
+    @property
+    def is_root(self) -> bool:
+        """Whether a user has it, not another node."""
+        return self.role == "root"
+
+    @property
+    def writes(self) -> bool:
+        """Whether requests may pass that change the node."""
+        return not (self.read_only or self.node.read_only or self.role == "backing")
+
+    def refresh(self) -> None:
+        """Read the node's limits again (they are frozen while requests run)."""
+        #: What hears of events (`Node.event`); None where nobody does, so that asking is all that it costs.
+        self.event: Callable[[str], None] | None = self.node.event if type(self.node).event is not Node.event else None
+        self._seen = self._within = -1
+        limits = self.node.limits
+        align = limits.request_alignment
+        if not is_power_of_two(align) or limits.zero_alignment < 1 or limits.discard_alignment < 1:
+            raise ValueError(f"{self.node.name} declares limits that cannot be: {limits}")
+        self._align = align
+        most = limits.max_transfer or MAX_TRANSFER
+        self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)
+        self._zero_align = math.lcm(limits.zero_alignment, align)
+        self._max_zero = max(align_down(min(limits.max_zero or _STEP, _STEP), self._zero_align), self._zero_align)
+        self._discard_align = math.lcm(limits.discard_alignment, align)
+        self._max_discard = max(
+            align_down(min(limits.max_discard or _STEP, _STEP), self._discard_align), self._discard_align
+        )
+        # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
+        self._reads_wait = self.node.serialise > 0
+        # Read-modify-write and widened zeroes touch whole blocks, so holds are rounded to a multiple of all three.
+        unit = math.lcm(self.node.serialise or 1, align, self._zero_align)
+        self._order = unit if unit > 1 else 0
+
+    @property
+    def size(self) -> int:
+        return self.node.size
+
+    def tell(self, event: str) -> None:
+        """Tell the node of something that is about to happen (see `Node.event`)."""
+        if self.event is not None:
+            self.event(event)
+
+    def close(self) -> None:
+        """Give the edge up; the last edge to a node closes the node. Where an interrupt cut it short, call it again. One
+        thread of a graph closes edges at a time (`Graph.exclusively`)."""
+        node = self.node
+        node._parents.discard(ref(self))
+        if not node.parents():
+            node.close()
+
+    def give_up(self) -> None:
+        """Give the edge up, of a node that somebody else has."""
+        self.node._parents.discard(ref(self))
+
+    def require_writable(self, operation: str) -> None:
+        require_writable(self.node, operation)
+        if self.read_only:
+            raise ReadOnly(
+                "this user of it only reads: another node lies on it, or it was asked for so",
+                path=self.node.filename,
+                operation=operation,
+                hint="write to the node on top of the graph, or open it without read_only",
+            )
+
+    def checkpoint(self) -> None:
+        """Called between two steps of a long request, while it holds nothing. An edge that is about to be closed raises
+        Closed, so that nobody waits for a request that takes hours."""
+        if self.closing:
+            raise Closed("this image was closed")
