@@ -45,7 +45,7 @@ DISK = {"driver": "memory", "size": 1 << 20}
         ({"driver": "raw", "file": DISK, "read-only": {}}, "read-only is {}, not on or off"),
         ({"driver": "raw", "file": DISK, "node-name": []}, "node-name is [], not a name"),
         ({"driver": {}}, "driver is {}, not a name"),
-        ({"driver": "quorum", "children": [], "vote-threshold": 1}, "1 votes of 0 children cannot be"),
+        ({"driver": "quorum", "children": [], "vote-threshold": 1}, "vote-threshold is 1, but there are 0 children"),
         (
             {"driver": "quorum", "children": [None], "vote-threshold": 1},
             "children.0 is None; it takes a name or options",

@@ -81,7 +81,7 @@ def test_where_it_cannot_be(source: Path, tmp_path: Path, capsys: pytest.Capture
     target = tmp_path / "target"
     for words in (["-O", "raw"], ["-O", "qcow2", "-o", "refcount_bits=1"]):
         assert main(["convert", "-c", "-f", "raw", *words, str(source), str(target)]) == 1
-        assert "cannot store anything compressed" in capsys.readouterr().err
+        assert "does not support compression" in capsys.readouterr().err
         assert not target.exists()
     assert os.listdir(tmp_path) == [source.name]
     assert main(["convert", "-c", "-C", "-f", "raw", "-O", "qcow2", str(source), str(target)]) != 0

@@ -47,17 +47,17 @@ def test_read(text: str, rules: list[Injection | Transition]) -> None:
 
 BAD = [
     ('event = "read_aio"\n', "f:1: .*before the first rule"),
-    ("[bogus]\n", "f:1: there is no kind of rule '\\[bogus\\]'.*inject-error or set-state"),
+    ("[bogus]\n", "f:1: unknown kind of rule '\\[bogus\\]'.*inject-error or set-state"),
     ("[inject-error]\n", "f:1: event is missing"),
     ('\n[inject-error]\nerrno = "5"\n', "f:2: event is missing"),
-    ("[inject-error]\nevent = read_aio\n", "f:2: 'event = read_aio' is not understood"),
-    ("[inject-error]\nevent = 'read_aio'\n", "f:2: .*not understood"),
-    ('[inject-error]\nevent = "read_aio" junk\n', "f:2: .*not understood"),
-    ('[inject-error] junk\nevent = "read_aio"\n', "f:1: .*not understood"),
-    ('[inject-error]\nevent = "read_aio\n', "f:2: .*not understood"),
-    ('[inject-error\nevent = "read_aio"\n', "f:1: .*not understood"),
-    ("[]\n", "f:1: .*not understood"),
-    ('[inject-error]\nevent = "read_aio"\n\0\n', "f:3: .*not understood"),
+    ("[inject-error]\nevent = read_aio\n", "f:2: syntax error: 'event = read_aio'"),
+    ("[inject-error]\nevent = 'read_aio'\n", "f:2: syntax error"),
+    ('[inject-error]\nevent = "read_aio" junk\n', "f:2: syntax error"),
+    ('[inject-error] junk\nevent = "read_aio"\n', "f:1: syntax error"),
+    ('[inject-error]\nevent = "read_aio\n', "f:2: syntax error"),
+    ('[inject-error\nevent = "read_aio"\n', "f:1: syntax error"),
+    ("[]\n", "f:1: syntax error"),
+    ('[inject-error]\nevent = "read_aio"\n\0\n', "f:3: syntax error"),
     ('[inject-error]\nevent = "read_aio"\nbogus = "1"\n', "f:1: inject-error has no option 'bogus'"),
     ('[set-state]\nevent = "read_aio"\nerrno = "1"\n', "f:1: set-state has no option 'errno'"),
     ('[inject-error]\nevent = "none"\nerrno = "ENOSPC"\n', "f:1: errno is 'ENOSPC'"),
@@ -65,7 +65,7 @@ BAD = [
     ('[inject-error]\nevent = "none"\nerrno = "99999999999"\n', "f:1: errno is"),
     ('[inject-error]\nevent = "none"\nonce = "maybe"\n', "f:1: once is 'maybe'"),
     ('[inject-error]\nevent = "none"\niotype = ""\n', "f:1: iotype is ''"),
-    ('[inject-error "a"]\nevent = "none"\n[inject-error "a"]\nevent = "none"\n', "f:3: .*twice"),
+    ('[inject-error "a"]\nevent = "none"\n[inject-error "a"]\nevent = "none"\n', "f:3: duplicate rule"),
 ]
 
 

@@ -28,7 +28,7 @@ def opened(**options: Any) -> Blkdebug:
 
 def number(rules: Rules, kind: str = "read", offset: int = 0, length: int = 512) -> int:
     """The errno that a request meets; 0 if it passes."""
-    rule = rules.meet(kind, offset, length)
+    rule = rules.match(kind, offset, length)
     return 0 if rule is None else rule.errno
 
 

@@ -212,7 +212,7 @@ def test_the_bound_holds_and_so_do_the_bytes(data: st.DataObject) -> None:
                 image.flush()
             except BlockIOError:
                 assert name == "fail"
-        assert len(image.node._blocks) <= image.node._most  # type: ignore[attr-defined]
+        assert len(image.node._blocks) <= image.node._capacity  # type: ignore[attr-defined]
     storage.fails = set()
     image.flush()
     assert Image(storage).read(0, 5000) == image.read(0, 5000) == flat

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lamina
 from lamina.cli.main import main
 from lamina.errors import OptionError, ReadOnly
-from lamina.filters.cow import Cow, _Stretches
+from lamina.filters.cow import Cow, _RangeMap
 from lamina.image import Image
 from lamina.request import Child
 from lamina.storage.memory import PAGE, MemoryStorage
@@ -75,13 +75,13 @@ def test_huge_zeroes_cost_nothing() -> None:
     image.zero(0, 1 << 50)
     image.truncate(1 << 51)
     assert len(image.extents()) == 1
-    assert image.node._above.node.allocated == 0  # type: ignore[attr-defined]
+    assert image.node._memory.node.allocated == 0  # type: ignore[attr-defined]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 2]), st.integers(0, 40), st.integers(1, 12)), max_size=25))
 def test_stretches_are_what_was_set(steps: list[tuple[int, int, int]]) -> None:
-    stretches, flat = _Stretches(), [-1] * 60
+    stretches, flat = _RangeMap(), [-1] * 60
     for kind, start, length in steps:
         if kind == 2:
             stretches.cut(start)

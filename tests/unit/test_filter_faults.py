@@ -17,7 +17,7 @@ import lamina
 from lamina import BlockIOError, OptionError
 from lamina.errors import NotSupported
 from lamina.filters.faults import Faults
-from lamina.filters.faults.rule import Spans
+from lamina.filters.faults.rule import ByteSet
 from lamina.graph import Opener
 from lamina.image import Image
 from lamina.node import MAY_UNMAP
@@ -372,7 +372,7 @@ def test_the_same_seed_and_order_give_the_same_history() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 60), st.integers(0, 20))))
 def test_spans_are_sets(steps: list[tuple[bool, int, int]]) -> None:
-    spans, model = Spans(), set[int]()
+    spans, model = ByteSet(), set[int]()
     for add, start, length in steps:
         before = set(model)
         if add:

@@ -280,7 +280,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     disk.write_bytes(bytes(512))
     with pytest.raises(OptionError, match="power of two"):
         lamina.open(spec(disk, log, **{"log-sector-size": 1000}), read_only=False)
-    with pytest.raises(BlockIOError, match="cannot make the log"):
+    with pytest.raises(BlockIOError, match="cannot create the log"):
         lamina.open(spec(disk, tmp_path / "none" / "log"), read_only=False)
     node = over(MemoryStorage(512), log)
     with Image(node), pytest.raises(OptionError, match="481 bytes does not fit"):
@@ -291,11 +291,11 @@ def test_appending_to_what_is_no_log(tmp_path: Path) -> None:
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.write_bytes(bytes(4096))
     log.write_bytes(b"something else, and long enough" * 100)
-    with pytest.raises(FormatError, match="no log of writes"):
+    with pytest.raises(FormatError, match="not a log of logwrites"):
         lamina.open(spec(disk, log, **{"log-append": True}), read_only=False)
     with lamina.open(spec(disk, log), read_only=False) as image:
         image.write(0, b"a" * 4096)
-    with pytest.raises(FormatError, match="512 bytes long, not 4096"):
+    with pytest.raises(FormatError, match="the log is 512 bytes, not 4096"):
         lamina.open(spec(disk, log, **{"log-append": True, "log-sector-size": 4096}), read_only=False)
     log.write_bytes(log.read_bytes()[:1024])
     with pytest.raises(FormatError, match="entry 0"):

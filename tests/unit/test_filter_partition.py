@@ -86,7 +86,7 @@ def test_primary_and_logical_partitions(number: int, first: int, sectors: int) -
 
 @pytest.mark.parametrize("number", [3, 4, 8, 129, 10**30])
 def test_what_is_not_there_is_refused_and_what_is_there_named(number: int) -> None:
-    with pytest.raises(OptionError, match="there is no partition") as caught:
+    with pytest.raises(OptionError, match="has no partition") as caught:
         find(disk(16384 * 512, CLASSIC), number)
     assert "1, 2" in str(caught.value)
 
@@ -108,18 +108,18 @@ def test_sectors_of_4096() -> None:
     ],
 )
 def test_a_partition_outside_the_disk_is_refused(parts: dict[int, bytes]) -> None:
-    with pytest.raises(CorruptImage, match="does not lie inside"):
+    with pytest.raises(CorruptImage, match="is not inside"):
         find(disk(4096 * 512, parts), 1)
 
 
 @pytest.mark.parametrize(
     ("chain", "words"),
     [
-        ({2048 * 512: record((0x83, 1, 1), (0x05, 0, 10))}, "comes back"),
-        ({2048 * 512: record((0, 0, 0), (0x05, 8, 10)), 2056 * 512: record((0, 0, 0), (0x05, 8, 9))}, "comes back"),
-        ({2048 * 512: record((0, 0, 0), (0x05, 1024, 10))}, "no boot record"),
-        ({2048 * 512: record((0, 0, 0), (0x05, 5, 10))}, "no boot record"),
-        ({}, "no boot record"),
+        ({2048 * 512: record((0x83, 1, 1), (0x05, 0, 10))}, "returns to"),
+        ({2048 * 512: record((0, 0, 0), (0x05, 8, 10)), 2056 * 512: record((0, 0, 0), (0x05, 8, 9))}, "returns to"),
+        ({2048 * 512: record((0, 0, 0), (0x05, 1024, 10))}, "not a boot record"),
+        ({2048 * 512: record((0, 0, 0), (0x05, 5, 10))}, "not a boot record"),
+        ({}, "not a boot record"),
         ({2048 * 512: record((0x83, 1, 1024))}, "ends outside"),
         ({2048 * 512: record((0x83, 0xFFFFFFFF, 1))}, "ends outside"),
     ],
@@ -152,7 +152,7 @@ def test_gpt(sector: int, given_sector: bool) -> None:
     asked = sector if given_sector else None
     assert find(image, 1, asked) == (100 * sector, 100 * sector)
     assert find(image, 128, asked) == (200 * sector, sector)
-    with pytest.raises(OptionError, match="there are: 1, 128"):
+    with pytest.raises(OptionError, match="the partitions are: 1, 128"):
         find(image, 2, asked)
     with pytest.raises(OptionError, match="no partition 129"):
         find(image, 129, asked)
@@ -168,7 +168,7 @@ def test_the_backup_stands_in_for_a_broken_primary(sector: int, broken: int) -> 
     assert find(image, 3) == (100 * sector, 100 * sector)
     last = 4 * MIB - sector
     image.write(last, memoryview(b"\xff"))
-    with pytest.raises(CorruptImage, match="no copy of the GPT is whole"):
+    with pytest.raises(CorruptImage, match="no copy of the GPT is valid"):
         find(image, 3)
 
 

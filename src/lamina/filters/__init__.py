@@ -1,2 +1,2 @@
-"""Filters: the nodes that watch or change what passes between two others. One module per driver, found by
-`registry`."""
+"""Filters: nodes that observe or change the requests to their child. One module per driver; `registry` finds each by its
+name."""

@@ -1,4 +1,4 @@
-"""The filter `blkverify`: every write goes to two images, and every read of the one is held against the other."""
+"""The filter `blkverify`: writes to two images, and compares every read of one with the other."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class Blkverify(TransformNode):
-    """The disk is `image`, the one under test; `raw` has the same bytes and is trusted. Writes and zeroes go to both; a read
-    that differs fails with EIO, which names the first byte that does. Discards are left out, since what the two read as
-    then may differ with right.
+    """The image under test is `image`; `raw` is a trusted copy. Writes and zero requests go to both. A read whose bytes
+    differ fails with EIO and names the first different byte. Discards are refused, since the two images may read
+    differently after a discard.
 
-    Safe for any number of threads: requests that overlap are ordered by the request path, so both see them in one order."""
+    Thread-safe: the request path orders overlapping requests, so both images get them in the same order."""
 
     driver: ClassVar[str] = "blkverify"
     schema: ClassVar[Schema] = Schema(
         "blkverify",
         [
             Option("test", "node", "the image under test", required=True, aliases=("image",)),
-            Option("raw", "node", "the image that is right; a bare name is a raw file", required=True),
+            Option("raw", "node", "the trusted image; a plain name is a raw file", required=True),
         ],
     )
 
@@ -39,12 +39,12 @@ class Blkverify(TransformNode):
         self.graph_changed()
 
     def graph_changed(self) -> None:
-        """OptionError if the two are not equally long."""
+        """Raises OptionError if the sizes of the two images differ."""
         if self._raw.size != self.image.size:
             raise OptionError(
-                f"the images are not equally long: {self.image.size} and {self._raw.size} bytes",
+                f"the sizes of the images differ: {self.image.size} and {self._raw.size} bytes",
                 path=self._raw.node.filename,
-                hint="make the raw one as long as the one under test",
+                hint="resize the raw image to the size of the image under test",
             )
 
     @classmethod
@@ -69,17 +69,18 @@ class Blkverify(TransformNode):
 
     def read_into(self, offset: int, view: memoryview) -> None:
         self.image.read_into(offset, view)
-        right = bytearray(len(view))
-        self._raw.read_into(offset, memoryview(right))
-        if right != view:
-            at = next(at for at in range(len(right)) if right[at] != view[at])
+        expected = bytearray(len(view))
+        self._raw.read_into(offset, memoryview(expected))
+        if expected != view:
+            at = next(at for at in range(len(expected)) if expected[at] != view[at])
+            trusted = self._raw.node.filename
             raise BlockIOError(
-                f"the byte at {offset + at} is {view[at]:#04x}, and in {self._raw.node.filename} it is {right[at]:#04x}",
+                f"the byte at offset {offset + at} is {view[at]:#04x}, but {expected[at]:#04x} in {trusted}",
                 path=self.filename,
                 operation="read",
                 offset=offset,
                 length=len(view),
-                hint="the image under test is wrong there, or the two were not equal from the start",
+                hint="the image under test is wrong, or the images already differed when they were opened",
             )
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
@@ -88,7 +89,7 @@ class Blkverify(TransformNode):
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         if flags & NO_FALLBACK:
-            # The one could do it and the other refuse, and then a byte was touched.
+            # If the second image refused, the first one would already be changed.
             raise self.refuse("fast zero")
         self.image.zero(offset, length, flags)
         self._raw.zero(offset, length, flags)

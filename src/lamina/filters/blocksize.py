@@ -1,5 +1,5 @@
-"""The filter `blocksize`: imposes a block size and a largest transfer. One of the filters. It only declares them: the request
-path above reads, merges and splits. All in bytes."""
+"""The filter `blocksize`: sets a block size and a maximum transfer, in bytes. The filter only declares them; the request path
+above it aligns and splits the requests."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..schema import Option
 
 
 class BlockSize(FilterNode):
-    """`image`, which gets reads and writes of whole blocks of `minimum` (a power of two), none above `maximum` (0: as the
-    child). A child that asks for larger blocks, or smaller transfers, gets its own way."""
+    """Passes reads and writes to `image` in complete blocks of `minimum` bytes (a power of two) and at most `maximum` bytes
+    (0: the maximum of the child). Stricter limits of the child take precedence."""
 
     driver = "blocksize"
     faithful = True
     options = (
-        Option("minimum", "size", "requests are multiples of it: a power of two", default=1, maximum=64 * MIB),
-        Option("maximum", "size", "the largest read or write; 0: as the child", default=0),
+        Option("minimum", "size", "the block size, a power of two", default=1, maximum=64 * MIB),
+        Option("maximum", "size", "the largest read or write; 0: the limit of the child", default=0),
     )
 
     def __init__(self, image: Child, minimum: int = 1, maximum: int = 0, **common: Any) -> None:
-        """Raises OptionError for sizes that cannot be kept."""
+        """Raises OptionError for invalid sizes."""
         super().__init__(image, **common)
         self._minimum, self._maximum = minimum, maximum
         block = self.limits.request_alignment
         if not is_power_of_two(minimum) or 0 < maximum < block:
-            rule = f"minimum must be a power of two, maximum at least one block ({block})"
-            raise OptionError(f"blocks of {minimum} bytes and transfers of {maximum} cannot be", hint=rule)
+            rule = f"minimum must be a power of two, and maximum 0 or at least one block ({block} bytes)"
+            raise OptionError(f"minimum {minimum} and maximum {maximum} are not valid together", hint=rule)
 
     @property
     def limits(self) -> Limits:

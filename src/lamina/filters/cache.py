@@ -1,4 +1,4 @@
-"""The filter `cache`: blocks of the image in memory, within a bound, written back late or at once."""
+"""The filter `cache`: a bounded cache of blocks in memory, in writeback or writethrough mode."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 class Cache(TransformNode):
-    """At most `blocks` blocks of `block_size` bytes of `image`, a power of two; the one that was not used for longest
-    makes room. With the mode "writeback" a write stays here until its block makes room, or until a flush, a FUA write or
-    the close; "writethrough" hands it down first. A flush writes what is dirty in the order of offsets, then flushes the
-    image. What cannot be written stays dirty: that flush fails, and the next one tries again. If no block can make room,
-    the request that needs one fails.
+    """Caches at most `blocks` blocks of `block_size` bytes, a power of two, and evicts the least recently used block. In the
+    mode "writeback" written bytes stay in the cache until their block is evicted, or until a flush, a FUA write or the close;
+    in the mode "writethrough" they are written to the image first. A flush writes the dirty blocks in the order of offsets
+    and then flushes the image. A block that cannot be written stays dirty: the flush fails, and the next flush tries again.
+    If no block can be evicted, the request that needs a block fails.
 
-    Safe for any number of threads: one operation runs at a time."""
+    Thread-safe: operations run one at a time."""
 
     driver = "cache"
     options = (
-        Option("blocks", "int", "how many blocks are kept at most", default=256, minimum=1),
+        Option("blocks", "int", "the maximum number of cached blocks", default=256, minimum=1),
         Option("block-size", "size", "a power of two", default=1 << 16, minimum=512, maximum=64 * MIB),
-        Option("mode", "enum", "when writes go down", choices=("writeback", "writethrough"), default="writeback"),
+        Option(
+            "mode", "enum", "when writes reach the image", choices=("writeback", "writethrough"), default="writeback"
+        ),
     )
 
     def __init__(
@@ -43,16 +45,16 @@ class Cache(TransformNode):
     ) -> None:
         super().__init__(image, **common)
         if not is_power_of_two(block_size):
-            raise OptionError(f"block-size is {block_size}", hint="it must be a power of two")
-        self._most = blocks
-        self._unit = block_size
-        self._late = mode == "writeback"
-        # Without FUA of its own, the edge above asks for a flush.
-        self.supported_flags = 0 if self._late else FUA
+            raise OptionError(f"block-size is {block_size}", hint="it takes a power of two")
+        self._capacity = blocks
+        self._block_size = block_size
+        self._writeback = mode == "writeback"
+        # In writeback mode the request path emulates FUA by a flush.
+        self.supported_flags = 0 if self._writeback else FUA
         self._size = image.size
-        #: Number -> bytes, the one used last at the end. Past the end of the image they are zeros.
+        #: Number -> bytes, the most recently used block last. Bytes past the end of the image are zeros.
         self._blocks: OrderedDict[int, bytearray] = OrderedDict()
-        #: Number -> the range of that block, in the terms of the disk, that the image does not have yet.
+        #: Number -> the dirty range of the block, as offsets of the disk.
         self._dirty: dict[int, tuple[int, int]] = {}
         self._mutex = threading.Lock()
 
@@ -66,8 +68,8 @@ class Cache(TransformNode):
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
-        """The image's where every write goes down at once."""
-        return None if self._late else self.image.node.host_base
+        """That of the image in writethrough mode; in writeback mode the image does not hold all bytes."""
+        return None if self._writeback else self.image.node.host_base
 
     def read_into(self, offset: int, view: memoryview) -> None:
         with self._mutex:
@@ -76,17 +78,17 @@ class Cache(TransformNode):
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         with self._mutex:
-            if not self._late:
+            if not self._writeback:
                 try:
                     self.image.write(offset, view, flags)
                 except BaseException:
-                    self._release(offset, offset + len(view))  # what is there now is not known
+                    self._release(offset, offset + len(view))  # the content of the image is unknown
                     raise
             for number, lo, hi, at in self._parts(offset, len(view)):
-                if self._late or number in self._blocks:
-                    block = self._block(number, fill=hi - lo < self._unit)
+                if self._writeback or number in self._blocks:
+                    block = self._block(number, fill=hi - lo < self._block_size)
                     block[lo:hi] = view[at : at + hi - lo]
-                if self._late:
+                if self._writeback:
                     start, stop = offset + at, offset + at + hi - lo
                     first, last = self._dirty.get(number, (start, stop))
                     self._dirty[number] = min(first, start), max(last, stop)
@@ -113,12 +115,12 @@ class Cache(TransformNode):
             self._write_back()
             try:
                 self.image.truncate(size)
-            finally:  # what failed may have changed the size all the same
+            finally:  # a failed truncate may have changed the size as well
                 self._blocks.clear()
                 self._size = self.image.size
 
     def extents(self, offset: int, length: int) -> Extents:
-        """What is dirty is data that no file holds yet; the rest is the image's answer."""
+        """Dirty bytes are data without a host file; the other extents are those of the image."""
         from ..extents import DATA, PRESENT, Extents
 
         end = offset + length
@@ -146,7 +148,7 @@ class Cache(TransformNode):
             return not self._dirty_within(offset, offset + length) and self.image.reads_zero(offset, length)
 
     def graph_changed(self) -> None:
-        """What is dirty goes down, and all else is forgotten: what lies below now may read otherwise."""
+        """Write back the dirty blocks and drop all blocks, since the nodes below may read differently now."""
         with self._mutex:
             self._write_back()
             self._blocks.clear()
@@ -156,42 +158,42 @@ class Cache(TransformNode):
         with self._mutex:
             self._write_back()
 
-    # -- all that follows is called with the mutex held
+    # -- the following methods need the mutex
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
-        """The blocks of a range: number, where in the block it starts and ends, and how far into the range that is."""
+        """The blocks of a range: number, start and end of the part in the block, and the offset of the part in the range."""
         end = offset + length
         at = offset
         while at < end:
-            number, lo = divmod(at, self._unit)
-            hi = min(self._unit, lo + end - at)
+            number, lo = divmod(at, self._block_size)
+            hi = min(self._block_size, lo + end - at)
             yield number, lo, hi, at - offset
             at += hi - lo
 
     def _block(self, number: int, *, fill: bool = True) -> bytearray:
-        """The block, used just now. `fill`: with the image's bytes, if it was not there."""
+        """The block `number`, now the most recently used. `fill`: read a block that is not cached from the image."""
         block = self._blocks.get(number)
         if block is None:
-            while len(self._blocks) >= self._most and self._make_room():
+            while len(self._blocks) >= self._capacity and self._evict():
                 pass
-            block = bytearray(self._unit)
-            inside = min(self._unit, self.image.size - number * self._unit)
+            block = bytearray(self._block_size)
+            inside = min(self._block_size, self.image.size - number * self._block_size)
             if fill and inside > 0:
-                self.image.read_into(number * self._unit, memoryview(block)[:inside])
+                self.image.read_into(number * self._block_size, memoryview(block)[:inside])
             self._blocks[number] = block
         else:
             self._blocks.move_to_end(number)
         return block
 
-    def _make_room(self) -> bool:
-        """Let go of the block that was not used for longest, of those that can be let go of. False, where there is none, in a
-        forked child, which writes nothing: one block more is kept there."""
+    def _evict(self) -> bool:
+        """Evict the least recently used block that is clean or can be written back. If there is none, raises the first error,
+        or returns False in a forked child process, which never writes and may exceed the capacity."""
         first: LaminaError | None = None
         for number in self._blocks:
             try:
                 self._clean(number)
             except LaminaError as error:
-                first = first or error  # it stays dirty, and a flush will tell
+                first = first or error  # the block stays dirty, so the next flush reports the error
                 continue
             del self._blocks[number]
             return True
@@ -204,12 +206,12 @@ class Cache(TransformNode):
         dirty = self._dirty.get(number)
         if dirty is not None:
             first, last = dirty
-            base = number * self._unit
+            base = number * self._block_size
             self.image.write(first, memoryview(self._blocks[number])[first - base : last - base])
             del self._dirty[number]
 
     def _write_back(self, offset: int = 0, end: int | None = None) -> None:
-        """Hand all that is dirty down, or what touches a range; all is tried, and the first error raised."""
+        """Write back all dirty blocks, or those with dirty bytes in a range. Tries all, then raises the first error."""
         first: LaminaError | None = None
         for number in self._dirty_within(offset, self._size if end is None else end):
             try:
@@ -220,12 +222,12 @@ class Cache(TransformNode):
             raise first
 
     def _dirty_within(self, offset: int, end: int) -> list[int]:
-        """The numbers of dirty blocks with dirty bytes in the range, in order."""
+        """The numbers of the blocks with dirty bytes in the range, in order."""
         return sorted(number for number, (first, last) in self._dirty.items() if first < end and offset < last)
 
     def _release(self, offset: int, end: int) -> None:
-        """Hand down what is dirty in the blocks that touch the range, and forget them."""
-        first, last = offset // self._unit, -(-end // self._unit)
-        self._write_back(first * self._unit, last * self._unit)
+        """Write back and drop the blocks that overlap the range."""
+        first, last = offset // self._block_size, -(-end // self._block_size)
+        self._write_back(first * self._block_size, last * self._block_size)
         for number in [number for number in self._blocks if first <= number < last]:
             del self._blocks[number]

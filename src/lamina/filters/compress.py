@@ -1,4 +1,4 @@
-"""The filter `compress`: has everything that is written packed. One of the filters, for a format that can pack."""
+"""The filter `compress`: stores all written data compressed, in a format that supports compression."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..request import Child
 
 
 class Compress(FilterNode):
-    """`image`, whose writes ask for COMPRESS. It declares the blocks that the image packs as its own, so that the request
-    path completes writes to whole ones. Raises UnsupportedFeature over what packs nothing."""
+    """Adds the flag COMPRESS to all writes to `image`. The alignment of the filter is the image's compression block, so
+    the request path completes writes to such blocks. Raises UnsupportedFeature if the image cannot compress."""
 
     driver = "compress"
     faithful = True
@@ -21,9 +21,9 @@ class Compress(FilterNode):
         super().__init__(image, **common)
         if not (self.supported_flags & COMPRESS and image.node.limits.compress_alignment):
             raise UnsupportedFeature(
-                f"{image.node.driver} cannot store anything compressed",
+                f"the driver {image.node.driver} does not support compression",
                 path=image.node.filename,
-                hint="images of format qcow2 can, if their reference counts have more than one bit",
+                hint="use qcow2 with reference counts of more than one bit",
             )
 
     @property

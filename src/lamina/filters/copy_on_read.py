@@ -1,4 +1,4 @@
-"""The filter `copy_on_read`: what is read from a backing image is kept in the image on top."""
+"""The filter `copy_on_read`: copies data that is read from a backing image to the top image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from ..request import Child
 
 
 class CopyOnRead(FilterNode):
-    """Over a format with a backing image. Stretches of a read that a layer below the top one holds are written into the top
-    layer, once, so that the next read finds them there; how much room that takes is the format's choice. A read that fails
-    is the error of the backing image. A copy that fails, for want of room say, is logged, and the read succeeds. Over an
-    image that is opened for reading nothing is copied.
+    """A filter above a format with a backing image. The ranges of a read that a lower layer of the chain holds are written to
+    the top layer, once, so that later reads find them there. The format decides how much it allocates for them. A failed copy
+    (a full disk, for example) is logged, and the read succeeds. Nothing is copied if the image is read-only.
 
-    Safe for any number of threads: a copy holds its range, and writes of the same bytes wait, so none is ever undone."""
+    Thread-safe: a copy locks its range, so concurrent writes of the same bytes wait and are not overwritten."""
 
     driver = "copy_on_read"
     faithful = True
@@ -43,4 +42,4 @@ class CopyOnRead(FilterNode):
                 else:
                     self.image.write(row.start, view[row.start - offset : row.end - offset])
         except LaminaError as error:
-            self.warn("what was read is not kept: %s", error)
+            self.warn("data that was read could not be copied: %s", error)

@@ -1,4 +1,4 @@
-"""The filter `cow`: changes are kept in memory, and the image below stays as it is. It is what `snapshot=on` opens."""
+"""The filter `cow` (copy-on-write): keeps all changes in memory and never changes its child. `snapshot=on` opens it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ if TYPE_CHECKING:
     from ..extents import Extents
     from ..graph import Opener
 
-# What holds a stretch of the disk.
+# The source of a range of the disk: zeros, the memory of the filter, or the child.
 _ZERO, _DATA, _BELOW = 0, 1, -1
 
 
 class Cow(TransformNode):
-    """Reads come from `image` until the bytes are written; all changes, of the size too, stay above it and are gone when
-    the node is closed. The image is never written to, and is opened read-only. A discard leaves zeros: what lies below does
-    not come to light again. What was changed is known to the byte, so writing never reads.
+    """Unchanged bytes are read from `image`, which is opened read-only. All changes, including those of the size, are kept in
+    memory and discarded when the node is closed. Discarded bytes read as zeros, never as the bytes of the image. Changes are
+    recorded exactly, in bytes, so writes need no read.
 
-    Safe for any number of threads: overlapping requests are ordered by the request path. Memory grows with what is written,
-    in pages of 64 KiB."""
+    Thread-safe: the request path orders overlapping requests. Memory grows with the written data, in pages of 64 KiB."""
 
     driver: ClassVar[str] = "cow"
     schema: ClassVar[Schema] = Schema(
-        "cow", [Option("image", "node", "the node below, never written to", required=True)]
+        "cow", [Option("image", "node", "the child node, which is never written", required=True)]
     )
     serialise = 512
-    supported_flags = FUA  # nothing here outlives the node: every write is as stable as it can be
+    supported_flags = FUA  # no data outlives the node, so a flush would have no effect
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(image, name=name, read_only=read_only)
         self._size = image.size
-        #: The image counts up to here; what was cut off once reads as zero when it comes back.
-        self._below = image.size
-        self._mutex = threading.Lock()  # of the size: writes that do not overlap may pass the end at once
-        self._changed = _Stretches()
-        self._above = Child(registry.lookup("memory", "storage")(), "above", grows=True)
+        #: The part of the image that is still visible: bytes past a truncation read as zeros when the disk grows again.
+        self._visible = image.size
+        self._mutex = threading.Lock()  # for the size: writes that do not overlap may extend the disk concurrently
+        self._changed = _RangeMap()
+        self._memory = Child(registry.lookup("memory", "storage")(), "above", grows=True)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -61,69 +60,69 @@ class Cow(TransformNode):
 
     @property
     def limits(self) -> Limits:
-        """None: the image is only read."""
+        """No limits, since the image is only read."""
         return Limits()
 
     def read_into(self, offset: int, view: memoryview) -> None:
         for lo, hi, kind in self._changed.within(offset, offset + len(view)):
             part = view[lo - offset : hi - offset]
             if kind == _DATA:
-                self._above.read_into(lo, part)
+                self._memory.read_into(lo, part)
             elif kind == _ZERO:
                 fill_zero(part)
             else:
-                inside = min(max(self._below - lo, 0), hi - lo)
+                inside = min(max(self._visible - lo, 0), hi - lo)
                 if inside:
                     self.image.read_into(lo, part[:inside])
                 fill_zero(part[inside:])
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self._above.write(offset, view)
+        self._memory.write(offset, view)
         self._change(offset, offset + len(view), _DATA)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        self._above.zero(offset, length)  # gives the memory back
+        self._memory.zero(offset, length)  # frees the pages
         self._change(offset, offset + length, _ZERO)
 
     def discard(self, offset: int, length: int) -> None:
         self.zero(offset, length)
 
     def flush(self) -> None:
-        """Nothing here can be made to last."""
+        """Do nothing, since no data outlives the node."""
 
     def truncate(self, size: int) -> None:
         self._changed.cut(size)
-        self._above.truncate(min(size, self._above.size))
-        self._below = min(self._below, size)
+        self._memory.truncate(min(size, self._memory.size))
+        self._visible = min(self._visible, size)
         self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
-        """What was changed is data (or zero) that no file holds; the rest is the image's answer, at its own depth."""
+        """Changed ranges are data or zero without a host file; the other extents are those of the image."""
         import numpy as np
 
         from ..extents import DATA, PRESENT, ZERO, Extents
 
-        inside = min(max(self._below - offset, 0), length)
+        inside = min(max(self._visible - offset, 0), length)
         below = self.image.extents(offset, inside) if inside else Extents.empty(offset)
         if below.end == offset + inside:
             below = below.pad_zero(offset + length).coalesce()
         changed = np.array(list(islice(self._changed.within(offset, below.end), limits.MAX_ROWS)), np.int64)
-        flags = np.array([ZERO | PRESENT, DATA | PRESENT, 0], np.uint8)[changed[:, 2]]  # _BELOW finds the last
+        flags = np.array([ZERO | PRESENT, DATA | PRESENT, 0], np.uint8)[changed[:, 2]]  # _BELOW (-1) is the last item
         own = Extents.from_columns(changed[:, 0], changed[:, 1] - changed[:, 0], flags)
         return bounded(own.masking(below.clip(offset, own.end)).coalesce())
 
     def reads_zero(self, offset: int, length: int) -> bool:
         for lo, hi, kind in self._changed.within(offset, offset + length):
-            inside = min(max(self._below - lo, 0), hi - lo)
+            inside = min(max(self._visible - lo, 0), hi - lo)
             if kind == _DATA or (kind == _BELOW and inside and not self.image.reads_zero(lo, inside)):
                 return False
         return True
 
     def graph_changed(self) -> None:
-        self._below = min(self._below, self.image.size)
+        self._visible = min(self._visible, self.image.size)
 
     def close(self) -> None:
-        self._above.close()
+        self._memory.close()
         super().close()
 
     def _change(self, start: int, end: int, kind: int) -> None:
@@ -132,9 +131,9 @@ class Cow(TransformNode):
             self._size = max(self._size, end)
 
 
-class _Stretches:
-    """Which bytes were changed: stretches of a kind that do not overlap, in order; equal neighbours are one. Safe for any
-    number of threads."""
+class _RangeMap:
+    """A map from changed ranges to their source (`_ZERO` or `_DATA`). Adjacent ranges with one source are joined.
+    Thread-safe."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -143,9 +142,9 @@ class _Stretches:
         self._mutex = threading.Lock()
 
     def set(self, start: int, end: int, kind: int) -> None:
-        """All of [start, end) is of `kind` now."""
+        """Set the source of [start, end)."""
         with self._mutex:
-            # Those that overlap it or touch it; what is left of the first and the last stays.
+            # The ranges that overlap or touch it; the remaining parts of the first and the last are kept.
             first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
             left, right = [], []
             if first < last:
@@ -160,7 +159,7 @@ class _Stretches:
             self._replace(first, last, [*left, (start, end, kind), *right])
 
     def cut(self, size: int) -> None:
-        """Nothing from `size` on was changed."""
+        """Remove all ranges from `size` on."""
         with self._mutex:
             first = bisect_right(self._ends, size)
             kept = self._starts[first:][:1]
@@ -169,7 +168,7 @@ class _Stretches:
             )
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """[start, end) as (start, end, kind), _BELOW where it was not changed, as of now."""
+        """A snapshot of [start, end) as rows (start, end, source); the source of unchanged ranges is `_BELOW`."""
         with self._mutex:
             first, last = bisect_right(self._ends, start), bisect_left(self._starts, end)
             found = zip(self._starts[first:last], self._ends[first:last], self._kinds[first:last], strict=True)

@@ -1,5 +1,4 @@
-"""The filter `delay`: every operation takes a while longer. One of the filters; it makes a fast disk behave like a slow or
-distant one. Times are milliseconds."""
+"""The filter `delay`: adds latency to operations, in milliseconds, to simulate a slow or distant disk."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ KINDS = ("read", "write", "zero", "discard", "flush", "extents")
 
 
 class Delay(AroundNode):
-    """`image`, before whose operations it waits: `read_ms`, `write_ms`, ... milliseconds. Threads wait side by side: this
-    is latency, not a limit of throughput (see `throttle`). `clock`: what has a `sleep(seconds)`, for tests."""
+    """Waits before each operation on `image`: `read_ms`, `write_ms`, ... milliseconds. Several threads wait concurrently, so
+    the filter limits latency and not throughput (see `throttle`). `clock` has a method `sleep(seconds)`; tests replace it."""
 
     driver = "delay"
     faithful = True

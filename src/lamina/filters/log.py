@@ -1,8 +1,8 @@
-"""The filter `log`: a line for every request, when it is done. One of the filters; to see what a program does to a disk.
+"""The filter `log`: writes one line for every completed request, to show how a program uses a disk.
 
-A line is `TIME OPERATION offset=N length=N flags=WORDS result=ok us=N`, with what the operation has of these, time in UTC,
-offsets and lengths in bytes, the duration in microseconds. A failure has the name of its errno as the result, and
-`error="..."` at the end. So a line splits at blanks, and a message in it never ends it.
+A line is `TIME OPERATION offset=N length=N flags=WORDS result=ok us=N`, without the fields that an operation does not have.
+The time is in UTC, offsets and lengths are bytes, and the duration is in microseconds. The result of a failed request is the
+name of its errno, and `error="..."` follows at the end. Fields are separated by blanks; a message never contains a newline.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _FLAGS = {FUA: "fua", MAY_UNMAP: "may_unmap", NO_FALLBACK: "no_fallback"}
 
 
 class Log(AroundNode):
-    """`image`, whose requests are logged to the file `log`, appended, or to standard error; which files are written is said
-    in `side_file`. Lines of threads come whole, in the order in which requests ended. `clock`: has `time()` and
-    `perf_counter()`, seconds.
+    """Logs the requests to `image`: appends to the file `log` (under the rules of `side_file`), or writes to standard error.
+    Lines of several threads never interleave; their order is that in which the requests ended. `clock` has `time()` and
+    `perf_counter()`, in seconds.
 
-    Raises BlockIOError if the log cannot be opened or written: a log with gaps would mislead.
+    Raises BlockIOError if the log cannot be opened or written, since a log with gaps would mislead.
     """
 
     driver = "log"
     faithful = True
-    options = (Option("log", "str", "the file to append to; standard error if there is none"),)
+    options = (Option("log", "str", "the file to which lines are appended (default: standard error)"),)
 
     def __init__(self, image: Child, log: str | None = None, **common: Any) -> None:
         super().__init__(image, **common)
@@ -64,12 +64,12 @@ class Log(AroundNode):
         except Exception:
             self._close_file()
             raise
-        self._close_file()  # not after an interrupt, when there is more to come
+        self._close_file()  # not after an interrupt, since `close` is called again then
 
     def _close_file(self) -> None:
         with self._mutex:
             if self._file is not None:
-                self._file.close()  # again where an interrupt cut it short
+                self._file.close()  # may be called again after an interrupt
                 self._file = None
 
     def forsake(self) -> None:
@@ -88,7 +88,7 @@ class Log(AroundNode):
 
 
 def _words(flags: int) -> str:
-    """` flags=fua,may_unmap`, or nothing."""
+    """The field ` flags=fua,may_unmap`; empty without flags."""
     words = [word for bit, word in _FLAGS.items() if flags & bit]
     return f" flags={','.join(words)}" if words else ""
 

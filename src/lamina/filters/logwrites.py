@@ -1,10 +1,10 @@
-"""The filter `logwrites`: every write, in order, in a log that can be replayed to any point.
+"""The filter `logwrites`: logs every write, in order, for replay up to any point.
 
-The log has the format of the Linux device-mapper target log-writes (Documentation/admin-guide/device-mapper/log-writes),
-version 1, so that tools made for that read it; `lamina.testing.write_log` does too. All fields are little-endian. Sector 0 is
-the superblock: magic, version, number of entries (8 bytes each), sector size (4 bytes). Each entry is a sector that begins
-with: sector, number of sectors, flags, bytes of inline data (8 bytes each); the inline data of a mark follows at once, the
-data of a write in whole sectors behind it.
+The log has the format, version 1, of the Linux device-mapper target log-writes (Documentation/admin-guide/device-mapper/
+log-writes), so the tools for that target read it, and so does `lamina.testing.write_log`. All fields are little-endian.
+Sector 0 is the superblock: magic, version, number of entries (8 bytes each), sector size (4 bytes). Each entry is a sector
+that begins with: sector, number of sectors, flags, length of inline data (8 bytes each). The inline data of a mark follows
+in the same sector; the data of a write follows in the next sectors.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ VERSION = 1
 SUPER = struct.Struct("<3QI")
 ENTRY = struct.Struct("<4Q")
 FLUSH_FLAG, FUA_FLAG, DISCARD_FLAG, MARK_FLAG = 1, 2, 4, 8
-#: A mark with this text, and a number of bytes behind it, says that the disk was made so long.
+#: The text of a mark that records a resize; the new size in bytes follows.
 RESIZED = "lamina: size "
 _FILENAME = Option("filename", "str", "the file of a log")
 
 
 class LogWrites(FilterNode):
-    """Passes everything on to `image`, and appends what changed it to `log`: writes and zeroes with their bytes, discards,
-    flushes, marks.
+    """Passes all requests to `image` and appends those that change it to `log`: writes and zero requests with their bytes,
+    discards, flushes and marks.
 
-    A request is logged when it has succeeded. A flush is logged behind all that had returned when it began and before all
-    that returned later, as the worst disk would have it. Requests are multiples of `sector_size` and ordered where they
-    overlap, so the log has the order that the disk saw. Without a log (read-only) it only passes.
+    A request is logged after it has succeeded. The entry of a flush follows all requests that had returned when the flush
+    began, and precedes all requests that returned later, which is the weakest guarantee of a disk. Requests are aligned to
+    `sector_size` and ordered where they overlap, so the order of the log is that of the disk. A read-only node has no log.
     """
 
     driver: ClassVar[str] = "logwrites"
@@ -50,13 +50,13 @@ class LogWrites(FilterNode):
         "logwrites",
         [
             Option("image", "node", "the node below", required=True, aliases=("file",)),
-            Option("log", "node", "where the log goes: a file, made if it is not there, or a node", required=True),
+            Option("log", "node", "the log: a file, created if it does not exist, or a node", required=True),
             Option("log-sector-size", "size", "a power of two", default=512, minimum=512, maximum=1 << 23),
-            Option("log-append", "bool", "go on with the log that is there", default=False),
+            Option("log-append", "bool", "append to an existing log", default=False),
             Option(
                 "log-super-update-interval",
                 "int",
-                "entries after which the count in the superblock is brought up to date",
+                "the number of entries after which the superblock is updated",
                 default=4096,
                 minimum=1,
             ),
@@ -89,7 +89,7 @@ class LogWrites(FilterNode):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """Raises FormatError where `log-append` finds no log, or one of another sector size."""
+        """Raises FormatError if `log-append` finds no log, or a log with another sector size."""
         given = options.pop("log")
         log = None if opener.read_only else opener.child("log", _storage(given), grows=True)
         return super().open({**options, "log": log}, opener)
@@ -118,7 +118,7 @@ class LogWrites(FilterNode):
         self._append(offset, length, DISCARD_FLAG)
 
     def flush(self) -> None:
-        with self._mutex:  # what returns while this runs may not be covered by it: that is logged behind it
+        with self._mutex:  # requests that return during the flush may not be covered by it, so they are logged after it
             self.image.flush()
             log = self.children.get("log")
             if log is not None and not self.read_only:
@@ -127,12 +127,12 @@ class LogWrites(FilterNode):
                 log.flush()
 
     def truncate(self, size: int) -> None:
-        """The format has no entry for this: it is logged as a mark, which `lamina.testing.write_log` follows."""
+        """Truncate the image. The log format has no entry for that; a mark records it for `lamina.testing.write_log`."""
         self.image.truncate(size)
         self.mark(f"{RESIZED}{size}")
 
     def mark(self, text: str) -> None:
-        """Put a mark into the log, to be replayed up to. OptionError if it does not fit a sector behind its header."""
+        """Append a mark, a point to which the log can be replayed. Raises OptionError if it does not fit in a sector."""
         data = text.encode()
         most = self.sector_size - ENTRY.size
         if len(data) > most:
@@ -150,7 +150,7 @@ class LogWrites(FilterNode):
                 self._tell(log)
 
     def _append(self, offset: int, length: int, flags: int, view: memoryview | None = None) -> None:
-        """An entry for this request, and the bytes behind it; zeros where there is no view."""
+        """Append an entry for a request, and its bytes after it; zeros if `view` is None."""
         log = self.children.get("log")
         if log is None:
             return
@@ -159,7 +159,7 @@ class LogWrites(FilterNode):
             header = ENTRY.pack(offset // self.sector_size, sectors, flags, 0)
             data = self._end + self.sector_size
             end = data if flags & DISCARD_FLAG else data + sectors * self.sector_size
-            # The bytes before the header that makes them count, as far as that can be said without a flush.
+            # The bytes are written before the header that makes them valid. (There is no flush between the two.)
             if view is not None:
                 log.write(data, view)
                 log.zero(data + length, end - data - length)
@@ -182,7 +182,7 @@ class LogWrites(FilterNode):
 
 
 def _storage(given: Any) -> Any:
-    """Options for the node that holds the log. A plain name is a file; it is made if it is not there."""
+    """Options for the node that stores the log. A file that does not exist is created."""
     spec = parse_name(given) if isinstance(given, str) else given
     if not isinstance(spec, dict):
         return spec
@@ -191,22 +191,21 @@ def _storage(given: Any) -> Any:
         _FILENAME.parse(spec["filename"], "log.filename")
     path = spec.get("filename")
     if spec["driver"] == "file" and isinstance(path, str):
-        make_side_file(path, failure="cannot make the log")
+        make_side_file(path, failure="cannot create the log")
     return spec
 
 
 def _find_end(log: Child, sector_size: int) -> tuple[int, int]:
-    """(number of entries, byte behind the last) of the log that is there."""
+    """(number of entries, end of the last entry) of an existing log."""
     path = log.node.filename
     raw = bytearray(SUPER.size)
     log.read_into(0, memoryview(raw))
     magic, version, entries, size = SUPER.unpack(raw)
     if magic != MAGIC or version != VERSION:
-        raise FormatError("there is no log of writes to append to", path=path, hint="leave log-append out to begin one")
+        raise FormatError("this is not a log of logwrites", path=path, hint="omit log-append to begin a new log")
     if size != sector_size:
-        raise FormatError(
-            f"its sectors are {size} bytes long, not {sector_size}", path=path, hint="set log-sector-size"
-        )
+        hint = f"set log-sector-size={size}"
+        raise FormatError(f"the sector size of the log is {size} bytes, not {sector_size}", path=path, hint=hint)
     end = sector_size
     head = bytearray(ENTRY.size)
     for number in range(entries):
@@ -214,5 +213,5 @@ def _find_end(log: Child, sector_size: int) -> tuple[int, int]:
         _, sectors, flags, _ = ENTRY.unpack(head)
         end += sector_size + (0 if flags & (DISCARD_FLAG | MARK_FLAG) else sectors * sector_size)
         if end > align_up(log.size, sector_size):
-            raise FormatError(f"entry {number} of the log does not lie in it", path=path, hint="begin a new one")
+            raise FormatError(f"entry {number} is outside the log", path=path, hint="begin a new log")
     return entries, end

@@ -1,4 +1,4 @@
-"""The filter `nodiscard`: no space is given back. One of the filters; for disks that must keep the room they have."""
+"""The filter `nodiscard`: keeps all space allocated, for disks that must not become sparse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..node import MAY_UNMAP, FilterNode
 
 
 class NoDiscard(FilterNode):
-    """`image`, to which no discard passes; zeroes pass, but not the permission to unmap."""
+    """Refuses discards, and passes zero requests to `image` without the flag MAY_UNMAP."""
 
     driver = "nodiscard"
     faithful = True
@@ -15,5 +15,5 @@ class NoDiscard(FilterNode):
         self.image.zero(offset, length, flags & ~MAY_UNMAP)
 
     def discard(self, offset: int, length: int) -> None:
-        """Raises NotSupported, touching nothing; a discard is advice, so the request path above is content."""
+        """Raise NotSupported. The request path ignores this error, since a discard is only advice."""
         raise self.refuse("discard")

@@ -1,5 +1,5 @@
-"""The filter `noextents`: the status says that all bytes are data. One of the filters; for a consumer that should read
-everything, or to see what sparse handling gains."""
+"""The filter `noextents`: reports all bytes as data. It makes consumers read everything, for example to measure the effect of
+sparse handling."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class NoExtents(FilterNode):
-    """`image`, of which nobody knows where it is sparse. Bytes pass as they are."""
+    """Hides the extents of `image`. Reads and writes pass unchanged."""
 
     driver = "noextents"
 
     def extents(self, offset: int, length: int) -> Extents:
-        """One extent of data, owned by this layer, in no host file."""
+        """One extent of data, owned by this layer, without a host file."""
         from ..extents import Extents
 
         return Extents.single(offset, length, data=True, present=True)

@@ -1,5 +1,4 @@
-"""The filter `nozero`: has zeroes written as data. One of the filters; it stands in for storage that cannot zero quickly,
-and makes space that must stay allocated be written."""
+"""The filter `nozero`: makes zero requests write zeros, as storage without a fast zero operation does."""
 
 from __future__ import annotations
 
@@ -7,11 +6,11 @@ from ..node import FilterNode
 
 
 class NoZero(FilterNode):
-    """`image`, without quick zeroes: the request path above writes them instead, and refuses those that must be quick."""
+    """Refuses zero requests: the request path writes zeros to `image` instead, or fails a request with NO_FALLBACK."""
 
     driver = "nozero"
     faithful = True
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        """Raises NotSupported, touching nothing."""
+        """Raise NotSupported without a change."""
         raise self.refuse("zero")

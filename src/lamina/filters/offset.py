@@ -1,4 +1,4 @@
-"""The filter `offset`: a window into another node."""
+"""The filter `offset`: a disk that is a range of its child."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from ..window import WindowNode
 
 
 class Offset(WindowNode):
-    """Byte `x` is byte `offset + x` of `image`. `size` is the length in bytes, fixed when it is opened: to the end of the
-    image if it is not given. It holds no state: whatever the image allows may run concurrently. OptionError if the window
-    is not inside the image."""
+    """Byte `x` is byte `offset + x` of `image`. `size` is the length in bytes (default: up to the end of the image when the
+    node is opened). Stateless and thread-safe. Raises OptionError if the range is not inside the image."""
 
     driver = "offset"
     options = (
-        Option("offset", "size", "where in the image the window begins, in bytes", default=0),
-        Option("size", "size", "how long it is, in bytes; to the end of the image if not given"),
+        Option("offset", "size", "the start of the range in the image, in bytes", default=0),
+        Option("size", "size", "the length in bytes (default: up to the end of the image)"),
     )
 
     def __init__(self, image: Child, offset: int = 0, size: int | None = None, **common: Any) -> None:

@@ -1,9 +1,8 @@
-"""The filter `partition`: one partition of a disk, found in its table: MBR (primary and logical) or GPT.
+"""The filter `partition`: one partition of a disk with an MBR (primary and logical partitions) or a GPT.
 
-The tables are after the UEFI Specification, version 2.10, chapter 5 (GPT: section 5.3; legacy MBR: section 5.2.1), and, for
-logical partitions, the layout that every system reads: a chain of boot records inside the extended partition. A table is
-data that somebody else wrote: every number in it is held against the size of the disk before it is used, checksums are
-checked, and the chain is bounded.
+The tables follow the UEFI Specification, version 2.10, chapter 5 (GPT: section 5.3; legacy MBR: section 5.2.1). Logical
+partitions follow the common layout: a chain of boot records inside the extended partition. Tables are untrusted input: every
+number is checked against the size of the disk, checksums are verified, and the length of the chain is bounded.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ MBR_ENTRY: Final = Structure(
     "MBR partition entry",
     "<",
     [
-        Field("status", "u8", "0x80: boot from it", default=0),
-        Field("first_chs", "3s", "where it begins, as cylinder, head, sector; not used", default=bytes(3)),
-        Field("type", "u8", "what lies in it; 0: the entry is empty"),
-        Field("last_chs", "3s", "where it ends; not used", default=bytes(3)),
-        Field("first", "u32", "its first sector (of a logical one: counted from its boot record)"),
-        Field("sectors", "u32", "how many sectors it has"),
+        Field("status", "u8", "0x80: bootable", default=0),
+        Field("first_chs", "3s", "the first cylinder, head and sector; not used", default=bytes(3)),
+        Field("type", "u8", "the type of the content; 0: the entry is empty"),
+        Field("last_chs", "3s", "the last cylinder, head and sector; not used", default=bytes(3)),
+        Field("first", "u32", "the first sector (of a logical partition: relative to its boot record)"),
+        Field("sectors", "u32", "the number of sectors"),
     ],
 )
 GPT_HEADER: Final = Structure(
@@ -37,17 +36,17 @@ GPT_HEADER: Final = Structure(
     [
         Field("signature", "8s", 'the bytes "EFI PART"', default=b"EFI PART"),
         Field("revision", "u32", "1.0", default=0x10000),
-        Field("header_size", "u32", "bytes of it that the checksum covers", default=92),
+        Field("header_size", "u32", "the number of bytes that the checksum covers", default=92),
         Field("header_crc", "u32", "CRC-32 of the header, with this field as zero", default=0),
         Field("", "4x", "reserved"),
-        Field("my_lba", "u64", "the sector that this header is in"),
-        Field("alternate_lba", "u64", "the sector that the other copy is in"),
+        Field("my_lba", "u64", "the sector of this header"),
+        Field("alternate_lba", "u64", "the sector of the other copy"),
         Field("first_usable", "u64", "the first sector that a partition may use"),
-        Field("last_usable", "u64", "the last one"),
-        Field("disk_guid", "16s", "names the disk", default=bytes(16)),
+        Field("last_usable", "u64", "the last sector that a partition may use"),
+        Field("disk_guid", "16s", "the identifier of the disk", default=bytes(16)),
         Field("entries_lba", "u64", "the first sector of the entries"),
-        Field("entry_count", "u32", "how many entries there are, empty ones too"),
-        Field("entry_size", "u32", "bytes of each: 128 times a power of two", default=128),
+        Field("entry_count", "u32", "the number of entries, including empty ones"),
+        Field("entry_size", "u32", "the size of an entry: 128 bytes times a power of two", default=128),
         Field("entries_crc", "u32", "CRC-32 of all entries", default=0),
     ],
 )
@@ -55,34 +54,34 @@ GPT_ENTRY: Final = Structure(
     "GPT partition entry",
     "<",
     [
-        Field("type_guid", "16s", "what lies in it; zeros: the entry is empty"),
-        Field("guid", "16s", "names the partition", default=bytes(16)),
-        Field("first", "u64", "its first sector"),
-        Field("last", "u64", "its last sector"),
+        Field("type_guid", "16s", "the type of the content; zeros: the entry is empty"),
+        Field("guid", "16s", "the identifier of the partition", default=bytes(16)),
+        Field("first", "u64", "the first sector"),
+        Field("last", "u64", "the last sector"),
         Field("attributes", "u64", "flags", default=0),
-        Field("name", "72s", "for people, in UTF-16LE", default=bytes(72)),
+        Field("name", "72s", "the name, in UTF-16LE", default=bytes(72)),
     ],
 )
 
 SECTOR_SIZES: Final = (512, 4096)
 _PROTECTIVE: Final = 0xEE
 _EXTENDED: Final = (0x05, 0x0F, 0x85)
-#: The longest chain of logical partitions that is followed. Systems stop at 60 or so.
+#: The maximum length of the chain of logical partitions. Operating systems stop at about 60.
 _MAX_LOGICAL: Final = 128
-#: The most bytes of GPT entries that are read: 8,192 of the usual ones, where 128 are the rule.
+#: The maximum size of all GPT entries in bytes: 8,192 entries of the usual size. Most tables have 128.
 _MAX_ENTRIES: Final = 1 << 20
 
 
 class Partition(WindowNode):
-    """The partition number `partition` of `image`, counted as Linux does: 1 to 4 are primary, 5 and up logical, or the
-    entries of a GPT. Its place is read once, when it is opened; the size is fixed. It holds no state: whatever the image
-    allows may run concurrently. Raises FormatError where there is no table, CorruptImage where it contradicts itself or the
-    disk, OptionError where there is no such partition."""
+    """The partition `partition` of `image`. Numbers are those of Linux: 1 to 4 are primary partitions and 5 and up logical
+    ones of an MBR; for a GPT they are the numbers of the entries. The table is read once, when the node is opened; the size
+    is fixed. Stateless and thread-safe. Raises FormatError without a partition table, CorruptImage for an inconsistent
+    table, OptionError for an unknown partition."""
 
     driver = "partition"
     options = (
-        Option("partition", "int", "its number, from 1", required=True, minimum=1),
-        Option("sector-size", "int", "of the disk, in bytes; found out if not given", choices=SECTOR_SIZES),
+        Option("partition", "int", "the number of the partition, from 1", required=True, minimum=1),
+        Option("sector-size", "int", "the sector size of the disk in bytes (default: detected)", choices=SECTOR_SIZES),
     )
 
     def __init__(self, image: Child, partition: int, *, sector_size: int | None = None, **common: Any) -> None:
@@ -90,7 +89,7 @@ class Partition(WindowNode):
 
 
 class _Table(NamedTuple):
-    """A GPT whose checksums and bounds hold."""
+    """A GPT with valid checksums and bounds."""
 
     sector: int
     first_usable: int
@@ -100,14 +99,14 @@ class _Table(NamedTuple):
 
 
 def find(disk: Child, number: int, sector: int | None = None) -> tuple[int, int]:
-    """Where partition `number` of `disk` begins and how long it is, in bytes; it lies inside the disk. `sector`: the sector
-    size, 512 or 4096; without it a GPT tells, and an MBR is taken to be of 512 unless the disk asks for aligned requests
-    of 4096. Raises as `Partition` does."""
+    """The offset and length, in bytes, of partition `number`, which is inside the disk. `sector`: the sector size, 512 or
+    4096. The default is that of the GPT; for an MBR it is 4096 if the disk requires requests of that alignment, else 512.
+    Raises as `Partition` does."""
     record = _boot_record(disk, 0)
-    # A file system's own boot sector ends with the same two bytes; its code is where the entries would be.
+    # The boot sector of a file system has the same signature, but boot code in place of the entries.
     if record is None or any(entry.status & 0x7F for entry in record):
         raise FormatError(
-            "there is no partition table", path=disk.node.filename, hint="name the image without the filter"
+            "the disk has no partition table", path=disk.node.filename, hint="open the image without this filter"
         )
     if any(entry.type == _PROTECTIVE for entry in record):
         return _in_gpt(disk, _gpt(disk, (sector,) if sector else SECTOR_SIZES), number)
@@ -118,7 +117,7 @@ def find(disk: Child, number: int, sector: int | None = None) -> tuple[int, int]
 
 
 def _gpt(disk: Child, sectors: tuple[int, ...]) -> _Table:
-    """The first copy of the table that is whole: the primary one of any sector size, else the backup."""
+    """The first valid copy of the table: the primary copy with any of the sector sizes, otherwise the backup."""
     reasons = []
     for backup in (False, True):
         for sector in sectors:
@@ -128,17 +127,17 @@ def _gpt(disk: Child, sectors: tuple[int, ...]) -> _Table:
                 return found
             reasons.append(f"{found} in {sector}-byte sector {lba}")
     raise CorruptImage(
-        "no copy of the GPT is whole: " + ", ".join(reasons),
+        "no copy of the GPT is valid: " + ", ".join(reasons),
         path=disk.node.filename,
         hint="repair it with gdisk or sfdisk",
     )
 
 
 def _gpt_at(disk: Child, sector: int, lba: int) -> _Table | str:
-    """The table whose header is in sector `lba`, or why it is none."""
+    """The table whose header is in sector `lba`, or the reason why there is no valid one."""
     sectors = disk.size // sector
     if not 1 <= lba < sectors:
-        return "no room for a header"
+        return "no space for a header"
     raw = _read(disk, lba * sector, sector)
     header = GPT_HEADER.unpack(raw)
     if header.signature != b"EFI PART":
@@ -149,7 +148,7 @@ def _gpt_at(disk: Child, sector: int, lba: int) -> _Table | str:
     if zlib.crc32(raw[:at] + bytes(4) + raw[at + 4 : header.header_size]) != header.header_crc:
         return "a header with a wrong checksum"
     if header.my_lba != lba:
-        return f"a header that is meant for sector {header.my_lba}"
+        return f"a header for sector {header.my_lba}"
     if header.entry_size % GPT_ENTRY.size or not is_power_of_two(header.entry_size // GPT_ENTRY.size):
         return f"entries of {header.entry_size} bytes"
     length = header.entry_count * header.entry_size
@@ -167,11 +166,11 @@ def _gpt_at(disk: Child, sector: int, lba: int) -> _Table | str:
 
 def _in_gpt(disk: Child, table: _Table, number: int) -> tuple[int, int]:
     step = table.entry_size
-    there = [at // step + 1 for at in range(0, len(table.entries), step) if any(table.entries[at : at + 16])]
-    if number not in there:
-        raise _missing(disk, number, there)
+    numbers = [at // step + 1 for at in range(0, len(table.entries), step) if any(table.entries[at : at + 16])]
+    if number not in numbers:
+        raise _missing(disk, number, numbers)
     entry = GPT_ENTRY.unpack(table.entries, (number - 1) * step)
-    # The usable sectors were held against the size of the disk.
+    # `_gpt_at` has checked the usable sectors against the size of the disk.
     if not table.first_usable <= entry.first <= entry.last <= table.last_usable:
         raise _outside(disk, number, entry.first, entry.last - entry.first + 1)
     return entry.first * table.sector, (entry.last - entry.first + 1) * table.sector
@@ -187,8 +186,8 @@ def _in_mbr(disk: Child, record: list[Any], number: int, sector: int) -> tuple[i
             found[slot] = entry.first, entry.sectors
     extended = next((entry for entry in record if entry.type in _EXTENDED), None)
     if extended is not None and number > 4:
-        for logical, place in enumerate(_logical(disk, extended, sector), 5):
-            found[logical] = place
+        for logical, bounds in enumerate(_logical(disk, extended, sector), 5):
+            found[logical] = bounds
             if logical == number:
                 break
     if number not in found:
@@ -200,27 +199,27 @@ def _in_mbr(disk: Child, record: list[Any], number: int, sector: int) -> tuple[i
 
 
 def _logical(disk: Child, extended: Any, sector: int) -> Iterator[tuple[int, int]]:
-    """First sector and count of each logical partition, in the order of the chain. Each boot record names one partition,
-    counted from itself, and the next record, counted from the start of the extended partition."""
+    """The first sector and the number of sectors of each logical partition, in the order of the chain. Each boot record
+    contains one partition, relative to the record, and the next record, relative to the extended partition."""
     begin, end = extended.first, extended.first + extended.sectors
     at, seen = begin, {0}
     while True:
         if at in seen:
-            raise CorruptImage(f"the chain of logical partitions comes back to sector {at}", path=disk.node.filename)
+            raise CorruptImage(f"the chain of logical partitions returns to sector {at}", path=disk.node.filename)
         if len(seen) > _MAX_LOGICAL:
             raise LimitExceeded(f"there are more than {_MAX_LOGICAL} logical partitions", path=disk.node.filename)
         seen.add(at)
         record = _boot_record(disk, at * sector) if begin <= at < end else None
         if record is None:
             raise CorruptImage(
-                f"the chain of logical partitions leads to sector {at}, where no boot record is",
+                f"the chain of logical partitions refers to sector {at}, which is not a boot record",
                 path=disk.node.filename,
             )
         for entry in record[:2]:
             if entry.type and entry.type not in _EXTENDED and entry.sectors:
                 if at + entry.first + entry.sectors > end:
                     raise CorruptImage(
-                        f"the logical partition named in sector {at} ends outside its extended partition",
+                        f"the logical partition of the boot record in sector {at} ends outside its extended partition",
                         path=disk.node.filename,
                     )
                 yield at + entry.first, entry.sectors
@@ -246,17 +245,17 @@ def _read(disk: Child, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
-def _missing(disk: Child, number: int, there: list[int]) -> OptionError:
-    known = ", ".join(map(str, there[:16])) + (", ..." if len(there) > 16 else "")
+def _missing(disk: Child, number: int, numbers: list[int]) -> OptionError:
+    known = ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
     return OptionError(
-        f"there is no partition {number}",
+        f"the disk has no partition {number}",
         path=disk.node.filename,
-        hint=f"there are: {known}" if there else "the table is empty",
+        hint=f"the partitions are: {known}" if numbers else "the partition table is empty",
     )
 
 
 def _outside(disk: Child, number: int, first: int, sectors: int) -> CorruptImage:
     return CorruptImage(
-        f"partition {number} ({sectors} sectors from {first}) does not lie inside the disk of {disk.size} bytes",
+        f"partition {number} ({sectors} sectors from {first}) is not inside the disk of {disk.size} bytes",
         path=disk.node.filename,
     )

@@ -1,4 +1,4 @@
-"""The filter `preallocate`: a file that grows is made longer in large steps."""
+"""The filter `preallocate`: extends a growing file in large steps."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ..schema import Option, Schema
 
 
 class Preallocate(FilterNode):
-    """Over storage that grows, below a format. A write past the end of the file makes it longer than needed, by zeroes that
-    allocate where the storage can do them quickly, else by its length alone; what is ahead is cut off again by `truncate`
-    and when the node is closed. `size` is the exact length of what was written. If the storage cannot get ahead, for want
-    of room say, that is logged, and the write goes on as it would without the filter.
+    """A filter between a format and growing storage. A write past the end of the file also extends the file beyond the write:
+    by a zero request, which allocates, if the storage does that without writing, otherwise by a truncate. The preallocated
+    part is removed by `truncate` and when the node is closed. `size` is the exact end of the written data. If the storage
+    cannot be extended (a full disk, for example), the filter logs that and passes the write.
 
-    Safe for any number of threads: requests past the end run one at a time. The file on the disk is longer than `size`
-    until the node is closed; after a power cut it stays so."""
+    Thread-safe: requests past the end run one at a time. The file is longer than `size` until the node is closed, and stays
+    longer after a power cut."""
 
     driver: ClassVar[str] = "preallocate"
     schema: ClassVar[Schema] = Schema(
         "preallocate",
         [
-            Option("image", "node", "storage that grows", required=True),
-            Option("prealloc-size", "size", "how far ahead, in bytes", default=128 * MIB, minimum=1),
-            Option("prealloc-align", "size", "the file's length becomes a multiple of this", default=MIB, minimum=1),
+            Option("image", "node", "the growing storage", required=True),
+            Option("prealloc-size", "size", "the bytes to preallocate beyond a write", default=128 * MIB, minimum=1),
+            Option("prealloc-align", "size", "the alignment of the file's length", default=MIB, minimum=1),
         ],
     )
 
-    # So that no write is on its way below while the size is made smaller.
+    # Orders requests, so that no write is in progress while `truncate` makes the file shorter.
     serialise = 512
 
     def __init__(self, image: Child, prealloc_size: int = 128 * MIB, prealloc_align: int = MIB, **common: Any) -> None:
         super().__init__(image, **common)
-        self._below = image  # also there when the node was taken out of the graph, and is then closed
+        self._below = image  # still needed if an edit removes the node from the graph before it is closed
         self._size = image.size
-        #: The length of the file. What lies in it past the size reads as zero.
+        #: The length of the file; its bytes past `_size` are zeros.
         self._ahead = image.size
         self._step = prealloc_size
         self._align = prealloc_align
@@ -67,14 +67,14 @@ class Preallocate(FilterNode):
         with self._growing:
             try:
                 self.image.truncate(size)
-            except BaseException:  # what failed may have changed the size all the same
+            except BaseException:  # a failed truncate may have changed the size as well
                 self._ahead = self.image.size
                 self._size = min(self._size, self._ahead)
                 raise
             self._size = self._ahead = size
 
     def graph_changed(self) -> None:
-        """Where the file below is another one now, nothing of it is ahead."""
+        """If the child was replaced by a file of another length, nothing of that file is preallocated."""
         length = self.image.size
         if length != self._ahead:
             self._size = self._ahead = length
@@ -84,25 +84,25 @@ class Preallocate(FilterNode):
             self._cut()
 
     def _grow(self, end: int, request: Callable[..., None], *arguments: Any) -> None:
-        """Do a request that ends at `end`, past the size."""
+        """Execute a request that ends at `end`, past the size."""
         with self._growing:
-            self._get_ahead(end)
+            self._preallocate(end)
             try:
                 request(*arguments)
             except BaseException:
-                self._cut()  # whatever it left past the size is not zero
+                self._cut()  # the failed request may have left bytes other than zero past the size
                 raise
             self._size = max(self._size, end)
 
     def _cut(self) -> None:
-        """Give back what is ahead of the size."""
+        """Remove the preallocated part of the file."""
         size = self._size
         if not self._below.node.read_only and self._below.size > size:
             self._below.truncate(size)
         self._ahead = size
 
-    def _get_ahead(self, end: int) -> None:
-        """Make the file longer than `end`, if it is not."""
+    def _preallocate(self, end: int) -> None:
+        """Extend the file beyond `end`, if it is shorter."""
         if end <= self._ahead:
             return
         ahead = min(align_up(end + self._step, self._align), MAX_SIZE)
@@ -113,6 +113,6 @@ class Preallocate(FilterNode):
             except LaminaError:
                 self.image.truncate(ahead)
         except LaminaError as error:
-            self.warn("the file is not made longer ahead of time: %s", error)
+            self.warn("cannot preallocate: %s", error)
             return
         self._ahead = ahead

@@ -1,5 +1,5 @@
-"""The filter `protect`: refuses writes to chosen ranges. One of the filters; for boot sectors, headers and partitions that
-nobody should change. Ranges are bytes, from the first up to but not including the last."""
+"""The filter `protect`: refuses writes to given ranges, such as boot sectors, headers or partitions. Ranges are in bytes and
+exclude their end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..schema import Option
 
 
 class Protect(AroundNode):
-    """`image`, of which `ranges` ("0-1M,8M-", sizes with suffixes; an end left out is the end of all) are read-only. A
-    write, zero, discard or change of size that touches a byte of them raises ReadOnly and touches no byte at all."""
+    """Protects `ranges` of `image` ("0-1M,8M-": sizes with suffixes; a range without an end has no upper bound). A write,
+    zero request, discard or truncate that overlaps a range raises ReadOnly and changes no byte."""
 
     driver = "protect"
     faithful = True
-    options = (Option("ranges", "str", "what stays as it is: FROM-TO,FROM-,...; TO is not included", required=True),)
+    options = (Option("ranges", "str", "the protected ranges: FROM-TO,FROM-,...; TO is excluded", required=True),)
 
     def __init__(self, image: Child, ranges: str, **common: Any) -> None:
         super().__init__(image, **common)
@@ -28,10 +28,11 @@ class Protect(AroundNode):
 
     @property
     def limits(self) -> Limits:
-        """None: a request is judged whole, by its own bytes, before the edge below splits or widens it."""
+        """No limits, so that the filter checks each request as it was made, before the edge to the child splits or aligns
+        it."""
         return Limits(max_transfer=MAX_SIZE, optimal_transfer=self.image.node.limits.optimal_transfer)
 
-    # These touch nothing.
+    # These operations change nothing.
     read_into = FilterNode.read_into
     extents = FilterNode.extents
 

@@ -1,4 +1,4 @@
-"""The filter `quorum`: several copies of one disk, and what most of them say."""
+"""The filter `quorum`: several copies of one disk, with a vote on their content."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Ranges that are remembered of each copy.
-_MOST = 4096
-#: Where copies differ, each block of this many bytes has a vote of its own.
+#: The maximum number of stale ranges of each copy.
+_MAX_RANGES = 4096
+#: The size in bytes of the blocks on which copies that differ vote separately.
 _BLOCK = 512
 
 
 class Quorum(Node):
-    """One disk in several `children`, all equally long. A read asks all of them, and gives, block by block of 512 bytes,
-    what at least `vote_threshold` say; if there is nothing that so many say, it fails with EIO. A write goes to all, and
-    succeeds if it does on `vote_threshold` of them. Copies that fail or disagree are logged under `lamina.quorum`; with
-    `rewrite_corrupted` those that disagree are written over with what most say, which must be more than half of all.
+    """One disk stored in several `children` of equal size. A read reads all copies and returns, for each block of 512 bytes,
+    the content on which at least `vote_threshold` copies agree; without such a content it fails with EIO. A write goes to
+    all copies and succeeds if it succeeds on `vote_threshold` of them. Errors and differences are logged under
+    `lamina.quorum`. With `rewrite_corrupted` copies that differ are overwritten with the content of the majority; the
+    threshold must then be more than half of the copies.
 
-    A copy on which a write failed that succeeded as a whole holds old bytes there. It has no vote about these blocks until
-    they are written again, or found equal to what the others say. (That is remembered as long as the node is open.)
+    If a write succeeds although it failed on one copy, the blocks of that copy are stale. A stale block has no vote until it
+    is written again or found equal to the content of the other copies. (The node records stale blocks while it is open.)
 
-    Discards are left out: what the copies read as then could differ with right. Safe for any number of threads: requests
-    that overlap are ordered by the request path, so all copies see them in one order."""
+    Discards are refused, since the copies may read differently after a discard. Thread-safe: the request path orders
+    overlapping requests, so all copies get them in the same order."""
 
     driver: ClassVar[str] = "quorum"
     schema: ClassVar[Schema] = Schema(
         "quorum",
         [
             Option("children", "list", "the copies", required=True, items=Option("child", "node", "a copy")),
-            Option("vote-threshold", "int", "how many must agree", required=True, minimum=1),
-            Option("rewrite-corrupted", "bool", "write over copies that disagree", default=False),
+            Option("vote-threshold", "int", "the number of copies that must agree", required=True, minimum=1),
+            Option("rewrite-corrupted", "bool", "overwrite copies that differ", default=False),
         ],
     )
-    # The edges to the copies do what these cannot.
+    # The edges to the copies emulate FUA where a copy does not support it.
     supported_flags = FUA
 
     def __init__(
@@ -59,21 +60,21 @@ class Quorum(Node):
         name: str | None = None,
         read_only: bool = False,
     ) -> None:
-        """OptionError if the threshold cannot be reached, or the copies are not equally long."""
+        """Raises OptionError for an invalid threshold and for copies of different sizes."""
         super().__init__(name=name, read_only=read_only)
         if not 1 <= vote_threshold <= len(children):
             raise OptionError(
-                f"{vote_threshold} votes of {len(children)} children cannot be",
-                hint="vote-threshold is from 1 to their number",
+                f"vote-threshold is {vote_threshold}, but there are {len(children)} children",
+                hint=f"it takes 1 to {len(children)}",
             )
         if rewrite_corrupted and vote_threshold * 2 <= len(children):
             raise OptionError(
-                f"{vote_threshold} votes of {len(children)} are no majority, and nothing is written over for them",
-                hint=f"vote-threshold={len(children) // 2 + 1} or more, or leave out rewrite-corrupted",
+                f"rewrite-corrupted needs a majority, and {vote_threshold} of {len(children)} votes are none",
+                hint=f"set vote-threshold={len(children) // 2 + 1} or more, or omit rewrite-corrupted",
             )
         self.children = {f"children.{number}": child for number, child in enumerate(children)}
-        #: What of each copy is older than what was acknowledged.
-        self._stale = {role: Stretches() for role in self.children}
+        #: The stale ranges of each copy, which are older than acknowledged writes.
+        self._stale = {role: RangeSet() for role in self.children}
         self._copies = tuple(children)
         self._threshold = vote_threshold
         self._rewrite = rewrite_corrupted
@@ -86,10 +87,12 @@ class Quorum(Node):
         return cls(children, threshold, rewrite_corrupted=rewrite, name=opener.name, read_only=opener.read_only)
 
     def graph_changed(self) -> None:
-        """OptionError if the copies are not equally long."""
+        """Raises OptionError if the sizes of the copies differ."""
         sizes = {child.size for child in self._copies}
         if len(sizes) > 1:
-            raise OptionError(f"the children are not equally long: {sorted(sizes)} bytes", hint="make them so")
+            raise OptionError(
+                f"the sizes of the children differ: {sorted(sizes)} bytes", hint="resize them to one size"
+            )
         self._size = sizes.pop()
 
     @property
@@ -98,7 +101,7 @@ class Quorum(Node):
 
     @property
     def limits(self) -> Limits:
-        """The coarsest request alignment of all copies; their other limits are left to the edges below."""
+        """The largest request alignment of all copies. The edges to the copies enforce their other limits."""
         return Limits(request_alignment=max(child.node.limits.request_alignment for child in self._copies))
 
     @property
@@ -111,68 +114,70 @@ class Quorum(Node):
             child.read_into(offset, memoryview(buffer))
             return bytes(buffer)
 
-        found = self._ask(read, "read", offset, len(view))
+        found = self._request_all(read, "read", offset, len(view))
         contents = list(found.values())
         end = offset + len(view)
-        stale = [role for role in found if self._stale[role].touch(offset, end)]
+        stale = [role for role in found if self._stale[role].overlaps(offset, end)]
         if not stale and contents.count(contents[0]) == len(contents):
             view[:] = contents[0]
             return
         for lo in range(offset - offset % _BLOCK, end, _BLOCK):
             first, last = max(lo, offset) - offset, min(lo + _BLOCK, end) - offset
             votes = {role: content[first:last] for role, content in found.items()}
-            old = [role for role in stale if self._stale[role].touch(lo, lo + _BLOCK)]
+            old = [role for role in stale if self._stale[role].overlaps(lo, lo + _BLOCK)]
             counts = Counter(vote for role, vote in votes.items() if role not in old)
             winner, count = counts.most_common(1)[0] if counts else (b"", 0)
             if count < self._threshold:
                 raise BlockIOError(
-                    f"only {count} of {len(self._copies)} copies agree, and {self._threshold} must",
+                    f"only {count} of {len(self._copies)} copies agree, and {self._threshold} are needed",
                     node=self.name,
                     operation="read",
                     offset=offset + first,
                     length=last - first,
-                    hint="compare the copies, and replace the bad ones",
+                    hint="compare the copies and replace those that are corrupt",
                 )
             view[first:last] = winner
             losers = [role for role, vote in votes.items() if vote != winner]
             if losers:
-                self._outvoted(losers, offset + first, view[first:last])
+                self._handle_differences(losers, offset + first, view[first:last])
             for role in set(old).difference(losers) if not self.read_only else ():
-                self._is_good(role, offset + first, offset + last)
+                self._mark_current(role, offset + first, offset + last)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         self._change(lambda child: child.write(offset, view, flags), "write", offset, len(view))
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         if flags & NO_FALLBACK:
-            # One copy could do it and the next refuse, and then a byte was touched.
+            # If a later copy refused, the earlier ones would already be changed.
             raise self.refuse("fast zero")
         self._change(lambda child: child.zero(offset, length, flags), "zero", offset, length)
 
     def flush(self) -> None:
-        self._ask(lambda child: child.flush(), "flush")
+        self._request_all(lambda child: child.flush(), "flush")
 
     def truncate(self, size: int) -> None:
-        done = self._ask(lambda child: child.truncate(size), "truncate")
+        done = self._request_all(lambda child: child.truncate(size), "truncate")
         for role in self.children.keys() - done:
             self._stale[role].add(min(size, self._size), MAX_SIZE)
         self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
-        """Data where any copy has data, zero only where all are; a place in a file only if all say the same."""
-        answers = list(self._ask(lambda child: child.extents(offset, length), "extents", offset, length).values())
-        end = min(answer.end for answer in answers)
-        answers = [answer.clip(offset, end) for answer in answers]
-        first = answers[0]
-        return first if all(answer == first for answer in answers) else _merged(answers)
+        """Data where any copy has data, zero where all are zero. A host offset remains only if all copies have equal
+        extents."""
+        results = self._request_all(lambda child: child.extents(offset, length), "extents", offset, length)
+        end = min(found.end for found in results.values())
+        copies = [found.clip(offset, end) for found in results.values()]
+        first = copies[0]
+        return first if all(found == first for found in copies) else _merged(copies)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return all(child.reads_zero(offset, length) for child in self._copies)
 
-    def _ask(
+    def _request_all(
         self, request: Callable[[Child], T], operation: str, offset: int | None = None, length: int | None = None
     ) -> dict[str, T]:
-        """What the copies answer, of those that do; the first error if too few do."""
+        """Execute a request on all copies. Returns the results of the copies that succeed; raises BlockIOError for fewer
+        successes than the threshold."""
         found: dict[str, T] = {}
         first: LaminaError | None = None
         for role, child in self.children.items():
@@ -183,7 +188,7 @@ class Quorum(Node):
                 self.warn("%s of %s failed: %s", operation, role, error)
         if first is not None and len(found) < self._threshold:
             raise BlockIOError(
-                f"only {len(found)} of {len(self._copies)} copies could do it, and {self._threshold} must: {first.message}",
+                f"only {len(found)} of {len(self._copies)} copies succeed, and {self._threshold} are needed: {first.message}",
                 errno=first.errno or 5,
                 node=self.name,
                 operation=operation,
@@ -193,61 +198,61 @@ class Quorum(Node):
         return found
 
     def _change(self, request: Callable[[Child], None], operation: str, offset: int, length: int) -> None:
-        """Have all copies make these bytes what the request says. Where it fails on some and succeeds as a whole, those have
-        no vote about them until they are written again."""
-        done = self._ask(request, operation, offset, length)
+        """Execute a request that changes a range on all copies. The range becomes stale in copies on which it fails."""
+        done = self._request_all(request, operation, offset, length)
         end = offset + length
         for role in done:
-            self._is_good(role, offset, end)
-        good = [role for role in done if not self._stale[role].touch(offset, end)]
-        if len(good) < self._threshold:
+            self._mark_current(role, offset, end)
+        current = [role for role in done if not self._stale[role].overlaps(offset, end)]
+        if len(current) < self._threshold:
             raise BlockIOError(
-                f"only {len(good)} of {len(self._copies)} copies hold all that was written there, and {self._threshold} must",
+                f"only {len(current)} of {len(self._copies)} copies are up to date there, and {self._threshold} are needed",
                 node=self.name,
                 operation=operation,
                 offset=offset,
                 length=length,
-                hint=f"write whole blocks of {_BLOCK} bytes, or replace the bad copies",
+                hint=f"write complete blocks of {_BLOCK} bytes, or replace the stale copies",
             )
         for role in self.children.keys() - done:
             self._stale[role].add(align_down(offset, _BLOCK), align_up(end, _BLOCK))
 
-    def _is_good(self, role: str, start: int, end: int) -> None:
-        """This copy now holds what was acknowledged, in the blocks that lie wholly in the range, or reach to the end of the
-        disk."""
+    def _mark_current(self, role: str, start: int, end: int) -> None:
+        """Clear the stale blocks of a copy that are completely inside the range; the last block of the disk may be
+        incomplete."""
         stale = self._stale[role]
-        if stale.touch(start, end):
+        if stale.overlaps(start, end):
             stale.remove(
                 align_up(start, _BLOCK), align_up(end, _BLOCK) if end == self._size else align_down(end, _BLOCK)
             )
 
-    def _outvoted(self, roles: list[str], offset: int, right: memoryview) -> None:
+    def _handle_differences(self, roles: list[str], offset: int, majority: memoryview) -> None:
+        """Log that copies differ from the content of the majority, and overwrite them if the option says so."""
         for role in roles:
-            self.warn("%s disagrees about the %d bytes at %d", role, len(right), offset)
+            self.warn("%s differs in the %d bytes at offset %d", role, len(majority), offset)
             if self._rewrite and not self.read_only:
                 try:
-                    self.children[role].write(offset, right)
+                    self.children[role].write(offset, majority)
                 except LaminaError as error:
-                    self.warn("%s could not be written over: %s", role, error)
+                    self.warn("%s could not be overwritten: %s", role, error)
                 else:
-                    self._is_good(role, offset, offset + len(right))
+                    self._mark_current(role, offset, offset + len(majority))
 
 
-class Stretches:
-    """Ranges of bytes, joined where they touch. At most `_MOST` of them: of more, neighbours become one with what lies
-    between. Any number of threads may ask while one changes it."""
+class RangeSet:
+    """A set of bytes, stored as at most `_MAX_RANGES` ranges. Beyond that limit adjacent ranges are joined, including the
+    bytes between them. Any number of threads may query it while one thread changes it."""
 
     def __init__(self) -> None:
-        #: In order. Replaced as a whole, so that nobody sees a change half done.
+        #: In order, not adjacent. Replaced as a whole, so that other threads never see an incomplete change.
         self._ranges: tuple[tuple[int, int], ...] = ()
         self._mutex = threading.Lock()
 
-    def touch(self, start: int, end: int) -> bool:
-        """Whether a byte of the range is in it."""
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether the set contains a byte of the range."""
         ranges = self._ranges
         if not ranges:
             return False
-        at = bisect_left(ranges, (end,)) - 1  # the last that begins before `end`
+        at = bisect_left(ranges, (end,)) - 1  # the last range that begins before `end`
         return at >= 0 and ranges[at][1] > start
 
     def add(self, start: int, end: int) -> None:
@@ -256,7 +261,7 @@ class Stretches:
             near = [(lo, hi) for lo, hi in self._ranges if hi >= start and lo <= end]
             apart.append((min([start, *(lo for lo, _ in near)]), max([end, *(hi for _, hi in near)])))
             apart.sort()
-            if len(apart) > _MOST:
+            if len(apart) > _MAX_RANGES:
                 pairs = zip(apart[::2], apart[1::2], strict=False)
                 apart = [(lo, hi) for (lo, _), (_, hi) in pairs] + apart[len(apart) - len(apart) % 2 :]
             self._ranges = tuple(apart)
@@ -271,16 +276,16 @@ class Stretches:
             self._ranges = tuple((lo, hi) for lo, hi in left if lo < hi)
 
 
-def _merged(answers: list[Extents]) -> Extents:
-    """One cautious answer for several about the same bytes."""
+def _merged(copies: list[Extents]) -> Extents:
+    """Extents that are correct for all copies: data where any is data, zero where all are zero."""
     import numpy as np
 
     from ..extents import ZERO, Extents
 
-    edges = np.unique(np.concatenate([answer.start for answer in answers]))
-    rows = [np.searchsorted(answer.start, edges, "right") - 1 for answer in answers]
-    # ZERO is flipped before and after, so that "or" is "and" for it.
-    flags = np.bitwise_or.reduce([answer.flags[row] ^ ZERO for answer, row in zip(answers, rows, strict=True)]) ^ ZERO
-    depth = np.minimum.reduce([answer.depth[row] for answer, row in zip(answers, rows, strict=True)])
-    length = np.diff(np.append(edges, answers[0].end))
+    edges = np.unique(np.concatenate([found.start for found in copies]))
+    rows = [np.searchsorted(found.start, edges, "right") - 1 for found in copies]
+    # ZERO is inverted before and after, so that "or" acts as "and" on it.
+    flags = np.bitwise_or.reduce([found.flags[row] ^ ZERO for found, row in zip(copies, rows, strict=True)]) ^ ZERO
+    depth = np.minimum.reduce([found.depth[row] for found, row in zip(copies, rows, strict=True)])
+    length = np.diff(np.append(edges, copies[0].end))
     return bounded(Extents.from_columns(edges, length, flags.astype(np.uint8), depth=depth).coalesce())

@@ -1,5 +1,5 @@
-"""The filter `readonly`: what lies below it can be read, and not changed. One of the filters; it needs nothing but the
-contract of a node, since the request path refuses every change of a node that is read-only."""
+"""The filter `readonly`: refuses all changes. The request path does the work, since it refuses every change of a read-only
+node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ReadOnlyFilter(FilterNode):
-    """`image`, open for reading whatever the graph is opened for. Every change raises ReadOnly and touches no byte."""
+    """Opens `image` read-only, even in a graph that is opened read-write. Every change raises ReadOnly."""
 
     driver = "readonly"
     faithful = True
@@ -24,5 +24,5 @@ class ReadOnlyFilter(FilterNode):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """Opens `image` for reading: no lock for writing is asked for, nothing in its tables is touched."""
+        """Open `image` read-only: without the lock of a writer, and without changes of its metadata."""
         return cls(opener.child("image", options["image"], grows=True, read_only=True), name=opener.name)

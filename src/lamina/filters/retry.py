@@ -1,5 +1,5 @@
-"""The filter `retry`: tries failed requests again. One of the filters; for storage whose errors pass, such as a network's.
-Times are milliseconds."""
+"""The filter `retry`: repeats failed requests, for storage with transient errors, such as network storage. Times are in
+milliseconds."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from ..errors import BlockIOError
 from ..request import Child
 from ..schema import Option
 
-#: Errors that may be gone when the same is asked again; a full disk or a missing permission is none.
+#: Transient errors. A full disk or a missing permission is none.
 _LOCAL = "EIO EAGAIN EBUSY EINTR ETIMEDOUT"
 _NETWORK = "ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EPIPE ESHUTDOWN ENETDOWN ENETRESET ENETUNREACH EHOSTUNREACH"
-PASSING = frozenset(getattr(errno, name) for name in f"{_LOCAL} {_NETWORK}".split())
+TRANSIENT = frozenset(getattr(errno, name) for name in f"{_LOCAL} {_NETWORK}".split())
 #: The longest wait: an hour, in milliseconds.
 _LONGEST = 3_600_000
 
 
 class Retry(AroundNode):
-    """`image`, whose failed requests are done again, up to `retries` times after the first; then the last error is raised.
-    Before each it waits `delay`, with `exponential` twice as long as the time before. `clock`: has `sleep(seconds)`.
+    """Repeats failed requests to `image` up to `retries` times, then raises the last error. It waits `delay` before each
+    attempt, with `exponential` twice as long each time. `clock` has `sleep(seconds)`.
 
-    Each of them may be done twice: reads and writes are whole and absolute. A flush is not tried again: one that succeeds
-    after one that failed does not mean that the data is safe. So a FUA write is a write, and a flush from above.
+    Requests may be repeated, since they are idempotent. A flush is not repeated: a successful flush after a failed one does
+    not prove that the data is on stable storage. For the same reason the request path splits a FUA write in a write and a
+    flush above this filter.
     """
 
     driver = "retry"
     faithful = True
     options = (
-        Option("retries", "int", "how often a failed request is tried again", default=5, minimum=0, maximum=1000),
-        Option("delay", "int", "milliseconds before it is tried again", default=200, minimum=0, maximum=_LONGEST),
-        Option("exponential", "bool", "wait twice as long each time", default=True),
+        Option("retries", "int", "the maximum number of repetitions", default=5, minimum=0, maximum=1000),
+        Option("delay", "int", "milliseconds before a repetition", default=200, minimum=0, maximum=_LONGEST),
+        Option("exponential", "bool", "double the delay each time", default=True),
     )
     supported_flags = 0
 
     def __init__(self, image: Child, retries: int = 5, delay: int = 200, exponential: bool = True, **rest: Any) -> None:
         super().__init__(image, **rest)
-        #: Seconds before each new try.
+        #: The delay in seconds before each repetition.
         self.pauses = [min(delay * (2 ** min(n, 32) if exponential else 1), _LONGEST) / 1000 for n in range(retries)]
 
     def around(self, kind: str, request: Request, /, *_: int) -> Any:
@@ -46,7 +47,7 @@ class Retry(AroundNode):
             try:
                 return request()
             except BlockIOError as error:
-                if kind == "flush" or error.errno not in PASSING:
+                if kind == "flush" or error.errno not in TRANSIENT:
                     raise
             self.clock.sleep(pause)
         return request()

@@ -1,7 +1,7 @@
-"""The filter `stats`: counts and times requests, and sorts them by duration, size and alignment. One of the filters.
+"""The filter `stats`: counts and times requests, with histograms of duration, size and alignment.
 
-Each thread counts in columns of its own, so that counting takes no lock; `snapshot` adds them up. A histogram sorts by powers
-of two: what is counted at 4096 was 4096 or more, and less than 8192. Sizes are bytes, durations nanoseconds.
+Each thread has its own counters, so counting needs no lock; `snapshot` adds them up. The classes of a histogram are powers of
+two: the class 4096 contains the values from 4096 to 8191. Sizes are in bytes, durations in nanoseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KINDS = ("read", "write", "zero", "discard", "flush", "truncate", "extents")
 READ, WRITE, ZERO, DISCARD, FLUSH, TRUNCATE, EXTENTS = range(len(KINDS))
 
-# The columns of one kind of operation: four sums, then three histograms, indexed by the number of bits.
+# The counters of one kind of operation: four sums, then three histograms, indexed by the number of bits of the value.
 _DONE, _FAILED, _BYTES, _TIME, _LATENCY, _SIZE, _ALIGNMENT, _WIDTH = 0, 1, 2, 3, 4, 70, 136, 202
 _HISTOGRAMS = {"latency_ns": _LATENCY, "size": _SIZE, "alignment": _ALIGNMENT}
 
@@ -36,16 +36,16 @@ Rows = list[list[int]]
 
 
 class Stats(FilterNode):
-    """`image`, with every request counted. `report`: a file that is written when the node is closed, as JSON if its name
-    ends with `.json`, else as a table; which files are written is said in `side_file`. `clock`: has `perf_counter_ns()`.
+    """Counts the requests to `image`. `report`: a file that is written when the node is closed (under the rules of
+    `side_file`), as JSON if its name ends with `.json`, otherwise as a table. `clock` has `perf_counter_ns()`.
 
-    The alignment of a request is the largest power of two that divides both its offset and its length. Failed requests are
-    counted as such, and nowhere else. BlockIOError if the report cannot be written; that is tried when the node is opened.
+    The alignment of a request is the largest power of two that divides its offset and its length. A failed request counts
+    only as failed. Raises BlockIOError if the report cannot be written, already when the node is opened.
     """
 
     driver = "stats"
     faithful = True
-    options = (Option("report", "str", "a file for the report: JSON if it ends with .json, else a table"),)
+    options = (Option("report", "str", "the file of the report: JSON if it ends with .json, otherwise a table"),)
 
     def __init__(self, image: Child, report: str | None = None, *, clock: Any = time, **common: Any) -> None:
         super().__init__(image, **common)
@@ -53,19 +53,19 @@ class Stats(FilterNode):
         self._begin: int = self._now()
         self._mine = threading.local()
         self._mutex = threading.Lock()
-        self._ended = _blank()  # what threads that are gone have counted
+        self._ended = _blank()  # the counters of threads that have ended
         self._counting: list[tuple[weakref.ref[threading.Thread], Rows]] = []
         self._report = report
-        #: A FIFO or a terminal stays open; a regular file is looked at again when it is written.
+        #: An open FIFO or terminal. A regular file is opened again when it is written.
         self._opened: SideFile | None = None
         if report is not None:
-            opened = SideFile(report, failure=_FAILURE)  # better refused now than when all is done
+            opened = SideFile(report, failure=_FAILURE)  # raises errors at the start rather than after the work
             if opened.regular:
                 opened.close()
             else:
                 self._opened = opened
 
-    # -- the requests. One hook for all of them (`AroundNode`) would take 0.3 us more, in a read that takes 1.8.
+    # -- operations. `AroundNode`, with one method for all of them, would add 0.3 us to a read of 1.8 us.
 
     def read_into(self, offset: int, view: memoryview) -> None:
         start = self._now()
@@ -168,13 +168,13 @@ class Stats(FilterNode):
         if self._opened is not None:
             self._opened.close()
 
-    # -- what was counted
+    # -- results
 
     def snapshot(self) -> dict[str, Any]:
-        """What was counted so far, for JSON: `seconds` since the node was opened, and for each of `operations` that there
-        were: `done`, `failed`, `bytes`, `total_ns`, and the histograms `latency_ns`, `size` and `alignment`, from the
-        lower end of a class, as text, to a number. What other threads do meanwhile may be in some of these and not yet in
-        others."""
+        """The counters as a dict for JSON: `seconds` since the node was opened, and `operations`, which contains for each
+        kind of operation that occurred `done`, `failed`, `bytes`, `total_ns`, and the histograms `latency_ns`, `size` and
+        `alignment` (the lower bound of a class, as text, to its count). A request that ends during the call may be included
+        in some of these values only."""
         total = _blank()
         with self._mutex:
             for rows in (self._ended, *(rows for _, rows in self._counting)):
@@ -192,8 +192,8 @@ class Stats(FilterNode):
         return {"seconds": (self._now() - self._begin) / 1e9, "operations": operations}
 
     def table(self) -> str:
-        """The same for people: a line for each operation, then its histograms. Of half the requests, and of 99 of 100, is
-        told below which power of two their duration was."""
+        """The counters as a table: a line for each operation, then its histograms. The columns `half < us` and `99% < us` are
+        the powers of two below which 50 % and 99 % of the durations are."""
         snapshot = self.snapshot()
         head = (
             f"{'operation':<10}{'done':>12}{'failed':>8}{'bytes':>16}{'mean us':>12}{'half < us':>12}{'99% < us':>12}"
@@ -212,7 +212,7 @@ class Stats(FilterNode):
                     lines += [f"{lower:>20}{count:>12}" for lower, count in row[name].items()]
         return "\n".join(lines) + "\n"
 
-    # -- how
+    # -- counting
 
     def _count(self, kind: int, offset: int, length: int, start: int) -> None:
         took = self._now() - start
@@ -227,17 +227,17 @@ class Stats(FilterNode):
             row[_ALIGNMENT + (edges & -edges).bit_length()] += 1
 
     def _rows(self) -> Rows:
-        """The columns of this thread, which no other thread writes."""
+        """The counters of this thread, which no other thread changes."""
         try:
             mine: Rows = self._mine.rows
         except AttributeError:
             mine = self._mine.rows = _blank()
             with self._mutex:
-                # A server has a thread for each guest: what those that ended have counted is kept as one.
+                # The counters of ended threads are added up, since a server may create a thread for each client.
                 alive = []
-                for thread, rows in self._counting:
-                    if (there := thread()) is not None and there.is_alive():
-                        alive.append((thread, rows))
+                for reference, rows in self._counting:
+                    if (thread := reference()) is not None and thread.is_alive():
+                        alive.append((reference, rows))
                     else:
                         _add(self._ended, rows)
                 self._counting = [*alive, (weakref.ref(threading.current_thread()), mine)]
@@ -256,12 +256,12 @@ def _add(total: Rows, rows: Rows) -> None:
 
 
 def _classes(row: list[int], first: int) -> dict[str, int]:
-    """The histogram that begins at the column `first`: from the lower end of each class that is not empty."""
+    """The histogram whose first counter is `first`: the lower bound and the count of each class that is not empty."""
     return {str(1 << bits >> 1): row[first + bits] for bits in range(66) if row[first + bits]}
 
 
 def _below(classes: dict[str, int], share: float) -> int:
-    """The upper end of the class with which at least `share` of all are counted; 0 if there are none."""
+    """The upper bound of the first class up to which at least `share` of all values are; 0 without values."""
     wanted = share * sum(classes.values())
     upper = 0
     for lower, count in classes.items():

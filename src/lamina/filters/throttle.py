@@ -1,11 +1,12 @@
-"""The filter `throttle`: limits operations and bytes a second. One of the filters; to share a disk, or to play a slower one.
+"""The filter `throttle`: limits operations and bytes per second, to share a disk or to simulate a slower one.
 
-A limit is a bucket that leaks at its rate: each request pours its cost in, and the next waits until what is left is below the
-brim. A request therefore passes whole and at once, however large it is, and those after it pay. With a burst (`max` for
-`max-length` seconds) the brim is higher, and a second bucket, with a low brim, leaks at `max`. In any stretch of T seconds
-at most `rate * T + brim` and the cost of one more request pass; so it does not matter where the stretch begins.
+A limit is a leaky bucket: each request adds its cost to the level of the bucket, which decreases at the rate of the limit,
+and the next request waits until the level is below the capacity. A large request therefore passes without being split, and
+later requests wait for it. A burst (`max` for `max-length` seconds) increases the capacity, and a second bucket with a small
+capacity limits the rate of the burst to `max`. In every interval of T seconds, requests of a total cost of at most `rate * T
++ capacity`, plus the cost of one request, pass.
 
-Who waits, waits in the order of arrival, reads and writes apart. Rates are bytes or operations a second.
+Requests wait in the order of arrival, reads and writes separately. Rates are bytes or operations per second.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from ..request import Child
 from ..schema import Option
 
 _LIMITS = {
-    "bps-total": "bytes a second, read and written",
-    "bps-read": "bytes a second, read",
-    "bps-write": "bytes a second, written",
-    "iops-total": "requests a second",
-    "iops-read": "reads a second",
-    "iops-write": "writes, zeroes and discards a second",
+    "bps-total": "bytes per second, read and written",
+    "bps-read": "bytes read per second",
+    "bps-write": "bytes written per second",
+    "iops-total": "requests per second",
+    "iops-read": "reads per second",
+    "iops-write": "writes, zero requests and discards per second",
 }
 READ, WRITE = "read", "write"
 
-#: Seconds of its rate that a bucket holds without a burst: enough to forgive a sleep that was too long.
+#: The capacity of a bucket without a burst, in seconds of its rate: enough to compensate a sleep that was too long.
 SLACK = 0.1
-#: No wait is shorter: smaller ones are noise of the arithmetic.
+#: The shortest wait in seconds: shorter ones are rounding errors.
 _INSTANT = 1e-6
-#: Nor is one longer, in seconds, before it looks again: the system does not sleep for centuries at once.
+#: The longest sleep in seconds: a longer one could overflow in the system call.
 _LONGEST = 86400.0
 
 
@@ -47,38 +48,39 @@ def _options() -> list[Option]:
         options += [
             Option(name, kind, f"{what}; 0: no limit", default=0, minimum=0),
             Option(f"{name}-max", kind, f"the rate of a burst: {what}; 0: no bursts", default=0, minimum=0),
-            Option(f"{name}-max-length", "int", "seconds that a burst may last", default=1, minimum=1),
+            Option(f"{name}-max-length", "int", "the maximum length of a burst in seconds", default=1, minimum=1),
         ]
     return options
 
 
 class _Bucket:
-    """`rate` units leak a second; it is full to the brim at `brim` units, and may be poured over it once. Not thread-safe."""
+    """A leaky bucket: the level decreases by `rate` units per second. A request may pass while the level is below `capacity`,
+    which its cost may exceed. Not thread-safe."""
 
-    __slots__ = ("_brim", "_empty", "_rate")
+    __slots__ = ("_capacity", "_empty", "_rate")
 
-    def __init__(self, rate: float, brim: float) -> None:
+    def __init__(self, rate: float, capacity: float) -> None:
         self._rate = rate
-        self._brim = brim / rate
-        self._empty = 0.0  # when all will have leaked
+        self._capacity = capacity / rate
+        self._empty = 0.0  # the time at which the level will be 0
 
     def pause(self, now: float) -> float:
-        """Seconds until the next request may pass; none if that is not above 0."""
-        return self._empty - self._brim - now
+        """Seconds until the next request may pass; 0 or less if it may pass now."""
+        return self._empty - self._capacity - now
 
-    def pour(self, now: float, cost: int) -> None:
+    def add(self, now: float, cost: int) -> None:
         self._empty = max(self._empty, now) + cost / self._rate
 
 
 class ThrottleGroup:
-    """The limits that one or more nodes share: `limits` by the names of the options. Safe for any number of
-    threads. OptionError for limits that contradict each other. `clock`: has `monotonic()` and `sleep(seconds)`."""
+    """The limits that one or more nodes share: `limits` by the names of the options. Thread-safe. Raises OptionError for
+    contradictory limits. `clock` has `monotonic()` and `sleep(seconds)`."""
 
     def __init__(self, limits: dict[str, int], clock: Any = time) -> None:
         self.limits = limits
         self.clock = clock
         self._mutex = threading.Lock()
-        self._queue = RangeLock()  # reads wait in [0, 1), writes in [1, 2)
+        self._queue = RangeLock()  # used as two queues: reads lock the range [0, 1), writes [1, 2)
         self._bytes: dict[str, list[_Bucket]] = {READ: [], WRITE: []}
         self._requests: dict[str, list[_Bucket]] = {READ: [], WRITE: []}
         for name in _LIMITS:
@@ -93,29 +95,29 @@ class ThrottleGroup:
         if not most:
             return [_Bucket(rate, rate * SLACK)] if rate else []
         if not 0 < rate <= most:
-            raise OptionError(f"{name}-max is {most}, and {name} is {rate}", hint="a burst is faster than the limit")
-        # Poured in at `most` while it leaks at `rate`, it is full when the burst has lasted its time.
+            raise OptionError(f"{name}-max is {most}, and {name} is {rate}", hint="the rate of a burst must be higher")
+        # With requests at the rate `most` the level grows by `most - rate` per second and is full at the end of the burst.
         seconds = self.limits.get(f"{name}-max-length", 1)
         return [_Bucket(rate, max((most - rate) * seconds, rate * SLACK)), _Bucket(most, most * SLACK)]
 
     def wait(self, direction: str, *, requests: int, length: int) -> None:
-        """Return when a request that costs this may pass, in the order of arrival."""
+        """Wait until a request of this cost may pass. Requests pass in the order of arrival."""
         costs = [(bucket, requests) for bucket in self._requests[direction]] if requests else []
         if length:
             costs += [(bucket, length) for bucket in self._bytes[direction]]
         if not costs:
             return
-        lane = (0, 1) if direction == READ else (1, 2)
-        self._queue.exclusive(*lane, self._pay, costs)
+        queue = (0, 1) if direction == READ else (1, 2)
+        self._queue.exclusive(*queue, self._wait_for_buckets, costs)
 
-    def _pay(self, costs: list[tuple[_Bucket, int]]) -> None:
+    def _wait_for_buckets(self, costs: list[tuple[_Bucket, int]]) -> None:
         while True:
             with self._mutex:
                 now = self.clock.monotonic()
                 pause = max(bucket.pause(now) for bucket, _ in costs)
                 if pause < _INSTANT:
                     for bucket, cost in costs:
-                        bucket.pour(now, cost)
+                        bucket.add(now, cost)
                     return
             self.clock.sleep(min(pause, _LONGEST))
 
@@ -125,29 +127,29 @@ _groups_mutex = threading.Lock()
 
 
 def _group(name: str, limits: dict[str, int], clock: Any) -> ThrottleGroup:
-    """The group of that name: made by the first of its nodes, and forgotten with the last."""
+    """The group of that name, which exists from the creation of its first node to the deletion of its last."""
     with _groups_mutex:
         found = _groups.get(name)
         if found is None:
             found = _groups[name] = ThrottleGroup(limits, clock)
         elif limits and limits != found.limits:
             raise OptionError(
-                f"the throttle group {name} has other limits already", hint="give them once, or the same each time"
+                f"the throttle group {name} exists with other limits", hint="give the limits once, or equal ones"
             )
         return found
 
 
 class Throttle(FilterNode):
-    """`image`, whose reads, writes, zeroes and discards wait until their `limits` let them pass (keywords as the options,
-    with `_`). Nodes of this process with the same `group` share one set of limits; those that give none join the group.
+    """Delays the reads, writes, zero requests and discards of `image` to keep `limits` (keywords are the names of the options
+    with `_`). Nodes of this process with the same `group` share their limits; a node without limits joins the group.
 
-    A discard costs one operation and no bytes. So does a zero that the child can do quickly; one that it has to write
-    costs its bytes too. Flushes, changes of size and questions of status pass at once.
+    A discard costs one operation and no bytes, and so does a zero request that the child supports. A zero request for which
+    zeros are written also costs its bytes. Flushes, truncates and queries of extents are not delayed.
     """
 
     driver = "throttle"
     faithful = True
-    options = (*_options(), Option("group", "str", "a name: all nodes of this process that have it share the limits"))
+    options = (*_options(), Option("group", "str", "a name; nodes of this process with the same name share the limits"))
 
     def __init__(
         self,
@@ -184,7 +186,7 @@ class Throttle(FilterNode):
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.group.wait(WRITE, requests=1, length=0)
         try:
-            self.image.zero(offset, length, flags | NO_FALLBACK)  # refused before a byte is touched, or done
+            self.image.zero(offset, length, flags | NO_FALLBACK)  # succeeds, or is refused without a change
         except NotSupported:
             if flags & NO_FALLBACK:
                 raise
@@ -197,11 +199,12 @@ class Throttle(FilterNode):
 
 
 def _given(limits: dict[str, int]) -> dict[str, int]:
-    """The limits that were set, by the names of the options; the length of a burst counts only with one."""
+    """The limits that are set, by the names of the options. The length of a burst is ignored without a burst."""
     named = {name.replace("_", "-"): value for name, value in limits.items()}
     unknown = named.keys() - {f"{name}{end}" for name in _LIMITS for end in ("", "-max", "-max-length")}
     if unknown:
-        raise OptionError(f"throttle has no limit {', '.join(sorted(unknown))}", hint=f"it has {', '.join(_LIMITS)}")
+        hint = f"the limits are {', '.join(_LIMITS)}"
+        raise OptionError(f"throttle has no limit {', '.join(sorted(unknown))}", hint=hint)
     return {
         name: value
         for name, value in named.items()

@@ -1,4 +1,4 @@
-"""The filter `truncate`: the same bytes with another length, fixed or rounded."""
+"""The filter `truncate`: a disk of another size than its child, fixed or rounded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _ZEROS = bytes(1 << 16)
 
 
 class Truncate(TransformNode):
-    """`image` cut, or made longer, to `size` bytes, or to its size rounded up or down to a multiple. The length is fixed
-    when it is opened. What it adds reads as zero and takes zeros; any other byte written there fails with ENOSPC before
-    anything of that request is written. It holds no state: whatever the image allows may run concurrently."""
+    """A disk with the bytes of `image` and `size` bytes long, or as long as `image` rounded up or down to a multiple. The
+    size is fixed when the node is opened. Bytes past the end of the image read as zeros. Zeros may be written there; other
+    bytes fail with ENOSPC before any byte of the request is written. Stateless and thread-safe."""
 
     driver = "truncate"
     options = (
-        Option("size", "size", "the length in bytes"),
-        Option("round-up", "size", "the image's size, up to a multiple of this", minimum=1),
-        Option("round-down", "size", "the image's size, down to a multiple of this", minimum=1),
+        Option("size", "size", "the size in bytes"),
+        Option("round-up", "size", "round the size of the image up to a multiple of this", minimum=1),
+        Option("round-down", "size", "round the size of the image down to a multiple of this", minimum=1),
     )
 
     def __init__(
@@ -38,19 +38,19 @@ class Truncate(TransformNode):
         round_down: int | None = None,
         **common: Any,
     ) -> None:
-        """OptionError unless exactly one of the three is given, or if there is no such size."""
+        """Raises OptionError unless exactly one of the three sizes is given, and for a size that is too large."""
         super().__init__(image, **common)
         if sum(given is not None for given in (size, round_up, round_down)) != 1:
-            raise OptionError("truncate needs a length", hint="give one of size, round-up and round-down")
+            raise OptionError("truncate needs one size", hint="give one of size, round-up and round-down")
         if size is None:
             size = align_up(image.size, round_up) if round_up else align_down(image.size, round_down or 1)
         if size > MAX_SIZE:
-            raise OptionError(f"no node is {size} bytes long", hint=f"the most is {MAX_SIZE}")
+            raise OptionError(f"the size {size} is too large", hint=f"the maximum is {MAX_SIZE}")
         self._size = size
         self.graph_changed()
 
     def graph_changed(self) -> None:
-        #: The bytes that the image holds; those after them are added.
+        #: The number of bytes that the image contains; the other bytes are zeros.
         self._inside = min(self._size, self.image.size)
 
     @property
@@ -59,7 +59,7 @@ class Truncate(TransformNode):
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
-        """The image's, unless there are bytes that no file has."""
+        """That of the image, unless the disk is longer than the image."""
         return self.image.node.host_base if self._inside == self._size else None
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -73,7 +73,7 @@ class Truncate(TransformNode):
         for at in range(inside, len(view), len(_ZEROS)):
             if not _ZEROS.startswith(view[at : at + len(_ZEROS)]):
                 raise BlockIOError(
-                    f"the image ends at {self._inside}, and only zeros can be written after that",
+                    f"the image ends at offset {self._inside}, and only zeros can be written past it",
                     errno=errno.ENOSPC,
                     path=self.filename,
                     operation="write",
@@ -113,5 +113,5 @@ class Truncate(TransformNode):
         return not inside or self.image.reads_zero(offset, inside)
 
     def _split(self, offset: int, length: int) -> int:
-        """How many bytes of the request the image holds."""
+        """The number of bytes of the request that are inside the image."""
         return min(max(self._inside - offset, 0), length)

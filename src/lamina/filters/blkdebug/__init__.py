@@ -1,8 +1,8 @@
-"""The filter `blkdebug`: makes chosen requests fail or stop at chosen events, and imposes chosen limits on what lies above.
+"""The filter `blkdebug`: makes selected requests fail or stop at named events, and declares limits for the node above.
 
-It changes no byte, no size and no extent. Its rules (`rules`), their files (`config`) and its limits are the ones of the
-program people know by this name. An event is something that the node directly above is about to do (`Node.event`), or that
-the request path does with a request to this node: the edge tells of both.
+The filter changes no bytes, sizes or extents. Its rules (`rules`), their files (`config`) and its limits are those of QEMU's
+blkdebug. An event is a step of the node directly above (`Node.event`), or a step of the request path with a request to this
+node; the edge reports both.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
     from ...graph import Opener
 
 
-#: Permissions by name, as the locks of files number them (`storage.locks`).
+#: The numbers of the permissions in file locks (`storage.locks`), by name.
 _PERMISSIONS = {"consistent-read": 0, "write": 1, "write-unchanged": 2, "resize": 3}
 _PERMISSION = Option("permission", "enum", "a permission", choices=tuple(_PERMISSIONS))
-#: Every limit is below this.
+#: All limits must be smaller.
 _CEILING = (1 << 31) - 1
 
 
 class Blkdebug(FilterNode):
-    """A filter over `image` with rules, and with `limits` of its own. Each of them is optional; 0, like none, takes the
-    child's. Requests that fail never reach the child. FUA comes as a flush, which a rule can meet."""
+    """A filter above `image` with rules and limits. The default of each limit, also for 0, is that of the child. A request
+    that a rule fails never reaches the child. The request path emulates FUA by a flush, to which rules apply."""
 
     driver: ClassVar[str] = "blkdebug"
     faithful = True
     schema: ClassVar[Schema] = Schema(
         "blkdebug",
         [
-            Option("image", "node", "the node below", required=True),
+            Option("image", "node", "the child node", required=True),
             Option("config", "str", "a file with rules", default=""),
-            Option("inject-error", "list", "more rules: requests that fail", items=config.INJECT_ERROR),
-            Option("set-state", "list", "more rules: changes of state", items=config.SET_STATE),
-            Option("align", "size", "request alignment: a power of two", default=0),
-            Option("max-transfer", "size", "the largest read or write: a multiple of the alignment", default=0),
-            Option("opt-write-zero", "size", "zeroes are multiples of this, and not shorter", default=0),
-            Option("max-write-zero", "size", "the largest zeroes: a multiple of opt-write-zero", default=0),
-            Option("opt-discard", "size", "discards are multiples of this", default=0),
-            Option("max-discard", "size", "the largest discard: a multiple of opt-discard", default=0),
-            Option("take-child-perms", "list", "permissions that its files are locked for, too", items=_PERMISSION),
-            Option("unshare-child-perms", "list", "permissions that nobody else may have", items=_PERMISSION),
+            Option("inject-error", "list", "further rules: requests that fail", items=config.INJECT_ERROR),
+            Option("set-state", "list", "further rules: changes of state", items=config.SET_STATE),
+            Option("align", "size", "the request alignment, a power of two", default=0),
+            Option("max-transfer", "size", "the largest read or write, a multiple of the alignment", default=0),
+            Option("opt-write-zero", "size", "the alignment and minimum of zero requests", default=0),
+            Option("max-write-zero", "size", "the largest zero request, a multiple of opt-write-zero", default=0),
+            Option("opt-discard", "size", "the alignment of discards", default=0),
+            Option("max-discard", "size", "the largest discard, a multiple of opt-discard", default=0),
+            Option("take-child-perms", "list", "further permissions to lock on the files", items=_PERMISSION),
+            Option("unshare-child-perms", "list", "further permissions to deny other processes", items=_PERMISSION),
         ],
     )
 
-    # The request path above flushes, so that a rule about flushes decides on writes that must be stable, too.
+    # The request path emulates FUA by a flush, so that rules about flushes also apply to FUA writes.
     supported_flags = 0
 
     def __init__(
@@ -69,27 +69,29 @@ class Blkdebug(FilterNode):
         name: str | None = None,
         read_only: bool = False,
     ) -> None:
-        """`limits`: None for the child's. The event `none` happens at once."""
+        """`limits`: the default is those of the child. The event `none` happens immediately."""
         super().__init__(image, name=name, read_only=read_only)
         self._limits = limits or image.node.limits
-        self._asked: dict[str, Any] = {}
+        self._options: dict[str, Any] = {}
         self.rules = rules or Rules()
         self.rules.fire("none")
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """Raises OptionError for limits that cannot be kept and for rules that cannot be, FormatError for a file of rules
-        that is not understood, BlockIOError for one that cannot be read."""
+        """Raises OptionError for invalid limits and rules, FormatError for a rule file with a syntax error, BlockIOError for
+        a rule file that cannot be read."""
         path = options.get("config")
         rules = Rules([*(config.from_file(path) if path else ()), *config.from_options(options)])
         taken = [_PERMISSIONS[name] for name in options.get("take-child-perms", ())]
         unshared = [_PERMISSIONS[name] for name in options.get("unshare-child-perms", ())]
         if opener.read_only and {_PERMISSIONS["write"], _PERMISSIONS["write-unchanged"]}.intersection(taken):
-            raise OptionError("permission to write is taken of what is opened for reading", hint="open it for writing")
+            raise OptionError(
+                "take-child-perms needs write access, and the image is read-only", hint="open it for writing"
+            )
         image = opener.permitting(taken, unshared).child("image", options["image"], grows=True)
         limits = _limits(options, image.node.limits)
         node = cls(image, limits, rules=rules, name=opener.name, read_only=opener.read_only)
-        node._asked = options
+        node._options = options
         return node
 
     @property
@@ -97,78 +99,79 @@ class Blkdebug(FilterNode):
         return self._limits
 
     def graph_changed(self) -> None:
-        self._limits = _limits(self._asked, self.image.node.limits)
+        self._limits = _limits(self._options, self.image.node.limits)
 
     def event(self, name: str) -> None:
         self.rules.fire(name)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         if self.rules.active:
-            self._meet("read", offset, len(view))
+            self._inject("read", offset, len(view))
         self.image.read_into(offset, view)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         if self.rules.active:
-            self._meet("write", offset, len(view))
+            self._inject("write", offset, len(view))
         self.image.write(offset, view, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         shortest = max(self._limits.request_alignment, self._limits.zero_alignment)
         if length < shortest:
-            raise NotSupported(f"zeroes here are at least {shortest} bytes", node=self.name, operation="zero")
+            raise NotSupported(f"a zero request has at least {shortest} bytes", node=self.name, operation="zero")
         if self.rules.active:
-            self._meet("write-zeroes", offset, length)
+            self._inject("write-zeroes", offset, length)
         self.image.zero(offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
         shortest = self._limits.request_alignment
         if length < shortest:
-            raise NotSupported(f"discards here are at least {shortest} bytes", node=self.name, operation="discard")
+            raise NotSupported(f"a discard has at least {shortest} bytes", node=self.name, operation="discard")
         if self.rules.active:
-            self._meet("discard", offset, length)
+            self._inject("discard", offset, length)
         self.image.discard(offset, length)
 
     def flush(self) -> None:
         self.image.tell("flush_to_os")
         self.image.tell("flush_to_disk")
         if self.rules.active:
-            self._meet("flush", 0, 0)
+            self._inject("flush", 0, 0)
         self.image.flush()
 
     def extents(self, offset: int, length: int) -> Extents:
         if self.rules.active:
-            self._meet("block-status", offset, length)
+            self._inject("block-status", offset, length)
         return self.image.extents(offset, length)
 
-    def _meet(self, kind: str, offset: int, length: int) -> None:
-        """Raise the error that a rule has for this request."""
-        rule = self.rules.meet(kind, offset, length)
+    def _inject(self, kind: str, offset: int, length: int) -> None:
+        """Raise the error of the rule that applies to this request, if there is one."""
+        rule = self.rules.match(kind, offset, length)
         if rule is None:
             return
         if not rule.immediately:
             time.sleep(0)
-        words = f"an error that was asked for: {os.strerror(rule.errno)}"
-        place: dict[str, Any] = {"node": self.name, "operation": kind, "offset": offset, "length": length}
-        raise NotSupported(words, **place) if rule.errno == ENOTSUP else BlockIOError(words, errno=rule.errno, **place)
+        text = f"injected error: {os.strerror(rule.errno)}"
+        context: dict[str, Any] = {"node": self.name, "operation": kind, "offset": offset, "length": length}
+        raise (
+            NotSupported(text, **context) if rule.errno == ENOTSUP else BlockIOError(text, errno=rule.errno, **context)
+        )
 
 
 def _limits(options: dict[str, Any], below: Limits) -> Limits:
-    """The limits that `options` ask for over a child with the limits `below`; OptionError names the one that cannot
-    be."""
+    """The limits of `options` above a child with the limits `below`. Raises OptionError for an invalid limit."""
     align = options.get("align") or 0
     if align and (not is_power_of_two(align) or align > _CEILING):
-        raise _unmet("align", align, "a power of two below 2**31")
+        raise _invalid("align", align, "a power of two below 2**31")
     unit = max(align, below.request_alignment)
 
     def limit(name: str, multiple: int, otherwise: int) -> int:
         value: int = options.get(name) or 0
         if value and (value >= _CEILING or value % multiple):
-            raise _unmet(name, value, f"a multiple of {multiple} below 2**31 - 1")
+            raise _invalid(name, value, f"a multiple of {multiple} below 2**31 - 1")
         return value or otherwise
 
     zero = limit("opt-write-zero", unit, unit)
     discard = limit("opt-discard", unit, below.discard_alignment)
-    # A maximum of the child's that is less than one block here is left to the edge below, which splits again.
+    # A maximum of the child below the alignment of this node is not declared; the edge to the child splits requests again.
     return Limits(
         request_alignment=unit,
         max_transfer=limit("max-transfer", unit, below.max_transfer if below.max_transfer >= unit else 0),
@@ -188,5 +191,5 @@ def _limits(options: dict[str, Any], below: Limits) -> Limits:
     )
 
 
-def _unmet(name: str, value: int, rule: str) -> OptionError:
-    return OptionError(f"blkdebug cannot keep to {name} {value}", hint=f"it must be {rule}, or 0 for the child's")
+def _invalid(name: str, value: int, rule: str) -> OptionError:
+    return OptionError(f"blkdebug: {name} is {value}", hint=f"it takes {rule}, or 0 for the limit of the child")

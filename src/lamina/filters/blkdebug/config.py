@@ -1,4 +1,4 @@
-"""How the rules of `blkdebug` are written: in lists of options, and in a file of groups.
+"""Parsing of the rules of `blkdebug`, from lists of options and from rule files.
 
     # every second write fails
     [inject-error]
@@ -11,7 +11,7 @@
     state = "1"
     new_state = "2"
 
-A group is one rule. Values stand in double quotes; of a key that is given twice the last counts; `#` begins a comment.
+Each group is one rule. Values are in double quotes; the last of several equal keys counts; `#` begins a comment.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ...named_file import read_named
 from ...schema import Option, Schema
 from .rules import KINDS, USUAL_KINDS, Injection, Transition
 
-_EVENT = Option("event", "str", "the event that arms it", required=True)
+_EVENT = Option("event", "str", "the event that activates the rule", required=True)
 INJECT_ERROR = Schema(
     "inject-error",
     [
         _EVENT,
-        Option("state", "int", "the state in which it is armed; 0: any", default=0, minimum=0),
-        Option("iotype", "enum", "the requests that fail; all but block-status if not given", choices=KINDS),
-        Option("errno", "int", "the error, as a number; 0: these requests pass", default=5, minimum=0, maximum=4095),
-        Option("sector", "int", "only requests with this sector of 512 bytes in them; -1: any", default=-1, minimum=-1),
-        Option("once", "bool", "the first request that it meets uses it up", default=False),
-        Option("immediately", "bool", "no other thread gets a turn before it fails", default=False),
+        Option("state", "int", "the state in which the event activates the rule; 0: any", default=0, minimum=0),
+        Option("iotype", "enum", "the requests that fail (default: all but block-status)", choices=KINDS),
+        Option("errno", "int", "the error number; 0: the requests succeed", default=5, minimum=0, maximum=4095),
+        Option("sector", "int", "only requests that contain this sector of 512 bytes; -1: any", default=-1, minimum=-1),
+        Option("once", "bool", "remove the rule after the first matching request", default=False),
+        Option("immediately", "bool", "fail the request before any other thread runs", default=False),
     ],
 )
 SET_STATE = Schema(
     "set-state",
     [
         _EVENT,
-        Option("state", "int", "the state in which it counts; 0: any", default=0, minimum=0),
+        Option("state", "int", "the state in which the rule applies; 0: any", default=0, minimum=0),
         Option("new_state", "int", "the state after the event", default=0, minimum=0),
     ],
 )
 _GROUPS = {"inject-error": INJECT_ERROR, "set-state": SET_STATE}
 
-#: A file of rules is a page or two.
+#: The maximum size of a rule file.
 _MAX_BYTES = 1 << 20
 _HEADING = re.compile(r'\s*\[\s*([^\s\]"]+)(?:\s+"([^"]*)")?\s*\]\s*(?:#.*)?')
 _KEY = re.compile(r'\s*([^\s="]+)\s*=\s*"([^"]*)"\s*(?:#.*)?')
@@ -74,27 +74,27 @@ def transition(values: Mapping[str, Any]) -> Transition:
 
 
 def from_options(options: Mapping[str, Any]) -> list[Injection | Transition]:
-    """The rules of the options `inject-error` and `set-state`, which their schemas have read already."""
+    """The rules of the options `inject-error` and `set-state`, whose values are already typed."""
     injections: Iterable[Any] = options.get("inject-error") or ()
     transitions: Iterable[Any] = options.get("set-state") or ()
     return [*map(injection, injections), *map(transition, transitions)]
 
 
 def from_file(path: str) -> list[Injection | Transition]:
-    """The rules in the file `path`, in its order. BlockIOError if it cannot be read, FormatError or OptionError if it cannot
-    be understood; either names the file and the line."""
+    """The rules of the file `path`, in order. Raises BlockIOError if it cannot be read, FormatError or OptionError, with the
+    file and the line, if it is invalid."""
     return parse(_read(path), path)
 
 
 def _read(path: str) -> str:
     raw, _ = read_named(path, _MAX_BYTES + 1, failure="the rules of blkdebug cannot be read")
     if len(raw) > _MAX_BYTES:
-        raise LimitExceeded(f"a file of rules has at most {_MAX_BYTES} bytes", path=path)
+        raise LimitExceeded(f"a rule file has at most {_MAX_BYTES} bytes", path=path)
     return raw.decode("utf-8", "surrogateescape")
 
 
 def parse(text: str, path: str = "<rules>") -> list[Injection | Transition]:
-    """The rules that `text` describes; `path` names it in errors."""
+    """Parse the text of a rule file; `path` is its name for errors."""
     groups: list[tuple[str, str, dict[str, str]]] = []
     names: set[tuple[str, str]] = set()
     for number, line in enumerate(text.split("\n"), 1):
@@ -102,20 +102,18 @@ def parse(text: str, path: str = "<rules>") -> list[Injection | Transition]:
         if heading := _HEADING.fullmatch(line):
             kind, name = heading.groups()
             if kind not in _GROUPS:
-                raise FormatError(f"there is no kind of rule {shown}", path=where, hint=f"use {' or '.join(_GROUPS)}")
+                raise FormatError(f"unknown kind of rule {shown}", path=where, hint=f"use {' or '.join(_GROUPS)}")
             if (kind, name) in names:
-                raise FormatError(f"{shown} is there twice", path=where, hint="names are not needed")
+                raise FormatError(f"duplicate rule {shown}", path=where, hint="names may be omitted")
             if name is not None:
                 names.add((kind, name))
             groups.append((kind, where, {}))
         elif key := _KEY.fullmatch(line):
             if not groups:
-                raise FormatError(
-                    f"{shown} stands before the first rule", path=where, hint="write [inject-error] first"
-                )
+                raise FormatError(f"{shown} is before the first rule", path=where, hint="write [inject-error] first")
             groups[-1][2][key[1]] = key[2]
         elif not _NOTHING.fullmatch(line):
-            raise FormatError(f"{shown} is not understood", path=where, hint='write key = "value"')
+            raise FormatError(f"syntax error: {shown}", path=where, hint='write key = "value"')
     return [_rule(*group) for group in groups]
 
 

@@ -1,14 +1,14 @@
-"""The rules of `blkdebug`: which request fails, and how, after which events; and where requests are made to stop.
+"""The rules of `blkdebug`: injected errors, changes of state and breakpoints.
 
-A `Rules` holds a state (a number that begins at 1), the rules of each event, the injections that are *active*, and the
-requests that stopped. What happens in which order is that of the program people know by the filter's name:
+A `Rules` has a state (a number, initially 1), the rules of each event, the *active* injections, and the stopped requests.
+Rules are applied in the order of QEMU's blkdebug:
 
-- the rules of an event are walked, the last added first, those of injections before those of states in the order of adding;
-- a rule takes part if its state is 0 or equals the state before the event;
-- the first injection that takes part ends all that were active; all that take part are active from then on, the first that
-  was defined in front. Where none takes part the earlier ones stay in force;
-- a change of state takes effect after the walk; of several the first that was defined wins;
-- a breakpoint that takes part is gone, and the request sleeps after the walk until somebody lets it go on.
+- an event applies its rules in reverse order of their addition; injections are added before transitions;
+- a rule applies if its state is 0 or equals the state before the event;
+- the first injection that applies deactivates all active ones; all injections that apply become active, in the order of their
+  definition. If none applies, the active injections stay active;
+- a transition takes effect after all rules were applied; of several the first that was defined wins;
+- a breakpoint that applies is removed, and after all rules were applied the request stops until another thread resumes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EVENTS = (
     *("pwritev", "pwritev_zero", "pwritev_done", "empty_image_prepare", "l1_shrink_write_table"),
     *("l1_shrink_free_l2_clusters", "cor_write", "cluster_alloc_space", "none"),
 )
-#: The kinds of requests that a rule can be about, and those that it is about where it does not say.
+#: The kinds of requests to which a rule can apply, and the default.
 KINDS = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
 USUAL_KINDS = KINDS[:-1]
 
@@ -39,9 +39,9 @@ _SECTOR = 512
 
 
 class Injection(NamedTuple):
-    """While active: a request of one of these `kinds`, which has `sector` in it (any, if None), fails with `errno`; 0: it
-    passes, and no later rule sees it. `once`: the first request that it meets uses it up. `immediately`: other threads do
-    not get a turn before the request fails."""
+    """While active, a request of one of `kinds` that contains `sector` (None: any) fails with `errno`; 0: it passes, and
+    later rules are not applied to it. `once`: the first matching request removes the rule. `immediately`: no other thread is
+    scheduled before the request fails."""
 
     event: str
     state: int = 0
@@ -53,7 +53,7 @@ class Injection(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """The event makes `new_state` the state."""
+    """The event sets the state to `new_state`."""
 
     event: str
     state: int
@@ -61,7 +61,7 @@ class Transition(NamedTuple):
 
 
 class Breakpoint(NamedTuple):
-    """The next request that comes to the event stops, and has the name `tag`."""
+    """The next request that causes the event stops under the name `tag`."""
 
     event: str
     tag: str
@@ -72,7 +72,7 @@ Rule: TypeAlias = Injection | Transition | Breakpoint
 
 
 class _Stop:
-    """Why a request stopped: one breakpoint. It sleeps until all of its own are gone."""
+    """One breakpoint at which a request is stopped. A request continues when all of its stops are resumed."""
 
     __slots__ = ("request", "stopped", "tag")
 
@@ -83,16 +83,16 @@ class _Stop:
 
 
 class Rules:
-    """The rules of one node. Safe for any number of threads."""
+    """The rules of one node. Thread-safe."""
 
     def __init__(self, rules: Iterable[Injection | Transition] = ()) -> None:
-        """OptionError if one of them names no event."""
-        #: Those that a request is held against, in order. Empty: every request passes.
+        """Raises OptionError for a rule with an unknown event."""
+        #: The active injections, in order. If it is empty, every request passes.
         self.active: list[Injection] = []
-        #: Told of "Suspended" and "Resuming", with the tag, in the thread that stops or lets go. What it raises when told
-        #: of a stop is raised by the request, which then does not stop.
+        #: A callback with the arguments "Suspended" or "Resuming" and the tag, called in the thread that stops or resumes. If
+        #: it raises an error for "Suspended", the request raises that error instead of stopping.
         self.tell: Callable[[str, str], None] | None = None
-        self._by_event: dict[str, list[Rule]] = {}  # in the order of the walk
+        self._by_event: dict[str, list[Rule]] = {}  # in the order of application
         self._state = 1
         self._stops: list[_Stop] = []  # the latest last
         self._changed = threading.Condition()
@@ -112,13 +112,13 @@ class Rules:
             hint = (
                 f"did you mean {near[0]}?" if near else f"such as read_aio, write_aio, l2_update ({len(EVENTS)} in all)"
             )
-            raise OptionError(f"blkdebug knows no event {rule.event[:64]!r}", hint=hint)
+            raise OptionError(f"blkdebug has no event {rule.event[:64]!r}", hint=hint)
         self._by_event.setdefault(rule.event, []).insert(0, rule)
 
-    # -- what happens
+    # -- events and requests
 
     def fire(self, event: str) -> None:
-        """The event happens, in the thread of a request. Returns when nothing stops that any longer."""
+        """Apply the rules of an event, in the thread of the request. Returns when the request is not stopped, or resumed."""
         if event not in self._by_event:
             return
         with self._changed:
@@ -133,7 +133,7 @@ class Rules:
                 elif isinstance(rule, Transition):
                     after = rule.new_state
                 else:
-                    self._forget(rule)
+                    self._remove(rule)
                     stops.append(_Stop(rule.tag, stops))
             if fresh:
                 self.active = fresh
@@ -150,80 +150,80 @@ class Rules:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not any(stop.stopped for stop in stops))
         finally:
-            # Interrupted while it slept, it is no longer there to be let go.
+            # After an interrupt the request is no longer stopped.
             self._stops = [stop for stop in self._stops if stop not in stops]
 
-    def meet(self, kind: str, offset: int, length: int) -> Injection | None:
-        """The rule by which this request fails; None if it passes. A flush has the length 0."""
+    def match(self, kind: str, offset: int, length: int) -> Injection | None:
+        """The rule that fails this request; None if the request passes. The length of a flush is 0."""
         with self._changed:
             for rule in self.active:
-                here = rule.sector is None or (length > 0 and offset <= rule.sector * _SECTOR < offset + length)
-                if here and kind in rule.kinds:
+                inside = rule.sector is None or (length > 0 and offset <= rule.sector * _SECTOR < offset + length)
+                if inside and kind in rule.kinds:
                     if rule.once:
                         self.active = [one for one in self.active if one is not rule]
-                        self._forget(rule)
+                        self._remove(rule)
                     return rule if rule.errno else None
         return None
 
-    def _forget(self, rule: Rule) -> None:
-        # By identity: two rules may say the same.
+    def _remove(self, rule: Rule) -> None:
+        # By identity, since two rules may be equal.
         self._by_event[rule.event] = [one for one in self._by_event[rule.event] if one is not rule]
 
     # -- breakpoints
 
     def add_break(self, event: str, tag: str) -> None:
-        """The next request that comes to `event`, in whatever state, stops under the name `tag`. OptionError if there is no
-        such event."""
+        """Stop the next request that causes `event`, in any state, under the name `tag`. Raises OptionError for an unknown
+        event."""
         with self._changed:
             self._add(Breakpoint(event, tag))
 
     @property
     def stopped(self) -> tuple[str, ...]:
-        """The tags of the requests that are stopped, the first that stopped in front."""
+        """The tags of the stopped requests, in the order in which they stopped."""
         with self._changed:
             return tuple(stop.tag for stop in self._stops)
 
     @property
     def sleeping(self) -> int:
-        """How many requests are stopped; one may have stopped at several breakpoints at once."""
+        """The number of stopped requests. One request may be stopped at several breakpoints."""
         with self._changed:
             return len({id(stop.request) for stop in self._stops})
 
     def wait_break(self, tag: str, timeout: float | None = None) -> bool:
-        """Wait until a request is stopped under this name; False if none was within `timeout` seconds."""
+        """Wait until a request is stopped under this name. Returns False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: any(stop.tag == tag for stop in self._stops), timeout)
 
     def resume(self, tag: str) -> bool:
-        """Let the request go on that was the last to stop under this name; False if there is none."""
+        """Resume the request that stopped last under this name. Returns False if there is none."""
         with self._changed:
             stop = next((stop for stop in reversed(self._stops) if stop.tag == tag), None)
             if stop is not None:
-                self._let_go(stop)
+                self._resume(stop)
         return stop is not None
 
     def remove_break(self, tag: str) -> bool:
-        """Forget the breakpoints of this name, and let all go on that stopped there; False if there was neither."""
+        """Remove the breakpoints of this name and resume the requests stopped there. Returns False if there were neither."""
         with self._changed:
             rules = [r for of in self._by_event.values() for r in of if isinstance(r, Breakpoint) and r.tag == tag]
             stops = [stop for stop in reversed(self._stops) if stop.tag == tag]
             for rule in rules:
-                self._forget(rule)
+                self._remove(rule)
             for stop in stops:
-                self._let_go(stop)
+                self._resume(stop)
         return bool(rules or stops)
 
     def release(self) -> None:
-        """Forget all breakpoints, and let all requests go on."""
+        """Remove all breakpoints and resume all requests."""
         with self._changed:
             for rules in tuple(self._by_event.values()):
                 for rule in rules:
                     if isinstance(rule, Breakpoint):
-                        self._forget(rule)
+                        self._remove(rule)
             for stop in tuple(self._stops):
-                self._let_go(stop)
+                self._resume(stop)
 
-    def _let_go(self, stop: _Stop) -> None:
+    def _resume(self, stop: _Stop) -> None:
         stop.stopped = False
         self._stops.remove(stop)
         if self.tell is not None:

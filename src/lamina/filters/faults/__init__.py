@@ -1,6 +1,6 @@
-"""The filter `faults`: makes chosen operations fail, lie, wait or damage bytes, by rules and a seed.
+"""The filter `faults`: injects errors, delays, lost writes, false flushes and corrupt bytes, by rules and a random seed.
 
-`rule.py` decides whether something happens to an operation, `driver.py` lets it happen.
+`rule.py` selects the operations; `driver.py` injects the faults.
 """
 
 from __future__ import annotations

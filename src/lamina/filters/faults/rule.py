@@ -1,8 +1,8 @@
-"""The rules of `faults`: which operations one takes, when, and what is to happen to them.
+"""The rules of `faults`, each of which selects operations and describes the faults to inject.
 
-A rule says which operations it takes (`kind`, a range), when (the nth of them, every kth, with a probability, in a window of
-time), and what happens: an error, a write that is lost or torn, a flush that lies, flipped bits, another place, a delay, a
-wait until the test goes on. Each rule draws from a source of its own, in the order of the operations that it is asked about.
+A rule selects operations by kind and range, by number (the nth, every kth), by probability and by a window of time. Its
+faults are an error, a lost or torn write, a flush without effect, inverted bits, a wrong offset, a delay, or a wait until the
+test continues. Each rule has its own random generator, which is used in the order of the operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...schema import Option, Schema
 
 SECTOR = 512
 KINDS = ("read", "write", "zero", "discard", "truncate", "flush", "extents")
-#: What can happen, and to which operations.
+#: The faults, and the operations in which they can occur.
 APPLIES: dict[str, tuple[str, ...]] = {
     "error": KINDS,
     "latency": KINDS,
@@ -38,58 +38,60 @@ _LONGEST = 86_400_000
 RULE = Schema(
     "faults rule",
     [
-        Option("kind", "enum", "which operations", default="any", choices=("any", *KINDS)),
-        Option("start", "size", "only those that touch the bytes from here on", default=0),
-        Option("length", "size", "how many bytes from there; 0: to the end", default=0),
-        Option("after", "int", "so many of them pass first", default=0, minimum=0),
-        Option("nth", "int", "only the nth of those that are left, from 1", minimum=1),
-        Option("every", "int", "only every kth of those that are left", default=1, minimum=1),
-        Option("p", "any", "only with this probability: 0.01, 1% or 1:100", default=1.0),
+        Option("kind", "enum", "the kind of operations", default="any", choices=("any", *KINDS)),
+        Option("start", "size", "the start of the range that the operations must overlap", default=0),
+        Option("length", "size", "the length of that range; 0: to the end", default=0),
+        Option("after", "int", "the number of operations to skip first", default=0, minimum=0),
+        Option("nth", "int", "only the nth of the remaining operations, from 1", minimum=1),
+        Option("every", "int", "only every kth of the remaining operations", default=1, minimum=1),
+        Option("p", "any", "the probability of the fault: 0.01, 1% or 1:100", default=1.0),
         Option("once", "bool", "only the first time", default=False),
-        Option("times", "int", "only so many times", minimum=1),
+        Option("times", "int", "the maximum number of faults", minimum=1),
         Option("up", "int", "milliseconds without faults before each window", default=0, minimum=0, maximum=_LONGEST),
         Option(
             "down",
             "int",
-            "milliseconds with faults, again and again; 0: always",
+            "milliseconds of each window with faults; 0: always",
             default=0,
             minimum=0,
             maximum=_LONGEST,
         ),
-        Option("error", "any", "the errno that is raised (EIO, ENOSPC, 5); EIO if the rule names no action"),
-        Option("heal-on-write", "bool", "what is written can be read again", default=False, aliases=("heal_on_write",)),
+        Option("error", "any", "the errno to raise (EIO, ENOSPC, 5); EIO is the default of a rule without a fault"),
+        Option("heal-on-write", "bool", "written bytes can be read again", default=False, aliases=("heal_on_write",)),
         Option("drop", "bool", "report success and change nothing", default=False),
         Option("ack-only", "bool", "a flush reports success and flushes nothing", default=False, aliases=("ack_only",)),
-        Option("torn", "enum", "only some sectors of a write are stored", choices=("prefix", "subset")),
-        Option("keep", "int", "with torn=prefix: how many; at random if not given", minimum=0),
-        Option("flip", "int", "so many bits are inverted, at random places", default=0, minimum=0),
-        Option("misdirect", "int", "so many sectors further on, or back", default=0),
-        Option("latency", "int", "milliseconds that it takes longer", default=0, minimum=0, maximum=_LONGEST),
-        Option("jitter", "int", "up to so many milliseconds more, at random", default=0, minimum=0, maximum=_LONGEST),
-        Option("hang", "str", "it waits until the test calls `release` with this tag"),
+        Option("torn", "enum", "store only some sectors of a write", choices=("prefix", "subset")),
+        Option("keep", "int", "with torn=prefix: the number of stored sectors (default: random)", minimum=0),
+        Option("flip", "int", "the number of bits to invert, at random offsets", default=0, minimum=0),
+        Option("misdirect", "int", "add this number of sectors to the offset; may be negative", default=0),
+        Option("latency", "int", "additional milliseconds", default=0, minimum=0, maximum=_LONGEST),
+        Option(
+            "jitter", "int", "the maximum of additional, random milliseconds", default=0, minimum=0, maximum=_LONGEST
+        ),
+        Option("hang", "str", "wait until the test calls `release` with this tag"),
     ],
 )
 
 
 class Injected(NamedTuple):
-    """One thing that was done to one operation."""
+    """One fault that was injected into one operation."""
 
-    operation: int  #: which operation of this node, from 1
+    operation: int  #: the number of the operation of this node, from 1
     kind: str  #: read, write, ...
     offset: int
     length: int
-    rule: int  #: the index of the rule, -1: the space was used up
+    rule: int  #: the index of the rule; -1: no free space
     action: str  #: error, drop, torn, ..., space
 
 
-class Spans:
-    """A set of bytes, as half-open ranges in order."""
+class ByteSet:
+    """A set of bytes, stored as half-open ranges in order."""
 
     def __init__(self, *spans: tuple[int, int]) -> None:
         self.spans = list(spans)
 
     def add(self, start: int, end: int) -> int:
-        """How many bytes were not in it before."""
+        """Add a range. Returns the number of bytes that were not in the set."""
         added = end - start - self.within(start, end)
         touching = [span for span in self.spans if span[0] <= end and start <= span[1]]
         self.spans = [span for span in self.spans if span not in touching]
@@ -98,24 +100,24 @@ class Spans:
         return added
 
     def remove(self, start: int, end: int) -> int:
-        """How many bytes were in it."""
+        """Remove a range. Returns the number of bytes that were in the set."""
         removed = self.within(start, end)
         pieces = [((low, min(high, start)), (max(low, end), high)) for low, high in self.spans]
         self.spans = [(low, high) for pair in pieces for low, high in pair if low < high]
         return removed
 
     def within(self, start: int, end: int) -> int:
-        """How many bytes of [start, end) are in it."""
+        """The number of bytes of [start, end) in the set."""
         return sum(max(min(high, end) - max(low, start), 0) for low, high in self.spans)
 
 
 class Rule:
-    """One rule, and how often it took part. OptionError for one that can never do anything."""
+    """One rule and its counters. Raises OptionError for a rule that can never inject a fault."""
 
     def __init__(self, number: int, options: Mapping[str, Any], seed: int) -> None:
         values = RULE.parse(options, f"rules.{number}")
         self.number = number
-        # Drawn from one after the other by this rule alone: another rule changes nothing for it.
+        # Used by this rule only, so that its choices do not depend on other rules.
         self.rng = random.Random(f"{seed}/{number}")
         self.actions = {name: values[name] for name in APPLIES if values[name]}
         if not self.actions:
@@ -125,13 +127,13 @@ class Rule:
         possible = {kind for action in self.actions for kind in APPLIES[action]}
         kind = values["kind"]
         if kind != "any" and not all(kind in APPLIES[action] for action in self.actions):
-            raise _wrong(number, f"{', '.join(self.actions)} cannot happen to a {kind}")
+            raise _wrong(number, f"{', '.join(self.actions)} cannot occur in the operation {kind}")
         self.kinds = possible if kind == "any" else {kind}
         start, length = values["start"], values["length"]
-        self.bad = Spans((start, start + length if length else MAX_SIZE)) if start or length else None
+        self.bad = ByteSet((start, start + length if length else MAX_SIZE)) if start or length else None
         self.heals = values["heal-on-write"]
         if self.heals and (self.bad is None or kind != "read"):
-            raise _wrong(number, "heal-on-write is for kind=read with a range")
+            raise _wrong(number, "heal-on-write needs kind=read and a range")
         self.after, self.nth, self.every = values["after"], values["nth"], values["every"]
         self.p = _probability(values["p"], number)
         self.left = 1 if values["once"] else values["times"]
@@ -139,8 +141,8 @@ class Rule:
         self.keep = values["keep"]
         self.seen = 0
 
-    def takes(self, kind: str, offset: int, length: int, now: float) -> bool:
-        """Whether it acts on this operation; counts it."""
+    def matches(self, kind: str, offset: int, length: int, now: float) -> bool:
+        """Whether the rule applies to this operation. Updates the counters of the rule."""
         if kind not in self.kinds or self.left == 0:
             return False
         if self.bad is not None and not self.bad.within(offset, offset + length):
@@ -165,19 +167,19 @@ def _error(value: Any, number: int) -> int:
         return int(text)
     found = getattr(_errno, text, None) if text.isupper() else None
     if not isinstance(found, int):
-        raise _wrong(number, f"error is {_seen(value)}", "it takes a name as EIO, or a number of errno.h")
+        raise _wrong(number, f"error is {_quoted(value)}", "it takes a name such as EIO, or an error number")
     return found
 
 
 def _text(value: Any) -> str:
-    """What the user wrote, where that is a short text or a number; else nothing."""
+    """`value` as text, if it is a short text or a number; otherwise an empty text."""
     if isinstance(value, str | float) or (isinstance(value, int) and abs(value) <= MAX_SIZE):
         text = str(value)
         return text if len(text) <= 64 else ""
     return ""
 
 
-def _seen(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return printable(clip(value)) if isinstance(value, str) else shown(value)
 
 
@@ -189,7 +191,7 @@ def _probability(value: Any, number: int) -> float:
     except (ValueError, ZeroDivisionError):
         found = -1.0
     if not 0 <= found <= 1:
-        raise _wrong(number, f"p is {_seen(value)}", "it takes 0 to 1, 0% to 100%, or 1:N")
+        raise _wrong(number, f"p is {_quoted(value)}", "it takes 0 to 1, 0% to 100%, or 1:N")
     return found
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..uri import Target
 
 #: Errors that may be gone in a moment: nobody listens yet, or the server is just being started again.
-PASSING: Final = frozenset(
+TRANSIENT: Final = frozenset(
     {
         errno.ECONNREFUSED,
         errno.ENOENT,
@@ -54,7 +54,7 @@ Check = Callable[[], None]
 def passes(error: LaminaError) -> bool:
     """Whether `error`, of an attempt to connect, may be gone in a moment. A socket that is not there may appear; an export
     that a server does not have counts as settled."""
-    return error.errno in PASSING and (error.errno != errno.ENOENT or isinstance(error.__cause__, OSError))
+    return error.errno in TRANSIENT and (error.errno != errno.ENOENT or isinstance(error.__cause__, OSError))
 
 
 def lost(target: Target, what: str = "the server closed the connection", hint: str | None = None) -> BlockIOError:
@@ -257,7 +257,7 @@ def leave(channel: Channel, farewell: bytes) -> None:
 def enter(
     target: Target, wish: Wish, *, connect_timeout: float, timeout: float, patience: float, check: Check = never
 ) -> tuple[Channel, Facts]:
-    """A connection in transmission. For `patience` seconds, what may pass (`PASSING`) is tried again, with pauses that
+    """A connection in transmission. For `patience` seconds, what may pass (`TRANSIENT`) is tried again, with pauses that
     double; other errors, and the last of these, are raised. The other times, and `check`, as for `negotiate`."""
     deadline = time.monotonic() + patience
     rest = _PAUSE

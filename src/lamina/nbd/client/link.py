@@ -24,7 +24,7 @@ from ...errors import BlockIOError, Closed, LaminaError
 from ...limits import KIB
 from .. import links, wire
 from ..channel import Buffer, Channel
-from .connection import PASSING, Check, leave, lost, passes, pause
+from .connection import TRANSIENT, Check, leave, lost, passes, pause
 from .facts import Facts
 from .request import CHANGES, Durability, Request, Sent
 from .times import SHORT, TICK, Clock, Times
@@ -355,7 +355,7 @@ class Link:
             if durability.answered or any(r.covers for r in requests if r.command == wire.CMD_FLUSH):
                 durability.answered, durability.doubtful = False, True
             self._fail([request for request in requests if request.left], cause)
-            if self._final or not (torn or (self._patience > 0 and cause.errno in PASSING)):
+            if self._final or not (torn or (self._patience > 0 and cause.errno in TRANSIENT)):
                 self._dead = self._dead or cause
                 self._fail(requests, cause)
                 return
