@@ -7,6 +7,7 @@ caches of the driver. After "Host cluster management" of the published specifica
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UnsupportedFeature
@@ -17,12 +18,16 @@ from . import layout as q
 from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from ...request import Child
     from .header import Header
 
 _SECTOR: Final = 512
 #: Clusters that are held against their counts at a time.
-_WINDOW: Final = 1 << 22
+_WINDOW: Final = 1 << 20
+#: References to clusters without a stored count that are looked at in one go.
+_SPARSE: Final = 1 << 18
 #: Entries of the refcount table that name a block which another entry names, too: so many are looked at all the same.
 _MAX_AGAIN: Final = 64
 
@@ -133,21 +138,16 @@ class _Comparison:
 
     def compare(self) -> None:
         """Hold the references that were found against the counts that are stored, window by window."""
-        lists = {use: np.concatenate(parts) for use, parts in self.found.uses.items()}
-        self.found.uses.clear()
+        uses = self.found.uses
+        lists = {use: _joined(uses.pop(use)) for use in list(uses)}
         if self.clusters < _WINDOW:
             highest = self.compare_window(0, self.clusters + 1, {use: one for use, one in lists.items() if len(one)})
             self.report.image_end_offset = (highest + 1) << self.bits
             return
         highest = 0
         windows = np.array(self.windows(), np.int64).reshape(-1, 2)
-        rest: dict[Use, Clusters] = {}
-        for use, clusters in lists.items():
+        for clusters in lists.values():
             clusters.sort()
-            which = np.searchsorted(windows[:, 0], clusters, "right") - 1
-            outside = (which < 0) | (clusters >= np.append(windows[:, 1], 0)[which])
-            if outside.any():
-                rest[use] = clusters[outside]
         for lo, hi in windows.tolist():
             inside = {}
             for use, clusters in lists.items():
@@ -155,8 +155,16 @@ class _Comparison:
                 if len(part):
                     inside[use] = part
             highest = max(highest, self.compare_window(lo, hi, inside))
-        if rest:
-            highest = max(highest, self.compare_sparse(rest))
+        for lo, hi in _ranges(lists.values()):
+            rest: dict[Use, Clusters] = {}
+            for use, clusters in lists.items():
+                part = clusters[slice(*np.searchsorted(clusters, (lo, hi)))]
+                which = np.searchsorted(windows[:, 0], part, "right") - 1
+                outside = (which < 0) | (part >= np.append(windows[:, 1], 0)[which])
+                if outside.any():
+                    rest[use] = part[outside]
+            if rest:
+                highest = max(highest, self.compare_sparse(rest))
         self.report.image_end_offset = (highest + 1) << self.bits
 
     def compare_sparse(self, lists: dict[Use, Clusters]) -> int:
@@ -310,6 +318,24 @@ class _Comparison:
                     counts = _decode(raw, self.order)
                     single[group] = counts[clusters[group] % self.block_entries] == 1
             self.copied(use, clusters[known & (single != use.copied)])
+
+
+def _joined(parts: list[Clusters]) -> Clusters:
+    """These arrays, which it empties, one behind the other."""
+    whole = np.empty(sum(map(len, parts)), np.int64)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
+
+
+def _ranges(lists: Collection[Clusters]) -> Iterator[tuple[int, int]]:
+    """Ranges of clusters, ascending, that hold all of these sorted references, at most so many of each list in one (more only
+    where they are to one cluster)."""
+    edges = sorted({edge for one in lists for edge in [*one[::_SPARSE].tolist(), *(one[-1:] + 1).tolist()]})
+    return pairwise(edges)
 
 
 def _count(references: Clusters, clusters: Clusters, weight: int) -> None:

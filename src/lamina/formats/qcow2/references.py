@@ -12,6 +12,7 @@ they are findings, and thousands of them could lie over the same bytes.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -55,12 +56,14 @@ NAMES: Final = {
 
 #: Bytes of L2 tables that are looked at in one go.
 _BATCH: Final = 4 << 20
+#: Entries of L1 tables, or offsets of L2 tables, that are looked at in one go.
+_L1_BATCH: Final = 1 << 18
 #: Beyond twice what the file stores, L1 tables of snapshots lie over one another again and again, or in holes; no more than
 #: this much then is walked.
 _SLACK: Final = 64 << 20
 #: Bytes of L2 tables that do not lie on a cluster and are walked all the same, as the peers do: enough for damage, and too
 #: little for an attack.
-_CROOKED: Final = 1 << 20
+_MISALIGNED: Final = 1 << 20
 #: From so many tables on it pays to ask for all holes of the file at once.
 _MANY: Final = 1024
 #: From this size on it pays to ask whether a table lies in a hole of the file before it is read.
@@ -122,7 +125,7 @@ class References:
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
         stored = storage.node.allocated
         self.to_walk = 2 * (self.size if stored is None else min(stored, self.size)) + _SLACK
-        self.crooked = _CROOKED
+        self.misaligned = _MISALIGNED
         self.refcount_table: Entries = np.zeros(0, np.uint64)
         #: Some table could not be read whole: clusters may have more references than were found.
         self.incomplete = False
@@ -187,7 +190,7 @@ class References:
         count = min(count, max(-(-(self.size - offset) // 8), 0))
         if count * 8 >= _HOLE and self.storage.reads_zero(offset, count * 8):
             return np.zeros(count, np.uint64)  # of which only the pages that somebody touches are there
-        return np.frombuffer(self.read(offset, count * 8, what)[0], ">u8").astype(np.uint64)
+        return _native(self.read(offset, count * 8, what)[0])
 
     def may_walk(self, length: int, what: str) -> bool:
         """Whether another `length` bytes of tables may be walked: tables that overlap could make a small file
@@ -216,13 +219,13 @@ class References:
     def point(self, use: Use, offsets: Entries, what: str) -> Mask:
         """Entries that each point to one cluster. Those that are misaligned or outside are findings. Which are
         inside."""
-        astray = offsets & np.uint64(self.cluster - 1)
+        misaligned = offsets & np.uint64(self.cluster - 1) != 0
         inside: Mask = offsets < np.uint64(self.size)
-        crooked = offsets[astray != 0]
-        if len(crooked):
-            self.each(ERROR, lambda at: f"{what} at {at:#x} is not on a cluster boundary", crooked, use.weight)
+        if misaligned.any():
+            text = f"{what} at {{:#x}} is not on a cluster boundary"
+            self.each(ERROR, text.format, offsets[misaligned], use.weight)
             # It lies in two clusters. Only that of its first byte has to agree with COPIED.
-            second = offsets[(astray != 0) & inside] + np.uint64(self.cluster - 1) >> np.uint64(self.bits)
+            second = offsets[misaligned & inside] + np.uint64(self.cluster - 1) >> np.uint64(self.bits)
             self.uses[Use(use.kind, use.weight)].append(second.astype(np.int64))
         clusters = (offsets >> np.uint64(self.bits)).astype(np.int64)
         if not inside.all():
@@ -241,30 +244,36 @@ class References:
         walked."""
         if not active and not self.may_walk(count * 8, "L1 table of a snapshot"):
             return None
-        entries = self.entries(offset, count, "L1 table")
-        entries = entries[entries != 0]
+        found = [np.zeros(0, np.uint64)]
+        for at in range(0, count, _L1_BATCH):
+            entries = self.entries(offset + 8 * at, min(_L1_BATCH, count - at), "L1 table")
+            found += self.l1_entries(entries[entries != 0], active, weight)
+        return np.concatenate(found), weight, active
+
+    def l1_entries(self, entries: Entries, active: bool, weight: int) -> list[Entries]:
+        """What these entries refer to, none of which is 0. Returns the offsets of the L2 tables that are to be walked."""
         reserved = entries[entries & np.uint64(~(q.COPIED | q.OFFSET_MASK) & (1 << 64) - 1) != 0]
         self.each(ERROR, lambda entry: f"L1 entry {entry:#018x} has reserved bits set", reserved, weight)
         copied = entries & np.uint64(q.COPIED) != 0
         offsets = entries & np.uint64(q.OFFSET_MASK)
         if not active:
-            inside = self.point(Use(L2_TABLE, weight), offsets, "L2 table")
-            return self.straight(offsets[inside]), weight, active
+            return [self.on_clusters(offsets[self.point(Use(L2_TABLE, weight), offsets, "L2 table")])]
         found = []
         for flag, chosen in ((True, offsets[copied]), (False, offsets[~copied])):
             if len(chosen):
-                found.append(chosen[self.point(Use(L2_TABLE, weight, flag, weight), chosen, "L2 table")])
-        return self.straight(np.concatenate(found) if found else offsets), weight, active
+                inside = self.point(Use(L2_TABLE, weight, flag, weight), chosen, "L2 table")
+                found.append(self.on_clusters(chosen[inside]))
+        return found
 
-    def straight(self, offsets: Entries) -> Entries:
+    def on_clusters(self, offsets: Entries) -> Entries:
         """Those of these tables that lie on a cluster, and a few of the others. What more of them refer to is not known."""
-        crooked = np.flatnonzero(offsets & np.uint64(self.cluster - 1))
-        walked = min(self.crooked // self.cluster, len(crooked))
-        self.crooked -= walked * self.cluster
-        if walked == len(crooked):
+        misaligned = np.flatnonzero(offsets & np.uint64(self.cluster - 1))
+        walked = min(self.misaligned // self.cluster, len(misaligned))
+        self.misaligned -= walked * self.cluster
+        if walked == len(misaligned):
             return offsets
         self.incomplete = True
-        return np.delete(offsets, crooked[walked:])
+        return np.delete(offsets, misaligned[walked:])
 
     def snapshots(self) -> list[tuple[Entries, int, bool] | None]:
         """The snapshot table, and the L1 tables that it names."""
@@ -303,6 +312,13 @@ class References:
 
     def l2_tables(self, found: list[tuple[Entries, int, bool]]) -> None:
         """Walk every L2 table once, whatever number of L1 entries point to it."""
+        if len(found) == 1:
+            offsets, weight, is_active = found[0]
+            offsets.sort()
+            if not (offsets[1:] == offsets[:-1]).any():
+                for tables in self.l2_batches(self.without_holes(offsets)):
+                    self.l2_entries(tables, weight, int(is_active))
+                return
         offsets, which = np.unique(np.concatenate([table for table, _, _ in found]), return_inverse=True)
         active = np.zeros(len(offsets), np.int64)
         total = np.zeros(len(offsets), np.int64)
@@ -320,7 +336,7 @@ class References:
             if not len(group):
                 continue
             looks, weight = int(active[group[0]]), int(total[group[0]])
-            for tables in self.l2_batches(self.without_holes(offsets[group]).tolist()):
+            for tables in self.l2_batches(self.without_holes(offsets[group])):
                 self.l2_entries(tables, weight, looks)
 
     def without_holes(self, offsets: Entries) -> Entries:
@@ -334,30 +350,31 @@ class References:
         keep = np.zeros(len(offsets), np.bool_)
         for piece in self.storage.windows(0, self.size):
             data = piece.where(zero=False)
-            low, high = np.searchsorted(offsets, (max(piece.begin - size + 1, 0), piece.end))
-            starts = offsets[low:high].astype(np.int64)
-            if not len(data) or not len(starts):
+            if not len(data):
                 continue
-            row = np.searchsorted(data.start + data.length, starts, "right")
-            first = data.start[np.minimum(row, len(data) - 1)]
-            keep[low:high] |= (row < len(data)) & (first < starts + size)
+            low, high = np.searchsorted(offsets, (max(piece.begin - size + 1, 0), piece.end)).tolist()
+            for at in range(low, high, _L1_BATCH):
+                starts = offsets[at : min(at + _L1_BATCH, high)].astype(np.int64)
+                row = np.searchsorted(data.start + data.length, starts, "right")
+                first = data.start[np.minimum(row, len(data) - 1)]
+                keep[at : at + len(starts)] |= (row < len(data)) & (first < starts + size)
         return offsets[keep]
 
-    def l2_batches(self, offsets: list[int]) -> Iterator[Entries]:
+    def l2_batches(self, offsets: Entries) -> Iterator[Entries]:
         """The entries of the tables at these ascending offsets, some tables at a time, one to a row. Neighbours are
         read together."""
         size = self.cluster
         step = max(_BATCH // size, 1)
         for start in range(0, len(offsets), step):
-            batch = offsets[start : start + step]
+            batch = offsets[start : start + step].tolist()
             parts = []
             first = 0
             for index in range(1, len(batch) + 1):
                 if index == len(batch) or batch[index] != batch[index - 1] + size:
                     parts.append(self.read(batch[first], (index - first) * size, "L2 table")[0])
                     first = index
-            raw = parts[0] if len(parts) == 1 else b"".join(parts)
-            yield np.frombuffer(raw, ">u8").astype(np.uint64).reshape(len(batch), size // 8)
+            raw = parts[0] if len(parts) == 1 else bytearray().join(parts)
+            yield _native(raw).reshape(len(batch), size // 8)
 
     def l2_entries(self, tables: Entries, weight: int, looks: int) -> None:
         """What the entries of these tables refer to. Each counts `weight` times, and `looks` times as an active one."""
@@ -436,9 +453,15 @@ class References:
         reserved = entries != self.refcount_table[used]
         self.each(ERROR, lambda e: f"refcount table entry {e:#018x} has reserved bits set", entries[reserved])
         entries = entries[~reserved]
-        crooked = entries & np.uint64(self.cluster - 1) != 0
-        self.each(ERROR, lambda at: f"refcount block at {at:#x} is not on a cluster boundary", entries[crooked])
-        entries = entries[~crooked]
+        misaligned = entries & np.uint64(self.cluster - 1) != 0
+        self.each(ERROR, lambda at: f"refcount block at {at:#x} is not on a cluster boundary", entries[misaligned])
+        entries = entries[~misaligned]
         beyond = entries >= np.uint64(self.size)
         self.each(ERROR, lambda at: f"refcount block at {at:#x} is beyond the end of the file", entries[beyond])
         self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(np.int64))
+
+
+def _native(raw: bytearray) -> Entries:
+    """The entries in these bytes, which become the array's own."""
+    entries = np.frombuffer(raw, np.uint64)
+    return entries.byteswap(inplace=True) if sys.byteorder == "little" else entries
