@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     )
     from .extents import Extent, Extents
     from .image import Image
+    from .inspection import check, info, info_chain
     from .limits import Budget, Limits
     from .policy import Policy
+    from .results import CheckResult, Finding, ImageInfo
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -58,6 +60,8 @@ _HOME = {
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Policy": "policy",
+    **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
+    **dict.fromkeys(("CheckResult", "Finding", "ImageInfo"), "results"),
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
         (
@@ -85,12 +89,15 @@ __all__ = [
     "BlockIOError",
     "Budget",
     "Cancelled",
+    "CheckResult",
     "Closed",
     "CorruptImage",
     "Extent",
     "Extents",
+    "Finding",
     "FormatError",
     "Image",
+    "ImageInfo",
     "LaminaError",
     "LimitExceeded",
     "Limits",
@@ -104,7 +111,10 @@ __all__ = [
     "ReadOnly",
     "UnsupportedFeature",
     "__version__",
+    "check",
     "create",
+    "info",
+    "info_chain",
     "open",
     "probe",
 ]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .graph import Opener, open_graph
+from .graph import Opener, named, open_graph
 from .graph import probe as _probe
 from .image import Image
 from .limits import DEFAULT_BUDGET, Budget
@@ -41,7 +41,7 @@ def open(
     Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
     """
     node = open_graph(
-        _named(source),
+        named(source),
         format=format,
         read_only=read_only,
         policy=references,
@@ -61,13 +61,8 @@ def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
 
     Raises FormatError if it could be several. A guess is no proof: a guest can write any magic into its raw disk.
     """
-    storage = Child(Opener(force_share=force_share).open(_named(source), storage=True), "file")
+    storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
     try:
         return _probe(storage).format
     finally:
         storage.close()
-
-
-def _named(source: str | os.PathLike[str] | Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """A path object as a name that means that path, whatever it looks like (`parse_name`)."""
-    return f"file:{os.fspath(source)}" if isinstance(source, os.PathLike) else source

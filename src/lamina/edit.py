@@ -147,6 +147,7 @@ class Edit:
         # There and back by one store each: an interrupt must not leave the image without what lies below it.
         node.children = after
         try:
+            self._opener.require_depth(self._root.node)
             refresh(self._root.graph)
         except BaseException:  # a node above cannot do with that one
             node.children = before

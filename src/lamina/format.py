@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .extents import Extents
     from .report import CheckReport
     from .request import Child
+    from .results import ImageInfo
 
 #: Which findings of a check `Format.repair` mends.
 Repair = Literal["leaks", "all"]
@@ -97,11 +98,10 @@ class Format(Node):
     # -- images that exist
 
     @classmethod
-    def inspect(cls, storage: Child, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the header in `storage` says: "virtual-size", "cluster-size", "backing-filename", "backing-filename-format"
-        where the format has them, and "format-specific" with all the rest. `values`: options of `open`, as far as they were
-        given. It works for images that use features which `open` refuses; "unsupported" then lists those. Raises FormatError
-        if there is no header."""
+    def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
+        """What the header in `storage` says; the caller adds the fields that concern the file. `values`: the options of
+        `open`, as far as they were given. It works for images that use features which `open` refuses: `unsupported` lists
+        those. Raises FormatError if there is no header."""
         raise cls.refusal("has no header that could be described")
 
     def check(self) -> CheckReport:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from . import detect, lifecycle, registry
-from .errors import FormatError, LaminaError, OptionError, PolicyError
-from .limits import DEFAULT_BUDGET, Account, Budget
-from .node import MAY_UNMAP, Node, StorageNode
-from .options import parse_name, shown, to_keyval
-from .policy import Policy, Trail
+from . import detect, lifecycle, references, registry
+from .errors import OptionError
+from .limits import DEFAULT_BUDGET, Budget, Memory
+from .node import MAY_UNMAP, Node
+from .options import parse_name, shown
+from .policy import Policy
+from .references import Reference, Trail
 from .request import Child
 from .root import Graph
 
@@ -41,10 +42,10 @@ class Opener:
     `read_only`: the node is opened for reading. `force_share`: no locks are taken, and others' are ignored. `probe`: where
     no format is given, it may be found by its magic. `no_references`: nothing that is named inside the image is opened,
     which is enough to look at its tables. `fd`: a descriptor that is open already; storage takes a copy of it. `name`: what
-    the user calls the node. `trail`: the files on the way from the top of the chain. `taken`, `unshared`: permissions (see
-    `storage.locks`) that the locks of files use, and keep from others, besides their own; not those of backing nodes.
-    `policy`: what the user granted, None: nothing was said. `probed`: the format that was found by its magic. `account`: the
-    memory that the whole graph may take. `graph`: what the nodes belong to; options refer to its nodes by their names.
+    the user calls the node. `trail`: the images above. `taken`, `unshared`: permissions (see `storage.locks`) that the locks
+    of files use, and keep from others, besides their own; not those of backing nodes. `policy`: what the user granted, None:
+    nothing was said. `probed`: the format that was found by its magic. `budget`: what all images of the graph may cost
+    together. `graph`: what the nodes belong to; options refer to its nodes by their names.
     """
 
     def __init__(
@@ -63,17 +64,18 @@ class Opener:
         self.policy = policy
         self.probed: str | None = None
         self.budget = budget
-        self.account = Account(budget.memory)
+        self._memory = Memory(budget.memory, 0 if graph is None else _kept_bytes(graph))
         self.read_only = read_only
         self.force_share = force_share
         self.probe = probe
         self.no_references = no_references
         self.fd = fd
         self.name: str | None = None
-        self.trail: Trail | None = None
+        self.trail = Trail(budget.chain_depth)
         self.taken: frozenset[int] = frozenset()
         self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []
+        self._booked = 0
         self._top = True  # what this opens is the top of a graph
 
     def granted(self) -> Policy:
@@ -86,8 +88,13 @@ class Opener:
     @property
     def cache_bytes(self) -> int:
         """Memory for cached tables of the image that is opened: less the deeper it lies, so that the sum is bounded."""
-        depth = len(self.trail.visited) if self.trail else 1
-        return self.budget.cache_bytes // max(depth, 1)
+        return self.budget.cache_bytes // (self.trail.depth + 1)
+
+    def book(self, count: int, what: str, path: str | None = None) -> None:
+        """Called by a driver before it allocates `count` bytes for `what` (tables, say), which stay allocated as long as the
+        node is open. Raises LimitExceeded where the budget of the graph has less."""
+        self._memory.take(count, what, path)
+        self._booked += count
 
     def _but(self, **changes: Any) -> Opener:
         """The same, but for these attributes."""
@@ -97,7 +104,8 @@ class Opener:
 
     def for_parts(self, graph: Graph) -> Opener:
         """The same for nodes that become part of `graph`, which somebody else closes."""
-        return self._but(_top=False, graph=graph)
+        memory = Memory(self.budget.memory, _kept_bytes(graph))
+        return self._but(_top=False, graph=graph, _memory=memory)
 
     def permitting(self, taken: Iterable[int], unshared: Iterable[int]) -> Opener:
         """The same for the children of this node, whose files use, and keep from others, these permissions as well."""
@@ -112,7 +120,8 @@ class Opener:
             return self._snapshot(options, storage)
         zero_detected = _choice(options, "detect-zeroes", {"off": None, "on": 0, "unmap": MAY_UNMAP})
         discards = _choice(options, "discard", {"unmap": True, "on": True, "ignore": False, "off": False})
-        inner = self._but(_opened=[], name=None, _top=False)
+        inner = self._but(_opened=[], _booked=0, name=None, _top=False)
+        booked = self._memory.taken
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
                 inner.name = self._new_name(value)
@@ -122,6 +131,7 @@ class Opener:
             if "driver" not in options and storage:
                 options["driver"] = "file"
             node = inner._open_driver(options) if "driver" in options else inner._probe(options)
+            node.kept_bytes = inner._booked
             node.zero_detected = zero_detected
             node.discards = discards is not False
             node.graph = self.graph
@@ -129,6 +139,7 @@ class Opener:
                 lifecycle.guard(node)
             return node
         except BaseException:
+            self._memory.taken = booked
             inner.close()
             raise
 
@@ -165,92 +176,46 @@ class Opener:
             lifecycle.guard(top)
         return top
 
-    def child(self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False) -> Child:
+    def child(
+        self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False, storage: bool = False
+    ) -> Child:
         """An edge to a new child, to the node of this graph that `spec` names, or the one that is given. `grows` as in
-        `request.Child`; `read_only` where the child is only ever read."""
+        `request.Child`; `read_only` where the child is only ever read; `storage` as in `open`."""
         if isinstance(spec, Child):
             lifecycle.release(spec.node)
             return spec
         if isinstance(spec, str):
             shared = self.graph.edge_to(spec, role, grows=grows, writes=not (self.read_only or read_only))
             if shared is not None:
-                return self._keep(shared)
+                return self.keep(shared)
         # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
         fd = self.fd if role == "file" else None
         opener = self._but(read_only=self.read_only or read_only, fd=fd)
         if role == "backing":
-            opener.taken = opener.unshared = frozenset()
-        node = opener.open(spec, storage=role in STORAGE_ROLES)
-        return self._keep(Child(node, role, grows=grows))
+            opener = opener.apart()
+        node = opener.open(spec, storage=storage or role in STORAGE_ROLES)
+        return self.keep(Child(node, role, grows=grows))
 
-    def reference(self, image: Child, name: str, *, what: str, format: str | None, options: Mapping[str, Any]) -> Child:
-        """The child that `name`, found inside the image in `image`, refers to, if the policy grants it. `format`: what the
-        image says its format is; `options`: what the user gave for it, which wins."""
-        base = image.node.host_base
-        host = base[0] if base else None
-        if not isinstance(host, StorageNode) or host.path is None or host.identity is None:
-            raise PolicyError(
-                f"the {what} {name!r} is named inside an image that is not a file",
-                path=image.node.filename,
-                hint="name it in the options (backing.file.filename=...)",
-            )
-        path = host.path
-        driver = options.get("driver", format)
-        if driver is None:
-            raise FormatError(
-                f"the format of the {what} {name!r} is not stored in the image, and is never guessed",
-                path=path,
-                hint=self._format_hint(host, name, what, option="backing" if what == "backing file" else what),
-            )
-        # An image may ask for a format only: never for a filter, nor for storage of its own choice; and for none of an
-        # installed package.
-        registry.lookup(driver, "format", from_image="driver" not in options)
-        trail = self.trail or Trail(self.budget.chain_depth).enter(*host.identity, path)
-        found = self.granted().open_reference(name, referrer=path, what=what)
-        fd = found.fd
-        try:
-            status = os.fstat(fd)
-            step = trail.enter(status.st_dev, status.st_ino, found.path)
-            inner = self._but(read_only=True, trail=step, fd=fd, taken=frozenset(), unshared=frozenset())
-            shown = os.path.join(os.path.dirname(host.filename), name)  # as a person would name it
-            spec = {**options, "driver": driver, "file": {"driver": "file", "filename": shown}}
-            node = inner.open(spec)
-        except LaminaError as error:
-            error.path = error.path or found.path
-            raise
-        finally:
-            os.close(fd)  # the storage has a copy
-        return self._keep(Child(node, "backing"))
+    def reference(self, image: Child, reference: Reference, given: Child | Spec | None) -> Child | None:
+        """The child that `reference`, which stands inside the image in the storage `image`, leads to; None where there is
+        none. `given`: what the options of the user say of it: a node, or options that name one, take its place; other
+        options are added to what the image says ({}: nothing was said); None: no such child is wanted.
 
-    def _format_hint(self, host: StorageNode, name: str, what: str, *, option: str) -> str:
-        """How to give the format of the file `name`, which the image in `host` names without one. The magic of that file is
-        looked at for this text alone, and only where the policy grants the file."""
-        assert host.path is not None
-        visited = self.trail.visited if self.trail else ()
-        top = visited[0][2] if len(visited) > 1 else host.filename
-        try:
-            driver = _magic_of(os.open(top, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)).format
-        except (OSError, LaminaError):
-            driver = "FORMAT"
-        why, format = "give its format", "FORMAT"
-        try:
-            found = _magic_of(self.granted().open_reference(name, referrer=host.path, what=what).fd)
-        except (OSError, LaminaError):
-            pass  # not granted, or not to be read: whoever names its format will hear of that
-        else:
-            format = found.matches[0] if len(found.matches) == 1 else "FORMAT" if found.matches else "raw"
-            if len(found.matches) > 1:
-                why = f"its magic is that of {' and of '.join(found.matches)}: give the right one"
-            elif found.matches and format not in registry.names("format"):
-                return f"its magic is that of {format}, and there is no driver for that yet"
-            elif found.matches:
-                why = f"if it is {format}, as its magic says"
-            else:
-                why = "if it is raw, since it has the magic of no format"
-        spec = {"driver": driver, "file.filename": top, f"{f'{option}.' * max(len(visited), 1)}driver": format}
-        from shlex import quote
+        Raises PolicyError where the name is not granted, NotFound, BlockIOError, CorruptImage where the file lies above
+        itself, LimitExceeded, FormatError where the image does not say the format, and what opening it raises."""
+        return references.follow(self, image, reference, given)
 
-        return f"{why}: --image-opts {quote(to_keyval(spec))}"
+    def below(self, trail: Trail, *, read_only: bool, fd: int | None = None) -> Opener:
+        """The same for what lies below the image that is opened. `fd`: its file, open already."""
+        return self._but(trail=trail, read_only=read_only, fd=fd)
+
+    def apart(self) -> Opener:
+        """The same for another image: the permissions of this one are not for its files."""
+        return self._but(taken=frozenset(), unshared=frozenset())
+
+    def require_depth(self, top: Node) -> None:
+        """Raise LimitExceeded where more images lie below `top` than the budget allows."""
+        Trail(self.budget.chain_depth).require_room(references.chain_depth(top), top.filename)
 
     def close(self) -> None:
         """Close what was opened for a node that then failed to open."""
@@ -258,7 +223,8 @@ class Opener:
             self.graph.close(child)
         self._opened.clear()
 
-    def _keep(self, child: Child) -> Child:
+    def keep(self, child: Child) -> Child:
+        """Close this child, too, where the node that it is opened for cannot be opened."""
         self._opened.append(child)
         return child
 
@@ -281,6 +247,11 @@ class Opener:
         return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
 
 
+def _kept_bytes(graph: Graph) -> int:
+    """Bytes of memory that the nodes of this graph have booked."""
+    return sum(node.kept_bytes for node in graph.nodes.values())
+
+
 def probe(storage: Child) -> detect.Detection:
     """What lies in `storage`, by its magic: the first and last bytes are read, and nothing is opened."""
     size = storage.node.size
@@ -289,17 +260,6 @@ def probe(storage: Child) -> detect.Detection:
     storage.read_into(0, memoryview(head))
     storage.read_into(size - len(tail), memoryview(tail))
     return detect.detect(bytes(head), bytes(tail), size, path=storage.node.filename)
-
-
-def _magic_of(fd: int) -> detect.Detection:
-    """What lies in the file behind the descriptor `fd`, which is closed, by its magic."""
-    try:
-        size = os.lseek(fd, 0, os.SEEK_END)
-        head = os.pread(fd, detect.HEAD_BYTES, 0)
-        tail = os.pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
-    finally:
-        os.close(fd)
-    return detect.detect(head, tail, size)
 
 
 def open_graph(
@@ -351,6 +311,11 @@ def open_graph(
         graph=graph,
     )
     return opener.open({**options, "snapshot": True} if snapshot else options)
+
+
+def named(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
+    """What users call an image: a path object is a name that means that path, whatever it looks like (`parse_name`)."""
+    return f"file:{os.fspath(source)}" if isinstance(source, os.PathLike) else source
 
 
 def _is_json(name: str) -> bool:

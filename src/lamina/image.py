@@ -131,19 +131,17 @@ class Image:
         if length is None:
             length = max(self.size - offset, 0)
         found = self.root.extents(offset, length)
-        if found.end >= offset + length:
-            return found
         pieces, rows = [found], len(found)
-        while found.end < offset + length:
+        while rows <= self._rows and found.end < offset + length:
             found = self.root.extents(found.end, offset + length - found.end)
             _append(pieces, found)
             rows += len(found)
-            if rows > self._rows:
-                raise LimitExceeded(
-                    f"there are more than {self._rows} extents from {offset} to {found.end}",
-                    path=self.filename,
-                    hint="ask for shorter stretches (windows() does), or raise rows in the budget",
-                )
+        if rows > self._rows:
+            raise LimitExceeded(
+                f"there are more than {self._rows} extents from {offset} to {found.end}",
+                path=self.filename,
+                hint="ask for shorter stretches (windows() does), or raise rows in the budget",
+            )
         return found.concat(pieces)
 
     def windows(self, offset: int = 0, length: int | None = None) -> Iterator[Extents]:

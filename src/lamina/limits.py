@@ -102,25 +102,25 @@ class Budget(_Members):
         return made
 
 
-class Account:
-    """The memory that the open images of one graph take, held against the budget of that graph."""
+class Memory:
+    """The memory that the images of one graph take, against the limit of their budget: `taken` bytes so far."""
 
-    __slots__ = ("_limit", "_taken")
+    __slots__ = ("_limit", "taken")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, taken: int = 0) -> None:
         self._limit = limit
-        self._taken = 0
+        self.taken = taken
 
     def take(self, count: int, what: str, path: str | None = None) -> None:
-        """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded where the budget has less."""
-        if self._taken + count > self._limit:
+        """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded where the limit leaves less."""
+        if self.taken + count > self._limit:
             raise LimitExceeded(
-                f"{what} takes {count} bytes of memory, and of {self._limit} for all images of this graph {self._taken} "
+                f"{what} takes {count} bytes of memory, and of {self._limit} for all images of this graph {self.taken} "
                 "are in use",
                 path=path,
                 hint="raise memory in the budget (--limits memory=1G), if these images are trusted",
             )
-        self._taken += count
+        self.taken += count
 
 
 #: The default bounds; strict enough for files that nobody vouches for.

@@ -92,6 +92,8 @@ class Node(Startable):
     opened_at: str | None = None
     #: The graph that it belongs to: set where it is opened, or where a root is put on it or above it.
     graph: Graph | None = None
+    #: Bytes of memory that it keeps for tables as long as it is open, as it booked them (`Opener.book`).
+    kept_bytes = 0
     #: Whether another process opened it: this one was forked from that.
     foreign: bool = False
     _settled: bool = False

@@ -1,9 +1,9 @@
 """What a name found inside an image may open.
 
 A backing file's name, a data file's name, a parent locator: each is data that somebody else wrote. It becomes an open
-file only here, in `Policy.open_reference`, and only when the policy that the image was opened with grants it.
-`graph.py` calls it for every such name and keeps a `Trail` of the files above, so that a chain that loops or never
-ends is found.
+file only here, in `Policy.open_reference`, and only when the policy that the image was opened with grants it. A policy
+judges names, and nothing else: how much the images may cost is the budget's (`limits.py`), and what an image expects
+behind a name is the reference's (`references.py`, which calls this module for every such name).
 
 Ground floor; POSIX. Opening is free of races: the name is first resolved to a path without symlinks, that path is
 judged, and then exactly that path is opened, one directory at a time, without following links. Whoever swaps a file or
@@ -20,15 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 from .errors import (
     BlockIOError,
-    CorruptImage,
     LaminaError,
-    LimitExceeded,
     NotFound,
     OptionError,
     PolicyError,
     printable,
 )
-from .limits import DEFAULT_BUDGET
 
 Kind = Literal["none", "beneath", "listed", "any"]
 
@@ -49,44 +46,11 @@ _DIRECTORY_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NO
 _FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class Reference(NamedTuple):
+class GrantedFile(NamedTuple):
     """A file that a name inside an image led to: its path without symlinks, and a descriptor for its owner to close."""
 
     path: str
     fd: int
-
-
-class Trail(NamedTuple):
-    """The files opened on the way from the top of a chain down to here; immutable, so siblings can share their parents.
-
-    `limit` is the number of files allowed below the top: `Budget.chain_depth`.
-    """
-
-    limit: int = DEFAULT_BUDGET.chain_depth
-    visited: tuple[tuple[int, int, str], ...] = ()
-
-    def enter(self, dev: int, ino: int, path: str) -> Trail:
-        """The trail that also holds the file with the identity (`dev`, `ino`), as `os.fstat` gives them.
-
-        Raises CorruptImage if that file is already on the trail, LimitExceeded if it lies more than `limit` files below
-        the top.
-        """
-        for level, (seen_dev, seen_ino, seen) in enumerate(self.visited):
-            if (seen_dev, seen_ino) == (dev, ino):
-                above = len(self.visited) - level
-                raise CorruptImage(
-                    "the backing chain contains itself: this file is already open "
-                    f'{above} {"level" if above == 1 else "levels"} above, as "{printable(seen)}"',
-                    path=path,
-                    hint="give the image another backing file",
-                )
-        if len(self.visited) > self.limit:
-            raise LimitExceeded(
-                f"the backing chain is deeper than the limit of {self.limit} files",
-                path=path,
-                hint="flatten the chain, or raise chain_depth in the budget (--limits chain-depth=N)",
-            )
-        return Trail(self.limit, (*self.visited, (dev, ino, path)))
 
 
 class Policy:
@@ -211,8 +175,8 @@ class Policy:
 
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
-    ) -> Reference:
-        """Open the file that `name` means, if this policy grants it. The receiver owns and closes `Reference.fd`.
+    ) -> GrantedFile:
+        """Open the file that `name` means, if this policy grants it. The receiver owns and closes `GrantedFile.fd`.
 
         `name` stands in the image `referrer` (its real path) and is relative to that image's directory. It is a path
         and nothing else: `json:`, URLs and option strings are refused, `file:` has no meaning. `what` says in messages
@@ -232,7 +196,7 @@ class Policy:
             raise case.refusal("where it leads cannot be told", None) from error
         case.judge_path(path, root, through)
         try:
-            return Reference(path, case.open(path, os.O_RDWR if writable else os.O_RDONLY))
+            return GrantedFile(path, case.open(path, os.O_RDWR if writable else os.O_RDONLY))
         except OSError as error:
             if isinstance(error, LaminaError):
                 raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from .results import CheckResult, Finding
 
 #: At most this many findings are kept with their text; all are counted.
 MAX_FINDINGS = 1000
@@ -14,15 +15,9 @@ UNREADABLE = "unreadable"  #: a part could not be examined
 NOTE = "note"  #: nothing is wrong, and somebody may still be surprised; not counted
 
 
-class Finding(NamedTuple):
-    kind: str  #: ERROR, LEAK, UNREADABLE or NOTE
-    message: str  #: one line: what, where
-    offset: int | None = None  #: byte in the image file where the contradiction lies
-
-
 @dataclass
 class CheckReport:
-    """The answer of `check`. Counts are of findings; clusters are counted as the format names its allocation unit."""
+    """What a driver collects while it checks an image; users get it as a `CheckResult`, whose fields these are."""
 
     findings: list[Finding] = field(default_factory=list)
     corruptions: int = 0
@@ -48,3 +43,19 @@ class CheckReport:
             self.check_errors += count
         if len(self.findings) < MAX_FINDINGS:
             self.findings.append(Finding(kind, message, offset))
+
+    def result(self, filename: str, format: str) -> CheckResult:
+        """The findings of now, frozen."""
+        return CheckResult(
+            filename,
+            format,
+            tuple(self.findings),
+            corruptions=self.corruptions,
+            leaks=self.leaks,
+            check_errors=self.check_errors,
+            total_clusters=self.total_clusters,
+            allocated_clusters=self.allocated_clusters,
+            fragmented_clusters=self.fragmented_clusters,
+            compressed_clusters=self.compressed_clusters,
+            image_end_offset=self.image_end_offset,
+        )

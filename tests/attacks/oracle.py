@@ -151,7 +151,7 @@ def inspect(path: Path) -> dict[str, Any]:
     opener = Opener(policy=Policy.none(), no_references=True)
     storage = Child(opener.open({"driver": "file", "filename": str(path)}, storage=True), "file")
     try:
-        return Qcow2.inspect(storage, {})
+        return Qcow2.inspect(storage, {}).to_json()
     finally:
         storage.close()
 

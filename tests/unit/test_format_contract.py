@@ -129,9 +129,9 @@ def test_a_driver_of_another_contract_is_refused_by_name() -> None:
 def test_raw_describes_its_window() -> None:
     storage = Child(MemoryStorage(10_000), "file")
     kind = lookup_format("raw")
-    assert kind.inspect(storage, {}) == {"virtual-size": 10_000}
-    assert kind.inspect(storage, {"offset": 512}) == {"virtual-size": 9488}
-    assert kind.inspect(storage, {"offset": 512, "size": 100}) == {"virtual-size": 100}
+    assert kind.inspect(storage, {}).virtual_size == 10_000
+    assert kind.inspect(storage, {"offset": 512}).virtual_size == 9488
+    assert kind.inspect(storage, {"offset": 512, "size": 100}).virtual_size == 100
     with pytest.raises(OptionError, match="past the end"):
         kind.inspect(storage, {"offset": 10_001})
 

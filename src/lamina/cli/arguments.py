@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, UnsupportedFeature, printable
@@ -340,18 +340,17 @@ def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image
 
 
 def tell_of_writers(top: Node) -> None:
-    """Say on standard error which files beneath `top`, which was opened with -U, another program has open for writing now.
-    What a command reads of them may belong to no one moment."""
-    told = set()
+    """The same as `warn_of_writers`, of the files beneath `top`, which was opened with -U."""
+    from ..inspection import other_writers
 
-    def look(node: Node) -> None:
-        if node.has_other_writer and node.filename not in told:
-            told.add(node.filename)
-            sys.stderr.write(
-                f"lamina: warning: {printable(node.filename)}: another program has it open for writing; what is read may mix "
-                "what it held before and after a write\n"
-            )
-        for child in node.children.values():
-            look(child.node)
+    warn_of_writers(other_writers(top))
 
-    look(top)
+
+def warn_of_writers(names: Iterable[str]) -> None:
+    """Say on standard error that another program has these files open for writing now. What a command reads of them may
+    belong to no one moment."""
+    for name in names:
+        sys.stderr.write(
+            f"lamina: warning: {printable(name)}: another program has it open for writing; what is read may mix what it held "
+            "before and after a write\n"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..creation import create, create_driver
 from ..errors import OptionError, printable
+from ..inspection import info
 from ..options import parse_size
 from .arguments import Parser, format_options, print_schema
 
@@ -71,12 +72,10 @@ def main(argv: list[str]) -> int:
 
 def _summary(filename: str, format: str, options: dict[str, Any]) -> str:
     """One line: what was made, as the file itself says it."""
-    from .info import describe
-
-    made = describe(filename, format)
-    words = [f"fmt={format}", f"size={made['virtual-size']}"]
-    if "cluster-size" in made:
-        words.append(f"cluster_size={made['cluster-size']}")
+    made = info(filename, format=format)
+    words = [f"fmt={format}", f"size={made.virtual_size}"]
+    if made.cluster_size is not None:
+        words.append(f"cluster_size={made.cluster_size}")
     shown = {key: value for key, value in options.items() if key not in ("size", "cluster_size", "backing_unchecked")}
     words += [f"{key}={printable(str(value))}" for key, value in shown.items()]
     return f"Formatting '{printable(filename)}', {' '.join(words)}\n"

@@ -8,6 +8,7 @@ from ..errors import NotSupported, OptionError
 from ..format import Format
 from ..limits import Limits
 from ..node import FUA, plain
+from ..results import ImageInfo
 from ..schema import Option, Schema
 from ..window import shifted_limits
 
@@ -80,9 +81,9 @@ class Raw(Format):
             )
 
     @classmethod
-    def inspect(cls, storage: Child, values: Mapping[str, Any]) -> dict[str, Any]:
+    def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
         """There is no header: the disk is as long as its file, or as the window that `values` say."""
-        return {"virtual-size": cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size}
+        return ImageInfo(virtual_size=cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size)
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from ...errors import LaminaError, OptionError, UnsupportedFeature
 from ...format import Format
 from ...limits import align_up
 from ...node import Node, require_writable
+from ...results import ImageInfo
 from . import grammar
 from .output import human_size
 from .session import Session
@@ -66,8 +67,8 @@ def info(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     while registry.entry(base.driver).kind == "filter":
         base = base.children["image"].node
     described = _described(base)
-    cluster = int(described.get("cluster-size", 0))
-    specific = described.get("format-specific", {}).get("data", {})
+    cluster = described.cluster_size or 0
+    specific = (described.format_specific or {}).get("data", {})
     lines.append(f"cluster size: {human_size(cluster)}")
     lines.append(f"vm state offset: {human_size(_state_offset(base.size, cluster, specific))}")
     if base is node and specific:
@@ -115,8 +116,8 @@ def _runs(image: Image, offset: int, count: int) -> Iterator[tuple[int, int, boo
         yield start, end - start, state
 
 
-def _described(node: Node) -> dict[str, Any]:
-    return node.inspect(node.children["file"], {}) if isinstance(node, Format) else {}
+def _described(node: Node) -> ImageInfo:
+    return node.inspect(node.children["file"], {}) if isinstance(node, Format) else ImageInfo()
 
 
 def _state_offset(size: int, cluster: int, specific: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from ...errors import LaminaError, LimitExceeded, OptionError
 from ...limits import KIB, MIB, align_up, is_power_of_two
 from ...options import stored_name
 from ...own_files import refuse_own
+from ...results import ImageInfo
 from ...schema import Option, Schema
 from . import layout as q
 from .header import Header
@@ -182,17 +183,8 @@ def _version(values: Mapping[str, Any]) -> int:
     return 2 if values["compat"] in ("0.10", "v2") else 3
 
 
-def describe(header: Header) -> dict[str, Any]:
-    """What `lamina info` says, by the names that the peers use; see `Format.inspect`."""
-    found: dict[str, Any] = {
-        "virtual-size": header.size,
-        "cluster-size": header.cluster_size,
-        "dirty-flag": bool(header.incompatible_features & q.DIRTY),
-    }
-    if header.backing_file is not None:
-        found["backing-filename"] = header.backing_file
-        if header.backing_format is not None:
-            found["backing-filename-format"] = header.backing_format
+def describe(header: Header) -> ImageInfo:
+    """What `lamina info` says, as far as the header tells; see `Format.inspect`."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.version == 2 else "1.1",
         "compression-type": q.COMPRESSION_TYPES.get(header.compression_type, str(header.compression_type)),
@@ -207,7 +199,12 @@ def describe(header: Header) -> dict[str, Any]:
             data["data-file"] = header.data_file
     if header.nb_snapshots:
         data["snapshots"] = header.nb_snapshots
-    found["format-specific"] = {"type": "qcow2", "data": data}
-    if missing := header.unsupported():
-        found["unsupported"] = missing
-    return found
+    return ImageInfo(
+        virtual_size=header.size,
+        cluster_size=header.cluster_size,
+        dirty=bool(header.incompatible_features & q.DIRTY),
+        backing_filename=header.backing_file,
+        backing_format=None if header.backing_file is None else header.backing_format,
+        format_specific={"type": "qcow2", "data": data},
+        unsupported=tuple(header.unsupported()),
+    )

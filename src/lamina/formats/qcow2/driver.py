@@ -15,6 +15,7 @@ from ...errors import CorruptImage, LaminaError, NotSupported
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...limits import Limits, align_up
 from ...node import COMPRESS
+from ...references import Reference
 from ...request import Child
 from ...schema import Option, Schema
 from . import create as _create
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ...graph import Opener
     from ...report import CheckReport
+    from ...results import ImageInfo
 
 
 _Result = TypeVar("_Result")
@@ -83,34 +85,24 @@ class Qcow2(FormatNode):
         path = file.node.filename
         header.require_openable(path, writable=not opener.read_only)
         stored = sparse.stored_bytes(file, header.l1_table_offset, header.l1_size * 8)
-        opener.account.take(stored, "the L1 table", path)
+        opener.book(stored, "the L1 table", path)
         node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
-        if not opener.no_references:
-            node._open_backing(options.get("backing", {}), opener)
+        named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
+        backing = opener.reference(file, named, options.get("backing", {}))
+        if backing is not None:
+            node.children["backing"] = backing
         if not opener.read_only and header.autoclear_features:
             # They promise that a writer kept something up to date which this one does not know.
             header.autoclear_features = 0
             header.store(file, "autoclear_features")
         return node
 
-    def _open_backing(self, given: Child | dict[str, Any] | str | None, opener: Opener) -> None:
-        """The layer below: what the user gave; else what the image names, with the user's options for it; None: none."""
-        named = self.header.backing_file
-        if given is None or (not given and named is None):
-            return
-        if isinstance(given, str | Child) or named is None or {"file", "filename", "image"} & {*given}:
-            self.children["backing"] = opener.child("backing", given, read_only=True)
-        else:
-            self.children["backing"] = opener.reference(
-                self.file, named, what="backing file", format=self.header.backing_format, options=given
-            )
-
     @classmethod
     def create(cls, storage: Child, size: int, values: Options[str, Any]) -> None:
         _create.create(storage, size, values)
 
     @classmethod
-    def inspect(cls, storage: Child, values: Options[str, Any]) -> dict[str, Any]:
+    def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
         return _create.describe(Header.read(storage))
 
     def check(self) -> CheckReport:

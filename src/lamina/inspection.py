@@ -1,0 +1,194 @@
+"""What an image is, and whether it is whole: `info`, `info_chain` and `check`, which users call and commands print.
+
+None of them opens anything but the image's own file, `info_chain` excepted, and none changes a byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import detect, registry
+from .errors import FormatError, OptionError, UnsupportedFeature
+from .format import Format, lookup_format
+from .graph import COMMON, Opener, Spec, named, open_graph, probe
+from .limits import DEFAULT_BUDGET, Budget
+from .node import Node, StorageNode
+from .options import parse_name
+from .policy import Policy
+from .references import Reference, Trail, file_of, not_in_a_file, open_file
+from .request import Child
+from .results import CheckResult, ImageInfo
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def info(source: Source, *, format: str = "probe", force_share: bool = False) -> ImageInfo:
+    """What the image is, as its header says it. Nothing is opened but its file, whatever the image refers to, and so it works
+    for images that `open` refuses. `source` as for `lamina.open`.
+
+    `format`: by default what the magic in the file says, which is a guess (`ImageInfo.format_probed`): a guest can write any
+    magic into its raw disk. `force_share`: do not ask for locks, and ignore those of others.
+
+    Raises OptionError, NotFound, BlockIOError, Locked, FormatError where the header is not one of that format.
+    """
+    return _info(_Where(named(source), None if format == "probe" else format, force_share))[0]
+
+
+def info_chain(
+    source: Source,
+    *,
+    format: str = "probe",
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+) -> tuple[ImageInfo, ...]:
+    """What the image is, and what each image below it is, from top to bottom, as far as `references` grants their files; the
+    default is that of `lamina.open`. Raises what `info` does, and PolicyError, LimitExceeded where the chain is longer than
+    `budget.chain_depth`, CorruptImage where it contains itself, FormatError where an image does not say the format below."""
+    found, host = _info(_Where(named(source), None if format == "probe" else format, force_share))
+    chain = [found]
+    policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
+    trail = Trail(budget.chain_depth)
+    while found.backing_filename is not None:
+        reference = Reference(found.backing_filename, "backing", "backing file", format=found.backing_format)
+        if host is None or host.path is None:
+            raise not_in_a_file(reference, found.filename, "look at that file by itself")
+        if reference.format is None:
+            raise FormatError(
+                f"the format of the backing file {reference.name!r} is not stored in the image, and is never guessed",
+                path=host.path,
+                hint="leave --backing-chain out, or look at that file by itself",
+            )
+        trail = trail.below(host.identity, host.path)
+        file = open_file(reference, host, trail, policy)
+        try:
+            spec = {"driver": "file", "filename": file.path}
+            where = _Where(spec, reference.format, force_share, file.fd, found.full_backing_filename, True)
+            found, host = _info(where)
+        finally:
+            os.close(file.fd)
+        chain.append(found)
+    return tuple(chain)
+
+
+def check(
+    source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
+) -> CheckResult:
+    """Compare the structures of an image with one another, and change nothing. Findings are returned, however broken the
+    image is. Only its own file is opened. `source`, `format` and `force_share` as for `info`; while another program writes to
+    the image, the findings may be of no one moment.
+
+    Raises UnsupportedFeature where the format has nothing to check, or the image has a feature that would make every verdict
+    wrong; and what opening raises.
+    """
+    node = open_graph(named(source), format=format, budget=budget, force_share=force_share, no_references=True)
+    try:
+        if not isinstance(node, Format):
+            raise UnsupportedFeature(f"the driver {node.driver} has nothing to check", path=node.filename)
+        writers = other_writers(node) if force_share else ()
+        return node.check().result(node.filename, node.driver)._replace(other_writers=writers)
+    finally:
+        node.close()
+
+
+def other_writers(top: Node) -> tuple[str, ...]:
+    """The files beneath `top` that another program has open for writing now, each once."""
+    found = {top.filename: None} if top.has_other_writer else {}
+    for child in top.children.values():
+        found |= dict.fromkeys(other_writers(child.node))
+    return tuple(found)
+
+
+class _Where:
+    """An image that is to be described. `fd`: its file, opened already; `shown`: how it is called; `from_image`: an image
+    names its format."""
+
+    __slots__ = ("fd", "force_share", "format", "from_image", "shown", "source")
+
+    def __init__(
+        self,
+        source: Spec,
+        format: str | None,
+        force_share: bool,
+        fd: int | None = None,
+        shown: str | None = None,
+        from_image: bool = False,
+    ) -> None:
+        self.source = source
+        self.format = format
+        self.force_share = force_share
+        self.fd = fd
+        self.shown = shown
+        self.from_image = from_image
+
+
+def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
+    """What the image is; and the file that it lies in, closed again, None where it lies in no file."""
+    options = dict(parse_name(where.source) if isinstance(where.source, str) else where.source)
+    format = where.format
+    driver = registry.entry(options["driver"]) if "driver" in options else None
+    values: dict[str, Any] = {}
+    file: Any = options
+    if driver is not None and driver.kind == "format":
+        if format is not None and registry.entry(format).name != driver.name:
+            raise OptionError(f"the options say driver {driver.name}, and the format is given as {format}")
+        format = driver.name
+        if "file" not in options and "filename" in options:
+            options["file"] = {"filename": options.pop("filename")}
+        values = lookup_format(format).schema.parse({key: options[key] for key in options if key not in COMMON})
+        file = values.pop("file")
+    elif driver is not None and driver.kind != "storage":
+        return _seen_from_above(where)
+    opener = Opener(policy=Policy.none(), force_share=where.force_share, no_references=True, fd=where.fd)
+    storage = opener.child("file", file, grows=True)
+    try:
+        found = _described(storage, format or probe(storage).format, values, where)
+        return found._replace(format_probed=format is None), file_of(storage)
+    finally:
+        storage.close()
+
+
+def _described(storage: Child, format: str, values: Mapping[str, Any], where: _Where) -> ImageInfo:
+    """What the file in `storage` says, as `format`. A format without a driver has a name, and no more."""
+    try:
+        kind = lookup_format(format, from_image=where.from_image)
+    except UnsupportedFeature as error:
+        found = ImageInfo(format=detect.canonical(format), unsupported=(error.message,))
+    else:
+        found = kind.inspect(storage, values)._replace(format=kind.driver)
+    name = where.shown or storage.node.filename
+    below = found.backing_filename
+    return found._replace(
+        filename=name,
+        actual_size=_allocated(storage.node),
+        # What is named inside an image that lies in no file is a path on no machine in particular.
+        full_backing_filename=_beside(name, below) if below is not None and file_of(storage) else below,
+        other_writers=other_writers(storage.node) if where.force_share else (),
+    )
+
+
+def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
+    """A filter over an image: what can be seen from there."""
+    node = open_graph(where.source, format=where.format or "probe", force_share=where.force_share, no_references=True)
+    try:
+        found = ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
+        return found, None
+    finally:
+        node.close()
+
+
+def _allocated(node: Node) -> int | None:
+    """What the file beneath takes up, where there is one."""
+    while node.children:
+        node = next(iter(node.children.values())).node
+    return node.allocated
+
+
+def _beside(image: str, name: str) -> str:
+    """`name` as seen from here, where it is a path: relative to the directory of `image`."""
+    prefix, colon, _ = name.partition(":")
+    if colon and "/" not in prefix:
+        return name
+    return os.path.join(os.path.dirname(image), name)

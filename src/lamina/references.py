@@ -1,0 +1,228 @@
+"""References: names that stand inside images, and the files that they lead to, resolved in one place.
+
+A backing file, a data file, an extent, a parent: each is a name that somebody else wrote, with a role, a kind of node that is
+expected there, and a use (read, or read and written). A format says just that, as a `Reference`, and `Opener.reference` gives
+it the edge to the opened node, or the error. The policy judges the name (`policy.py`), the budget bounds how deep a chain
+goes, and options of the user win over what the image says. No format opens a file itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from . import detect, registry
+from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, PolicyError, printable
+from .node import Node, StorageNode
+from .options import to_keyval
+from .request import Child
+
+if TYPE_CHECKING:
+    from .graph import Opener, Spec
+    from .policy import GrantedFile, Policy
+
+#: (device, inode) of a file.
+Identity = tuple[int, int]
+
+
+class Reference(NamedTuple):
+    """A name that stands inside an image, and what the image wants of it.
+
+    `name` is None where the image names nothing; then only the options of the user can bring a node. `role` is the name of
+    the child: "backing", "data-file", "extents.0"; it is also the option by which users name it themselves. `what` is for
+    messages. `kind`: what is expected there: another image, of the `format` that the image says (None: it does not say, and
+    nobody guesses), or plain storage. `writable`: it is written to, where this image is.
+    """
+
+    name: str | None
+    role: str
+    what: str
+    kind: Literal["format", "storage"] = "format"
+    format: str | None = None
+    writable: bool = False
+
+
+class Trail(NamedTuple):
+    """The images that lie above the one which is opened, from the top of the graph: the identity of each one's file (None
+    where it is no file) and its name. Immutable, so siblings share their parents. `limit`: how many may lie above any image
+    (`Budget.chain_depth`)."""
+
+    limit: int
+    above: tuple[tuple[Identity | None, str], ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How far below the top it is; 0 is the top itself."""
+        return len(self.above)
+
+    def below(self, identity: Identity | None, name: str) -> Trail:
+        """The trail of what lies directly below the image `name`. Raises LimitExceeded where nothing may."""
+        self.require_room(1, name)
+        return Trail(self.limit, (*self.above, (identity, name)))
+
+    def require_room(self, levels: int, name: str) -> None:
+        """Raise LimitExceeded where `levels` more levels, below the image `name`, are too many."""
+        if len(self.above) + levels > self.limit:
+            raise LimitExceeded(
+                f"the backing chain is deeper than the limit of {self.limit} files",
+                path=name,
+                hint="flatten the chain, or raise chain_depth in the budget (--limits chain-depth=N)",
+            )
+
+    def require_new(self, identity: Identity, name: str) -> None:
+        """Raise CorruptImage where the file with this identity, found by `name`, lies above itself."""
+        for level, (seen, title) in enumerate(self.above):
+            if seen == identity:
+                above = len(self.above) - level
+                raise CorruptImage(
+                    "the backing chain contains itself: this file is already open "
+                    f'{above} {"level" if above == 1 else "levels"} above, as "{printable(title)}"',
+                    path=name,
+                    hint="give the image another backing file",
+                )
+
+
+def follow(opener: Opener, image: Child, reference: Reference, given: Child | Spec | None) -> Child | None:
+    """The edge to what `reference`, a name inside the image in the storage `image`, leads to; see `Opener.reference`."""
+    if given is None or opener.no_references or (not given and reference.name is None):
+        return None
+    host = file_of(image)
+    trail = opener.trail.below(host.identity if host else None, (host and host.path) or image.node.filename)
+    read_only = opener.read_only or not reference.writable
+    if isinstance(given, Child | str) or reference.name is None or _names_a_node(given, reference):
+        grows = reference.kind == "storage"
+        child = opener.below(trail, read_only=read_only).child(reference.role, given, grows=grows, storage=grows)
+        trail.require_room(chain_depth(child.node), image.node.filename)  # it may have been open already
+        return child
+    return _by_name(opener, image, host, reference._replace(writable=not read_only), given, trail)
+
+
+def _names_a_node(given: Mapping[str, Any], reference: Reference) -> bool:
+    """Whether the user's options say where the node is, not just more about what the image names."""
+    words = ("file", "filename", "image") if reference.kind == "format" else ("driver", "filename")
+    return any(word in given for word in words)
+
+
+def file_of(image: Child) -> StorageNode | None:
+    """The file that the storage `image` is, or lies in; None where it is no file."""
+    base = image.node.host_base
+    host = base[0] if base else None
+    return host if isinstance(host, StorageNode) and host.path is not None and host.identity is not None else None
+
+
+def _by_name(
+    opener: Opener,
+    image: Child,
+    host: StorageNode | None,
+    reference: Reference,
+    options: Mapping[str, Any],
+    trail: Trail,
+) -> Child:
+    name, what = reference.name, reference.what
+    assert name is not None
+    if host is None:
+        raise not_in_a_file(
+            reference, image.node.filename, f"name it in the options ({reference.role}.file.filename=...)"
+        )
+    driver = "file"
+    if reference.kind == "format":
+        driver = options.get("driver", reference.format)
+        if driver is None:
+            raise FormatError(
+                f"the format of the {what} {name!r} is not stored in the image, and is never guessed",
+                path=host.path,
+                hint=_format_hint(opener, host, reference),
+            )
+        # An image may ask for a format only: never for a filter, nor for storage of its own choice; and for none of an
+        # installed package.
+        registry.lookup(driver, "format", from_image="driver" not in options)
+    found = open_file(reference, host, trail, opener.granted())
+    try:
+        shown = os.path.join(os.path.dirname(host.filename), name)  # as a person would name it
+        where = {"driver": "file", "filename": shown}
+        below = opener.below(trail, read_only=not reference.writable, fd=found.fd)
+        if reference.kind == "storage":
+            node = below.open({**options, **where}, storage=True)
+        else:
+            node = below.apart().open({**options, "driver": driver, "file": where})
+        return opener.keep(Child(node, reference.role, grows=reference.kind == "storage"))
+    except LaminaError as error:
+        error.path = error.path or found.path
+        raise
+    finally:
+        os.close(found.fd)  # the storage has a copy
+
+
+def not_in_a_file(reference: Reference, image: str, hint: str) -> PolicyError:
+    """The error for a name inside an image that lies in no file, and so in no folder."""
+    text = f"the {reference.what} {reference.name!r} is named inside an image that is not a file"
+    return PolicyError(text, path=image, hint=hint)
+
+
+def open_file(reference: Reference, host: StorageNode, trail: Trail, policy: Policy) -> GrantedFile:
+    """The file that the name in the image in the file `host` leads to, opened for its use. `trail`: that of the file, which
+    so cannot lie above itself. The receiver closes the descriptor."""
+    assert host.path is not None
+    assert reference.name is not None
+    found = policy.open_reference(reference.name, referrer=host.path, what=reference.what, writable=reference.writable)
+    try:
+        status = os.fstat(found.fd)
+        trail.require_new((status.st_dev, status.st_ino), found.path)
+    except BaseException:
+        os.close(found.fd)
+        raise
+    return found
+
+
+def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str:
+    """How to give the format of the file that the image in `host` names without one. The magic of that file is looked at for
+    this text alone, and only where the policy grants the file."""
+    assert host.path is not None
+    assert reference.name is not None
+    above = opener.trail.above
+    top = above[0][1] if above else host.filename
+    try:
+        driver = _magic_of(os.open(top, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)).format
+    except (OSError, LaminaError):
+        driver = "FORMAT"
+    why, format = "give its format", "FORMAT"
+    try:
+        granted = opener.granted().open_reference(reference.name, referrer=host.path, what=reference.what)
+        found = _magic_of(granted.fd)
+    except (OSError, LaminaError):
+        pass  # not granted, or not to be read: whoever names its format will hear of that
+    else:
+        format = found.matches[0] if len(found.matches) == 1 else "FORMAT" if found.matches else "raw"
+        if len(found.matches) > 1:
+            why = f"its magic is that of {' and of '.join(found.matches)}: give the right one"
+        elif found.matches and format not in registry.names("format"):
+            return f"its magic is that of {format}, and there is no driver for that yet"
+        elif found.matches:
+            why = f"if it is {format}, as its magic says"
+        else:
+            why = "if it is raw, since it has the magic of no format"
+    spec = {"driver": driver, "file.filename": top, f"{f'{reference.role}.' * (len(above) + 1)}driver": format}
+    return f"{why}: --image-opts {quote(to_keyval(spec))}"
+
+
+def _magic_of(fd: int) -> detect.Detection:
+    """What lies in the file behind the descriptor `fd`, which is closed, by its magic."""
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        head = os.pread(fd, detect.HEAD_BYTES, 0)
+        tail = os.pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
+    finally:
+        os.close(fd)
+    return detect.detect(head, tail, size)
+
+
+def chain_depth(node: Node) -> int:
+    """How many images lie below the top one of the graph `node`, in its longest chain."""
+    deepest, line = 0, [(node, 0)]
+    while line:
+        at, depth = line.pop()
+        deepest = max(deepest, depth)
+        line += [(child.node, depth + (role == "backing")) for role, child in at.children.items()]
+    return deepest
