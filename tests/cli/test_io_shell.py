@@ -442,7 +442,7 @@ def test_history_that_cannot_be_kept_is_told(
     monkeypatch.setattr("builtins.input", lambda prompt: "quit")
     monkeypatch.setattr(sys, "stdin", type("Typed", (io.StringIO,), {"isatty": lambda self: True})())
     assert main(["io", "-f", "raw", "disk.raw"]) == 0
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot save the history" in capsys.readouterr().err
 
 
 def test_compressed_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

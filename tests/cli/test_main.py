@@ -152,13 +152,13 @@ def _raise(error: BaseException) -> Callable[[list[str]], int]:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "there is not enough memory for this"),
-        (RecursionError("maximum recursion depth exceeded"), "a mistake in lamina: RecursionError: maximum recursion"),
+        (MemoryError(), "out of memory"),
+        (RecursionError("maximum recursion depth exceeded"), "a bug in lamina: RecursionError: maximum recursion"),
         (
             ZeroDivisionError("division\nby \x1b zero"),
-            r"a mistake in lamina: ZeroDivisionError: division by \x1b zero; ",
+            r"a bug in lamina: ZeroDivisionError: division by \x1b zero; ",
         ),
-        (KeyError("x" * 5000), "a mistake in lamina: KeyError: 'xxx"),
+        (KeyError("x" * 5000), "a bug in lamina: KeyError: 'xxx"),
     ],
 )
 @pytest.mark.parametrize(("name", "status"), [("check", 1), ("compare", 2)])

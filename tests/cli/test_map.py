@@ -136,7 +136,7 @@ def test_a_start_behind_the_end_is_refused(tmp_path: Path, capsys: pytest.Captur
     disk = tmp_path / "disk.raw"
     disk.write_bytes(b"123")
     assert main(["map", "-f", "raw", "-s", "4", str(disk)]) == 1
-    assert "ends at 3" in capsys.readouterr().err
+    assert "past the end of the image at 3" in capsys.readouterr().err
 
 
 class _File:

@@ -183,9 +183,9 @@ def test_resume_waits_for_a_request_that_is_on_its_way(disk: Path, capfd: pytest
         (["break bogus A"], "no event 'bogus'"),
         (["resume A"], "no request is stopped at 'A'"),
         (["remove_break A"], "no breakpoint 'A'"),
-        (["wait_break A"], "no request is under way"),
-        (["break pwritev A", "wait_break A"], "no request is under way"),
-        (["break pwritev A", "aio_write 0 512", "wait_break B"], "no request is under way that could stop at 'B'"),
+        (["wait_break A"], "no request in progress"),
+        (["break pwritev A", "wait_break A"], "no request in progress"),
+        (["break pwritev A", "aio_write 0 512", "wait_break B"], "no request in progress can stop at 'B'"),
         (["break pwritev A", "write 0 512"], "use aio_read or aio_write"),
         (["break pwritev A", "aio_write 0 512", "aio_flush"], "a request is stopped at 'A'"),
         (["break pwritev A", "aio_write 0 512", "truncate 2M"], "a request is stopped at 'A'"),
@@ -204,7 +204,7 @@ def test_without_a_blkdebug_nothing_stops(disk: Path, capfd: pytest.CaptureFixtu
     for line in ("break pwritev A", "resume A", "remove_break A", "wait_break A"):
         status, _, complaint = io(capfd, line, name="disk.raw")
         assert status == 1
-        assert "requests stop only at a blkdebug" in complaint
+        assert "breakpoints need a blkdebug" in complaint
 
 
 def test_closing_lets_go_what_is_stopped(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:

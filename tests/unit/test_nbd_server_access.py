@@ -123,7 +123,7 @@ MISTAKES = [
     ([*DISK, "--handshake-limit", "1e400"], "-limit"),
     ([*DISK, "--memory-limit", "1M"], "too few"),
     ([*DISK, "--stats", "disk.raw"], "an image that is served"),
-    ([*DISK, "--pid-file", "disk.raw"], "no pid file"),
+    ([*DISK, "--pid-file", "disk.raw"], "not a pid file"),
 ]
 
 

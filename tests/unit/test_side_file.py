@@ -229,6 +229,6 @@ def test_a_pid_file_is_removed_only_while_it_is_the_one_that_was_written(tmp_pat
 
 def test_a_pid_file_replaces_nothing_but_a_pid(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(b"x" * 4096)
-    with pytest.raises(BlockIOError, match="no pid file"):
+    with pytest.raises(BlockIOError, match="not a pid file"):
         pid(tmp_path / "disk.raw")
     assert (tmp_path / "disk.raw").read_bytes() == b"x" * 4096

@@ -1,4 +1,4 @@
-"""`lamina create`: make a new image."""
+"""`lamina create`: creates a new image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .arguments import Parser, format_options, print_schema
 
 _EXAMPLES = """
   lamina create -f qcow2 disk.qcow2 20G
-  lamina create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2      as large as its base
+  lamina create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2      an overlay of the size of its base
   lamina create -f qcow2 -o cluster_size=2M,refcount_bits=8 disk.qcow2 1T
-  lamina create -f qcow2 -o help                                   what -o takes
+  lamina create -f qcow2 -o help                                   the options of -o
   lamina create disk.raw 1000                                      exactly 1000 bytes
 """
 
@@ -23,22 +23,24 @@ _EXAMPLES = """
 def main(argv: list[str]) -> int:
     parser = Parser(
         "create",
-        "Make a new image. It appears under its name when it is whole; an image of that name is replaced.",
+        "Create a new image. The file gets its name when it is complete; an existing file is replaced.",
         _EXAMPLES,
     )
     parser.add_quiet()
     parser.add_format("-f", "--format", dest="format", help="format of the new image (default: raw)")
     parser.add_argument(
-        "-b", "--backing", metavar="FILE", help="stack the new image on FILE, relative to its directory"
+        "-b", "--backing", metavar="FILE", help="the backing file, relative to the directory of the new image"
     )
-    parser.add_format("-F", "--backing-format", dest="backing_format", help="format of the backing file; never guessed")
-    parser.add_argument("-u", "--backing-unsafe", action="store_true", help="do not open the backing file now")
+    parser.add_format(
+        "-F", "--backing-format", dest="backing_format", help="format of the backing file; never detected"
+    )
+    parser.add_argument("-u", "--backing-unsafe", action="store_true", help="do not check the backing file")
     parser.add_argument(
         "-o", "--options", metavar="NAME=VALUE,...", action="append", help="options of the format; -o help lists them"
     )
     parser.add_later("--object", "objects are not there yet", metavar="OBJDEF")
     parser.add_argument("filename", metavar="FILE", nargs="?", help="the new image")
-    parser.add_argument("size", metavar="SIZE", nargs="?", help="bytes, or with a suffix k, M, G, T, P or E")
+    parser.add_argument("size", metavar="SIZE", nargs="?", help="size in bytes, or with a suffix k, M, G, T, P or E")
     args = parser.parse(argv)
 
     format = args.format or "raw"
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
         print_schema(kind.creation_schema())
         return 0
     if args.filename is None:
-        parser.error("the new image is not named")
+        parser.error("the name of the new image is missing")
     for key, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
         if value is not None:
             if key in options:
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def _summary(filename: str, format: str, options: dict[str, Any]) -> str:
-    """One line: what was made, as the file itself says it."""
+    """One line with the properties of the new image, read from the file."""
     made = info(filename, format=format)
     words = [f"fmt={format}", f"size={made.virtual_size}"]
     if made.cluster_size is not None:

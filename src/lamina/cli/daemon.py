@@ -1,4 +1,4 @@
-"""What a server of the command line shares with its system: the background, a pid file, sockets of a service manager."""
+"""Daemon support of `lamina serve`: the background process, the pid file, sockets from a service manager."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _FIRST = 3
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The listening sockets that a service manager passed (LISTEN_FDS, LISTEN_PID); none if it passed none to this process.
-    The variables are taken out of the environment, so that children do not believe them."""
+    """The listening sockets from a service manager (LISTEN_FDS, LISTEN_PID), which may be none. The variables are removed
+    from the environment, so that child processes do not use them."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not count.isdecimal():
@@ -34,20 +34,19 @@ def inherited_sockets() -> list[socket.socket]:
             sock = socket.socket(fileno=fd)
             listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
-            raise BlockIOError.from_os(
-                error, f"descriptor {fd}, passed by the service manager, is no socket"
-            ) from error
+            raise BlockIOError.from_os(error, f"descriptor {fd} from the service manager is not a socket") from error
         if not listening or sock.type != socket.SOCK_STREAM:
-            raise OptionError(f"descriptor {fd}, passed by the service manager, is no listening stream socket")
+            raise OptionError(f"descriptor {fd} from the service manager is not a listening stream socket")
         sockets.append(sock)
     return sockets
 
 
 def fork_to_background() -> Callable[[], None]:
-    """Go on in a child process. The parent ends when the child calls what this returns (status 0), or ends without (status
-    1): so whoever waits for the parent knows that the child serves. Until then a Ctrl-C ends both.
+    """Fork, and continue in the child process. The parent process waits and exits with the status 0 when the child calls the
+    returned function, or with 1 if the child ends before. So a script that waits for the parent knows that the child serves.
+    Until then a Ctrl-C ends both processes.
 
-    Call it before anything is opened and any thread runs: images and sockets belong to the process that opened them.
+    Call it before images are opened and threads are started, since images and sockets belong to the process that opened them.
     """
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -60,7 +59,7 @@ def fork_to_background() -> Callable[[], None]:
 
     def ready() -> None:
         sys.stdout.flush()
-        # The terminal is the parent's: from now on nothing is said there, and its Ctrl-C is not for this process.
+        # Detach from the terminal: no output to it and no Ctrl-C from it from now on.
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
@@ -69,8 +68,8 @@ def fork_to_background() -> Callable[[], None]:
             os.close(null)
         try:
             os.write(writer, b"\0")
-        except OSError as error:  # the parent was killed: nobody knows of this server
-            raise BlockIOError.from_os(error, "the process that started this server is gone") from error
+        except OSError as error:  # the parent process was killed
+            raise BlockIOError.from_os(error, "the process that started this server has ended") from error
         os.close(writer)
 
     return ready
@@ -79,24 +78,25 @@ def fork_to_background() -> Callable[[], None]:
 def _wait_for(reader: int, child: int) -> NoReturn:
     status = 1
     try:
-        told = os.read(reader, 1)
-        status = 0 if told else 1
+        status = 0 if os.read(reader, 1) else 1
     except BaseException:
         with contextlib.suppress(OSError):
             os.kill(child, signal.SIGTERM)
         raise
     finally:
-        # Not sys.exit: what was set up before is the child's as well, and nothing here may end it in its name.
+        # Not sys.exit: its handlers would end things that the child process uses.
         os._exit(status)
 
 
 class PidFile:
-    """The id of this process in a file, as long as the context lasts. Written as `side_file` has it: an existing file must be
-    a regular one of this user, with one link, that holds nothing but a number. BlockIOError if it cannot be written."""
+    """A context manager for a file with the id of this process, under the rules of `side_file`. An existing file must be a
+    regular file of this user with one link that contains only a number. Raises BlockIOError if it cannot be written."""
 
     def __init__(self, path: str) -> None:
         if path == "-":
-            raise OptionError("- is standard output, and a pid file is a file", hint="name a file: ./- if that is it")
+            raise OptionError(
+                "a pid file cannot be standard output (-)", hint="name a file; write ./- for a file named -"
+            )
         self._path = os.path.abspath(path)
         self._written = f"{os.getpid()}\n"
         self._identity: tuple[int, int] | None = None
@@ -105,7 +105,7 @@ class PidFile:
         found = self._there()
         if found is not None and not (found[1].strip().isdigit() or not found[1].strip()):
             raise BlockIOError(
-                "the file that is there is no pid file", errno=errno.EEXIST, path=self._path, hint="name another one"
+                "the existing file is not a pid file", errno=errno.EEXIST, path=self._path, hint="name another file"
             )
         with SideFile(self._path, mode=0o644, failure="the pid file cannot be written") as file:
             file.write(self._written)
@@ -116,18 +116,18 @@ class PidFile:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the file, if it is still the one that was written, and holds what was written. Never raises."""
+        """Remove the file if it is unchanged. Never raises OSError."""
         with contextlib.suppress(OSError):
             found = self._there()
             if found == (self._identity, self._written.encode()):
                 os.unlink(self._path)
 
     def _there(self) -> tuple[tuple[int, int], bytes] | None:
-        """Device and inode of the regular file that is there, and its first bytes; None if there is none."""
+        """Device and inode of the existing regular file, and its first bytes; None if there is no such file."""
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
-            return None  # whatever it is, `SideFile` judges it
+            return None  # `SideFile` raises the error
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):

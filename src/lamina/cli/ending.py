@@ -1,4 +1,4 @@
-"""How a server of the command line ends when it is told to: in good order, within a bound, and at once when told twice."""
+"""Shutdown of `lamina serve` by signals: an orderly end with a time limit, and an immediate end after a second signal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
-#: Seconds from the first signal to the end, whatever storage and clients do meanwhile.
+#: The maximum number of seconds from the first signal to the end of the process.
 BOUND: Final = 60.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ending:
-    """From `start` until the context ends, the first SIGTERM, SIGINT or SIGHUP sets `stop`. The process ends at once at the
-    second one, or `bound` seconds after the first; then `at_once` is called first, whose functions remove names, wait for
-    nothing and may come from another thread. A SIGHUP that the process was started to ignore (nohup) stays ignored.
+    """From `start` to the end of the context, the first SIGTERM, SIGINT or SIGHUP sets the event `stop`. A second signal, or
+    the end of `bound` seconds, ends the process immediately, after a call of the functions in `at_once`, which remove files,
+    must not block, and run in another thread. A SIGHUP that was ignored at the start of the process (nohup) stays ignored.
 
-    The system's own handler tells a thread, so that this works while the main thread stands still in a call of the system.
-    For the main thread.
+    The C signal handler of Python wakes a thread, so this works even while the main thread is blocked in a system call. For
+    the main thread.
     """
 
     def __init__(self, bound: float | None = None) -> None:
@@ -40,7 +40,7 @@ class Ending:
         return self
 
     def start(self) -> None:
-        """Listen for the signals."""
+        """Install the handlers and start the thread."""
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._thread = threading.Thread(target=self._watch, name="serve-signals", daemon=True)
@@ -50,15 +50,15 @@ class Ending:
             before = signal.getsignal(number)
             if number != signal.SIGHUP or before is not signal.SIG_IGN:
                 self._before[number] = before
-                signal.signal(number, _told)
+                signal.signal(number, _ignore)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._thread is None:
             return
         for number, before in self._before.items():
-            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: another language's handler
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: a handler that C code installed
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)  # the thread sees the end of the pipe
+        os.close(self._writer)  # ends the thread
         self._thread.join()
         os.close(self._reader)
 
@@ -67,14 +67,14 @@ class Ending:
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not select.select([self._reader], [], [], left)[0]:
-                self._end(1, f"it did not end within {self._bound:g} s: requests or images are stuck")
-            told = os.read(self._reader, 1)
-            if not told:
+                self._end(1, f"not ended within {self._bound:g} s: requests or images are blocked")
+            received = os.read(self._reader, 1)
+            if not received:
                 return
-            if told[0] not in self._before:
+            if received[0] not in self._before:
                 continue
             if deadline is not None:
-                self._end(128 + told[0], "told twice: it ends at once")
+                self._end(128 + received[0], "ended immediately by a second signal")
             deadline = time.monotonic() + self._bound
             self.stop.set()
 
@@ -87,5 +87,5 @@ class Ending:
         os._exit(status)
 
 
-def _told(number: int, frame: object) -> None:
-    """Does nothing: the thread has heard."""
+def _ignore(number: int, frame: object) -> None:
+    """Does nothing: the thread reads the signal from the pipe."""

@@ -1,7 +1,7 @@
-"""`lamina COMMAND ...`: finds the command, runs it, and turns what goes wrong into one line and an exit status.
+"""`lamina COMMAND ...`: runs a command, and converts errors to one line on standard error and an exit status.
 
-Only the module of the command that is asked for is imported. Such a module has `main(argv) -> int`, and FAILURE where
-its exit status for an error is not 1.
+Only the module of the requested command is imported. Such a module has `main(argv) -> int`, and FAILURE if its exit status
+for errors is not 1.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import NoReturn
 from ..errors import LaminaError, OptionError
 from ..version import __version__
 from . import signals
-from .streams import complain, drop, lost_output, prepare
+from .streams import drop, lost_output, prepare, print_error
 
-#: Command -> (module in this package, what it does). In the order of the help.
+#: Command -> (module in this package, summary). In the order of the help.
 COMMANDS = {
-    "create": ("create", "make a new image"),
-    "info": ("info", "show what an image is, opening nothing but the file; what an NBD server has"),
-    "map": ("map", "show what each byte of an image is, and where it lies"),
-    "check": ("check", "hold the structures of an image against one another"),
-    "compare": ("compare", "tell whether two images hold the same"),
-    "convert": ("convert", "copy an image into another one, of any format"),
+    "create": ("create", "create a new image"),
+    "info": ("info", "show the format and properties of an image, or the exports of an NBD server"),
+    "map": ("map", "show the status and location of the bytes of an image"),
+    "check": ("check", "check the metadata of an image for errors"),
+    "compare": ("compare", "compare the contents of two images"),
+    "convert": ("convert", "copy an image to a new image, in any format"),
     "serve": ("serve", "serve images over NBD"),
-    "copy": ("copy", "copy bytes as they are, fast: files, devices, pipes, NBD exports"),
-    "io": ("io.command", "read and write an image by hand: a shell, or -c commands"),
+    "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
+    "io": ("io.command", "read and write an image interactively, or with -c commands"),
 }
 
 _HINT = "lamina --help lists the commands"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (without the program's name; that of this process by default). Returns its exit
-    status: 0, 1 for an error, or what the command defines. KeyboardInterrupt and BrokenPipeError pass; with LAMINA_DEBUG set
-    in the environment, so does an exception that only a mistake in Lamina explains."""
+    """Run the command line `argv` (default: that of this process), which excludes the name of the program. Returns the exit
+    status: 0, 1 for an error, or a value that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with
+    LAMINA_DEBUG in the environment also unexpected exceptions, which are bugs of Lamina."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     failure = 1
     try:
@@ -59,24 +59,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (LaminaError, OSError) as error:
-        # A failed write to standard output is one, too: then what was said before it cannot be written either.
+        # The error may be a failed write to standard output, so the buffered output cannot be written either.
         lost = lost_output()
-        complain(f"standard output: {os.strerror(lost.errno or EIO)}" if lost is not None else str(error))
+        print_error(f"standard output: {os.strerror(lost.errno or EIO)}" if lost is not None else str(error))
         return failure
-    except SystemExit as stop:  # how argparse ends after --help
+    except SystemExit as stop:  # argparse raises it after --help
         return stop.code if isinstance(stop.code, int) else 0
     except MemoryError:
         lost_output()
-        complain("there is not enough memory for this; end other programs, or raise the limit of memory (ulimit -v)")
+        print_error("out of memory; end other programs, or increase the memory limit (ulimit -v)")
         return failure
     except Exception as error:
         if os.environ.get("LAMINA_DEBUG"):
             raise
         lost_output()
-        words = " ".join(str(error).split())[:300]
-        complain(
-            f"a mistake in lamina: {type(error).__name__}: {words}; please report it, with the traceback that the same "
-            "command shows with LAMINA_DEBUG=1 in the environment"
+        text = " ".join(str(error).split())[:300]
+        print_error(
+            f"a bug in lamina: {type(error).__name__}: {text}; please report it, with the traceback that the command prints "
+            "with LAMINA_DEBUG=1 in the environment"
         )
         return failure
     finally:
@@ -85,24 +85,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """What the installed program `lamina` calls. Ends the process."""
+    """The entry point of the installed program `lamina`. Ends the process."""
     try:
         signals.install()
         prepare()
         status = main()
         lost = lost_output()
         if lost is not None:
-            complain(f"standard output: {os.strerror(lost.errno or EIO)}")
+            print_error(f"standard output: {os.strerror(lost.errno or EIO)}")
             status = status or _failure_status()
-        # An error while the command unwound (a connection that was given up, ...) stands for the interrupt that it replaced.
+        # An error during the clean-up of an interrupted command may have replaced the interrupt.
         signals.check()
     except KeyboardInterrupt as stop:
-        words, status = signals.describe(stop)
+        text, status = signals.describe(stop)
         with contextlib.suppress(BrokenPipeError):
             lost_output()
-        complain(words)
+        print_error(text)
     except BrokenPipeError:
-        # Whoever read our output has enough.
+        # The reader of standard output has closed it.
         drop(sys.stdout)
         status = 128 + signal.SIGPIPE
     signals.finish()
@@ -124,12 +124,12 @@ def _help() -> str:
     rows = "".join(f"  {name:<9} {summary}\n" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: lamina COMMAND [OPTIONS] ...\n\n"
-        "The block layer: disk images made, examined, compared and copied, exact about every byte.\n\n"
+        "Create, inspect, compare, convert and serve disk images.\n\n"
         f"commands:\n{rows}\n"
         "options:\n"
-        "  -h, --help     show this help, or with a command that command's\n"
+        "  -h, --help     show this help; with a command, the help of the command\n"
         "  -V, --version  show the version\n\n"
-        "Commands and options are named as those of qemu-img. `lamina COMMAND --help` has examples.\n"
+        "Commands and options have the names of qemu-img. `lamina COMMAND --help` shows examples.\n"
     )
 
 
@@ -137,4 +137,4 @@ def _unknown(name: str) -> OptionError:
     from difflib import get_close_matches
 
     near = get_close_matches(name[:64], COMMANDS, 1)
-    return OptionError(f'there is no command "{name[:64]}"', hint=f"did you mean {near[0]}?" if near else _HINT)
+    return OptionError(f'unknown command "{name[:64]}"', hint=f"did you mean {near[0]}?" if near else _HINT)

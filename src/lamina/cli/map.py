@@ -1,6 +1,6 @@
-"""`lamina map`: what each byte of an image is, and where it lies.
+"""`lamina map`: shows the status and location of the bytes of an image.
 
-A million rows are common, so rows are formatted in blocks: the columns of a few thousand rows go through one `%` each.
+Maps of a million rows are common, so the command formats a few thousand rows with one `%` operation.
 """
 
 from __future__ import annotations
@@ -23,42 +23,44 @@ if TYPE_CHECKING:
 _EXAMPLES = """
   lamina map disk.qcow2
   lamina map --output=json disk.qcow2
-  lamina map --output=json -s 1G -l 1M disk.qcow2        one MiB from 1 GiB on
+  lamina map --output=json -s 1G -l 1M disk.qcow2        one MiB at offset 1 GiB
   lamina map --exact --image-opts driver=blkdebug,align=4k,image.driver=qcow2,image.file.filename=disk.qcow2
   lamina map --context base:allocation --context qemu:dirty-bitmap:b0 nbd://server/disk
   lamina map --context base:allocation --totals nbd://server/disk
 
-Boundaries are rounded to the request alignment of the node: a block is data if any part of it is, and zero if all of it
-is. --exact shows them as they are.
+Extents are rounded to the request alignment of the node: a block is data if any part of it is data, and zero if all of it is
+zero. --exact shows them without rounding.
 """
 
-#: Rows formatted at a time.
+#: The number of rows formatted at a time.
 _ROWS = 4096
 _FLAG_BITS = 4
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("map", "Show what each byte of an image is, and where it lies.", _EXAMPLES)
-    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
+    parser = Parser("map", "Show the status and location of the bytes of an image.", _EXAMPLES)
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()
-    parser.add_argument("--exact", action="store_true", help="exact boundaries, not rounded to the node's alignment")
-    parser.add_size("-s", "--start-offset", metavar="OFFSET", default=0, help="where to begin, in bytes (default: 0)")
-    parser.add_size("-l", "--max-length", metavar="LENGTH", help="how many bytes to look at (default: to the end)")
+    parser.add_argument(
+        "--exact", action="store_true", help="exact boundaries, not rounded to the alignment of the node"
+    )
+    parser.add_size("-s", "--start-offset", metavar="OFFSET", default=0, help="the first offset in bytes (default: 0)")
+    parser.add_size("-l", "--max-length", metavar="LENGTH", help="the number of bytes (default: up to the end)")
     parser.add_argument(
         "--context",
         metavar="CTX",
         action="append",
-        help="show what an NBD server says in this metadata context (lamina info lists them; all: in each); several go "
-        "side by side. Without it an export is mapped like any image",
+        help="show the extents of this metadata context of an NBD export (lamina info lists the contexts; all: every one); "
+        "may be repeated. Without it an export is mapped like any image",
     )
-    parser.add_argument("--totals", action="store_true", help="with --context: how many bytes are of which kind")
+    parser.add_argument("--totals", action="store_true", help="with --context: the number of bytes of each status")
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)
     if args.context:
         return _show_contexts(args)
     if args.totals:
-        raise OptionError("totals are of a context of an NBD export", hint="name it: --context base:allocation")
+        raise OptionError("--totals needs a metadata context of an NBD export", hint="add --context base:allocation")
     with open_image(args.filename, args, args.format) as image:
         sys.stdout.flush()
         write = _write_json if args.output == "json" else _write_table
@@ -71,8 +73,8 @@ def _show_contexts(args: Namespace) -> int:
 
     if args.format is not None or args.image_opts or args.exact:
         raise OptionError(
-            "contexts are of the export itself, not of an image inside it",
-            hint="leave -f, --image-opts and --exact out; --context lamina:exact is exact where the server is Lamina",
+            "--context applies to the export itself, not to an image format inside it",
+            hint="omit -f, --image-opts and --exact; a Lamina server has the exact extents in --context lamina:exact",
         )
     show(
         args.filename,
@@ -87,10 +89,10 @@ def _show_contexts(args: Namespace) -> int:
 
 
 def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
-    """The extents that are asked for, in windows. Rounded, they are those of all blocks that the range touches."""
+    """The requested extents, in windows. Unless exact, they cover all blocks that overlap the range."""
     begin, size = args.start_offset, image.size
     if begin > size:
-        raise OptionError(f"the image ends at {size}, before the start {begin}", path=image.filename)
+        raise OptionError(f"the start offset {begin} is past the end of the image at {size}", path=image.filename)
     end = size if args.max_length is None else min(begin + args.max_length, size)
     if args.exact:
         yield from windows(image, begin, end)
@@ -103,7 +105,7 @@ def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
 
 
 def _joined(pieces: Iterator[Extents]) -> Iterator[Extents]:
-    """The pieces with equal neighbours joined, across pieces too."""
+    """The pieces with adjacent equal extents joined, also across pieces."""
     held: Extents | None = None
     for piece in pieces:
         whole = (piece if held is None else Extents.concat([held, piece])).coalesce()
@@ -117,7 +119,7 @@ def _joined(pieces: Iterator[Extents]) -> Iterator[Extents]:
 
 
 class _Templates(dict[int, str]):
-    """The text of a row by what is the same in many: flags, whether there is an offset, and depth, in one number."""
+    """The format of a row by a code, which contains the flags, whether the row has an offset, and the depth."""
 
     def __missing__(self, code: int) -> str:
         flags, stored, depth = code & 15, code >> _FLAG_BITS & 1, code >> (_FLAG_BITS + 1)
@@ -129,7 +131,7 @@ class _Templates(dict[int, str]):
             f',\n{{ "start": %d, "length": %d, "depth": {depth}, "present": {word(PRESENT)}, "zero": {word(ZERO)}, '
             f'"data": {word(DATA)}, "compressed": {word(COMPRESSED)}'
         )
-        # Every row takes three numbers; %.0s takes one and prints nothing.
+        # Every row has three numbers; %.0s consumes one and prints nothing.
         self[code] = text + (', "offset": %d}' if stored else "%.0s}")
         return self[code]
 

@@ -1,12 +1,13 @@
-"""What signals do to a running command.
+"""Signal handling of commands.
 
-SIGINT, SIGTERM and SIGHUP end the work: the first one raises `Interrupted` in the main thread, which unwinds the command, so
-that images are closed and unfinished files are removed. The second one ends the process at once. A signal that was ignored
-when the program started (`nohup`, a background job of a script) stays ignored. SIGUSR1 prints progress on standard error.
+SIGINT, SIGTERM and SIGHUP end a command: the first signal raises `Interrupted` in the main thread, so that images are closed
+and incomplete files are removed; the second signal ends the process immediately. A signal that was ignored at the start of
+the program (`nohup`, a background job of a script) stays ignored. SIGUSR1 prints the progress on standard error.
 
-The unwinding may have to wait for an NBD server that says nothing. A watchdog notices when no thread moves: after a second it
-abandons all connections, and a second later it ends the process. A thread inside a system call of local storage (a flush
-to a slow disk) counts as moving. `lamina serve` replaces the handlers of the three signals by its own.
+The clean-up after an interrupt may have to wait for an NBD server that does not reply. A watchdog thread checks whether the
+other threads make progress: after one second without progress it closes all connections, and after another second it ends the
+process. A thread in a system call of local storage (a flush to a slow disk) counts as making progress. `lamina serve`
+installs its own handlers for the three signals.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-#: Seconds without any movement after which connections are abandoned, and after which, once more, the process ends.
+#: Seconds without progress after which connections are closed, and again after which the process ends.
 _PATIENCE = 1.0
-#: Seconds after which the process ends although threads move (they may look again and again for what never comes), unless
-#: one of them was in local storage within the last `_PATIENCE` seconds.
+#: Seconds after which the process ends although threads make progress (they may poll for ever), unless one of them was in
+#: local storage within the last `_PATIENCE` seconds.
 _LONGEST = 30.0
-_LOOK_AGAIN = 0.05
+_POLL_INTERVAL = 0.05
 _SHOW_CURSOR = b"\x1b[?25h"
 
-#: The signal that the work is ending for, or 0.
+#: The signal that ends the command, or 0.
 _received = 0
-#: How many signals began an end: a watchdog works only for the one that started it.
+#: The number of interrupts so far; a watchdog thread ends when the number changes.
 _round = 0
-#: Whether the command has returned: nothing is left to unwind.
+#: Whether the command has returned, so that an exception could not be caught any more.
 _finishing = False
-#: Gives the line that tells how far the work is; None while nothing can be told.
+#: Returns the line with the progress of the job; None if no job runs.
 progress: Callable[[], str] | None = None
-#: Gives the terminal back as the program found it, before the process ends at once.
+#: Restores the settings of the terminal before the process ends immediately.
 restore_terminal: Callable[[], None] | None = None
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks to end the work. What the command adds with `add_note` is told with it, behind a semicolon."""
+    """A signal ends the command. Notes that the command adds with `add_note` are printed after a semicolon."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def install() -> None:
-    """Handle the signals, in the main thread of the program."""
+    """Install the signal handlers. For the main thread."""
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
@@ -59,26 +60,26 @@ def install() -> None:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has come whose exception was lost on its way (in a finalizer, for example)."""
+    """Raise Interrupted if a signal was received whose exception was lost (in a finalizer, for example)."""
     if _received and not _finishing:
         raise Interrupted(_received)
 
 
 def resume() -> None:
-    """The work that was interrupted has unwound, and the program goes on: the next signal is a first one again."""
+    """Reset the state after the clean-up of an interrupted command, so that the next signal counts as the first one."""
     global _received, _round
     _received = 0
     _round += 1
 
 
 def finish() -> None:
-    """The command has returned. From now on a signal raises nothing, since nothing could catch it."""
+    """Record that the command has returned. Later signals raise no exception, since no code would catch it."""
     global _finishing
     _finishing = True
 
 
 def describe(stop: KeyboardInterrupt) -> tuple[str, int]:
-    """The line that tells of an interrupt, and the exit status: 128 and the number of the signal, as shells report it."""
+    """The message for an interrupt and the exit status, which is 128 plus the number of the signal, as in shells."""
     number = getattr(stop, "number", int(signal.SIGINT))
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     return "; ".join((f"interrupted{by}", *getattr(stop, "__notes__", ()))), 128 + number
@@ -90,7 +91,7 @@ def _end(number: int, _: object) -> None:
         _end_at_once(number)
     _received = number
     _round += 1
-    # Not threading.Thread, whose start takes locks that the interrupted code may hold.
+    # Not threading.Thread: its start acquires locks that the interrupted code may hold.
     _thread.start_new_thread(_watch, (_round,))
     if not _finishing:
         raise Interrupted(number)
@@ -109,7 +110,7 @@ def _end_at_once(number: int) -> NoReturn:
 
 def _tell(number: int, _: object) -> None:
     if progress is not None:
-        # Not through sys.stderr: the handler may have interrupted a write there, and Python refuses to nest the two.
+        # Not sys.stderr: the handler may have interrupted a write to it, and Python refuses nested writes.
         with contextlib.suppress(OSError):
             os.write(2, progress().encode())
 
@@ -123,9 +124,9 @@ def _watch(mine: int) -> None:
     last: object = None
     abandoned = False
     while mine == _round:
-        time.sleep(_LOOK_AGAIN)
+        time.sleep(_POLL_INTERVAL)
         now = time.monotonic()
-        positions, storing = _look()
+        positions, storing = _inspect_threads()
         if storing:
             moved = stored = now
         elif positions != last:
@@ -138,8 +139,8 @@ def _watch(mine: int) -> None:
             _end_at_once(number)
 
 
-def _look() -> tuple[dict[int, tuple[int, int]], bool]:
-    """Where each other thread is, and whether one of them is in local storage."""
+def _inspect_threads() -> tuple[dict[int, tuple[int, int]], bool]:
+    """The current instruction of each other thread, and whether one of them is in a module of local storage."""
     positions: dict[int, tuple[int, int]] = {}
     storing = False
     for thread, frame in sys._current_frames().items():
@@ -150,7 +151,7 @@ def _look() -> tuple[dict[int, tuple[int, int]], bool]:
 
 
 def _abandon_connections() -> None:
-    # Nothing is imported here: the interrupted thread may hold the lock of an import. What is not loaded has no connection.
+    # No import here: the interrupted thread may hold an import lock. A module that is not loaded has no connections.
     links = sys.modules.get("lamina.nbd.links")
     abandon = getattr(links, "abandon_all", None)
     if abandon is not None:

@@ -1,9 +1,9 @@
-"""The standard streams of the program: that each of the three descriptors is taken, and that output which is lost is told.
+"""The standard streams of the program: replacement of closed descriptors, and detection of lost output.
 
-A descriptor that was closed at the start (`>&-`) would be given to the next file that is opened, an image for example, and
-text for the terminal would be written into it. So a closed one is taken first. What a command says on a closed standard
-output or error is dropped, as the peers do; the status of the command is not changed by it. Only a read or write of the
-descriptor itself, where a copy comes from or goes to it, fails.
+A standard descriptor that is closed at the start (`>&-`) would be reused for the next opened file, such as an image, and text
+would be written into that file. Therefore `prepare` opens closed descriptors first. Output of a command to a closed standard
+output or error is discarded without an effect on the exit status, as by qemu-img. Only a copy that reads or writes such a
+descriptor fails.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, TextIO
 from ..errors import printable
 
 
-class _Nowhere(io.BufferedIOBase):
-    """Takes what is written, and drops it. Its descriptor is that of the stream that it stands for."""
+class _DiscardingStream(io.BufferedIOBase):
+    """A stream that discards all output. Its descriptor is that of the stream that it replaces."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -33,8 +33,9 @@ class _Nowhere(io.BufferedIOBase):
         return self._fd
 
 
-class _Remembering(io.BufferedWriter):
-    """A buffer that remembers why a write failed: it does not keep what is longer than itself, and argparse drops errors."""
+class _RecordingWriter(io.BufferedWriter):
+    """A buffered writer that records the error of a failed write, since argparse ignores errors, and text that is longer than
+    the buffer does not stay in it."""
 
     lost: OSError | None = None
 
@@ -47,47 +48,47 @@ class _Remembering(io.BufferedWriter):
 
 
 def prepare() -> None:
-    """Take the descriptors that are closed, and let a name that the terminal cannot show end no command."""
+    """Open the closed standard descriptors, and make the streams escape characters that the terminal cannot show."""
     for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
         try:
             os.fstat(fd)
         except OSError:
-            # Open for the other direction only: reading from it, or writing to it, says "Bad file descriptor".
-            taken = os.open(os.devnull, mode)
-            if taken != fd:
-                os.dup2(taken, fd)
-                os.close(taken)
+            # Open for the other direction only, so that using it raises "Bad file descriptor".
+            opened = os.open(os.devnull, mode)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
             os.set_inheritable(fd, True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
-        sys.stdout = _dropping(1)
+        sys.stdout = _discarding(1)
     else:
         given: Any = sys.stdout
         sys.stdout = io.TextIOWrapper(
-            _Remembering(io.FileIO(given.fileno(), "w", closefd=False)),
+            _RecordingWriter(io.FileIO(given.fileno(), "w", closefd=False)),
             encoding=given.encoding,
-            # With PYTHONUNBUFFERED the stream wrote through; whole lines are as good to whoever waits for them.
+            # With PYTHONUNBUFFERED the stream had no buffer; line buffering serves readers as well.
             line_buffering=given.line_buffering or given.write_through,
         )
     if sys.stderr is None:
-        sys.stderr = _dropping(2)
+        sys.stderr = _discarding(2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def complain(words: str) -> None:
-    """One line on standard error, after all that was said before it. What cannot be said there is dropped."""
+def print_error(text: str) -> None:
+    """Print one line on standard error. Errors of standard error itself are ignored."""
     try:
-        sys.stderr.write(f"lamina: {printable(words)}\n")
+        sys.stderr.write(f"lamina: {printable(text)}\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         drop(sys.stderr)
 
 
 def lost_output() -> OSError | None:
-    """Write out what was said on standard output. Why that failed, if it did; that is told once, and the rest is dropped.
-    BrokenPipeError is raised: whoever read has enough, which is no error to tell of."""
+    """Flush standard output. Returns the error of a failed write, once; later output is discarded. Raises BrokenPipeError if
+    the reader has closed the pipe, which is not reported as an error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -96,7 +97,7 @@ def lost_output() -> OSError | None:
         drop(sys.stdout)
         return error
     buffer = getattr(sys.stdout, "buffer", None)
-    if not isinstance(buffer, _Remembering) or buffer.lost is None:
+    if not isinstance(buffer, _RecordingWriter) or buffer.lost is None:
         return None
     if isinstance(buffer.lost, BrokenPipeError):
         raise buffer.lost
@@ -106,12 +107,12 @@ def lost_output() -> OSError | None:
 
 
 def drop(stream: TextIO) -> None:
-    """Let `stream` write into nothing: Python flushes it at the end of the process, and would complain."""
+    """Redirect `stream` to /dev/null, since Python would report an error when it flushes the stream at exit."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
 
 
-def _dropping(fd: int) -> TextIO:
-    return io.TextIOWrapper(_Nowhere(fd), encoding="utf-8", errors="backslashreplace")  # type: ignore[type-var]
+def _discarding(fd: int) -> TextIO:
+    return io.TextIOWrapper(_DiscardingStream(fd), encoding="utf-8", errors="backslashreplace")  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""What commands show: progress on a terminal or in a log, and texts that cannot drive a terminal."""
+"""Progress of commands, on a terminal or as lines in a log."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from . import signals
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-#: Seconds after which a job shows a bar on a terminal though nobody asked for it.
-_PATIENCE = 2.0
+#: Seconds after which a job shows a progress bar on a terminal without `-p`.
+_DELAY = 2.0
 
 
 class Meter:
-    """Shows how far a job is; a context manager, whose `report` is the job's progress callback.
+    """Shows the progress of a job. A context manager; `report` is the progress callback of the job.
 
-    With `asked` (`-p`) always: a bar if standard error is a terminal, else the lines that scripts know, on standard
-    output. Without it only a terminal sees a bar, once the job takes long. `quiet` shows nothing at all. SIGUSR1 asks for one
-    line on standard error, always.
+    With `asked` (`-p`) the progress is a bar on standard error if that is a terminal, otherwise lines in the format of
+    qemu-img on standard output. Without it a long job shows a bar on a terminal. `quiet` disables both. SIGUSR1 always prints
+    one line on standard error.
     """
 
     def __init__(self, what: str, *, asked: bool, quiet: bool = False) -> None:
         self._what = what
         self._terminal = sys.stderr.isatty()
         self._lines = asked and not self._terminal and not quiet
-        self._begin = monotonic() + (0.0 if asked else _PATIENCE)
+        self._begin = monotonic() + (0.0 if asked else _DELAY)
         self._bars = self._terminal and not quiet
         self._shown: tuple[Progress, TaskID] | None = None
         self._done, self._total = 0, 1
@@ -47,7 +47,7 @@ class Meter:
             self._shown = self._open_bar(total)
 
     def _open_bar(self, total: int) -> tuple[Progress, TaskID]:
-        # Costs more than a short job: imported only when there is a terminal to show it on.
+        # The import takes longer than a short job, so it happens only if a bar is shown.
         from rich.console import Console
         from rich.markup import escape
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn

@@ -1,5 +1,5 @@
-"""`lamina io`: reads, writes and looks at a disk by commands, given with -c, typed, or piped in.
+"""`lamina io`: reads, writes and inspects a disk by commands from -c, a terminal, or a pipe.
 
-`command` is the program, `shell` the prompt, `commands` the table of what can be said; each of `transfers`, `status` and
-`opening` holds the commands of one kind. `session` is what they share: the open image and the requests under way.
+`command` is the program, `shell` reads commands, `commands` is the table of commands; `transfers`, `status` and `opening`
+implement them. `session` has their common state: the open image and the requests in progress.
 """

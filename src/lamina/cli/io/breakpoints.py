@@ -1,6 +1,6 @@
-"""The commands that stop requests at an event, and let them go on: break, wait_break, resume, remove_break.
+"""The commands that stop requests at an event and resume them: break, wait_break, resume, remove_break.
 
-They speak to the first `blkdebug` below the image. A request that stops does so in its thread, while the commands go on.
+They use the first `blkdebug` node below the image. A request stops in its own thread, while further commands run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 Flags = dict[str, list[str]]
 
-#: Seconds that a request has to come to its breakpoint before a command that needs it there gives up.
-_ON_ITS_WAY = 1.0
-_LOOK_AGAIN = 0.01
+#: Seconds that `resume` and `remove_break` wait for a request to stop at its breakpoint.
+_STOP_TIMEOUT = 1.0
+_POLL_INTERVAL = 0.01
 
 
 def set_break(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
@@ -31,10 +31,10 @@ def set_break(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     def tell(what: str, tag: str) -> None:
         if what == "Suspended" and threading.get_ident() == commands:
             raise OptionError(
-                f"this request would stop at {tag!r}, and no command could let it go on",
+                f"this request would stop at {tag!r}, and no further command could resume it",
                 hint="use aio_read or aio_write",
             )
-        # To the letter what scripts wait for.
+        # Exactly the text of qemu-io, for which scripts wait.
         session.output.say(f"blkdebug: {what} request '{tag}'")
         session.output.flush()
 
@@ -47,11 +47,11 @@ def set_break(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 def wait_break(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     rules, tag = _rules(session), operands[0]
     session.output.flush()
-    while not rules.wait_break(tag, _LOOK_AGAIN):
-        # The order matters: what ends between the two looks is no longer under way.
+    while not rules.wait_break(tag, _POLL_INTERVAL):
+        # In this order, since a request may end between the two queries.
         sleeping = rules.sleeping
         if session.running() <= sleeping and not rules.wait_break(tag, 0):
-            raise OptionError(f"no request is under way that could stop at {tag!r}", hint="begin it with aio_write")
+            raise OptionError(f"no request in progress can stop at {tag!r}", hint="start one with aio_write")
     return True
 
 
@@ -59,7 +59,7 @@ def resume(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     rules, tag = _rules(session), operands[0]
     _let_arrive(session, rules, tag)
     if not rules.resume(tag):
-        raise OptionError(f"no request is stopped at {tag!r}", hint="wait_break TAG waits until one is")
+        raise OptionError(f"no request is stopped at {tag!r}", hint="wait_break TAG waits for one")
     return True
 
 
@@ -67,7 +67,7 @@ def remove_break(session: Session, flags: Flags, operands: Sequence[str]) -> boo
     rules, tag = _rules(session), operands[0]
     _let_arrive(session, rules, tag)
     if not rules.remove_break(tag):
-        raise OptionError(f"there is no breakpoint {tag!r}, and no request that stopped there")
+        raise OptionError(f"there is no breakpoint {tag!r}, and no request is stopped there")
     return True
 
 
@@ -79,14 +79,14 @@ def _rules(session: Session) -> Rules:
         child = node.children.get("image") or node.children.get("file")
         if child is None:
             raise NotSupported(
-                "requests stop only at a blkdebug", path=session.image.filename, hint="open blkdebug::FILE"
+                "breakpoints need a blkdebug node", path=session.image.filename, hint="open blkdebug::FILE"
             )
         node = child.node
     return node.rules
 
 
 def _let_arrive(session: Session, rules: Rules, tag: str) -> None:
-    """A request that was begun by an earlier command may still be on its way to its breakpoint: give it a moment."""
-    end = time.monotonic() + _ON_ITS_WAY
+    """Wait for a request of an earlier command that has not yet reached its breakpoint, for a limited time."""
+    end = time.monotonic() + _STOP_TIMEOUT
     while not rules.wait_break(tag, 0) and session.running() > rules.sleeping and time.monotonic() < end:
-        rules.wait_break(tag, _LOOK_AGAIN)
+        rules.wait_break(tag, _POLL_INTERVAL)

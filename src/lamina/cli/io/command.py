@@ -1,4 +1,4 @@
-"""`lamina io`: read and write an image by hand. Options and commands are those of qemu-io, with the same results."""
+"""`lamina io`: reads and writes an image by commands. Options, commands and their output are those of qemu-io."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target
 
 _EXAMPLES = """
   lamina io -f raw -c 'write -P 7 1M 64k' -c 'read -P 7 1M 64k' disk.img
-  lamina io -r disk.qcow2                        a shell: type help
+  lamina io -r disk.qcow2                        a shell; enter help
   lamina io -c 'read -v 0 512' --image-opts driver=raw,file.filename=disk.img,offset=1M -r
   echo 'alloc 0 1G' | lamina io -r disk.qcow2
 """
 
 _DESCRIPTION = """\
-Read and write an image by commands: those of -c, one after the other, else those that are typed or piped in. The exit
-status is 1 if any of them failed; the others are carried out all the same. `lamina io -c help` lists them."""
+Read and write an image by commands, from the options -c in their order, or from standard input. The exit status is 1 if a
+command failed; the other commands are executed all the same. `lamina io -c help` lists the commands."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `lamina io` with these arguments; its exit status."""
+    """Run `lamina io` with these arguments. Returns the exit status."""
     args = _parser().parse(argv)
     session = Session(Output("lamina"), Target())
     target = _target(args)
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
         finally:
             session.end()
     except LaminaError as error:
-        # An image that cannot be opened, or not be closed cleanly: nothing runs after that.
-        session.output.complain(str(error))
+        # The image cannot be opened, or its close failed: no further commands run.
+        session.output.print_error(str(error))
         return 1
     return 1 if session.failed else 0
 
@@ -58,7 +58,7 @@ def _run(session: Session, lines: list[str] | None) -> None:
 
 
 def _target(args: argparse.Namespace) -> Target:
-    """What the program's own options say about the image."""
+    """The image that the options of the program describe."""
     target = Target(args.file, format=args.format, references=args.references, budget=args.limits)
     if args.image_opts:
         if args.format is not None:
@@ -72,21 +72,21 @@ def _target(args: argparse.Namespace) -> Target:
 
 def _parser() -> Parser:
     parser = Parser("io", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument(
-        "-c", "--cmd", action="append", metavar="COMMAND", help="carry out this command; may be repeated"
-    )
-    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
-    parser.add_argument("-r", "--read-only", action="store_true", help="open images for reading only")
-    parser.add_argument("-n", "--nocache", action="store_true", help="around the page cache, as -t none")
+    parser.add_argument("-c", "--cmd", action="append", metavar="COMMAND", help="execute this command; may be repeated")
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
+    parser.add_argument("-r", "--read-only", action="store_true", help="open images read-only")
+    parser.add_argument("-n", "--nocache", action="store_true", help="bypass the page cache, like -t none")
     parser.add_argument(
         "-t", "--cache", dest="t", metavar="MODE", help=f"cache mode: {', '.join(CACHE_MODES)} (default: writethrough)"
     )
     parser.add_argument("-d", "--discard", dest="d", metavar="MODE", help=f"discards: {', '.join(DISCARD_MODES)}")
-    parser.add_argument("-i", "--aio", dest="i", metavar="MODE", help=f"{', '.join(AIO_MODES)}: all the same here")
-    parser.add_argument("-k", "--native-aio", action="store_true", help="as -i native")
+    parser.add_argument("-i", "--aio", dest="i", metavar="MODE", help=f"{', '.join(AIO_MODES)}: no difference here")
+    parser.add_argument("-k", "--native-aio", action="store_true", help="like -i native")
     parser.add_argument("-m", "--misalign", action="store_true", help="ignored: buffers need not be aligned")
-    parser.add_argument("-s", "--snapshot", action="store_true", help="keep changes in memory, off the image")
-    parser.add_argument("-C", "--copy-on-read", action="store_true", help="keep what is read from backing images")
+    parser.add_argument("-s", "--snapshot", action="store_true", help="keep changes in memory, not in the image")
+    parser.add_argument(
+        "-C", "--copy-on-read", action="store_true", help="copy data read from backing images to the image"
+    )
     parser.add_later("-T", "--trace", "tracing is not there yet", metavar="PATTERN")
     parser.add_access()
     parser.add_argument("file", metavar="FILE", nargs="?", help="the image")

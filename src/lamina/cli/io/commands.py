@@ -1,4 +1,4 @@
-"""What can be said to `lamina io`: the table of commands, their help, and how a line is carried out."""
+"""The commands of `lamina io`: their table, their help, and the execution of a line."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from .session import Session
 
 Handler = Callable[[Session, dict[str, list[str]], Sequence[str]], bool]
 
-#: What each option means; a command's own meaning is in its `meanings`.
+#: The meaning of each option; `Command.meanings` has the meanings that differ for a command.
 _MEANINGS = {
-    "C": "tell of it in one line for programs: bytes,operations,time,bytes per second,operations per second",
-    "P": "BYTE  the value of every byte: written, or expected",
-    "q": "do not tell of it",
+    "C": "report in one line for programs: bytes,operations,time,bytes per second,operations per second",
+    "P": "BYTE  the value of every byte to write or expect",
+    "q": "do not report the request",
     "v": "show the bytes in hex",
-    "f": "return only when the bytes are on stable storage",
-    "z": "write zeros, without sending them where that is possible",
-    "u": "with -z: the storage may be given back",
-    "n": "with -z: fail rather than write zeros out",
-    "c": "write compressed clusters, where the format has them",
-    "b": "in the saved state of the machine, not on the disk (not there yet)",
+    "f": "FUA: return after the bytes are on stable storage",
+    "z": "write zeros, without sending them if possible",
+    "u": "with -z: allow deallocation",
+    "n": "with -z: fail instead of writing explicit zeros",
+    "c": "write compressed clusters if the format supports them",
+    "b": "access the saved state of the virtual machine (not there yet)",
     "p": "ignored",
     "r": "ignored (buffers need no registration)",
-    "i": "only name the request, as one that was invalid",
+    "i": "only report the request as invalid",
     "k": "ignored (requests come from threads)",
 }
 _OPENING = {
-    "r": "for reading only",
-    "s": "changes are kept in memory, and gone when it is closed",
-    "C": "what is read from a backing image is kept in the image on top",
-    "n": "around the page cache, as -t none",
-    "U": "beside a program that writes to it; needs -r",
-    "i": "MODE  threads, native, io_uring: all the same here",
+    "r": "read-only",
+    "s": "keep changes in memory until the image is closed",
+    "C": "copy data read from a backing image to the top image",
+    "n": "bypass the page cache, like -t none",
+    "U": "open without locks while another program may write to it; needs -r",
+    "i": "MODE  threads, native, io_uring: no difference here",
     "t": "MODE  writeback, none (off), writethrough, directsync, unsafe",
-    "d": "MODE  unmap (on) or ignore (off): what discards do",
-    "o": "KEY=VALUE,...  options: the driver's, or the whole graph's (driver=..., file.filename=...)",
+    "d": "MODE  unmap (on) or ignore (off): the effect of discards",
+    "o": "KEY=VALUE,...  options of the driver or of the graph (driver=..., file.filename=...)",
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command. `accepts`: the letters of its options as `grammar.parse_flags` reads them; `operands`: how they are
-    written; `minimum` and `maximum`: how many there may be (None: any number)."""
+    """One command. `accepts`: the letters of its options for `grammar.parse_flags`; `operands`: their notation in the help;
+    `minimum` and `maximum`: the number of operands (None: no limit)."""
 
     name: str
     handler: Handler
@@ -72,7 +72,7 @@ class Command:
         return " ".join((*words, *([self.operands] if self.operands else [])))
 
     def help(self) -> list[str]:
-        """All that there is to say of it, in lines."""
+        """The lines of the help."""
         lines = [f"{self.usage}", f"  {self.summary}"]
         if self.alias:
             lines.append(f"  short: {self.alias}")
@@ -95,7 +95,7 @@ def show_help(session: Session, flags: dict[str, list[str]], operands: Sequence[
     session.output.say(
         *(f"{name:<{width}} {one.alias:>2}  {one.summary}" for name, one in sorted(COMMANDS.items())),
         "",
-        "Offsets and lengths are bytes, or have a suffix (64k, 1.5M) or are hex (0x200). help COMMAND says more.",
+        "Offsets and lengths are in bytes, with a suffix (64k, 1.5M), or hex (0x200). help COMMAND shows the options.",
     )
     return True
 
@@ -106,12 +106,12 @@ def _quit(session: Session, flags: dict[str, list[str]], operands: Sequence[str]
 
 _RANGE = "OFFSET LENGTH"
 _VECTOR = "OFFSET LENGTH [LENGTH...]"
-_READ = {"s": "OFFSET  with -P: where the part that is held against it begins", "l": "LENGTH  with -P: how long it is"}
-_WRITE = {"s": "FILE  write what is in this file, repeated"}
-_PREALLOCATE = {"m": "MODE  preallocation of what is added: off"}
+_READ = {"s": "OFFSET  with -P: the start of the part to verify", "l": "LENGTH  with -P: the length of that part"}
+_WRITE = {"s": "FILE  write the repeated content of this file"}
+_PREALLOCATE = {"m": "MODE  preallocation of the added part: off"}
 _REOPEN = {
-    "r": "for reading only",
-    "w": "for reading and writing",
+    "r": "read-only",
+    "w": "read-write",
     "c": "MODE  the cache mode; see open -t",
     "o": "KEY=VALUE,...  options to change",
 }
@@ -120,51 +120,51 @@ COMMANDS = {
     one.name: one
     for one in (
         Command(
-            "read", transfers.read, "read bytes, and show or verify them", _RANGE, "bCqrvpP:s:l:", 2, 2, "r", _READ,
+            "read", transfers.read, "read bytes, show or verify them", _RANGE, "bCqrvpP:s:l:", 2, 2, "r", _READ,
             "read -P 0xcd 512 1k",
         ),
         Command(
-            "write", transfers.write, "write a pattern (0xcd), zeros, or what is in a file", _RANGE, "bcCfnpqruzP:s:",
+            "write", transfers.write, "write a pattern (0xcd), zeros, or a file's content", _RANGE, "bcCfnpqruzP:s:",
             2, 2, "w", _WRITE, "write -P 7 1M 64k",
         ),
         Command("readv", transfers.readv, "read bytes into several buffers", _VECTOR, "CqrvP:", 2, None),
         Command("writev", transfers.writev, "write bytes from several buffers", _VECTOR, "CfqrP:", 2, None),
-        Command("aio_read", transfers.aio_read, "read beside the commands that follow", _VECTOR, "CiqrvP:", 2, None),
-        Command("aio_write", transfers.aio_write, "write beside the commands that follow", _VECTOR, "CfiqruzP:", 2, None),
-        Command("aio_discard", transfers.aio_discard, "discard beside the commands that follow", _RANGE, "Cq", 2, 2),
-        Command("aio_flush", transfers.aio_flush, "wait for all that runs beside the commands"),
-        Command("discard", transfers.discard, "say that bytes are no longer needed", _RANGE, "Cq", 2, 2, "d"),
-        Command("flush", status.flush, "bring what was written to stable storage", alias="f"),
+        Command("aio_read", transfers.aio_read, "read in the background", _VECTOR, "CiqrvP:", 2, None),
+        Command("aio_write", transfers.aio_write, "write in the background", _VECTOR, "CfiqruzP:", 2, None),
+        Command("aio_discard", transfers.aio_discard, "discard in the background", _RANGE, "Cq", 2, 2),
+        Command("aio_flush", transfers.aio_flush, "wait for the requests in the background"),
+        Command("discard", transfers.discard, "discard bytes", _RANGE, "Cq", 2, 2, "d"),
+        Command("flush", status.flush, "flush written data to stable storage", alias="f"),
         Command("truncate", status.truncate, "change the length of the disk", "SIZE", "m:", 1, 1, "t", _PREALLOCATE),
         Command("length", status.length, "show the length of the disk", alias="l"),
         Command("info", status.info, "show the format and its properties", alias="i"),
-        Command("map", status.map_allocation, "show what the top layer holds"),
-        Command("alloc", status.alloc, "count what the top layer holds", "OFFSET [LENGTH]", "", 1, 2, "a"),
+        Command("map", status.map_allocation, "show the allocated ranges of the top layer"),
+        Command("alloc", status.alloc, "count the allocated bytes of the top layer", "OFFSET [LENGTH]", "", 1, 2, "a"),
         Command(
             "open", opening.open_image, "open an image", "[FILE]", "rsCnkUi:t:d:o:", 0, 1, "o", _OPENING,
             "open -r -o driver=qcow2 disk.qcow2",
         ),
-        Command("reopen", opening.reopen_image, "open the same image in another way", "", "rwc:o:", meanings=_REOPEN),
+        Command("reopen", opening.reopen_image, "open the image again with other options", "", "rwc:o:", meanings=_REOPEN),
         Command("close", opening.close_image, "close the image", alias="c"),
         Command("sleep", opening.sleep, "wait", "MILLISECONDS", "", 1, 1),
         Command(
-            "break", breakpoints.set_break, "stop the next request at an event (needs a blkdebug)", "EVENT TAG", "", 2, 2,
+            "break", breakpoints.set_break, "stop the next request at an event (needs blkdebug)", "EVENT TAG", "", 2, 2,
             example="break write_aio A",
         ),
-        Command("remove_break", breakpoints.remove_break, "forget breakpoints, and let go on what stopped", "TAG", "", 1, 1),
-        Command("resume", breakpoints.resume, "let a stopped request go on", "TAG", "", 1, 1),
+        Command("remove_break", breakpoints.remove_break, "remove breakpoints and resume their requests", "TAG", "", 1, 1),
+        Command("resume", breakpoints.resume, "resume a stopped request", "TAG", "", 1, 1),
         Command("wait_break", breakpoints.wait_break, "wait until a request is stopped", "TAG", "", 1, 1),
-        Command("abort", opening.abort, "end this program as if it had crashed"),
-        Command("sigraise", opening.raise_signal, "send this program a signal", "NUMBER", "", 1, 1),
+        Command("abort", opening.abort, "abort this program, as in a crash"),
+        Command("sigraise", opening.raise_signal, "send a signal to this program", "NUMBER", "", 1, 1),
         Command("help", show_help, "show all commands, or one", "[COMMAND]", "", 0, 1, "?"),
-        Command("quit", _quit, "end", maximum=None, alias="q"),
+        Command("quit", _quit, "end the program", maximum=None, alias="q"),
     )
 }  # fmt: skip
 _BY_ALIAS = {one.alias: one for one in COMMANDS.values() if one.alias}
 
 
 def find(word: str) -> Command:
-    """The command that `word` names."""
+    """The command with the name or alias `word`."""
     found = COMMANDS.get(word) or _BY_ALIAS.get(word)
     if found is None:
         near = get_close_matches(word, COMMANDS, 1)
@@ -174,7 +174,7 @@ def find(word: str) -> Command:
 
 
 def execute(session: Session, line: str) -> bool:
-    """Carry out one line. What fails is told and noted in `session.failed`; False if the line asks to end."""
+    """Execute one line. A failure is reported and sets `session.failed`. Returns False for the command `quit`."""
     signals.check()
     words = grammar.split(line)
     if not words:
@@ -187,7 +187,7 @@ def execute(session: Session, line: str) -> bool:
             session.failed = True
     except LaminaError as error:
         session.failed = True
-        session.output.complain(str(error))
+        session.output.print_error(str(error))
     return True
 
 
@@ -205,4 +205,4 @@ def _run(session: Session, command: Command, words: Sequence[str]) -> bool:
     try:
         return command.handler(session, flags, operands)
     except MemoryError as error:
-        raise BlockIOError(f"{command.name}: no memory for a buffer of that length", errno=ENOMEM) from error
+        raise BlockIOError(f"{command.name}: out of memory for a buffer of that length", errno=ENOMEM) from error

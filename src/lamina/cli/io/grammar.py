@@ -1,4 +1,4 @@
-"""How the words of a command are read: splitting, options, and the numbers that stand in them."""
+"""Parsing of commands: words, options and numbers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from getopt import GetoptError, gnu_getopt
 from ...errors import OptionError
 from ...options import parse_size
 
-#: The longest request that passes through a buffer.
+#: The maximum length of a request with a buffer.
 MAX_LENGTH = 2147483136
 
 _INTEGER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", re.ASCII)
 
 
 def split(line: str) -> list[str]:
-    """The words of a line. Spaces part them and nothing quotes them, as scripts written for qemu-io rely on."""
+    """The words of a line, separated by spaces. There is no quoting, as in qemu-io."""
     return [word for word in line.rstrip("\r\n").split(" ") if word]
 
 
 def parse_flags(words: Sequence[str], accepted: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Options and operands, in any order. `accepted`: the letters, each with a colon behind it if it takes a value.
-    Options come by letter, with each value that was given ([""] without one)."""
+    """Parse options and operands, in any order. `accepted`: the letters, followed by a colon if the option has a value.
+    Returns the values of each option by its letter ([""] for an option without value), and the operands."""
     try:
         found, operands = gnu_getopt(list(words), accepted)
     except GetoptError as error:
         if f"{error.opt}:" in accepted and error.opt:
-            raise OptionError(f"-{error.opt} lacks its value") from error
+            raise OptionError(f"-{error.opt} needs a value") from error
         raise OptionError(f"there is no option {'-' if len(error.opt) == 1 else '--'}{error.opt}") from error
     flags: dict[str, list[str]] = {}
     for name, value in found:
@@ -36,12 +36,12 @@ def parse_flags(words: Sequence[str], accepted: str) -> tuple[dict[str, list[str
 
 
 def size(text: str) -> int:
-    """Bytes: 512, 64k, 1.5M, 0x200. A fraction of a byte is rounded."""
+    """Parse a size in bytes: 512, 64k, 1.5M, 0x200. A fraction of a byte is rounded."""
     return parse_size(text, exact=False)
 
 
 def integer(text: str) -> int:
-    """A whole number as C writes it: 10, 0xa, 012."""
+    """Parse an integer in the notation of C: 10, 0xa, 012."""
     if not _INTEGER.fullmatch(text) or len(text) > 20:
         raise OptionError(f"{text!r} is not a whole number")
     digits = text.lstrip("+-")
@@ -50,7 +50,7 @@ def integer(text: str) -> int:
 
 
 def pattern_byte(text: str) -> int:
-    """The value of a pattern: 0 to 255."""
+    """Parse the value of a pattern: 0 to 255."""
     try:
         value = integer(text)
     except OptionError:
@@ -61,7 +61,7 @@ def pattern_byte(text: str) -> int:
 
 
 def bounded(length: int) -> int:
-    """`length` if one request may have a buffer of that many bytes."""
+    """Return `length`, or raise OptionError if it exceeds the maximum of one request."""
     if length > MAX_LENGTH:
-        raise OptionError(f"{length} bytes are too long for one request", hint=f"give at most {MAX_LENGTH}")
+        raise OptionError(f"{length} bytes are too many for one request", hint=f"give at most {MAX_LENGTH}")
     return length

@@ -1,4 +1,4 @@
-"""The commands that open and close the image, and those that end or disturb the program itself."""
+"""The commands that open and close the image, and those that pause, signal or abort the program."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose, merge
 
 Flags = dict[str, list[str]]
 
-#: Milliseconds that `sleep` waits at most.
+#: The maximum of `sleep`, in milliseconds.
 _LONGEST = 86_400_000
 
 
 def with_modes(target: Target, flags: Flags) -> Target:
-    """`target` with the options -r -U -s -C -n -k -t -d -i that the program and the command `open` share."""
+    """`target` with the options -r -U -s -C -n -k -t -d -i, which the program and the command `open` have in common."""
     if "i" in flags:
         choose(AIO_MODES, "aio", flags["i"][-1])
     cache = "none" if "n" in flags else target.cache
@@ -43,7 +43,7 @@ def open_image(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
         raise OptionError("no image is named", hint="open FILE, or open -o driver=...")
     target = with_modes(session.default, flags)
     options = parse_keyval(",".join(flags.get("o", ())), last_wins=True) if "o" in flags else {}
-    # The format that the program was given is meant for the image that it was given.
+    # The option -f of the program applies only to the image on its command line.
     session.open(replace(target, name=operands[0] if operands else None, options=options, format=None))
     return True
 
@@ -75,7 +75,7 @@ def reopen_image(session: Session, flags: Flags, operands: Sequence[str]) -> boo
 def sleep(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     milliseconds = grammar.integer(operands[0])
     if not 0 <= milliseconds <= _LONGEST:
-        raise OptionError(f"nobody sleeps for {milliseconds} milliseconds", hint=f"give at most {_LONGEST}: a day")
+        raise OptionError(f"cannot sleep for {milliseconds} milliseconds", hint=f"give 0 to {_LONGEST} (a day)")
     session.output.flush()
     time.sleep(milliseconds / 1000)
     return True
@@ -85,7 +85,7 @@ def raise_signal(session: Session, flags: Flags, operands: Sequence[str]) -> boo
     number = grammar.size(operands[0])
     session.output.flush()
     try:
-        # Signal 0 is none: it only asks whether the process is there.
+        # Signal 0 is accepted, as by kill: it only checks that the process exists.
         os.kill(os.getpid(), number)
     except (OSError, OverflowError) as error:
         raise OptionError(f"there is no signal {number}", hint=f"give 1 to {max(signal.valid_signals())}") from error

@@ -1,7 +1,7 @@
-"""How `lamina io` speaks: lines that never interleave, and the fixed texts that scripts parse.
+"""Output of `lamina io`: lines of several threads never interleave, and results have the fixed texts of qemu-io.
 
-The lines on standard output are, to the letter, those that scripts written for qemu-io expect; complaints in words of our
-own go to standard error. Requests that run beside one another each write all their lines at once.
+Lines on standard output are exactly those that scripts for qemu-io expect; error messages in Lamina's own words go to
+standard error. A request writes all its lines at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TextIO
 
 from ...errors import LaminaError, OutOfRange, printable
 
-#: What a hex dump shows for a byte: letters and digits of ASCII, a dot for all others.
+#: The characters of a hex dump: ASCII letters and digits, and a dot for all other bytes.
 _SHOWN = bytes(byte if byte < 128 and chr(byte).isalnum() else ord(".") for byte in range(256))
 
 
 class Output:
-    """Standard output and error. Safe for any number of threads."""
+    """Standard output and error. Thread-safe."""
 
     def __init__(self, program: str, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.program = program
@@ -28,23 +28,23 @@ class Output:
         self._mutex = threading.Lock()
 
     def say(self, *lines: str) -> None:
-        """Results: these lines, together."""
+        """Write lines of results, together."""
         with self._mutex:
             self._out.write("\n".join((*lines, "")))
 
-    def complain(self, words: str) -> None:
-        """What went wrong, after all that was said before it."""
+    def print_error(self, text: str) -> None:
+        """Write an error message to standard error, after flushing standard output."""
         with self._mutex:
             self._out.flush()
-            self._err.write(f"{self.program}: {printable(words)}\n")
+            self._err.write(f"{self.program}: {printable(text)}\n")
             self._err.flush()
 
     def failure(self, operation: str, error: LaminaError) -> None:
-        """A request that failed: the line that scripts know, and on standard error what exactly happened."""
-        # A request outside the disk has been an input/output error to every script so far.
+        """Report a failed request: the line of qemu-io, and the error message on standard error."""
+        # qemu-io reports a request outside the disk as an input/output error.
         number = EIO if isinstance(error, OutOfRange) else error.errno or EIO
         self.say(f"{operation} failed: {os.strerror(number)}")
-        self.complain(str(error))
+        self.print_error(str(error))
 
     def flush(self) -> None:
         with self._mutex:
@@ -52,7 +52,7 @@ class Output:
 
 
 def human_size(size: float) -> str:
-    """`size` bytes as `512 bytes`, `64 KiB`, `1.500 MiB`: three decimals, or none where they would be zeros."""
+    """A readable size: `512 bytes`, `64 KiB`, `1.500 MiB`; three decimals, unless all of them are zeros."""
     value, unit = float(size), "bytes"
     for prefix in "KMGTPE":
         if value < 1024:
@@ -64,7 +64,7 @@ def human_size(size: float) -> str:
 
 
 def clock(seconds: float, *, full: bool = False) -> str:
-    """`00.12 sec` below a minute, else (or with `full`) `0:01:05.12`."""
+    """A duration: `00.12 sec` below a minute, otherwise (or with `full`) `0:01:05.12`."""
     hundredths = int(seconds * 100)
     if not full and hundredths < 6000:
         return f"{hundredths // 100:02d}.{hundredths % 100:02d} sec"
@@ -73,7 +73,7 @@ def clock(seconds: float, *, full: bool = False) -> str:
 
 
 def statistics(verb: str, offset: int, length: int, seconds: float) -> list[str]:
-    """The two lines that tell of a request that was done."""
+    """The two lines that report a completed request."""
     rate = 1 / max(seconds, 1e-9)
     return [
         f"{verb} {length}/{length} bytes at offset {offset}",
@@ -88,7 +88,7 @@ def machine_statistics(length: int, seconds: float) -> str:
 
 
 def hex_dump(offset: int, data: bytes | bytearray) -> list[str]:
-    """16 bytes a line: offset in the disk, the bytes in hex, and the letters and digits among them."""
+    """Lines of 16 bytes: the offset in the disk, the bytes in hex, and their letters and digits."""
     lines = []
     for at in range(0, len(data), 16):
         row = data[at : at + 16]

@@ -1,4 +1,4 @@
-"""What the commands of one run share: the open image, how it was opened, and the requests that run beside them."""
+"""The common state of the commands: the open image, its options, and the requests in the background."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from ...image import Image
     from ...workers import Task, Workers
 
-#: Requests that can be under way at the same time; more wait in line.
+#: The maximum number of concurrent requests in the background; further requests are queued.
 _IN_FLIGHT = 32
-#: Seconds between two looks at requests that may be stopped.
-_LOOK_AGAIN = 0.005
+#: The interval in seconds at which `drain` checks for stopped requests.
+_POLL_INTERVAL = 0.005
 
 
 class Session:
-    """One image at a time, or none. Commands run in one thread; what `submit` got runs in others."""
+    """A session with at most one open image. Commands run in one thread; `submit` runs functions in other threads."""
 
     def __init__(self, output: Output, default: Target) -> None:
-        """`default`: how `open` opens, where its own options do not say otherwise."""
+        """`default`: the options of the program, which are the defaults of the command `open`."""
         self.output = output
         self.default = default
-        self.failed = False  #: whether any command has failed so far
+        self.failed = False  #: whether a command has failed
         self.target: Target | None = None
         self._image: Image | None = None
         self._workers: Workers | None = None
         self._waiting: list[Task[None]] = []
-        #: Where requests of the open image may be stopped; None as long as no command asked for that.
+        #: The rules of the blkdebug node of the open image; None before the first command `break`.
         self.rules: Rules | None = None
 
     @property
@@ -48,7 +48,7 @@ class Session:
 
     @property
     def opened_as(self) -> Target:
-        """How the open image was opened."""
+        """The options with which the image was opened."""
         return self.target or self.default
 
     def open(self, target: Target) -> None:
@@ -58,7 +58,7 @@ class Session:
         self.target = target
 
     def close(self) -> None:
-        """Wait for what is under way, then close the image, if one is open. What is stopped goes on."""
+        """Resume stopped requests, wait for the requests in the background, and close the image, if one is open."""
         rules, self.rules = self.rules, None
         if rules is not None:
             rules.release()
@@ -70,11 +70,11 @@ class Session:
                 image.close()
 
     def reopen(self, target: Target) -> None:
-        """Open the same image in another way. If that fails it is open as it was before."""
+        """Open the image again with other options. If that fails, it is opened with the previous ones."""
         self.drain()
         image, before = self.image, self.opened_as
         target.require_durable(image.node)
-        # Both at once would exclude each other by their locks.
+        # Closed first, since its locks conflict with those of a second open.
         self.close()
         try:
             self.open(target)
@@ -83,7 +83,7 @@ class Session:
             raise
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Run `work` beside the commands that follow."""
+        """Run `work` in the background."""
         if self._workers is None:
             from ...workers import Workers
 
@@ -92,23 +92,23 @@ class Session:
         self._waiting.append(self._workers.submit(work))
 
     def running(self) -> int:
-        """How many requests are under way beside the commands."""
+        """The number of requests in progress in the background."""
         return sum(not one.finished for one in self._waiting)
 
     def drain(self) -> None:
-        """Wait until nothing is under way. OptionError if a request is stopped, since only a command lets it go on."""
+        """Wait for all requests in the background. Raises OptionError for a stopped request, which only a command resumes."""
         while self.rules is not None and self.running():
             if tags := self.rules.stopped:
-                raise OptionError(f"a request is stopped at {tags[-1]!r}", hint=f"let it go on: resume {tags[-1]}")
-            time.sleep(_LOOK_AGAIN)
+                raise OptionError(f"a request is stopped at {tags[-1]!r}", hint=f"resume it: resume {tags[-1]}")
+            time.sleep(_POLL_INTERVAL)
         waiting, self._waiting = self._waiting, []
-        # All of them, before one that failed is told.
+        # Waits for all requests before the first error is raised.
         errors = [error for one in waiting if (error := one.wait()) is not None]
         if errors:
             raise errors[0]
 
     def end(self) -> None:
-        """Close the image, and give the threads back."""
+        """Close the image and end the threads."""
         try:
             self.close()
         finally:

@@ -1,4 +1,4 @@
-"""Commands from standard input: a prompt with history and completion on a terminal, plain lines from a pipe."""
+"""Commands from standard input: a prompt with history and completion on a terminal, or lines from a pipe."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .commands import COMMANDS, execute
 from .session import Session
 
 PROMPT = "lamina> "
-_REMEMBERED = 1000
+_HISTORY_LENGTH = 1000
 
 
 def run(session: Session) -> None:
-    """Carry out line after line until the input ends, or a line asks to end."""
+    """Execute lines until the end of the input or the command `quit`."""
     if sys.stdin.isatty():
         _interactive(session)
     else:
         for line in sys.stdin:
             more = execute(session, line)
-            session.output.flush()  # whoever writes the lines may wait for the answer to each
+            session.output.flush()  # the writer of the lines may wait for the result of each
             if not more:
                 break
 
@@ -44,7 +44,7 @@ def _interactive(session: Session) -> None:
             except KeyboardInterrupt as stop:
                 if getattr(stop, "number", signal.SIGINT) != signal.SIGINT:
                     raise
-                # It ends the line, or the command; never the shell.
+                # Ctrl-C ends the line or the command, not the shell.
                 signals.resume()
                 session.output.say("")
     finally:
@@ -53,7 +53,7 @@ def _interactive(session: Session) -> None:
 
 
 def _terminal_restorer() -> Callable[[], None] | None:
-    """What sets the terminal of standard input as it is now; None if it has no settings."""
+    """A function that restores the current settings of the terminal; None if standard input has none."""
     import termios
 
     try:
@@ -64,17 +64,17 @@ def _terminal_restorer() -> Callable[[], None] | None:
 
 
 def history_file() -> Path:
-    """Where the lines of earlier sessions are kept."""
+    """The file with the lines of earlier sessions."""
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
     return folder / "lamina" / "io_history"
 
 
 def _prepare_readline(session: Session) -> Callable[[], None]:
-    """Switch history and completion on, where there is readline. What is returned keeps the history for the next time."""
+    """Enable history and completion, if readline is available. The returned function saves the history."""
     try:
         import readline
-    except ImportError:  # a Python that was built without it still reads lines
+    except ImportError:  # a Python without readline still reads lines
         return lambda: None
 
     path = history_file()
@@ -82,8 +82,8 @@ def _prepare_readline(session: Session) -> Callable[[], None]:
         if path.exists():
             readline.read_history_file(path)
     except OSError as error:
-        session.output.complain(str(BlockIOError.from_os(error, "earlier lines cannot be read", path=str(path))))
-    readline.set_history_length(_REMEMBERED)
+        session.output.print_error(str(BlockIOError.from_os(error, "cannot read the history", path=str(path))))
+    readline.set_history_length(_HISTORY_LENGTH)
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, state: _nth(complete(readline.get_line_buffer(), text), state))
     libedit = "libedit" in (readline.__doc__ or "")
@@ -94,13 +94,13 @@ def _prepare_readline(session: Session) -> Callable[[], None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
         except OSError as error:
-            session.output.complain(str(BlockIOError.from_os(error, "the lines cannot be kept", path=str(path))))
+            session.output.print_error(str(BlockIOError.from_os(error, "cannot save the history", path=str(path))))
 
     return save
 
 
 def complete(line: str, text: str) -> list[str]:
-    """What the word `text` at the end of `line` could become: a command, one of its options, or a file name."""
+    """The completions of the word `text` at the end of `line`: commands, options of a command, or file names."""
     words = line.split()
     if not words or (len(words) == 1 and not line.endswith(" ")) or (words[0] == "help"):
         return [f"{name} " for name in sorted(COMMANDS) if name.startswith(text)]
@@ -121,7 +121,7 @@ def _files(text: str) -> list[str]:
                 if one.name.startswith(name)
             )
     except OSError:
-        return []  # a folder that cannot be listed completes nothing
+        return []  # the folder cannot be listed
 
 
 def _nth(words: list[str], number: int) -> str | None:

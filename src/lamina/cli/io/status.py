@@ -1,4 +1,4 @@
-"""The commands that look at the whole image, or change its length: flush, truncate, length, info, map, alloc."""
+"""The commands for the whole image: flush, truncate, length, info, map, alloc."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def truncate(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     if mode not in PREALLOCATION:
         raise OptionError(f"there is no preallocation mode {mode!r}", hint="use " + ", ".join(PREALLOCATION))
     if mode != "off":
-        raise UnsupportedFeature(f"preallocation {mode} of what is added is not there yet", hint="leave out -m")
+        raise UnsupportedFeature(f"preallocation {mode} by truncate is not there yet", hint="omit -m")
     size = grammar.size(operands[0])
     require_writable(image.node, "truncate")
     session.drain()
@@ -57,11 +57,11 @@ def length(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 def info(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     node = session.image.node
     if session.opened_as.copy_on_read:
-        node = node.children["image"].node  # the option puts a filter there, which is not the image
+        node = node.children["image"].node  # the option inserted a filter above the image
     lines = [f"format name: {node.driver}"]
     kind = registry.entry(node.driver).kind
     if kind != "format":
-        # Drivers that can also be named like a protocol tell their name twice; scripts expect the line.
+        # qemu-io prints the name of a driver that is also a protocol twice, and scripts expect that.
         lines *= 2
     base = node
     while registry.entry(base.driver).kind == "filter":
@@ -99,7 +99,7 @@ def alloc(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 
 
 def _runs(image: Image, offset: int, count: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, length, allocated), in turns, where allocated means that the top layer holds the bytes, be it as zeros."""
+    """Alternating rows (start, length, allocated). Allocated bytes are those that the top layer owns, including zeros."""
     from ...jobs.windows import windows
 
     end = offset + count
@@ -121,7 +121,7 @@ def _described(node: Node) -> ImageInfo:
 
 
 def _state_offset(size: int, cluster: int, specific: dict[str, Any]) -> int:
-    """Where a machine's saved state begins: behind the disk, where the next table of level 2 would take over."""
+    """The offset of the saved state of a virtual machine: past the disk, at the start of the next L2 table."""
     entry = 16 if specific.get("extended-l2") else 8
     return align_up(size, cluster * cluster // entry) if cluster else 0
 

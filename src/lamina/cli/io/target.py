@@ -1,4 +1,4 @@
-"""What `open` opens, and how: a name or options, the format, and the modes of cache and discard."""
+"""The image to open: its name or options, format, cache mode and discard mode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Cache(NamedTuple):
-    """A cache mode: whether requests go around the page cache, whether each write is made stable, and whether `flush` is
-    left out."""
+    """A cache mode: whether requests bypass the page cache, whether each write is a FUA write, and whether the command
+    `flush` is ignored."""
 
     direct: bool = False
     stable: bool = False
@@ -34,14 +34,14 @@ CACHE_MODES = {
     "directsync": Cache(direct=True, stable=True),
     "unsafe": Cache(unsafe=True),
 }
-#: Whether discards are carried out.
+#: Whether discards are executed.
 DISCARD_MODES = {"unmap": True, "on": True, "ignore": False, "off": False}
-#: How other programs submit requests. Ours always come from threads, so all of them are the same here.
+#: Modes of qemu-io for submitting requests. Lamina always uses threads, so they make no difference.
 AIO_MODES = {"threads": None, "native": None, "io_uring": None}
 
 
 def choose(modes: Mapping[str, Any], what: str, name: str) -> str:
-    """`name` if it is one of `modes`."""
+    """Return `name`, or raise OptionError if it is not one of `modes`."""
     if name not in modes:
         raise OptionError(f"there is no {what} mode {name!r}", hint="use " + ", ".join(modes))
     return name
@@ -49,7 +49,7 @@ def choose(modes: Mapping[str, Any], what: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """How an image is opened. `name` is a file name or a prefixed one; `options` are nested ones and win over it."""
+    """The options for opening an image. `name` is a name for `parse_name`; nested `options` take precedence over it."""
 
     name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,17 +72,15 @@ class Target:
         return DISCARD_MODES[self.discard]
 
     def open(self) -> Image:
-        """The open image. Without a format one is looked for by its magic; nothing that was only guessed to be raw is
-        opened for writing."""
+        """Open the image. Without a format it is detected; an image whose format was only guessed to be raw is not opened for
+        writing."""
         from ...api import open
 
         if self.force_share and not self.read_only:
-            raise OptionError("without locks an image is only read", path=self.name, hint="add -r to -U")
+            raise OptionError("-U (without locks) needs -r (read-only)", path=self.name, hint="add -r")
         if self.copy_on_read and self.read_only:
-            raise OptionError(
-                "what is read is kept only in an image that is open for writing", path=self.name, hint="-C or -r"
-            )
-        # A format that is not said is looked for; where the options name a driver there is nothing to look for.
+            raise OptionError("-C (copy on read) needs a writable image", path=self.name, hint="omit -C or -r")
+        # "probe" detects the format, unless the options contain a driver.
         image = open(
             self.spec(),
             format=self.format or "probe",
@@ -118,10 +116,10 @@ class Target:
 
     @staticmethod
     def require_durable(node: Node) -> None:
-        """Refuse to open again what is gone when it is closed."""
+        """Raise UnsupportedFeature for a graph with a node in memory, whose data would be lost by a close."""
         if node.driver == "memory":
             raise UnsupportedFeature(
-                "what is kept in memory is gone when it is closed, and cannot be opened again", node=node.name
+                "a node in memory cannot be opened again, since its data would be lost", node=node.name
             )
         for child in node.children.values():
             Target.require_durable(child.node)
@@ -132,7 +130,7 @@ def _deep_copy(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options with some of them changed."""
+    """`options` with `changes`, both nested."""
     result = _deep_copy(options)
     for key, value in changes.items():
         old = result.get(key)
@@ -142,7 +140,7 @@ def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def _go_direct(spec: dict[str, Any]) -> None:
-    """Ask every file that is named in the options to go around the page cache, unless it says otherwise itself."""
+    """Set `cache.direct` for every file in the options that has no `cache.direct` of its own."""
     driver = spec.get("driver", "file")
     if "filename" in spec and driver in ("file", "host_device"):
         spec["cache"] = {"direct": True, **spec.get("cache", {})}

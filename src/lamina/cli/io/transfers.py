@@ -1,6 +1,6 @@
-"""The commands that move bytes: read, write, discard, with several lengths, and beside one another (aio_*).
+"""The commands that transfer bytes: read, write and discard, their vectored variants, and those in the background (aio_*).
 
-A command becomes a `Transfer`: what to do, and what to say of it. It runs at once, or in a thread of the session.
+A command creates a `Transfer`, which runs immediately or in a thread of the session, and reports its result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Flags = dict[str, list[str]]
 
 @dataclass
 class Transfer:
-    """One request. `verb` and `name` are the words that tell of its end and of its failure."""
+    """One request. `verb` and `name` are the words that report its success and its failure."""
 
     verb: str
     name: str
@@ -32,13 +32,13 @@ class Transfer:
     length: int
     flags: Flags
     action: Callable[[], None]
-    #: What was read, if anything was.
+    #: The buffer of a read.
     data: bytearray | None = None
-    #: The bytes of it that must have one value: (from, length, value).
+    #: The part of the buffer to verify: (start, length, value of each byte).
     expected: tuple[int, int, int] | None = None
 
     def run(self, session: Session) -> bool:
-        """Do it and tell of it, in lines that stay together. Whether all went well."""
+        """Execute the request and report it, in lines that stay together. Returns whether it succeeded."""
         started = perf_counter()
         try:
             self.action()
@@ -69,11 +69,11 @@ def read(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     transfer = _reading(session, "read", flags, offset, grammar.bounded(length))
     if "s" in flags or "l" in flags:
         if "P" not in flags:
-            raise OptionError("-s and -l say which part is held against a pattern", hint="give the pattern: -P")
+            raise OptionError("-s and -l need a pattern to verify", hint="add -P")
         start = grammar.size(flags["s"][-1]) if "s" in flags else 0
         count = grammar.size(flags["l"][-1]) if "l" in flags else length - start
         if start > length or start + count > length:
-            raise OptionError(f"the part from {start}, {count} bytes long, is not inside the {length} bytes read")
+            raise OptionError(f"the part of {count} bytes at offset {start} exceeds the {length} bytes read")
         transfer.expected = (start, count, grammar.pattern_byte(flags["P"][-1]))
     return transfer.run(session)
 
@@ -90,12 +90,12 @@ def aio_read(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 def write(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     offset, length = _range(operands)
     if sum(letter in flags for letter in "zPs") > 1:
-        raise OptionError("-z, -P and -s say three different things to write", hint="give one of them")
+        raise OptionError("-z, -P and -s exclude each other", hint="give one of them")
     if "n" in flags and "z" not in flags:
-        raise OptionError("-n is about zeroing", hint="add -z")
+        raise OptionError("-n needs -z", hint="add -z")
     for letter, others in (("b", "cz"), ("c", "z"), ("f", "bc")):
         if letter in flags and any(other in flags for other in others):
-            raise OptionError(f"-{letter} does not go with " + " or ".join(f"-{other}" for other in others))
+            raise OptionError(f"-{letter} cannot be combined with " + " or ".join(f"-{other}" for other in others))
     return _writing(session, "write", flags, offset, length).run(session)
 
 
@@ -115,7 +115,7 @@ def discard(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
 
 
 def aio_discard(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
-    # Two spaces: scripts compare this line as it has always been.
+    # With a trailing space: qemu-io prints two spaces here, and scripts compare the line.
     return _submit(session, _discarding(session, "aio_discard", "discarded ", flags, operands), "discard")
 
 
@@ -142,12 +142,12 @@ def _range(operands: Sequence[str]) -> tuple[int, int]:
 
 
 def _ranges(operands: Sequence[str]) -> tuple[int, int]:
-    """Offset, and the sum of all lengths: the buffers of a vector lie one behind the other."""
+    """The offset, and the sum of all lengths, since the buffers of a vector are contiguous."""
     return grammar.size(operands[0]), grammar.bounded(sum(map(grammar.size, operands[1:])))
 
 
 def _is_outside(image: Image, offset: int, length: int) -> bool:
-    """Whether a request fails for its place, so that it needs no buffer."""
+    """Whether a request is outside the disk, so that it fails and needs no buffer."""
     return not 0 <= offset <= image.size - length
 
 
@@ -159,7 +159,7 @@ def _reading(session: Session, name: str, flags: Flags, offset: int, length: int
 
     def action() -> None:
         if "b" in flags:
-            raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+            raise UnsupportedFeature("the saved state of a machine is not there yet", path=image.filename)
         if outside:
             image.root.require_inside(offset, length, "read")
         image.read_into(offset, data)
@@ -171,7 +171,7 @@ def _reading(session: Session, name: str, flags: Flags, offset: int, length: int
 def _writing(session: Session, name: str, flags: Flags, offset: int, length: int) -> Transfer:
     image = session.image
     if "u" in flags and "z" not in flags:
-        raise OptionError("-u is about zeroing", hint="add -z")
+        raise OptionError("-u needs -z", hint="add -z")
     require_writable(image.node, "write")
     fua = "f" in flags or session.opened_as.caching.stable
     byte = grammar.pattern_byte(flags["P"][-1]) if "P" in flags else patterns.DEFAULT
@@ -191,7 +191,7 @@ def _writing(session: Session, name: str, flags: Flags, offset: int, length: int
 
     def action() -> None:
         if "b" in flags:
-            raise UnsupportedFeature("the saved state of a machine is not reachable yet", path=image.filename)
+            raise UnsupportedFeature("the saved state of a machine is not there yet", path=image.filename)
         if outside:
             image.root.require_inside(offset, length, "write")
         image.write(offset, data, fua=fua, compress="c" in flags)
@@ -208,6 +208,6 @@ def _discarding(session: Session, name: str, verb: str, flags: Flags, operands: 
         if session.opened_as.discards:
             image.discard(offset, length)
         elif offset + length > image.size:
-            raise OutOfRange("it is not inside the disk", path=image.filename, offset=offset, length=length)
+            raise OutOfRange("the request is outside the disk", path=image.filename, offset=offset, length=length)
 
     return Transfer(verb, name, offset, length, flags, action)
