@@ -16,14 +16,9 @@ behind, provided that the request takes its token out twice (the second time cou
 The token of a request that one thread makes from its beginning to its end is the number of that thread, so that a thread
 inside a request is known by it: it makes no other one (see `Gate.require_outside`). `Root` does all this for its users.
 
-A request that is started now and finished later, possibly by another thread, brings an object of its own, `token = object()`,
-and stays inside until it is finished:
-
-    start:   entered = gate.enter(token, root, wait=False)    # False: an edit waits; finish what you started, then wait
-    finish:  gate.inside.pop(token, None)                     # from any thread; twice, as above
-
-An edit waits for started requests. Whoever has started some must not wait for the edit before those are finished: hence
-`wait=False`, and `gate.enter(token, root)` once nothing is under way.
+A request that is started now and finished later, possibly by another thread, brings a token of its own (`pending.Holding`),
+and stays inside until it is finished. A thread that waits for the requests inside, to hold the gate or to close a root,
+finishes those that were started: so a thread that has started some may do anything that waits for them.
 """
 
 from __future__ import annotations
@@ -31,10 +26,11 @@ from __future__ import annotations
 import threading
 import time
 from _thread import get_ident
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from .errors import Closed, LaminaError
+from .pending import Holding
 
 #: How often a thread that waits at a gate looks again, in seconds.
 _LOOK_AGAIN = 0.0005
@@ -88,6 +84,10 @@ class Gate:
         # Asked after entering: a thread that shuts the gate then sees this request inside, or this request sees the thread.
         return not (self.holders or user.closing) or self.wait(token, user, wait=wait)
 
+    def leave(self, token: object) -> None:
+        """The request is finished. May be called again."""
+        self.inside.pop(token, None)
+
     def wait(self, token: object, user: User, *, wait: bool = True) -> bool:
         """What `enter` does where somebody holds the gate, or `user` is closing."""
         while True:
@@ -106,8 +106,9 @@ class Gate:
 
     def drain(self, user: User) -> None:
         """Wait until no request of `user` is inside. Let it be closing before."""
-        while user in self.inside.copy().values():
-            time.sleep(_LOOK_AGAIN)
+        while user in (inside := self.inside.copy()).values():
+            if not _finish_started(token for token in inside if inside[token] is user):
+                time.sleep(_LOOK_AGAIN)
 
     def require_outside(self, what: str) -> None:
         """Raise LaminaError if this thread is inside a request: a signal handler, or a node below, asks for something that
@@ -148,7 +149,8 @@ class Gate:
                 _require_another_thread(first, "edit, close or resize the image")
             time.sleep(_LOOK_AGAIN)
         while holder.stops and self.inside:
-            time.sleep(_LOOK_AGAIN)
+            if not _finish_started(self.inside.copy()):
+                time.sleep(_LOOK_AGAIN)
 
     def holding(self, holder: Holder, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """What `work(*arguments)` returns, called while `holder` holds the gate."""
@@ -173,6 +175,14 @@ class Gate:
         self.inside.clear()
         self.holders.clear()
         self._line.clear()
+
+
+def _finish_started(tokens: Iterable[object]) -> bool:
+    """Finish the requests that were started: whether any of the tokens is one."""
+    found = False
+    for token in tokens:
+        found = (isinstance(token, Holding) and token.settle()) or found
+    return found
 
 
 def _require_another_thread(holder: Holder, what: str) -> None:

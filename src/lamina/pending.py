@@ -16,7 +16,6 @@ from .errors import LaminaError
 
 if TYPE_CHECKING:
     from .extents import Extents
-    from .ranges import RangeLock
 
 
 class Pending(Protocol):
@@ -113,54 +112,61 @@ class Startable:
 Startable.starts_as = Startable
 
 
-def start_holding(ranges: RangeLock, start: Callable[..., Pending], *arguments: Any) -> Pending | None:
-    """start(*arguments), which holds its range together with others until it is finished; None where somebody holds or wants
-    a range exclusively now."""
-    holding = Holding(ranges)
+def start_holding(
+    enter: Callable[[Holding], bool],
+    leave: Callable[[Holding], object],
+    start: Callable[..., Pending],
+    *arguments: Any,
+) -> Pending | None:
+    """start(*arguments), which holds something until it is finished: `enter` takes that, `leave` gives it back and may be
+    called again. None where `enter` returns False: then nothing is started."""
+    holding = Holding(leave)
     try:
         try:
-            if not ranges.start(holding):
+            if not enter(holding):
                 return None
             request = start(*arguments)
+            if isinstance(request, Done):
+                return request
             holding.request = request
             return holding
         finally:
             if holding.request is None:
-                ranges.finish(holding)
+                leave(holding)
     finally:
         if holding.request is None:  # an interrupt may have struck the first time
-            ranges.finish(holding)
+            leave(holding)
 
 
 class Holding:
-    """A request that holds its range of bytes together with others (`RangeLock.start`) until it is finished. `request` is
-    what the node returned, and None until then."""
+    """A request that holds something until it is finished: a range of bytes together with others (`RangeLock.start`), or its
+    place inside a gate (`Gate.enter`). `request` is what the node returned, and None until then."""
 
-    __slots__ = ("_ranges", "request")
+    __slots__ = ("_leave", "request")
 
-    def __init__(self, ranges: RangeLock) -> None:
-        self._ranges = ranges
+    def __init__(self, leave: Callable[[Holding], object]) -> None:
+        self._leave = leave
         self.request: Pending | None = None
 
     def wait(self) -> Any:
-        # Where an interrupt strikes the range stays held: whoever needs it waits for the request in its turn.
+        # Where an interrupt strikes nothing is given back: whoever needs it waits for the request in its turn.
         assert self.request is not None
         try:
             answer = self.request.wait()
         except LaminaError:
-            self._ranges.finish(self)
+            self._leave(self)
             raise
-        self._ranges.finish(self)
+        self._leave(self)
         return answer
 
     def leave(self) -> None:
         assert self.request is not None
         self.request.leave()
-        self._ranges.finish(self)
+        self._leave(self)
 
     def settle(self) -> bool:
-        """Finish the request for a thread that needs the range; its outcome stays for whoever started it. False where it is
-        just being started, and cannot be finished yet."""
+        """Finish the request for a thread that needs what it holds; its outcome stays for whoever started it. False where it
+        is just being started, and cannot be finished yet."""
         if self.request is None:
             return False
         with suppress(LaminaError):

@@ -266,7 +266,8 @@ class Child(Edge):
         None where somebody wants a range exclusively now."""
         if not self._order:
             return start(*arguments)
-        return start_holding(self.node.ranges, start, *arguments)
+        ranges = self.node.ranges
+        return start_holding(ranges.start, ranges.finish, start, *arguments)
 
     def require_inside(self, offset: int, length: int, operation: str) -> None:
         """Raise OutOfRange if these bytes are not all inside the node."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import lifecycle
 from .errors import Closed, LaminaError, OptionError
 from .gate import Gate, Holder
-from .pending import DONE, Done, Pending
+from .pending import DONE, Holding, Pending, start_holding
 from .request import Child
 
 if TYPE_CHECKING:
@@ -218,22 +218,25 @@ class Root:
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
         return self._request(self.edge.zero_runs, offset, length)
 
-    # What is started here is done at once.
+    # What is started stays inside the gate until it is finished (see `gate.py`).
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
-        self.read_into(offset, view)
-        return DONE
+        return self._start(self.edge.start_read, offset, view)
 
     def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
-        self.write(offset, view, flags)
-        return DONE
+        return self._start(self.edge.start_write, offset, view, flags)
 
     def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
-        self.zero(offset, length, flags)
-        return DONE
+        return self._start(self.edge.start_zero, offset, length, flags)
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
-        return Done(self.zero_runs(offset, length))
+        return self._start(self.edge.start_zero_runs, offset, length)
+
+    def _start(self, start: Callable[..., Pending], *arguments: Any) -> Pending:
+        return start_holding(self._enter, self.gate.leave, start, *arguments) or DONE
+
+    def _enter(self, token: Holding) -> bool:
+        return self.gate.enter(token, self)
 
     def windows(self, offset: int, length: int) -> Iterator[Extents]:
         """The exact status of all these bytes, one answer after the other; each is a request of its own."""

@@ -15,7 +15,7 @@ import pytest
 
 import lamina
 from lamina import workers
-from lamina.jobs import lanes
+from lamina.jobs import requests
 from lamina.jobs.compare import compare
 from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.copy import Copy, Plan
@@ -28,7 +28,7 @@ KIB, MIB = 1 << 10, 1 << 20
 PATIENCE = 20.0
 #: How many places of each job are tried in one run of the test; `make soak` sets more.
 PLACES = int(os.environ.get("LAMINA_SOAK_JOBS", "20"))
-FOLDER = os.path.dirname(lanes.__file__)
+FOLDER = os.path.dirname(requests.__file__)
 STANDARD = tuple(
     os.path.join(os.path.dirname(os.__file__), name) for name in ("threading.py", "queue.py", "concurrent" + os.sep)
 )
@@ -158,7 +158,7 @@ def test_a_job_that_is_interrupted_anywhere_has_ended(tmp_path: Path, seed: int,
 @pytest.mark.parametrize("name", ["convert_into", "compare"])
 def test_where_threads_begin_and_end(tmp_path: Path, name: str) -> None:
     """Every opcode of the functions that start threads and wait for their end."""
-    trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start"})
+    trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start", "_start"})
     for number in range(1, trials.total + 1):
         trials.at(number)
     assert trials.struck
@@ -169,7 +169,7 @@ def test_where_threads_begin_and_end(tmp_path: Path, name: str) -> None:
 def test_locks_of_the_standard_library_do_not_matter(tmp_path: Path, name: str) -> None:
     """Queues, conditions and threads that are written in Python stay locked where an exception strikes between two of their
     steps: nothing that a job waits for is made of them."""
-    trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start", "submit"}, standard=True)
+    trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start", "_start"}, standard=True)
     for number in range(1, trials.total + 1):
         trials.at(number)
     assert trials.struck

@@ -12,7 +12,7 @@ from lamina.jobs.compare import Difference, compare
 from lamina.jobs.convert import convert
 from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
-from lamina.jobs.near import NEAR
+from lamina.jobs.requests import NEAR
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 

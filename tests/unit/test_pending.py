@@ -11,9 +11,11 @@ import pytest
 
 import lamina
 from lamina.errors import BlockIOError, LaminaError, NotSupported
+from lamina.extents import Extents
 from lamina.filters.stats import Stats
 from lamina.filters.throttle import Throttle
 from lamina.graph import Opener
+from lamina.image import Image
 from lamina.limits import Limits
 from lamina.nbd import Export, Server
 from lamina.node import FUA, FilterNode, Node, StorageNode
@@ -63,6 +65,12 @@ class Slow(StorageNode):
     def read_into(self, offset: int, view: memoryview) -> None:
         self.direct.append("read")
         view[:] = self.bytes[offset : offset + len(view)]
+
+    def truncate(self, size: int) -> None:
+        assert size == self.size
+
+    def extents(self, offset: int, length: int) -> Extents:
+        return Extents.single(offset, length, data=True, present=True)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         self.direct.append("write")
@@ -337,12 +345,12 @@ def served(tmp_path: Path) -> Iterator[str]:
             yield f"nbd+unix:///?socket={tmp_path / 'socket'}"
 
 
-@pytest.mark.parametrize("over", [[], ["throttle"], ["stats", "throttle"]], ids=str)
+@pytest.mark.parametrize("over", [[], ["throttle"], ["stats", "throttle"], ["raw", "stats"]], ids=str)
 def test_requests_over_a_server_are_on_their_way_at_once(served: str, over: list[str]) -> None:
     """Through filters that observe, too: none is done when it is started, all are when they are asked for."""
     spec: Any = {"driver": "nbd", "uri": served}
     for driver in over:
-        spec = {"driver": driver, "image": spec}
+        spec = {"driver": driver, "file" if driver == "raw" else "image": spec}
     node: Node = Opener(read_only=False).open(spec)
     edge = Child(node, "it")
     try:
@@ -365,3 +373,46 @@ def test_requests_over_a_server_are_on_their_way_at_once(served: str, over: list
         lost.leave()
     finally:
         edge.close()
+
+
+# -- roots
+
+
+def test_an_edit_finishes_what_was_started() -> None:
+    """By the same thread, by another one, and by `close`: nobody waits for ever."""
+    node = Slow()
+    image = Image(node)
+    root = image.root
+    views = [memoryview(bytearray(b"z" * 4)) for _ in range(3)]
+    write = root.start_write(0, memoryview(b"abcd"))
+    read = root.start_read(0, views[0])
+    assert not any(node.bytes)
+    with image.edit() as edit:
+        assert node.bytes[:4] == b"abcd"
+        edit.insert("stats")
+    read.wait()
+    write.wait()
+    assert bytes(views[0]) == b"abcd"
+    again = root.start_read(0, views[1])
+    other = threading.Thread(target=image.truncate, args=(node.size,))
+    other.start()
+    other.join(PATIENCE)
+    assert not other.is_alive()
+    last = root.start_read(0, views[2])
+    assert root.start_zero_runs(0, 8).wait() == [(8, False)]
+    image.close()
+    assert [bytes(view) for view in views] == [b"abcd"] * 3
+    for request in (again, last):
+        request.wait()
+    with pytest.raises(LaminaError):
+        root.start_read(0, views[0])
+
+
+def test_a_root_passes_what_is_done_at_once() -> None:
+    with Image(MemoryStorage(MIB)) as image:
+        assert image.root.start_write(0, memoryview(b"x")) is DONE
+        assert not image.root.gate.inside
+        assert image.root.start_zero(0, 1) is DONE
+        with pytest.raises(LaminaError, match="not inside"):
+            image.root.start_read(MIB, memoryview(bytearray(1)))
+        assert not image.root.gate.inside

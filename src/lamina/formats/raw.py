@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..extents import Extents, HostFile
     from ..graph import Opener
+    from ..pending import Pending
     from ..request import Child
 
 
@@ -141,6 +142,27 @@ class Raw(Format):
     def extents(self, offset: int, length: int) -> Extents:
         found = self.file.extents(self._offset + offset, length)
         return found.shift(-self._offset) if self._offset else found
+
+    # Storage that is far away goes on by itself, also below this format; an event is told of requests that are done at once.
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        if self.file.event is not None:
+            return super().start_read(offset, view)
+        return self.file.start_read(self._offset + offset, view)
+
+    def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        if self.file.event is not None:
+            return super().start_write(offset, view, flags)
+        return self.file.start_write(self._offset + offset, view, flags)
+
+    def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        return self.file.start_zero(self._offset + offset, length, flags)
+
+    def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        return self.file.zero_runs(self._offset + offset, length)
+
+    def start_zero_runs(self, offset: int, length: int) -> Pending:
+        return self.file.start_zero_runs(self._offset + offset, length)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.file.reads_zero(self._offset + offset, length)

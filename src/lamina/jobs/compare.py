@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from queue import SimpleQueue
+from contextlib import closing
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..extents import DATA, PRESENT, ZERO
 from ..limits import KIB, MIB
 from ..numeric import np
-from .lanes import lanes_for
+from ..zeros import is_zero
 from .progress import Monitor
+from .requests import Requests, in_order, requests_for
 from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
     from ..extents import Extents
     from ..image import Image
+    from ..pending import Pending
 
 #: Read from both at a time: small enough that the cache still holds the first when the second is compared with it. (A
 #: second thread that reads the other image was measured, and costs more than it saves.)
 _PIECE = 512 * KIB
 #: The same where one is far away, and several pieces are read at once.
 _FAR_PIECE = 2 * MIB
-_ZEROS = bytes(_FAR_PIECE)
 
 _STATUS = DATA | ZERO | PRESENT
 
@@ -52,19 +54,21 @@ def compare(
     total = max(first.size, second.size)
     if strict and first.size != second.size:
         return Difference("size", min(first.size, second.size))
-    lanes = lanes_for(first.node, second.node, asked=parallel, name="lamina-compare")
-    piece = _PIECE if lanes.count == 1 else _FAR_PIECE
-    reader = _Reader(first, second, lanes.count, piece)
+    mine = requests_for(first, second.node, asked=parallel, name="lamina-compare")
+    theirs = requests_for(second, first.node, asked=parallel, name="lamina-compare")
+    piece = _PIECE if mine.count == 1 else _FAR_PIECE
+    reader = _Reader(mine, theirs, piece)
     try:
         try:
-            for step, found in lanes.in_order(reader.look, _steps(first, second, strict, piece)):
-                if found is not None:
-                    return found
-                watch.update(step.end, total)
+            with closing(in_order(_steps(first, second, strict, piece), reader.begin, mine.count)) as steps:
+                for step in steps:
+                    if (found := reader.look(step)) is not None:
+                        return found
+                    watch.update(step.end, total)
         finally:
-            lanes.close()
+            reader.close()
     finally:
-        lanes.close()  # an interrupt that struck the first time finds the second
+        reader.close()  # an interrupt that struck the first time finds the second
     return None
 
 
@@ -125,42 +129,48 @@ def _first_status(mine: Extents, theirs: Extents) -> int | None:
 
 
 class _Reader:
-    """Reads the same stretch of both images into buffers that are used again. As many threads as it was made for may look."""
+    """Reads the same stretch of both images into buffers that are used again."""
 
-    def __init__(self, first: Image, second: Image, threads: int, piece: int) -> None:
-        self._images = (first, second)
-        self._buffers: SimpleQueue[tuple[bytearray, bytearray]] = SimpleQueue()
-        for _ in range(threads):
-            self._buffers.put((bytearray(piece), bytearray(piece)))
+    def __init__(self, mine: Requests, theirs: Requests, piece: int) -> None:
+        self._requests = (mine, theirs)
+        self._piece = piece
+        self._free: list[tuple[bytearray, bytearray]] = []
+        self._taken: deque[tuple[bytearray, bytearray]] = deque()  # of the steps that were begun, in their order
+
+    def begin(self, step: _Step) -> list[Pending]:
+        """Start to read what the step looks at."""
+        if step.what in (_NEITHER, _UNLIKE):
+            return []
+        buffers = self._free.pop() if self._free else (bytearray(self._piece), bytearray(self._piece))
+        self._taken.append(buffers)
+        count = step.end - step.begin
+        which = (0, 1) if step.what == _BOTH else (step.what - 1,)
+        return [self._requests[one].start_read(step.begin, memoryview(buffers[one])[:count]) for one in which]
 
     def look(self, step: _Step) -> Difference | None:
-        """Where the first byte differs, or is not zero where only one image is read."""
+        """Where the first byte differs, or is not zero where only one image is read; what `begin` started is finished."""
         if step.what == _NEITHER:
             return None
         if step.what == _UNLIKE:
             return Difference("status", step.begin)
-        buffers = self._buffers.get()
-        try:
-            count = step.end - step.begin
-            found = (
-                self._both(buffers, step.begin, count)
-                if step.what == _BOTH
-                else self._zero(buffers[0], step.what - 1, step.begin, count)
-            )
-        finally:
-            self._buffers.put(buffers)
+        buffers, count = self._taken.popleft(), step.end - step.begin
+        views = [memoryview(buffer)[:count] for buffer in buffers]
+        both = step.what == _BOTH
+        found = _first_unlike(buffers[0], *views) if both else _first_stored(views[step.what - 1])
+        self._free.append(buffers)
         return None if found is None else Difference("content", step.begin + found)
 
-    def _both(self, buffers: tuple[bytearray, bytearray], at: int, count: int) -> int | None:
-        mine, theirs = memoryview(buffers[0])[:count], memoryview(buffers[1])[:count]
-        self._images[0].read_into(at, mine)
-        self._images[1].read_into(at, theirs)
-        # Comparing views goes item by item; this is one memcmp, and copies nothing.
-        if buffers[0].startswith(theirs):
-            return None
-        return int(np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
+    def close(self) -> None:
+        for requests in self._requests:
+            requests.close()
 
-    def _zero(self, buffer: bytearray, image: int, at: int, count: int) -> int | None:
-        view = memoryview(buffer)[:count]
-        self._images[image].read_into(at, view)
-        return None if _ZEROS.startswith(view) else int(np.flatnonzero(np.frombuffer(view, np.uint8))[0])
+
+def _first_unlike(buffer: bytearray, mine: memoryview, theirs: memoryview) -> int | None:
+    # Comparing views goes item by item; this is one memcmp, and copies nothing.
+    if buffer.startswith(theirs):
+        return None
+    return int(np.flatnonzero(np.frombuffer(mine, np.uint8) != np.frombuffer(theirs, np.uint8))[0])
+
+
+def _first_stored(view: memoryview) -> int | None:
+    return None if is_zero(view) else int(np.flatnonzero(np.frombuffer(view, np.uint8))[0])

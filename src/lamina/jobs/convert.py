@@ -2,16 +2,15 @@
 
 The plan comes from the exact extents of the source. A thread of its own reads and looks for zeros; the caller's thread
 writes: reading, writing and comparing release the GIL, so both work at once. Where source or target are far away several
-buffers are read or written beside each other (see `lanes`). Buffers go round in a circle of fixed size. What the file system
+buffers are read or written at once (see `requests`). Buffers go round in a circle of fixed size. What the file system
 can share between source and target passes neither (see `sharing`).
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,6 +20,7 @@ from ..errors import OptionError
 from ..extents import Extents
 from ..format_node import FormatNode
 from ..limits import KIB, MAX_SIZE, MIB, align_down, is_power_of_two
+from ..node import MAY_UNMAP
 from ..numeric import np
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
@@ -28,10 +28,9 @@ from ..policy import Policy
 from ..workers import Task, Workers
 from ..zeros import between, stored_parts
 from .beneath import Below, differing, layers_above, stored
-from .lanes import Lanes, is_far, lanes_for
-from .near import NEAR
 from .output import Output
 from .progress import Monitor
+from .requests import NEAR, Failed, Requests, in_order, is_far, requests_for
 from .sharing import Place, Sharer, without
 from .windows import pairs, stretches, windows
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..image import Image
     from ..numeric import NDArray
+    from ..pending import Pending
 
 _BUFFER = 2 * MIB
 #: Buffers besides those that are being read and written.
@@ -68,10 +68,10 @@ class Result(NamedTuple):
 
 
 class _Batch:
-    """A buffer on its way from reader to writer. `reads`: what is to come into it; `ready`: when that, or its failure, is
-    there, `writes` and `zeros` say what to do. `end`: the source is dealt with up to there."""
+    """A buffer on its way from reader to writer. `reads`: what is to come into it; when it is there, `writes` and `zeros` say
+    what to do. `end`: the source is dealt with up to there. `error`: why nothing more comes."""
 
-    __slots__ = ("buffer", "end", "error", "last", "reads", "ready", "writes", "zeros")
+    __slots__ = ("buffer", "end", "error", "last", "reads", "writes", "zeros")
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer = buffer
@@ -80,7 +80,6 @@ class _Batch:
         self.zeros: list[tuple[int, int]] = []
         self.end = 0
         self.last = False
-        self.ready: Task[None] | None = None
         self.error: BaseException | None = None
 
 
@@ -129,13 +128,14 @@ def convert(
     reads = not unread or (below is not None and below.image is not None)
     sharer = None if reads else Sharer(source, target, only_share=unread == "share")
     watch = monitor or Monitor()
-    reading = lanes_for(source.node, asked=parallel, name="lamina-convert-read")
+    reading = requests_for(source, asked=parallel, name="lamina-convert-read")
     if in_order is None:
         in_order = not is_far(target.node)
-    either = source.node, target.node
-    writing = Lanes(1, "") if in_order else lanes_for(*either, asked=parallel, name="lamina-convert-write")
+    writes = Requests(target, 1, "")
+    if not in_order:
+        writes = requests_for(target, source.node, asked=parallel, name="lamina-convert-write")
     output = Output(source.budget.max_output if max_output is None else max_output, source.filename)
-    return _Copy(source, target, blank, smallest_hole, below, sharer, output, watch).run(reading, writing)
+    return _Copy(source, target, blank, smallest_hole, below, sharer, output, watch).run(reading, writes)
 
 
 def convert_to_file(
@@ -244,10 +244,10 @@ class _Copy:
         self._stopped = False
         self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
 
-    def run(self, reading: Lanes, writing: Lanes) -> Result:
+    def run(self, reading: Requests, writing: Requests) -> Result:
         for _ in range(reading.count + writing.count + _SPARE):
             self._free.put(memoryview(bytearray(_BUFFER)))
-        planning, planner = Task(self._plan_all, reading), Workers(1, "lamina-convert")
+        planning, planner = Task(self._read_all, reading), Workers(1, "lamina-convert")
         try:
             try:
                 planner.start(planning)
@@ -261,7 +261,7 @@ class _Copy:
         copied = self._sharer.done if self._sharer else 0
         return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
 
-    def _end(self, planning: Task[None], planner: Workers, reading: Lanes, writing: Lanes) -> None:
+    def _end(self, planning: Task[None], planner: Workers, reading: Requests, writing: Requests) -> None:
         """No other thread does anything when this returns. May be called again."""
         self._stopped = True
         self._free.put(None)
@@ -270,31 +270,30 @@ class _Copy:
         reading.close()
         writing.close()
 
-    def _write_all(self, writing: Lanes) -> None:
-        under_way: deque[tuple[_Batch, Task[None]]] = deque()
+    def _write_all(self, writing: Requests) -> None:
+        def begin(batch: _Batch) -> list[Pending]:
+            requests: list[Pending] = []
+            for offset, view in batch.writes:
+                requests.append(writing.start_write(offset, view))
+                if isinstance(requests[-1], Failed):
+                    return requests
+            return requests + [writing.start_zero(offset, length, MAY_UNMAP) for offset, length in batch.zeros]
+
+        with closing(in_order(self._sorted(), begin, writing.count)) as batches:
+            for batch in batches:
+                self._free.put(batch.buffer)
+                self._written(batch)
+
+    def _sorted(self) -> Iterator[_Batch]:
+        """The batches that were read, as they come."""
         last = False
         while not last:
             batch = self._full.get()
             if batch.error is not None:
                 raise batch.error
-            if batch.ready is not None:
-                batch.ready.result()
             last = batch.last
             self._output.add(sum(len(view) for _, view in batch.writes))
-            under_way.append((batch, writing.submit(self._write, batch)))
-            while under_way and (last or len(under_way) == writing.count or under_way[0][1].finished):
-                batch, written = under_way.popleft()
-                written.result()
-                self._written(batch)
-
-    def _write(self, batch: _Batch) -> None:
-        try:
-            for offset, view in batch.writes:
-                self._target.write(offset, view)
-            for offset, length in batch.zeros:
-                self._target.zero(offset, length, unmap=True)
-        finally:
-            self._free.put(batch.buffer)
+            yield batch
 
     def _written(self, batch: _Batch) -> None:
         self._bytes_read += sum(len(view) for kind, _, view in batch.reads if kind != _BENEATH)
@@ -303,67 +302,68 @@ class _Copy:
         if not batch.last:
             self._watch.update(min(batch.end, self._source.size), self._source.size)
 
-    # -- in the thread that plans, and in those that read
+    # -- in the thread that reads
 
-    def _plan_all(self, reading: Lanes) -> None:
-        batch: _Batch | None = None
+    def _read_all(self, reading: Requests) -> None:
+        def begin(batch: _Batch) -> list[Pending]:
+            return [reading.start_read(at, view) for kind, at, view in batch.reads if kind != _BENEATH]
+
         try:
-            batch = self._next()
-            used = 0
-            for kind, start, length in self._plan():
-                if batch is None:
-                    return
-                if kind == _ZERO:
-                    batch.zeros.append((start, length))
-                    batch.end = start + length
-                    if len(batch.zeros) == _MANY:
-                        self._send(batch, reading)
-                        batch, used = self._next(), 0
-                    continue
-                at = start
-                if kind >= _PLACES and self._sharer is not None:
-                    for at in self._sharer.copy(self._places[kind - _PLACES]):
-                        self._output.also(self._sharer.done)
-                        batch.end = at
-                        self._send(batch, reading)  # so that its progress is told, and a wish to stop is heard
-                        batch, used = self._next(), 0
-                        if batch is None:
-                            return
-                while at < start + length:
-                    # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
-                    count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
-                    if used + count > _BUFFER:
-                        self._send(batch, reading)
-                        batch, used = self._next(), 0
-                        if batch is None:
-                            return
-                    batch.reads.append((kind, at, batch.buffer[used : used + count]))
-                    used += count
-                    at += count
-                    batch.end = at
-            if batch is not None:
-                batch.last = True
-                self._send(batch, reading)
+            with closing(in_order(self._batches(), begin, reading.count)) as batches:
+                for batch in batches:
+                    self._sort_all(batch)
+                    self._full.put(batch)
         except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that waits for this one
-            failed = batch or _Batch(memoryview(b""))
+            failed = _Batch(memoryview(b""))
             failed.error = error
             self._full.put(failed)
+
+    def _batches(self) -> Iterator[_Batch]:
+        """What is to be read, a buffer at a time, in the order of the disk."""
+        batch, used = self._next(), 0
+        for kind, start, length in self._plan():
+            if batch is None:
+                return
+            if kind == _ZERO:
+                batch.zeros.append((start, length))
+                batch.end = start + length
+                if len(batch.zeros) == _MANY:
+                    yield batch
+                    batch, used = self._next(), 0
+                continue
+            at = start
+            if kind >= _PLACES and self._sharer is not None:
+                for at in self._sharer.copy(self._places[kind - _PLACES]):
+                    self._output.also(self._sharer.done)
+                    batch.end = at
+                    yield batch  # so that its progress is told, and a wish to stop is heard
+                    batch, used = self._next(), 0
+                    if batch is None:
+                        return
+            while at < start + length:
+                # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
+                count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
+                if used + count > _BUFFER:
+                    yield batch
+                    batch, used = self._next(), 0
+                    if batch is None:
+                        return
+                batch.reads.append((kind, at, batch.buffer[used : used + count]))
+                used += count
+                at += count
+                batch.end = at
+        if batch is not None:
+            batch.last = True
+            yield batch
 
     def _next(self) -> _Batch | None:
         buffer = self._free.get()
         return None if buffer is None or self._stopped else _Batch(buffer)
 
-    def _send(self, batch: _Batch, reading: Lanes) -> None:
-        """To the writer, in the order of the disk; what it is to hold is read meanwhile."""
-        if batch.reads:
-            batch.ready = reading.submit(self._fill, batch)
-        self._full.put(batch)
-
-    def _fill(self, batch: _Batch) -> None:
+    def _sort_all(self, batch: _Batch) -> None:
+        """What was read becomes what is to be written."""
         base = self._below.image if self._below is not None else None
         for kind, at, view in batch.reads:
-            if kind != _BENEATH:
-                self._source.read_into(at, view)
             if base is None or kind == _OVER_ZERO:
                 self._sort(batch, at, view, blank=self._blank or kind == _OVER_ZERO)
             elif kind == _BENEATH:

@@ -17,9 +17,9 @@ from ..limits import KIB, is_power_of_two
 from ..pending import DONE, Pending
 from ..zeros import stored_parts
 from .copy_ends import PipeSource, Source, Target, on_grid
-from .near import NEAR
 from .output import Output
 from .progress import Monitor
+from .requests import NEAR
 
 if TYPE_CHECKING:
     from .copy_journal import Journal

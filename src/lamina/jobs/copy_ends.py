@@ -16,10 +16,10 @@ from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import GIB, KIB, MIB
 from ..node import MAY_UNMAP, Node, StorageNode
 from ..pending import DONE, Pending
-from ..request import Child
 
 if TYPE_CHECKING:
     from ..image import Image
+    from ..request import Child
 
 #: A part of the source: offset, length, and whether it is known to read as zero.
 Part = tuple[int, int, bool]
@@ -90,7 +90,6 @@ class StorageSource:
 
     def __init__(self, image: Image, *, extents: bool = True) -> None:
         self._image = image
-        self._edge = Child(image.node, "source")
         self._extents = extents
         self.name = image.filename
         self.size = image.size
@@ -100,16 +99,16 @@ class StorageSource:
         return self._image.node
 
     def parts(self, begin: int) -> Iterator[Part]:
-        edge, at, size = self._edge, begin, self.size
+        root, at, size = self._image.root, begin, self.size
         answers = 0
-        asked = edge.start_zero_runs(at, size - at) if self._extents and at < size else None
+        asked = root.start_zero_runs(at, size - at) if self._extents and at < size else None
         while asked is not None:
             runs: list[tuple[int, bool]] = asked.wait()
             end = at + sum(length for length, _ in runs)
             answers += 1
             # The next answer comes while this one is worked on; but answers so short cost more than reading.
             worth = answers <= _FREE_QUESTIONS + (end - begin) // (64 * KIB)
-            asked = edge.start_zero_runs(end, size - end) if end < size and worth else None
+            asked = root.start_zero_runs(end, size - end) if end < size and worth else None
             for length, zero in runs:
                 yield at, length, zero
                 at += length
@@ -117,7 +116,7 @@ class StorageSource:
             yield at, size - at, False
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
-        return self._edge.start_read(offset, view)
+        return self._image.root.start_read(offset, view)
 
     def close(self) -> None:
         self._image.close()

@@ -9,7 +9,7 @@ from ..errors import LimitExceeded
 from ..extents import Extents
 from ..limits import align_down
 from ..numeric import np
-from .near import NEAR
+from .requests import NEAR
 
 if TYPE_CHECKING:
     from ..image import Image

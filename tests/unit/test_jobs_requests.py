@@ -16,12 +16,13 @@ import pytest
 
 import lamina
 from lamina import workers
-from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError
+from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError, OutOfRange
 from lamina.image import Image
 from lamina.jobs.compare import Difference, compare
 from lamina.jobs.convert import Result, convert, convert_to_file
-from lamina.jobs.lanes import FAR, WAITED, Lanes
 from lamina.jobs.progress import Monitor
+from lamina.jobs.requests import FAR, WAITED, Requests, in_order
+from lamina.pending import DONE, Pending
 from lamina.storage.memory import MemoryStorage
 from tests.conftest import Qemu
 
@@ -311,45 +312,82 @@ def test_a_comparison_is_stopped(content: bytes) -> None:
         compare(one, other, monitor=monitor)
 
 
-# -- lanes
+# -- requests
 
 
-def test_one_lane_is_its_callers_thread() -> None:
-    lanes = Lanes(1, "lamina-test", eager=True)
-    assert lanes.submit(lambda _: threading.get_ident(), None).result() == threading.get_ident()
-    failed = lanes.submit(int, "no number")
-    with pytest.raises(ValueError, match="no number"):
-        failed.result()
-    lanes.close()
+def test_one_at_a_time_is_made_at_once() -> None:
+    storage = Slow(MIB)
+    with disk(storage, b"x" * 100) as image:
+        requests = Requests(image, 1, "lamina-test", eager=True)
+        view = memoryview(bytearray(100))
+        assert requests.start_read(0, view) is DONE
+        assert bytes(view) == b"x" * 100
+        failed = requests.start_read(MIB, view)
+        for _ in range(2):
+            with pytest.raises(OutOfRange):
+                failed.wait()
+        requests.close()
 
 
-def test_lanes_are_used_once_two_calls_have_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_used_once_two_calls_have_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("lamina.jobs.lanes.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("lamina.jobs.requests.time", SimpleNamespace(monotonic=lambda: now))
+    seconds = 0.0
+    threads: list[int] = []
 
-    def work(seconds: float) -> bool:
-        nonlocal now
-        now += seconds
-        return threading.get_ident() == here
+    class Timed(MemoryStorage):
+        def read_into(self, offset: int, view: memoryview) -> None:
+            nonlocal now
+            now += seconds
+            threads.append(threading.get_ident())
 
-    here, long = threading.get_ident(), 2 * WAITED
-    lanes = Lanes(3, "lamina-test")
-    try:
-        for seconds in (0, long, 0, long, 0, 0):  # one that takes long says nothing
-            assert lanes.submit(work, seconds).result()
-        assert [lanes.submit(work, long).result() for _ in range(3)] == [True, True, False]
-        assert not lanes.submit(work, 0).result()
-    finally:
-        lanes.close()
-    eager = Lanes(2, "lamina-test", eager=True)
-    assert not eager.submit(work, 0).result()
-    eager.close()
+    here, long, view = threading.get_ident(), 2 * WAITED, memoryview(bytearray(1))
+    with Image(Timed(MIB)) as image:
+        requests = Requests(image, 3, "lamina-test")
+        try:
+            for seconds in (0, long, 0, long, 0, 0):  # noqa: B007 - one that takes long says nothing
+                assert requests.start_read(0, view) is DONE
+            seconds = long
+            for _ in range(3):
+                requests.start_read(0, view).wait()
+            assert [thread == here for thread in threads[-3:]] == [True, True, False]
+            seconds = 0
+            requests.start_read(0, view).wait()
+            assert threads[-1] != here
+        finally:
+            requests.close()
+        eager = Requests(image, 2, "lamina-test", eager=True)
+        eager.start_read(0, view).wait()
+        assert threads[-1] != here
+        eager.close()
 
 
-def test_results_come_in_order() -> None:
-    for lanes in (Lanes(1, ""), Lanes(4, "lamina-test"), Lanes(4, "lamina-test", eager=True)):
-        items = [random.Random(number).random() / 100 for number in range(30)]
-        assert [(item, found) for item, found in lanes.in_order(lambda item: (time.sleep(item), -item)[1], items)] == [
-            (item, -item) for item in items
-        ]
-        lanes.close()
+@pytest.mark.parametrize("count", [1, 4])
+def test_items_come_in_order_and_their_errors_in_their_turn(count: int) -> None:
+    class Sometime:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def wait(self) -> None:
+            waited.append(self.number)
+            if self.number == 7:
+                raise BlockIOError("broken on purpose")
+
+        def leave(self) -> None:
+            left.append(self.number)
+
+    waited: list[int] = []
+    left: list[int] = []
+
+    def begin(number: int) -> list[Pending]:
+        begun.append(number)
+        return [Sometime(number)] if number % 2 else [DONE]
+
+    begun: list[int] = []
+    found: list[int] = []
+    with pytest.raises(BlockIOError, match="on purpose"):
+        found.extend(in_order(range(20), begin, count))
+    assert found == list(range(7))
+    assert waited == [1, 3, 5, 7]
+    assert set(left) >= {7}
+    assert len(begun) - len(found) <= count
