@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .limits import Budget, Limits
     from .policy import Policy
     from .results import CheckResult, Finding, ImageInfo
+    from .root import Graph
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -62,6 +63,7 @@ _HOME = {
     "Policy": "policy",
     **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding", "ImageInfo"), "results"),
+    "Graph": "root",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
         (
@@ -96,6 +98,7 @@ __all__ = [
     "Extents",
     "Finding",
     "FormatError",
+    "Graph",
     "Image",
     "ImageInfo",
     "LaminaError",

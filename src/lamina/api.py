@@ -12,6 +12,7 @@ from .image import Image
 from .limits import DEFAULT_BUDGET, Budget
 from .policy import Policy
 from .request import Child
+from .root import Graph
 
 
 def open(
@@ -23,6 +24,7 @@ def open(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
     snapshot: bool = False,
+    graph: Graph | None = None,
 ) -> Image:
     """Open a disk image.
 
@@ -36,7 +38,9 @@ def open(
     opens no other file until `references` grants it. Services that open what strangers upload give `Policy.none()`.
     `budget` bounds what the images may cost. `force_share` reads beside a program that has the image open for
     writing: what is read may then be inconsistent. `snapshot` keeps all changes in memory (the filter `cow`) and the image as
-    it is: it is opened for reading, whatever `read_only` says, and what was written is gone with the `close`.
+    it is: it is opened for reading, whatever `read_only` says, and what was written is gone with the `close`. `graph`: the
+    nodes become part of it (`image.graph`), and options may name the nodes that are there: where a child is expected, the
+    `node-name` of a node stands for that node.
 
     Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
     """
@@ -48,6 +52,7 @@ def open(
         budget=budget,
         force_share=force_share,
         snapshot=snapshot,
+        graph=graph,
     )
     try:
         return Image(node, budget=budget)

@@ -86,7 +86,7 @@ class Edit:
         old = (above or self._root.edge).node
         edges = old.parents()
         below = Child(old, "image", grows=True)
-        node = self._opener.open({**(options or {}), "driver": driver, "image": below})
+        node = self._over(below, {**(options or {}), "driver": driver, "image": below})
         forth, back = _redirection(edges, node), _redirection(edges, old)
         any(forth)
         try:
@@ -127,8 +127,9 @@ class Edit:
         old.flush()
         edges = [edge for edge in old.parents() if edge.is_root]
         below = Child(old, "backing")
-        node = self._opener.open({**spec, "backing": below})
+        node = self._over(below, {**spec, "backing": below})
         if node.children.get("backing") is not below:
+            below.give_up()
             node.close()
             raise OptionError("an overlay is an image of a format that has a backing node", node=node.name)
         any(_redirection(edges, node))
@@ -157,6 +158,14 @@ class Edit:
             raise
         if old is not None:
             old.close()
+
+    def _over(self, below: Child, options: Mapping[str, Any]) -> Node:
+        """The node that `options` describe, over `below`; where it cannot be opened that edge is none any more."""
+        try:
+            return self._opener.open(options)
+        except BaseException:
+            below.give_up()
+            raise
 
     def _require_part(self, node: Node) -> None:
         if node not in self._root.node.beneath():

@@ -45,6 +45,7 @@ roots: WeakSet[Root] = WeakSet()
 _guarded: WeakSet[Node] = WeakSet()  # the top nodes of graphs that are closed here if nobody else does
 _forgotten: deque[Node] = deque()  # graphs that a thread is to close
 _closers: set[object] = set()  # the threads that do
+_closing: set[object] = set()  # other threads that close something
 _handed_over = False
 _late = False  # whether `_flush_all` was registered behind the thread pools of the standard library
 
@@ -74,6 +75,17 @@ def forget(node: Node) -> None:
         with suppress(RuntimeError):  # too many threads, or too late: the end of the program closes it
             _thread.start_new_thread(_close_forgotten, ())
     _warn(node, where)
+
+
+@contextmanager
+def closing() -> Iterator[None]:
+    """The end of the program waits for a daemon thread inside, as long as it waits for requests."""
+    me = object()
+    _closing.add(me)
+    try:
+        yield
+    finally:
+        _closing.discard(me)
 
 
 def before_pools() -> None:
@@ -167,12 +179,14 @@ def _close_all() -> None:
     open_roots = all_of(roots)
     for root in open_roots:
         root.refuse()
-    while (_closers or _forgotten or any(root.gate.inside for root in open_roots)) and time.monotonic() < deadline:
+    while (
+        _closers or _closing or _forgotten or any(root.gate.inside for root in open_roots)
+    ) and time.monotonic() < deadline:
         if _forgotten and not _closers:
             _close_forgotten()
         time.sleep(_LOOK_AGAIN)
     _flush_all()
-    if any(root.gate.inside for root in open_roots):
+    if _closing or any(root.gate.inside for root in open_roots):
         return  # a descriptor under a request that runs stays open until the process is gone
     for node in _from_the_top([node for node in all_of(_guarded) if node.held]):
         where = node.opened_at
@@ -203,6 +217,7 @@ def _in_child() -> None:
     forgotten = list(_forgotten)
     _forgotten.clear()
     _closers.clear()
+    _closing.clear()
     for root in all_of(roots):
         root.gate.after_fork()
     for node in [*all_of(nodes), *forgotten]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...bitmap import DirtyBitmap
     from ...extents import Extents
     from ...numeric import NDArray
+    from ...root import Root
 
     Columns = tuple[NDArray[Any], NDArray[Any]]
 
@@ -39,7 +40,8 @@ _MAX_CACHED = 32 * MIB
 class Export:
     """`image` under a name. `writable` only if the image is, too. `bitmaps` by name, as contexts `qemu:dirty-bitmap:NAME`;
     `depth`: offer `qemu:allocation-depth`. Safe for any number of threads and connections, which see one another's writes at
-    once: all share the one image."""
+    once: all share the one image. While a server serves it, the export is a root of the image's graph by itself (`root.py`):
+    the image may be closed meanwhile, and its files are closed after the server."""
 
     def __init__(
         self,
@@ -52,6 +54,8 @@ class Export:
         depth: bool = True,
     ) -> None:
         self.image = image
+        self._served: Image | None = None  # while a server serves it: another image on the same node
+        self._servers = 0
         self.name = name
         self.description = description
         self.read_only = image.read_only or not writable
@@ -70,11 +74,35 @@ class Export:
             wire.EXACT,
             *self._bitmaps,
         )
+        self._go_straight()
+
+    @property
+    def root(self) -> Root:
+        """By which its requests reach the graph."""
+        return (self._served or self.image).root
+
+    def _go_straight(self) -> None:
         if self.size == self._end:
             # No padding: straight to the image. (It saves 0.2 us of the 4 that a read takes.)
-            self.read_into = image.root.read_into  # type: ignore[method-assign]
+            self.read_into = self.root.read_into  # type: ignore[method-assign]
             if not self.read_only:
                 self.write = self._write_straight  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        """A server begins to serve it. Raises Closed if the image is closed."""
+        if self._served is None:
+            self._served = self.image.share(read_only=self.read_only)
+            self._go_straight()
+        self._servers += 1
+
+    def end(self) -> Image | None:
+        """A server does not serve it any more. Returns what that server has to close; None while another one serves it."""
+        self._servers -= 1
+        if self._servers:
+            return None
+        served, self._served = self._served, None
+        vars(self).pop("read_into", None)
+        return served
 
     def flags(self, *, structured: bool, payload: bool) -> int:
         """The transmission flags. `structured`: replies come in chunks; `payload`: BLOCK_STATUS may name contexts."""
@@ -96,7 +124,7 @@ class Export:
         """Fill `view` with the bytes at `offset`."""
         inside = self._inside(offset, len(view))
         if inside:
-            self.image.root.read_into(offset, view[:inside])
+            self.root.read_into(offset, view[:inside])
         fill_zero(view[inside:])
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
@@ -106,10 +134,10 @@ class Export:
         if inside < len(view) and not is_zero(view[inside:]):
             raise BlockIOError("the padding behind the end of the image takes only zeros", errno=wire.ENOSPC)
         if inside:
-            self.image.root.write(offset, view[:inside], FUA if flags & wire.CMD_FLAG_FUA else 0)
+            self.root.write(offset, view[:inside], FUA if flags & wire.CMD_FLAG_FUA else 0)
 
     def _write_straight(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        self.image.root.write(offset, view, FUA if flags & wire.CMD_FLAG_FUA else 0)
+        self.root.write(offset, view, FUA if flags & wire.CMD_FLAG_FUA else 0)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Make the bytes read as zero. With FAST_ZERO raises NotSupported, touching nothing, where that is not quick."""
@@ -119,32 +147,32 @@ class Export:
             bits = FUA if flags & wire.CMD_FLAG_FUA else 0
             bits |= 0 if flags & wire.CMD_FLAG_NO_HOLE else MAY_UNMAP
             bits |= NO_FALLBACK if flags & wire.CMD_FLAG_FAST_ZERO else 0
-            self.image.root.zero(offset, inside, bits)
+            self.root.zero(offset, inside, bits)
 
     def trim(self, offset: int, length: int, flags: int = 0) -> None:
         """The bytes are no longer needed."""
         self._need_writable()
         inside = self._inside(offset, length)
         if inside:
-            self.image.root.discard(offset, inside)
+            self.root.discard(offset, inside)
         if flags & wire.CMD_FLAG_FUA:
             self.flush()
 
     def flush(self) -> None:
         """Everything written before, through whatever connection, is on stable storage when it returns."""
-        self.image.root.flush()
+        self.root.flush()
 
     def cache(self, offset: int, length: int, room: memoryview) -> None:
         """Read the first of these bytes into `room`, over and over, so that whatever caches below has them."""
         end = offset + min(self._inside(offset, length), _MAX_CACHED)
         while offset < end:
             part = room[: end - offset]
-            self.image.root.read_into(offset, part)
+            self.root.read_into(offset, part)
             offset += len(part)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether these bytes are known to read as zero without reading them."""
-        return self.image.root.reads_zero(offset, length)
+        return self.root.reads_zero(offset, length)
 
     def _need_writable(self) -> None:
         # The session has refused this before. The image below may be writable: nothing else would stop it.
@@ -177,7 +205,7 @@ class Export:
                 upto = align_down(exact.end, self.minimum)
                 if upto == at:
                     upto = at + self.minimum
-                    exact = self.image.extents(at, self._inside(at, self.minimum))
+                    exact = (self._served or self.image).extents(at, self._inside(at, self.minimum))
                 exact = exact.clip(at, upto)
             for name in names:
                 found[name].append(self._runs(name, exact, at, upto))
@@ -202,7 +230,7 @@ class Export:
     def _exact(self, begin: int, end: int) -> Extents | None:
         """The exact extents of this stretch as far as the image goes; None in the padding."""
         inside = self._inside(begin, end - begin)
-        return self.image.root.extents(begin, inside) if inside else None
+        return self.root.extents(begin, inside) if inside else None
 
     def _runs(self, name: str, exact: Extents | None, begin: int, end: int) -> Columns:
         """(lengths, values) of the context `name` from `begin` to `end`; neighbours may be equal."""

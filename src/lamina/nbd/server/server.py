@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from ... import lifecycle
-from ...errors import Closed, OptionError
+from ...errors import Closed, LaminaError, OptionError
 from ...limits import MIB
 from ..channel import PlainChannel
 from ..tls import allowed
@@ -37,6 +37,8 @@ from .pool import Memory, Pace
 
 if TYPE_CHECKING:
     import ssl
+
+    from ...image import Image
 
 log = logging.getLogger("lamina.nbd")
 
@@ -76,7 +78,8 @@ class Server:
     storage is slow and there is more. At most three quarters are for the former. By default there is enough for `clients`,
     and 256 MiB more.
 
-    Exports are closed by whoever opened their images, after `close`; images of a folder by the server.
+    From `start` until `close` each export is a user of its image's graph by itself (`Export.begin`): images are closed by
+    whoever opened them, before the server or after it; images of a folder by the server.
 
     A child that the process forks gives back the server's descriptors at once, and serves nobody; its `close` does nothing.
     """
@@ -128,6 +131,7 @@ class Server:
         self._paces: dict[Export, tuple[Pace, int]] = {}  # and how many clients the export has
         self._loop = Loop()
         self._accepting: threading.Thread | None = None
+        self._begun: list[Export] = []  # the exports that this server serves
         self._wake, self._woken = socket.socketpair()
         self._news, self._heard = socket.socketpair()  # for `wait`: somebody left, or the server was closed
         for end in (self._news, self._heard):
@@ -156,6 +160,9 @@ class Server:
         """Serve, in threads of its own. Closed after `close`, and in a child of the process whose server it is."""
         if self._woken.fileno() < 0:
             raise Closed("the server was closed, or is another process's", hint="make a new one")
+        for offer in self._offers:
+            offer.export.begin()
+            self._begun.append(offer.export)
         selector = selectors.DefaultSelector()
         for listener in self._listeners:
             listener.setblocking(False)
@@ -209,7 +216,21 @@ class Server:
         _join(connections.values(), time.monotonic() + _LAST)
         for pace, _ in list(self._paces.values()):
             pace.close()
+        self._end_exports(begun + grace)
         self._close_signals()
+
+    def _end_exports(self, deadline: float) -> None:
+        """Close what `start` opened. In threads of its own: a request of this thread, where a signal handler calls this, or
+        one that storage does not answer, would be waited for."""
+        images = []
+        while self._begun:
+            image = self._begun.pop().end()
+            if image is not None:
+                images.append(image)
+        closing = [threading.Thread(target=_close, args=(image,), name="nbd-close", daemon=True) for image in images]
+        for thread in closing:
+            thread.start()
+        _join(closing, max(deadline, time.monotonic() + _LAST))
 
     def _close_signals(self) -> None:
         for end in (self._wake, self._woken, self._news, self._heard):
@@ -224,6 +245,10 @@ class Server:
             listener.close()
         self._close_signals()
         self._listeners, self._unix, self._accepting = [], None, None
+        while self._begun:
+            image = self._begun.pop().end()
+            if image is not None:
+                image.root.edge.give_up()
         self._mutex = threading.Lock()
         self._connections, self._paces, self._moves = {}, {}, 0
         self._closing.clear()
@@ -428,6 +453,15 @@ def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
     """Wait until all have ended, or the time comes."""
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
+
+
+def _close(image: Image) -> None:
+    name = image.filename
+    with lifecycle.closing():
+        try:
+            image.close()
+        except LaminaError as error:
+            log.error("%s: closing failed: %s", name, error)
 
 
 def _in_child() -> None:
