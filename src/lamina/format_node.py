@@ -21,7 +21,6 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import LaminaError
 from .format import Format
 from .node import MAY_UNMAP, bounded, fill_zero, is_plain, plain
 from .status import ZERO
@@ -189,25 +188,6 @@ class FormatNode(Format):
         NotSupported, before anything is changed, where the format cannot say that; the request path then writes zeros, or
         drops a discard. After any other error each block of the stretch reads as before, or as `to` says."""
         raise self.refuse("discard" if to is To.ANY else "zero")
-
-    # -- one thread inside itself
-
-    #: Whether the thread that holds the lock of the tables is in the middle of changing them.
-    changes = False
-
-    def require_outside_changes(self) -> None:
-        """Raise LaminaError where this thread, which holds the lock of the tables, is changing them already: a signal handler
-        or a finalizer asks for something. It would find half a change, and make it a wrong one."""
-        if self.changes:
-            raise LaminaError(
-                "this thread is inside a request of this image, and cannot make another before that is done",
-                path=self.filename,
-                hint="do it after the request (not in a signal handler), or in another thread",
-            )
-
-    def after_fork(self) -> None:
-        super().after_fork()
-        self.changes = False  # the thread that did is the parent's
 
     # -- what derives from the mapping
 

@@ -16,8 +16,8 @@ import pytest
 from lamina.errors import LaminaError
 from lamina.format_node import Reservation
 from lamina.formats.qcow2 import layout as q
-from lamina.formats.qcow2.compression import Compression
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.formats.qcow2.tables import Tables
 from lamina.image import Image
 from lamina.node import COMPRESS
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
@@ -109,22 +109,22 @@ def published_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def store(self: Qcow2, room: Reservation, offset: int, view: memoryview, event: str = "write_aio") -> None:
         if event == "write_compressed":
-            late.append((room, offset, bytes(view)))
+            late.append((self, room, offset, bytes(view)))
         else:
             real(self, room, offset, view, event)
 
-    late: list[tuple[Reservation, int, bytes]] = []
-    write_out = Qcow2._write_out
+    late: list[tuple[Qcow2, Reservation, int, bytes]] = []
+    write_out = Tables.write_out
 
-    def writing_out(self: Qcow2) -> bool:
+    def writing_out(self: Tables) -> bool:
         done = write_out(self)
         while late:
-            room, offset, part = late.pop(0)
-            real(self, room, offset, memoryview(part))
+            node, room, offset, part = late.pop(0)
+            real(node, room, offset, memoryview(part))
         return done
 
     monkeypatch.setattr(Qcow2, "store", store)
-    monkeypatch.setattr(Qcow2, "_write_out", writing_out)
+    monkeypatch.setattr(Tables, "write_out", writing_out)
 
 
 def counted_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +136,13 @@ def counted_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def room_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is packed goes where the last piece was given up, though the disk may still refer to that."""
-    real = Compression.forget
+    real = Tables.give_up
 
-    def forget(self: Compression, entry: int) -> None:
+    def give_up(self: Tables, entry: int) -> None:
         real(self, entry)
-        self._end = q.compressed_place(entry, self._bits)[0]
+        self._compressed_end = q.compressed_place(entry, self.cluster_bits)[0]
 
-    monkeypatch.setattr(Compression, "forget", forget)
+    monkeypatch.setattr(Tables, "give_up", give_up)
 
 
 def examine_work(seed: int) -> None:

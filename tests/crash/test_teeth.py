@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lamina.formats.qcow2 import layout as q
-from lamina.formats.qcow2.driver import Qcow2
 from lamina.formats.qcow2.freeing import Freeing
+from lamina.formats.qcow2.tables import Tables
 from lamina.testing.persistence import Bounds, CrashState, Persistence, apply
 from lamina.testing.power_loss import PowerLossFailure, Recording, record
 
@@ -28,7 +28,7 @@ def barrier_skipped(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Counts, tables and mappings without a flush between them."""
 
     def write_out(self: Any) -> bool:
-        storage = self.children["file"].node
+        storage = self.file.node
         storage.flush = lambda: None
         try:
             done = original(self)
@@ -44,10 +44,10 @@ def mapping_first(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """The mapping is durable before the counts of what it names."""
 
     def write_out(self: Any) -> bool:
-        if self._mappings.dirty and not self._mappings.l1_moved:
-            self._mappings.write_tables()
+        if self.mappings.dirty and not self.mappings.l1_moved:
+            self.mappings.write_tables()
             self.file.flush()
-            self._mappings.write_links()
+            self.mappings.write_links()
             self.file.flush()
         return original(self)
 
@@ -57,18 +57,18 @@ def mapping_first(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def freed_before_unlinked(self: Any, entry: int) -> None:
     """A count falls while the reference is still on disk."""
     if entry & q.OFFSET_MASK:
-        self._refcounts.lower(entry & q.OFFSET_MASK)
+        self.refcounts.lower(entry & q.OFFSET_MASK)
 
 
 def pointer_before_table(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """The header points to an L1 table that is still on its way."""
 
     def write_out(self: Any) -> bool:
-        if self._mappings.l1_moved:
-            self._refcounts.write_counts()
-            self._refcounts.write_links()
+        if self.mappings.l1_moved:
+            self.refcounts.write_counts()
+            self.refcounts.write_links()
             self.file.flush()
-            self._mappings.write_tables()
+            self.mappings.write_tables()
             self.header.store(self.file, "l1_size", "l1_table_offset")
         return original(self)
 
@@ -131,22 +131,22 @@ def without_a_cut(recording: Recording, work: Work) -> None:
 
 
 def test_a_skipped_barrier(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_write_out", barrier_skipped(Qcow2._write_out))
+    monkeypatch.setattr(Tables, "write_out", barrier_skipped(Tables.write_out))
     caught(SMALL, seed, Persistence.P1)
 
 
 def test_a_mapping_published_first(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_write_out", mapping_first(Qcow2._write_out))
+    monkeypatch.setattr(Tables, "write_out", mapping_first(Tables.write_out))
     caught(SMALL, seed, Persistence.P0)
 
 
 def test_freed_before_unlinked(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_give_up", freed_before_unlinked)
+    monkeypatch.setattr(Tables, "give_up", freed_before_unlinked)
     caught(SMALL, seed, Persistence.P1)
 
 
 def test_the_header_pointer_before_the_l1_table(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Qcow2, "_write_out", pointer_before_table(Qcow2._write_out))
+    monkeypatch.setattr(Tables, "write_out", pointer_before_table(Tables.write_out))
     caught(GROWING, seed, Persistence.P1)
 
 

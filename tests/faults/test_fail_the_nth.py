@@ -15,6 +15,7 @@ import pytest
 from lamina import BlockIOError
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.formats.qcow2.header import Header
+from lamina.formats.qcow2.tables import Tables
 from lamina.formats.raw import Raw
 from lamina.graph import Opener
 from lamina.image import Image
@@ -460,15 +461,15 @@ def test_it_notices_a_foreign_exception(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_it_notices_a_mapping_published_before_its_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Qcow2._write_out
+    real = Tables.write_out
 
-    def write_out(self: Qcow2) -> bool:
-        if self._mappings.dirty:
-            self._mappings.write_tables()
-            self._mappings.write_links()
+    def write_out(self: Tables) -> bool:
+        if self.mappings.dirty:
+            self.mappings.write_tables()
+            self.mappings.write_links()
         return real(self)
 
-    monkeypatch.setattr(Qcow2, "_write_out", write_out)
+    monkeypatch.setattr(Tables, "write_out", write_out)
     noticed(allocating, "corrupt")
 
 

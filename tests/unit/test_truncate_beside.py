@@ -112,10 +112,10 @@ def test_a_format_that_failed_half_way_under_a_cache(tmp_path: Path) -> None:
         image.write(0, b"x" * SIZE)
         image.flush()
         node: Any = image.node.children["image"].node
-        node.cut_off = lambda *_: (_ for _ in ()).throw(lamina.BlockIOError("it broke"))
+        node.drop = lambda *_: (_ for _ in ()).throw(lamina.BlockIOError("it broke"))
         with pytest.raises(lamina.BlockIOError, match="it broke"):
             image.truncate(SIZE // 2)
-        del node.cut_off
+        del node.drop
         assert image.size == SIZE // 2
         assert image.read(0, SIZE // 2) == b"x" * (SIZE // 2)
         image.truncate(SIZE)

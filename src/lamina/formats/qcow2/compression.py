@@ -17,14 +17,15 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import CorruptImage, LimitExceeded
+from ...errors import CorruptImage
 from ...format_node import Reservation
 from ...limits import KIB, MIB, align_down, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
+    from ...format_node import FormatNode
     from ...workers import Workers
-    from .driver import Qcow2
+    from .tables import Tables
 
 #: Clusters that small reads decompressed last are kept, up to so many bytes.
 _KEPT = MIB
@@ -34,21 +35,20 @@ _BATCH, _SHARE = 4 * MIB, 128 * KIB
 _MOST_THREADS = 8
 
 
-class Room(NamedTuple):
-    """Where one compressed cluster goes: its place in the L2 tables, and the entry that will stand there."""
+class NewEntry(NamedTuple):
+    """The L2 entry of one compressed cluster that is not published yet, and which entry of the tables it will be."""
 
-    which: int
-    slot: int
+    l1_index: int
+    l2_index: int
     entry: int
 
 
 class Compression:
-    """The compressed clusters of one image. Any number of threads may call its methods, but for `forget`, which is called
-    with the tables locked."""
+    """The compressed clusters of the image with these tables. Any number of threads may call its methods."""
 
-    def __init__(self, node: Qcow2) -> None:
-        header = node.header
-        self._node = node
+    def __init__(self, tables: Tables) -> None:
+        header = tables.header
+        self._tables, self._file = tables, tables.file
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
         # With counts of one bit no two can share a cluster: nothing would be saved.
@@ -59,7 +59,6 @@ class Compression:
         # Held from the choice of a place until it is published: the end of one piece and the beginning of the next lie in
         # one sector, and a piece at the end of the file is written up to the end of its last.
         self._placing = threading.Lock()
-        self._end = 0  # of what was placed last; on a cluster boundary: there is no room behind it
         self._workers: Workers | None = None
 
     # -- reading
@@ -78,20 +77,19 @@ class Compression:
         view[:] = memoryview(data)[within : within + len(view)]
 
     def _decompress(self, entry: int) -> bytes:
-        node = self._node
         offset, length = q.compressed_place(entry, self._bits)
-        inside = min(length, node.file.node.size - offset)  # the last sector may not be there in full
+        inside = min(length, self._file.node.size - offset)  # the last sector may not be there in full
         try:
             if inside <= 0:
                 raise CorruptImage("it begins past the end of the file")
             data = memoryview(bytearray(inside))
-            node.file.tell("read_compressed")
-            node.file.read_into(offset, data)
+            self._file.tell("read_compressed")
+            self._file.read_into(offset, data)
             return self._codec()[1](data, self._cluster_size)
         except CorruptImage as error:
             raise CorruptImage(
                 f"compressed data cannot be read: {error.message}",
-                path=node.filename,
+                path=self._file.node.filename,
                 operation="read",
                 offset=offset,
                 hint="check the image; the offset is that in its file",
@@ -106,20 +104,12 @@ class Compression:
 
         return deflate.pack, deflate.unpack
 
-    def forget(self, entry: int) -> None:
-        """This L2 entry goes away: what it named may become something else."""
-        with self._keeping:
-            self._kept.pop(entry, None)
-        first, clusters = q.compressed_clusters(entry, self._bits)
-        if first <= self._end >> self._bits < first + clusters:
-            self._end = 0
-
     # -- writing
 
-    def write(self, offset: int, view: memoryview) -> None:
-        """Store whole clusters compressed, the last of the disk among them; what does not shrink, and parts of clusters, as
-        any write does. Nothing that was there is written over: a cluster gets a new place."""
-        node, size = self._node, self._cluster_size
+    def write(self, node: FormatNode, offset: int, view: memoryview) -> None:
+        """Store whole clusters of the disk of `node` compressed, also the last one, which may be short. What does not shrink,
+        and parts of clusters, are written as any write is. Nothing is written over: a cluster gets new storage."""
+        size = self._cluster_size
         end = offset + len(view)
         first = align_up(offset, size)
         last = end if end == node.size else align_down(end, size)
@@ -129,20 +119,20 @@ class Compression:
         if offset < first:
             node.write(offset, view[: first - offset])
         for at in range(first, last, _BATCH):
-            self._write_clusters(at, view[at - offset : min(at + _BATCH, last) - offset])
+            self._write_clusters(node, at, view[at - offset : min(at + _BATCH, last) - offset])
         if last < end:
             node.write(last, view[last - offset :])
 
-    def _write_clusters(self, offset: int, view: memoryview) -> None:
+    def _write_clusters(self, node: FormatNode, offset: int, view: memoryview) -> None:
         size = self._cluster_size
         compressed = zip(range(0, len(view), size), self._compress_all(view), strict=True)
         for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
             pieces = list(group)
             if shrinks:
-                self._place_all([(offset + at, data) for at, data in pieces])
+                self._place_all(node, [(offset + at, data) for at, data in pieces])
             else:
                 first, last = pieces[0][0], pieces[-1][0]
-                self._node.write(offset + first, view[first : last + size])
+                node.write(offset + first, view[first : last + size])
 
     def _compress_all(self, view: memoryview) -> list[bytes]:
         """Each cluster of `view` compressed; of much, each thread compresses a share."""
@@ -169,74 +159,53 @@ class Compression:
                 self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
             return self._workers
 
-    def _place_all(self, pieces: list[tuple[int, bytes]]) -> None:
+    def _place_all(self, node: FormatNode, pieces: list[tuple[int, bytes]]) -> None:
         """Reserve, write, commit: compressed data is on its way before any mapping names it."""
-        node = self._node
+        tables = self._tables
         with self._placing:
-            rooms = node.changing(self._reserve, pieces)
+            new = tables.changing(self._reserve, pieces)
             try:
-                places = [q.compressed_place(room.entry, self._bits)[0] for room in rooms]
+                offsets = [q.compressed_place(one.entry, self._bits)[0] for one in new]
                 start = 0
                 for stop in range(1, len(pieces) + 1):
-                    if stop == len(pieces) or places[stop] != places[stop - 1] + len(pieces[stop - 1][1]):
+                    if stop == len(pieces) or offsets[stop] != offsets[stop - 1] + len(pieces[stop - 1][1]):
                         data = memoryview(b"".join(data for _, data in pieces[start:stop]))
-                        node.store(Reservation(0, len(data), places[start], node.file), 0, data, "write_compressed")
+                        node.store(Reservation(0, len(data), offsets[start], self._file), 0, data, "write_compressed")
                         start = stop
             except BaseException:
-                node.changing(self._abandon, rooms)
+                tables.changing(self._abandon, new)
                 raise
-            node.changing(self._commit, rooms)
+            tables.changing(self._commit, new)
 
-    def _reserve(self, pieces: list[tuple[int, bytes]]) -> list[Room]:
-        node, bits = self._node, self._bits
-        rooms: list[Room] = []
-        node.file.tell("cluster_alloc_bytes")
+    def _reserve(self, pieces: list[tuple[int, bytes]]) -> list[NewEntry]:
+        tables, bits = self._tables, self._bits
+        new: list[NewEntry] = []
+        self._file.tell("cluster_alloc_bytes")
         try:
             for offset, data in pieces:
-                which, slot = divmod(offset >> bits, node._mappings.per_table)
-                node._require_droppable(node._own_table(which), slot)
-                place = self._place(len(data))
-                rooms.append(Room(which, slot, q.compressed_entry(place, len(data), bits)))
+                which, index = divmod(offset >> bits, tables.mappings.per_table)
+                tables.require_droppable(tables.own_table(which), index)
+                host = tables.allocate_compressed(len(data))
+                new.append(NewEntry(which, index, q.compressed_entry(host, len(data), bits)))
         except BaseException:
-            self._abandon(rooms)
+            self._abandon(new)
             raise
-        return rooms
+        return new
 
-    def _place(self, length: int) -> int:
-        """Where the next `length` bytes go, less than a cluster: behind the last ones as far as possible. Each cluster that
-        they touch counts them from now on."""
-        counts, bits = self._node._refcounts, self._bits
-        end, self._end = self._end, 0
-        begun, free = end >> bits, -end & self._cluster_size - 1
-        if begun in counts.metadata:  # nobody's but in a corrupt image
-            free = 0
-        host = counts.allocate(1)[0] if length > free else -1
-        if free and (host < 0 or host == end + free) and counts.share(begun):
-            place = end
-        else:
-            place = counts.allocate(1)[0] if host < 0 else host
-        if place + length > q.max_compressed_offset(bits):
-            raise LimitExceeded(
-                "the image file has reached the largest size at which it can hold compressed clusters",
-                path=self._node.filename,
-                hint="write without compression",
-            )
-        self._end = place + length
-        return place
+    def _abandon(self, new: list[NewEntry]) -> None:
+        for one in new:
+            self._tables.abandon_compressed(one.entry)
 
-    def _abandon(self, rooms: list[Room]) -> None:
-        self._end = 0
-        for room in rooms:
-            first, clusters = q.compressed_clusters(room.entry, self._bits)
-            self._node._refcounts.lower(first << self._bits, clusters)
-
-    def _commit(self, rooms: list[Room]) -> None:
-        node = self._node
-        for which, slot, entry in rooms:
-            node._own_table(which)
-            node.replace_entry(which, slot, entry)
-        if node._mappings.pressure:
-            node._write_out()
+    def _commit(self, new: list[NewEntry]) -> None:
+        tables = self._tables
+        for which, index, entry in new:
+            # An entry like this one may have named something else, long ago.
+            with self._keeping:
+                self._kept.pop(entry, None)
+            tables.own_table(which)
+            tables.replace_entry(which, index, entry)
+        if tables.mappings.pressure:
+            tables.write_out()
 
     def close(self) -> None:
         if self._workers is not None:

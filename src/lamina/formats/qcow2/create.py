@@ -14,6 +14,8 @@ from ...results import ImageInfo
 from ...schema import Option, Schema
 from . import layout as q
 from .header import Header
+from .resize import grow_l1
+from .tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -120,9 +122,6 @@ def _check_backing(values: dict[str, Any], where: str, target: str) -> None:
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Lay a new image of `size` bytes out in `storage`, which is empty. `values` as parsed by SCHEMA."""
-    from .driver import Qcow2
-    from .resize import change_size
-
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
     if q.l1_entries(size, bits) * 8 > q.MAX_L1_BYTES:
@@ -163,12 +162,12 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     counts = _three_used(header.refcount_bits)
     first[2 * cluster_size : 2 * cluster_size + len(counts)] = counts
     storage.write(0, memoryview(first))
-    node = Qcow2(storage, header, read_only=False, cache_bytes=MIB, name="new image")
-    try:
-        change_size(node, size)
-        node.flush()
-    finally:
-        node.children.clear()  # the storage is the caller's
+    tables = Tables(storage, header, cache_bytes=MIB, writable=True)
+    if size:
+        grow_l1(tables, size)
+        tables.flush()
+        tables.set_size(size)
+    tables.flush()
 
 
 def _three_used(refcount_bits: int) -> bytes:

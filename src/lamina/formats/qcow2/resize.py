@@ -8,96 +8,84 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import LimitExceeded, OptionError
+from ...format_node import To
 from ...limits import MIB, align_down, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
-    from .driver import Qcow2
+    from ...format_node import FormatNode
+    from .header import Header
+    from .tables import Tables
 
 _ZEROS = memoryview(bytes(MIB))
 
 
-def resize(node: Qcow2, size: int) -> None:
-    """Give the disk of `node` the size `size`, whole sectors: OptionError for any other size than the one that it has."""
-    if size % q.SECTOR and size != node.header.size:
+def resize(node: FormatNode, tables: Tables, size: int) -> None:
+    """Give the disk of `node` the size `size`, whole sectors: OptionError for any other size than the one that it has.
+
+    The order of writes: a larger disk is announced when all that it adds is known to read as zero, a smaller one before its
+    clusters are given back."""
+    header = tables.header
+    old = header.size
+    if size % q.SECTOR and size != old:
         below = align_down(size, q.SECTOR)
         raise OptionError(
             f"{size} bytes are no whole number of sectors of {q.SECTOR} bytes",
             path=node.filename,
             hint=f"choose {below} or {below + q.SECTOR}",
         )
-    change_size(node, size)
-
-
-def change_size(node: Qcow2, size: int) -> None:
-    """The same for any size, which images that exist may have. The order of writes: a larger disk is announced when all that
-    it adds is known to read as zero, a smaller one before its clusters are given back."""
-    old = node.header.size
     if size > old:
-        _forget_leftovers(node, old, size)
-        grow_l1(node, size)
-        _blank(node, old, size)
+        # What an earlier cut left behind past the end, because it failed, or the power did, half-way, must not be seen.
+        covered = len(tables.mappings.l1) << 2 * header.cluster_bits - 3
+        _give_back(node, align_up(old, header.cluster_size), min(align_up(size, header.cluster_size), covered))
+        grow_l1(tables, size)
+        _blank(node, header, old, size)
         node.flush()
-        _announce(node, size)
+        tables.set_size(size)
     elif size < old:
         node.flush()
-        _announce(node, size)
-        node.file.flush()
-        node.cut_off(align_up(size, node.header.cluster_size), old)
+        tables.set_size(size)
+        tables.file.flush()
+        _give_back(node, align_up(size, header.cluster_size), old)
 
 
-def _forget_leftovers(node: Qcow2, old: int, size: int) -> None:
-    """Free the clusters past the end that an earlier cut left behind because it failed, or the power did, half-way: what is
-    added must not show them."""
-    header = node.header
-    start = align_up(old, header.cluster_size)
-    covered = header.l1_size << 2 * header.cluster_bits - 3
-    node.cut_off(start, min(align_up(size, header.cluster_size), covered))
-
-
-def grow_l1(node: Qcow2, size: int) -> None:
+def grow_l1(tables: Tables, size: int) -> None:
     """Make the L1 table long enough for a disk of `size` bytes: a new one that replaces the old at the next flush."""
-    header = node.header
+    header = tables.header
     entries = q.l1_entries(size, header.cluster_bits)
-    if entries <= header.l1_size:
+    if entries <= len(tables.mappings.l1):
         return
     if entries * 8 > q.MAX_L1_BYTES:
         raise LimitExceeded(
             f"a disk of {size} bytes is too large for clusters of {header.cluster_size} bytes",
-            path=node.filename,
+            path=tables.file.node.filename,
             hint="use a larger cluster_size",
         )
-    node.replace_l1(entries)
+    tables.changing(tables.grow_l1, entries)
 
 
-def _announce(node: Qcow2, size: int) -> None:
-    old = node.header.size
-    node.size_unsure = True  # until it is stored: cut short in between, the next flush stores the size that it finds
-    node.header.size = size
-    try:
-        node.header.store(node.file, "size")
-    except BaseException:
-        node.header.size = old
-        raise
-    node.size_unsure = False
+def _give_back(node: FormatNode, start: int, end: int) -> None:
+    """Free the clusters of [start, end), which is past the end of the disk. Both are multiples of the cluster size, or the
+    end that the disk had."""
+    if start < end:
+        node.drop(start, end - start, To.BELOW)
 
 
-def _blank(node: Qcow2, old: int, size: int) -> None:
+def _blank(node: FormatNode, header: Header, old: int, size: int) -> None:
     """Make [old, size) read as zero: the rest of the last cluster may hold anything, and a longer backing file its bytes."""
-    cluster_size = node.header.cluster_size
-    start = min(align_up(old, cluster_size), size)
+    start = min(align_up(old, header.cluster_size), size)
     if old < start and not node.reads_zero(old, start - old):
         _write_zeros(node, old, start)
     backing = node.backing
     below = min(backing.node.size if backing is not None else 0, size)
     if below > start:
-        stop = align_up(below, cluster_size)
-        if node.header.version >= 3:
+        stop = align_up(below, header.cluster_size)
+        if header.version >= 3:
             node.zero(start, stop - start)
         else:
             _write_zeros(node, start, min(stop, size))
 
 
-def _write_zeros(node: Qcow2, start: int, stop: int) -> None:
+def _write_zeros(node: FormatNode, start: int, stop: int) -> None:
     for at in range(start, stop, len(_ZEROS)):
         node.write(at, _ZEROS[: min(len(_ZEROS), stop - at)])

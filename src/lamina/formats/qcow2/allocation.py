@@ -1,0 +1,92 @@
+"""What writes, zeroes and discards of the guest do to the tables: the hooks of `FormatNode` for data that is not compressed.
+
+Each is `work` for `Tables.changing`. A cluster that belongs to this image alone is written over in place. Any other write
+gets new clusters, which `commit` puts in the place of the old ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...format_node import Reservation, To
+from . import layout as q
+
+if TYPE_CHECKING:
+    from .tables import Tables
+
+
+def reserve(tables: Tables, offset: int, length: int) -> Reservation:
+    """As `FormatNode.reserve`."""
+    bits, cluster_size = tables.cluster_bits, tables.cluster_size
+    within = offset & cluster_size - 1
+    cluster = offset >> bits
+    per_table = tables.mappings.per_table
+    which, index = divmod(cluster, per_table)
+    # No further than the last cluster of this request, and of this L2 table.
+    stop = min(index + (within + length - 1 >> bits) + 1, per_table)
+    table = tables.own_table(which)
+    entries = table.entries
+    entry = entries[index]
+    host = entry & q.OFFSET_MASK
+    if host and entry & (q.COPIED | q.COMPRESSED) == q.COPIED:
+        tables.require_data(host, table, index)
+        if entry & q.ZERO:  # storage is kept for it, with anything in it: filled like a new one
+            return _fresh(tables, offset, length, host, 1, (which, index, host, 1, False))
+        run = 1
+        while index + run < stop and entries[index + run] == entry + run * cluster_size:
+            tables.require_data(host + run * cluster_size, table, index + run)
+            run += 1
+        return Reservation(offset, min(length, run * cluster_size - within), host + within, tables.file)
+    run = 1
+    while index + run < stop and entries[index + run] & (q.COPIED | q.COMPRESSED) != q.COPIED:
+        run += 1
+    for at in range(index, index + run) if any(entries[index : index + run]) else ():
+        tables.require_droppable(table, at)  # given up when this write is committed; too late to refuse then
+    host, run, blank = tables.refcounts.allocate(run)
+    reservation = _fresh(tables, offset, length, host, run, (which, index, host, run, True))
+    reservation.blank = blank
+    return reservation
+
+
+def _fresh(tables: Tables, offset: int, length: int, host: int, clusters: int, token: Any) -> Reservation:
+    within = offset & tables.cluster_size - 1
+    length = min(length, (clusters << tables.cluster_bits) - within)
+    tail = -(within + length) & tables.cluster_size - 1
+    return Reservation(offset, length, host + within, tables.file, new=True, head=within, tail=tail, token=token)
+
+
+def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _allocated: bool) -> None:
+    """As `FormatNode.commit`, of a reservation with this token."""
+    table = tables.own_table(which)
+    replaced = table.entries[index : index + clusters]
+    for at, entry in enumerate(replaced):
+        if entry & q.COMPRESSED or entry & q.OFFSET_MASK != host + (at << tables.cluster_bits):
+            tables.require_droppable(table, index + at)
+        else:
+            replaced[at] = 0  # its storage was kept, and is filled now
+    tables.mappings.set_run(which, index, host, clusters)
+    for entry in replaced:
+        tables.give_up(entry)
+    if tables.mappings.pressure:
+        tables.write_out()
+
+
+def abandon(tables: Tables, _which: int, _index: int, host: int, clusters: int, allocated: bool) -> None:
+    """As `FormatNode.abandon`, of a reservation with this token."""
+    if allocated:
+        tables.refcounts.lower(host, clusters)
+
+
+def drop(tables: Tables, offset: int, length: int, to: To, keep: bool, backed: bool) -> None:
+    """As `FormatNode.drop`; `backed`: a layer below would show through where the tables say nothing."""
+    flagged = tables.header.version >= 3
+    left = q.ZERO if flagged and to is not To.BELOW else 0
+    # Whether a cluster that holds nothing must say that it is zero; else tables that do not exist need not.
+    everywhere = flagged and (to is To.ZERO or (to is To.ANY and backed))
+    for which, index, entry in tables.entries(offset, length, make=everywhere):
+        if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and not (keep and flagged)):
+            tables.replace_entry(which, index, left)
+        elif everywhere and not entry & q.ZERO:
+            tables.mappings.set(which, index, entry | q.ZERO)
+        elif to is To.BELOW and entry:
+            tables.mappings.set(which, index, 0)
