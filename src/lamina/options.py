@@ -61,8 +61,8 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def parse_seconds(value: object, what: str) -> float:
-    """The seconds that `value`, a number or its text, says, perhaps with a fraction of up to six digits; at most a day and a
-    bit. `what`: for the OptionError."""
+    """Parse a number of seconds, as a number or text, with up to six digits of a fraction, up to `_MAX_SECONDS`. `what`: the
+    name of the option, for the OptionError."""
     text = str(value)
     whole, _, fraction = text.partition(".")
     digits = (whole + fraction).isascii() and (whole + fraction).isdigit() and whole != "" and len(whole) <= 6

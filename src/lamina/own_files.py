@@ -1,4 +1,4 @@
-"""Which files a job reads: it does not write over one of them, under whatever name. Used by `convert` and `copy`."""
+"""Checks for `convert` and `copy` that a target is not one of the files that the job reads, under any name."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _HINT = "name another target"
 
 
 def refuse_own(top: Node, path: str, *, what: str = "source") -> None:
-    """OptionError where the file at `path`, if there is one, is among those that the graph `top` lies in. `what`: what the
-    graph is to the user."""
+    """Raise OptionError if the file at `path` exists and is a file of the graph `top`. `what`: the role of the graph, for
+    the message."""
     try:
         target = _identity(os.stat(path))
     except OSError:
-        return  # nothing is there, or whoever opens it says what is wrong with it
+        return  # the file does not exist, or opening it raises a better error
     for file, beneath in _files(top):
         if _identity_of(file) == target:
-            relation = f"the {what} is built on this file" if beneath else f"this is the {what} itself"
-            raise OptionError(f"{relation}, which would be written over", path=path, hint=_HINT)
+            relation = f"this is a backing file of the {what}" if beneath else f"this is the {what} itself"
+            raise OptionError(f"{relation}, which would be overwritten", path=path, hint=_HINT)
 
 
 def refuse_shared(source: Node, target: Node) -> None:
-    """OptionError where a file that requests to `target` write (so none of its backing files) is one that `source` reads."""
+    """Raise OptionError if a file of the graph `target`, other than a backing file, is also a file of `source`."""
     for file, beneath in _files(target):
         if beneath:
             continue
@@ -37,26 +37,26 @@ def refuse_shared(source: Node, target: Node) -> None:
 
 
 def refuse_stream(top: Node, fd: int, name: str) -> None:
-    """OptionError where the descriptor `fd`, called `name`, is one of the files that the graph `top` lies in."""
+    """Raise OptionError if the descriptor `fd`, named `name`, is a file of the graph `top`."""
     found = _identity(os.fstat(fd))
     if any(_identity_of(file) == found for file, _ in _files(top)):
-        raise OptionError("this is the source itself, which would be written over", path=name, hint=_HINT)
+        raise OptionError("this is the source itself, which would be overwritten", path=name, hint=_HINT)
 
 
 def refuse_input(fd: int, target: int | str, name: str) -> None:
-    """OptionError where the descriptor `fd`, from which a job reads, is open on the regular file or block device that
-    `target` is, a path or a descriptor, which is called `name`."""
+    """Raise OptionError if the descriptor `fd`, from which a job reads, is the same regular file or block device as `target`,
+    a path or descriptor named `name`."""
     try:
         source, found = os.fstat(fd), os.stat(target)
     except (OSError, ValueError):
-        return  # whoever reads or opens it says what is wrong with it
+        return  # opening or reading it raises a better error
     stored = stat.S_ISREG(source.st_mode) or stat.S_ISBLK(source.st_mode)
     if stored and _identity(source) == _identity(found):
-        raise OptionError("this is the source itself, which would be written over", path=name, hint=_HINT)
+        raise OptionError("this is the source itself, which would be overwritten", path=name, hint=_HINT)
 
 
 def _files(top: Node, beneath: bool = False) -> Iterator[tuple[StorageNode, bool]]:
-    """The storage of a graph, and of each whether it belongs to a backing file."""
+    """The storage nodes of a graph, and whether each belongs to a backing file."""
     if isinstance(top, StorageNode):
         yield top, beneath
     for role, child in top.children.items():
@@ -64,7 +64,7 @@ def _files(top: Node, beneath: bool = False) -> Iterator[tuple[StorageNode, bool
 
 
 def _identity_of(file: StorageNode) -> tuple[int, int] | None:
-    """As `_identity`. A device that is opened under another of its names is the same device."""
+    """The identity of a storage node. For a block device it does not depend on the name with which it was opened."""
     try:
         status = os.stat(file.path) if file.path is not None else None
     except OSError:
@@ -75,5 +75,5 @@ def _identity_of(file: StorageNode) -> tuple[int, int] | None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
-    """What tells files from each other, whatever they are called."""
+    """An identity that does not depend on the name of the file."""
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

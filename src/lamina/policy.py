@@ -5,7 +5,7 @@ file only here, in `Policy.open_reference`, and only when the policy that the im
 judges names, and nothing else: how much the images may cost is the budget's (`limits.py`), and what an image expects
 behind a name is the reference's (`references.py`, which calls this module for every such name).
 
-Ground floor; POSIX. Opening is free of races: the name is first resolved to a path without symlinks, that path is
+Base layer; POSIX. Opening is free of races: the name is first resolved to a path without symlinks, that path is
 judged, and then exactly that path is opened, one directory at a time, without following links. Whoever swaps a file or
 directory for a symlink in between makes the open fail, and cannot make it lead elsewhere.
 """

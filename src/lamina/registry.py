@@ -1,7 +1,7 @@
 """Drivers by name.
 
 A table from the name of a storage, format or filter to the class that implements it, as text: "module:Class". Nothing
-is imported before it is looked up, so that a command pays only for what it uses. Ground floor; storage, formats and
+is imported before it is looked up, so that a command pays only for what it uses. Base layer; storage, formats and
 filters never import one another, they meet through `lookup`.
 
 Users add drivers with `register`, or by installing a package with an entry point in the group "lamina.drivers" whose
@@ -47,47 +47,49 @@ class Entry(NamedTuple):
 
 _TABLE = (
     Entry("file", "storage", "lamina.storage.file:FileStorage", "a file or block device", ("host_device",)),
-    Entry("memory", "storage", "lamina.storage.memory:MemoryStorage", "bytes in memory, gone when closed"),
-    Entry("null", "storage", "lamina.storage.null:NullStorage", "keeps nothing, reads zeros", ("null-co", "null-aio")),
+    Entry("memory", "storage", "lamina.storage.memory:MemoryStorage", "a disk in memory, discarded at close"),
+    Entry(
+        "null", "storage", "lamina.storage.null:NullStorage", "stores nothing, reads as zeros", ("null-co", "null-aio")
+    ),
     Entry("nbd", "storage", "lamina.nbd.node:NbdStorage", "an export of an NBD server"),
-    Entry("raw", "format", "lamina.formats.raw:Raw", "the bytes as they are"),
+    Entry("raw", "format", "lamina.formats.raw:Raw", "raw bytes"),
     Entry("qcow2", "format", "lamina.formats.qcow2.driver:Qcow2", "QEMU copy-on-write, versions 2 and 3"),
-    Entry("blkdebug", "filter", "lamina.filters.blkdebug:Blkdebug", "makes chosen requests fail"),
-    Entry("blkverify", "filter", "lamina.filters.blkverify:Blkverify", "holds every read of one image against another"),
-    Entry("cache", "filter", "lamina.filters.cache:Cache", "keeps blocks in memory, within a bound"),
-    Entry("compress", "filter", "lamina.filters.compress:Compress", "has what is written packed"),
+    Entry("blkdebug", "filter", "lamina.filters.blkdebug:Blkdebug", "injects errors at events"),
+    Entry("blkverify", "filter", "lamina.filters.blkverify:Blkverify", "compares every read with another image"),
+    Entry("cache", "filter", "lamina.filters.cache:Cache", "a bounded cache of blocks"),
+    Entry("compress", "filter", "lamina.filters.compress:Compress", "stores written data compressed"),
     Entry(
         "copy_on_read",
         "filter",
         "lamina.filters.copy_on_read:CopyOnRead",
-        "what is read from below is kept in the image",
+        "copies data read from a backing image",
         ("copy-on-read",),
     ),
-    Entry("cow", "filter", "lamina.filters.cow:Cow", "keeps changes in memory, off the image"),
-    Entry("delay", "filter", "lamina.filters.delay:Delay", "every operation takes a while longer"),
-    Entry("faults", "filter", "lamina.filters.faults:Faults", "makes operations fail or lie, by rules and a seed"),
-    Entry("log", "filter", "lamina.filters.log:Log", "a line for every request"),
+    Entry("cow", "filter", "lamina.filters.cow:Cow", "keeps changes in memory (copy-on-write)"),
+    Entry("delay", "filter", "lamina.filters.delay:Delay", "adds latency to operations"),
+    Entry("faults", "filter", "lamina.filters.faults:Faults", "injects faults by rules and a seed"),
+    Entry("log", "filter", "lamina.filters.log:Log", "logs every request in a line"),
     Entry(
         "logwrites",
         "filter",
         "lamina.filters.logwrites:LogWrites",
-        "records every write so that it can be replayed",
+        "logs every write for replay",
         ("blklogwrites",),
     ),
-    Entry("noextents", "filter", "lamina.filters.noextents:NoExtents", "says that everything is data"),
+    Entry("noextents", "filter", "lamina.filters.noextents:NoExtents", "reports everything as data"),
     Entry("nodiscard", "filter", "lamina.filters.nodiscard:NoDiscard", "refuses discards"),
-    Entry("nozero", "filter", "lamina.filters.nozero:NoZero", "has zeroes written as data"),
-    Entry("blocksize", "filter", "lamina.filters.blocksize:BlockSize", "imposes a block size"),
-    Entry("offset", "filter", "lamina.filters.offset:Offset", "a window into another node"),
+    Entry("nozero", "filter", "lamina.filters.nozero:NoZero", "writes zeros as data"),
+    Entry("blocksize", "filter", "lamina.filters.blocksize:BlockSize", "sets a block size"),
+    Entry("offset", "filter", "lamina.filters.offset:Offset", "a range of another node"),
     Entry("partition", "filter", "lamina.filters.partition:Partition", "one partition of a disk"),
-    Entry("preallocate", "filter", "lamina.filters.preallocate:Preallocate", "makes files longer in large steps"),
-    Entry("protect", "filter", "lamina.filters.protect:Protect", "refuses writes to chosen ranges"),
-    Entry("quorum", "filter", "lamina.filters.quorum:Quorum", "several copies, and what most of them say"),
+    Entry("preallocate", "filter", "lamina.filters.preallocate:Preallocate", "extends files in large steps"),
+    Entry("protect", "filter", "lamina.filters.protect:Protect", "refuses writes to given ranges"),
+    Entry("quorum", "filter", "lamina.filters.quorum:Quorum", "several copies with a vote"),
     Entry("readonly", "filter", "lamina.filters.readonly:ReadOnlyFilter", "refuses every change"),
-    Entry("retry", "filter", "lamina.filters.retry:Retry", "tries failed requests again"),
+    Entry("retry", "filter", "lamina.filters.retry:Retry", "repeats failed requests"),
     Entry("stats", "filter", "lamina.filters.stats:Stats", "counts and times requests"),
-    Entry("throttle", "filter", "lamina.filters.throttle:Throttle", "limits operations and bytes a second"),
-    Entry("truncate", "filter", "lamina.filters.truncate:Truncate", "another length, rounded or fixed"),
+    Entry("throttle", "filter", "lamina.filters.throttle:Throttle", "limits operations and bytes per second"),
+    Entry("truncate", "filter", "lamina.filters.truncate:Truncate", "another size, fixed or rounded"),
 )
 
 _entries: dict[str, Entry] = {entry.name: entry for entry in _TABLE}

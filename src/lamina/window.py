@@ -1,4 +1,4 @@
-"""Nodes that show a stretch of another node. On the floor of the nodes, under the contract of `node.py`."""
+"""The base class of filters that are a range of another node. It follows the contract of `node.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class WindowNode(TransformNode):
-    """A stretch of `image` as a node of its own: byte `x` is byte `start + x` of the image, and `length` is fixed. It holds
-    no state: whatever the image allows may run concurrently. OptionError if the window is not inside the image."""
+    """A range of `image` as a node: byte `x` is byte `start + x` of the image, and `length` is fixed. Stateless and
+    thread-safe. Raises OptionError if the range is not inside the image."""
 
     def __init__(
         self, image: Child, start: int, length: int, *, name: str | None = None, read_only: bool = False
@@ -27,10 +27,10 @@ class WindowNode(TransformNode):
         self.graph_changed()
 
     def graph_changed(self) -> None:
-        """The window stays where it is, so what is below now must be long enough too."""
+        """Raises OptionError if the new image does not contain the range."""
         if self._offset + self._size > self.image.size:
             raise OptionError(
-                f"{self._size} bytes from {self._offset} reach past the end of the image at {self.image.size}",
+                f"{self._size} bytes at offset {self._offset} exceed the end of the image at {self.image.size}",
                 path=self.image.node.filename,
                 hint="choose a smaller offset or size",
             )
@@ -75,8 +75,8 @@ class WindowNode(TransformNode):
 
 
 def shifted_limits(below: Limits, offset: int) -> Limits:
-    """`below` for requests that go there `offset` bytes further: the alignments that the shift keeps. What it does not keep,
-    the edge below aligns."""
+    """The limits of a node whose requests are shifted by `offset` to a child with the limits `below`. An alignment that does
+    not divide `offset` is dropped; the edge to the child aligns these requests."""
     alignments = ("request_alignment", "zero_alignment", "discard_alignment")
     moved = {name: 1 for name in alignments if offset % getattr(below, name)}
     if offset % (below.compress_alignment or 1):

@@ -44,9 +44,9 @@ NAMES = ["base.qcow2", "hard", "soft", "sub/far", "file:base.qcow2", "./sub/../h
     ("command", "words"),
     [
         (["convert", "-f", "qcow2", "-O", "qcow2", "base.qcow2"], "the source itself"),
-        (["convert", "-f", "qcow2", "-O", "raw", "top.qcow2"], "the source is built on this file"),
+        (["convert", "-f", "qcow2", "-O", "raw", "top.qcow2"], "this is a backing file of the source"),
         (["convert", "-n", "-f", "qcow2", "-O", "raw", "base.qcow2"], "the source itself"),
-        (["convert", "-n", "-f", "qcow2", "-O", "qcow2", "top.qcow2"], "the source is built on this file"),
+        (["convert", "-n", "-f", "qcow2", "-O", "qcow2", "top.qcow2"], "this is a backing file of the source"),
         (["convert", "-f", "raw", "-O", "qcow2", "-B", "top.qcow2", "-F", "qcow2", "other.raw"], "backing file"),
         (["copy", "base.qcow2"], "the source itself"),
         (["copy", "--resume-file", "journal", "base.qcow2"], "the source itself"),
@@ -67,7 +67,7 @@ def test_options_name_the_same_file(folder: Path, capsys: pytest.CaptureFixture[
     command = ["convert", "-n", "-f", "qcow2", "--target-image-opts", "top.qcow2", options]
     for share in ([], ["-U"]):
         assert main([*command[:1], *share, *command[1:]]) == 1
-        assert "the source is built on this file" in capsys.readouterr().err
+        assert "this is a backing file of the source" in capsys.readouterr().err
 
 
 def test_what_only_looks_the_same_is_not_refused(folder: Path) -> None:

@@ -349,7 +349,7 @@ def test_sigusr1_is_harmless_where_there_is_no_progress() -> None:
         until(lambda: _handled(process, signal.SIGUSR1))
         process.send_signal(signal.SIGUSR1)
         process.stdin.write(b"help quit\n")
-        assert ended(process) == (0, "quit\n  end\n  short: q\n", "")
+        assert ended(process) == (0, "quit\n  end the program\n  short: q\n", "")
 
 
 def _handled(process: subprocess.Popen[bytes], word: signal.Signals) -> bool:

@@ -202,7 +202,7 @@ def test_over_its_own_backing_file(folder: Path, capsys: pytest.CaptureFixture[s
         assert "the backing file is the new image itself" in capsys.readouterr().err
         assert main([*overlay, "-b", "soft", target]) == 1
         assert main([*overlay, "-b", "middle.qcow2", target]) == 1  # of which it is the backing file
-        assert "the backing file is built on this file" in capsys.readouterr().err
+        assert "this is a backing file of the backing file" in capsys.readouterr().err
         for words in (
             ["-B", "middle.qcow2", "-F", "qcow2", "a.raw"],
             ["-B", "hard", "-F", "qcow2", "a.raw"],

@@ -25,9 +25,9 @@ NOT_FINISHED, ERRORS, LEAKS, NO_CHECK = 1, 2, 3, 63
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("check", "Hold the structures of an image against one another, changing nothing.", _EXAMPLES)
+    parser = Parser("check", "Check the metadata of an image for errors, without changing it.", _EXAMPLES)
     parser.add_quiet()
-    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()
     parser.add_later("-r", "--repair", "repairing is not there yet", metavar="WHAT")
     parser.add_access()

@@ -21,8 +21,8 @@ FAILURE = 2
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("compare", "Tell whether two images hold the same; a longer one may be longer by zeros.", _EXAMPLES)
-    parser.add_format("-f", "--a-format", dest="format", help="format of the first image (default: found by its magic)")
+    parser = Parser("compare", "Compare the contents of two images. A longer image may end in zeros.", _EXAMPLES)
+    parser.add_format("-f", "--a-format", dest="format", help="format of the first image (default: detected)")
     parser.add_format("-F", "--b-format", dest="other_format", help="format of the second image")
     parser.add_argument(
         "-s", "--strict", action="store_true", help="sizes must be equal, and so must be what is allocated"

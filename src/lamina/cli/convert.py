@@ -31,9 +31,11 @@ _EXAMPLES = """
 
 def main(argv: list[str]) -> int:
     parser = Parser(
-        "convert", "Copy an image into another one, of any format. A new image appears when it is whole.", _EXAMPLES
+        "convert",
+        "Copy an image to another image, in any format. A new file gets its name when it is complete.",
+        _EXAMPLES,
     )
-    parser.add_format("-f", "--source-format", dest="format", help="format of the source (default: found by its magic)")
+    parser.add_format("-f", "--source-format", dest="format", help="format of the source (default: detected)")
     parser.add_format("-O", "--target-format", dest="target_format", help="format of the target (default: raw)")
     parser.add_argument(
         "-o",

@@ -44,9 +44,7 @@ _OTHER = "name another file"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        "copy", "Copy bytes as they are, fast: files, block devices, pipes (-), exports of servers.", _EXAMPLES
-    )
+    parser = Parser("copy", "Copy raw bytes between files, block devices, pipes (-) and exports of servers.", _EXAMPLES)
     parser.add_connections(
         "-C", "--connections", default=0,  # the storage chooses
         help="connections to each server that says that several are coherent (1 to 16; default: 4 over TCP, else 1)",

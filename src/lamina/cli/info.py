@@ -26,10 +26,8 @@ _EXAMPLES = """
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        "info", "Show what an image is. Opens nothing but the file, whatever the image refers to.", _EXAMPLES
-    )
-    parser.add_format("-f", "--format", dest="format", help="format of the image (default: found by its magic)")
+    parser = Parser("info", "Show the format and properties of an image. Opens only the image file.", _EXAMPLES)
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()
     parser.add_argument(
         "-b", "--backing-chain", action="store_true", help="also show what it is stacked on, as --references grants"

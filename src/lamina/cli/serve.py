@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("serve", "Serve images over NBD, read-only unless told otherwise.", _EXAMPLES)
+    parser = Parser("serve", "Serve images over NBD, by default read-only.", _EXAMPLES)
     where = parser.add_argument_group("where")
     where.add_argument("-k", "--socket", metavar="PATH", help="a Unix socket, made with mode 0600")
     where.add_argument("-p", "--port", type=_port, help="a TCP port (default: 10809; 0: any free one)")

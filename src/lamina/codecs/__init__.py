@@ -1,1 +1,1 @@
-"""Codecs: thin faces of the libraries that pack and unpack bytes. Ground floor; a library is imported at its first use."""
+"""Codecs: thin wrappers of compression libraries. Base layer; a library is imported at its first use."""

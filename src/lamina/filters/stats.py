@@ -273,31 +273,31 @@ def _below(classes: dict[str, int], share: float) -> int:
 
 
 class _Counted:
-    """A request that was started, and is counted by the first who waits for it."""
+    """A started request, which is counted by the first thread that waits for it."""
 
-    __slots__ = ("_begin", "_filter", "_kind", "_length", "_offset", "_request", "_untold")
+    __slots__ = ("_begin", "_filter", "_kind", "_length", "_offset", "_request", "_uncounted")
 
     def __init__(self, by: Stats, request: Pending, kind: int, offset: int, length: int, begin: int) -> None:
         self._filter, self._request = by, request
         self._kind, self._offset, self._length, self._begin = kind, offset, length, begin
-        self._untold = [True]
+        self._uncounted = [True]
 
     def wait(self) -> Any:
         try:
-            answer = self._request.wait()
+            result = self._request.wait()
         except LaminaError:
             if self._take():
                 self._filter._rows()[self._kind][_FAILED] += 1
             raise
         if self._take():
             self._filter._count(self._kind, self._offset, self._length, self._begin)
-        return answer
+        return result
 
     def leave(self) -> None:
         self._request.leave()
 
     def _take(self) -> bool:
         try:
-            return self._untold.pop()
+            return self._uncounted.pop()
         except IndexError:
             return False

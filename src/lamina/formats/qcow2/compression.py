@@ -99,10 +99,10 @@ class Compression:
         if self._zstd:
             from ...codecs import zstd
 
-            return zstd.pack, zstd.unpack
+            return zstd.compress, zstd.decompress
         from ...codecs import deflate
 
-        return deflate.pack, deflate.unpack
+        return deflate.compress, deflate.decompress
 
     # -- writing
 
