@@ -95,6 +95,20 @@ def test_a_copy_of_an_export_imports_no_more_than_it_needs(tmp_path: Path) -> No
     assert not needless, f"lamina copy imports {', '.join(needless)}"
 
 
+def test_a_copy_of_a_file_imports_no_more_than_it_needs(folder: Path) -> None:
+    needless = sorted((HEAVY | COSTLY) & imported_by(folder, "copy", "image.raw", "copied.raw"))
+    assert not needless, f"lamina copy imports {', '.join(needless)}"
+
+
+@pytest.mark.parametrize("arguments", [["-O", "qcow2", "image.raw", "there"], ["-O", "raw", "image.qcow2", "there"]])
+def test_a_conversion_imports_numpy_and_nothing_else_that_costs(folder: Path, arguments: list[str]) -> None:
+    """Threads of `lamina.workers` need neither pools nor logs."""
+    modules = imported_by(folder, "convert", *arguments)
+    ours = {"asyncio", "concurrent.futures", "cryptography", "logging", "rich", "shutil", "ssl", "tempfile"}
+    assert "numpy" in modules
+    assert not ours & modules, f"lamina convert imports {', '.join(sorted(ours & modules))}"
+
+
 def test_the_package_itself_imports_nothing_heavy() -> None:
     """`import lamina` costs next to nothing; the public names come when they are first used."""
     done = subprocess.run(

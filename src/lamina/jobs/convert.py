@@ -240,13 +240,14 @@ class _Copy:
         self._output = output
         self._watch = watch
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
+        #: So many buffers are made when they are needed: of four, three would only cost the start of a small conversion.
+        self._unmade = 0
         self._full: SimpleQueue[_Batch] = SimpleQueue()
         self._stopped = False
         self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
 
     def run(self, reading: Requests, writing: Requests) -> Result:
-        for _ in range(reading.count + writing.count + _SPARE):
-            self._free.put(memoryview(bytearray(_BUFFER)))
+        self._unmade = reading.count + writing.count + _SPARE
         planning, planner = Task(self._read_all, reading), Workers(1, "lamina-convert")
         try:
             try:
@@ -357,6 +358,9 @@ class _Copy:
             yield batch
 
     def _next(self) -> _Batch | None:
+        if self._unmade and self._free.empty():
+            self._unmade -= 1
+            self._free.put(memoryview(bytearray(_BUFFER)))
         buffer = self._free.get()
         return None if buffer is None or self._stopped else _Batch(buffer)
 
