@@ -1,9 +1,10 @@
-"""Requests that were started and are asked for later: what `Node.start_read` and its siblings return.
+"""Started requests, which a caller waits for later: the results of `Node.start_read`, `start_write`, `start_zero`.
 
-A request that was started is carried out once, whether or not anybody waits for it. Until `wait` has returned, or raised, it
-owns its buffer: nobody may read the buffer of a read, or change that of a write. It also keeps its range of bytes (requests
-that need the range for themselves wait for it) and its place inside the graph (an edit, or `close`, waits for it). Whoever
-waits for any of these finishes the request: so a thread that started requests may do everything that it could do before.
+The node carries out a started request once, whether or not the caller waits for it. Until `wait` has returned or raised,
+the request owns its buffer: no thread may read the buffer of a read, or change the buffer of a write. It also holds its
+range lock (an exclusive request of an overlapping range waits for it) and counts as a request inside the graph (an edit and
+`close` wait for it). A thread that waits for one of these finishes the request first. So a thread with started requests may
+make any other call, and does not wait for itself.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Pending(Protocol):
-    """A request that was started. Each method may be called by any thread, and again: the outcome stays."""
+    """A started request. Thread-safe; each method may be called again, and the outcome stays the same."""
 
     def wait(self) -> Any:
-        """Return when the request is done: the answer to a question, or None. Raises the LaminaError that it failed with."""
+        """Wait until the request is finished, and return its result: None for a read or a change. Raises its LaminaError."""
 
     def leave(self) -> None:
-        """Give the request up, as an exception that ends a thread does. When this returns, nobody reads or fills its buffer
-        any more. A change may have been carried out, or may still be."""
+        """Abandon the request. When this returns, the buffer belongs to the caller again. A change may have been carried out,
+        or may still be carried out."""
 
 
 class Done:
-    """A request that was done when it was started."""
+    """A request that finished when it was started."""
 
     __slots__ = ("_answer",)
 
@@ -44,10 +45,10 @@ class Done:
         return
 
 
-#: A read or a change that is done already.
+#: A finished read or change.
 DONE = Done()
 
-#: Operations of a node, and how they are started.
+#: Operations of a node, and the methods that start them.
 _STARTED_BY = {
     "read_into": ("start_read",),
     "write": ("start_write",),
@@ -58,13 +59,14 @@ _STARTED_BY = {
 
 
 class Startable:
-    """The part of a node (`node.py`) that begins operations, to be asked for later.
+    """The part of a node (`node.py`) that starts requests.
 
-    A class that overrides an operation, `read_into` say, and not what starts it, gets the default of `start_read` back,
-    whatever it derives from: a filter that watches or changes reads has all of them pass `read_into` until it says how they
-    are started. (What it inherits from another class would get round its `read_into`.)"""
+    A class that overrides an operation, such as `read_into`, but not the method that starts it gets the default of that
+    method back, whatever its base classes are: all reads of a filter that observes or changes reads pass its
+    `read_into`, until the filter overrides `start_read` as well. (An inherited `start_read` would bypass its
+    `read_into`.)"""
 
-    #: The class whose `start_...` methods make the operations of the object itself: those that subclasses get back.
+    #: The class whose `start_...` methods call the operations of the same object: the defaults of subclasses.
     starts_as: ClassVar[type[Startable]]
 
     if TYPE_CHECKING:

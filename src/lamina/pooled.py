@@ -1,7 +1,7 @@
-"""Storage that is far away and knows only calls that wait: its started requests are made by threads of its own.
+"""The base class of drivers for remote storage with blocking calls only, such as HTTP and object stores.
 
-The base class of drivers for object stores, HTTP and the like. Such a driver implements `read_into`, `write`, `zero` and
-`extents` as any other storage does; several of them are under way at once because jobs start them (`Node.start_read`).
+Such a driver implements `read_into`, `write`, `zero` and `extents` like any other storage. A pool of threads makes the
+requests that jobs start (`Node.start_read`), so that several are in flight at once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from .workers import Task, Workers
 
 
 class PooledStorage(StorageNode):
-    """Storage whose started requests run in a pool of `threads` threads, which are started when they are needed and end with
-    `close`. An owner that gives a request up, or closes the node, waits for calls that are under way: so each call must end,
-    by a time limit of the driver's own."""
+    """Storage whose started requests run in a pool of `threads` threads. The threads start on demand, and end after `close`.
+    `Pending.leave` and `close` wait for running calls, so the driver must give each call a time limit."""
 
     far = True
-    #: How many started requests are under way at once; more wait in line.
+    #: The number of requests in flight at once; others wait in a queue.
     threads: ClassVar[int] = 8
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
         self._workers = Workers(self.threads, f"lamina-{self.driver}")
-        self._tasks: deque[Task[Any]] = deque()  # those that may be under way
+        self._tasks: deque[Task[Any]] = deque()  # those that may be running
 
     @property
     def pipelines(self) -> bool:
@@ -58,7 +57,7 @@ class PooledStorage(StorageNode):
         return _Call(task)
 
 
-# A driver that derives from it gets these methods back where it has `read_into` and the others of its own.
+# These methods are the defaults of derived drivers, which override `read_into` and the other operations.
 PooledStorage.starts_as = PooledStorage
 
 

@@ -76,7 +76,7 @@ class Work:
         (self.folder / "out").unlink()
 
     def convert_by_sharing(self) -> None:
-        convert_to_file(self.source, str(self.folder / "out"), "raw", {}, unread="copy")
+        convert_to_file(self.source, str(self.folder / "out"), "raw", {}, offload="copy")
         (self.folder / "out").unlink()
 
     def convert_into(self) -> None:

@@ -133,7 +133,7 @@ def test_the_overlay_of_any_graph_reads_as_its_source(tmp_path: Path, seed: int)
         options: Spec = {"cluster_size": dice.choice([512, 4 * KIB, 64 * KIB, 2 * MIB])}
         target = folder / "out.qcow2"
         how: Spec = {"compress": dice.random() < 0.25, "smallest_hole": dice.choice([0, 512, 4096, 4096])}
-        how["unread"] = dice.choice(["", "", "share", "copy"])
+        how["offload"] = dice.choice(["", "", "share", "copy"])
         with lamina.open(spec) as source:
             expected = source.read(0, source.size)
             if dice.random() < 0.3:

@@ -14,7 +14,7 @@ import pytest
 import lamina
 from lamina.errors import BlockIOError, Cancelled
 from lamina.jobs import sharing as module
-from lamina.jobs.convert import Result, Unread, convert, convert_to_file
+from lamina.jobs.convert import Offload, Result, convert, convert_to_file
 from lamina.jobs.progress import Monitor
 from tests.unit.copying import Sharing, no_copy, says
 
@@ -57,7 +57,7 @@ def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def to(source: str | Path, path: Path, format: str, options: dict[str, Any] | None = None, **how: Any) -> Result:
     with lamina.open(source, format=Path(source).suffix[1:]) as image:
-        return convert_to_file(image, str(path), format, options or {}, **({"unread": "share"} | how))
+        return convert_to_file(image, str(path), format, options or {}, **({"offload": "share"} | how))
 
 
 def content_of(path: Path) -> bytes:
@@ -93,7 +93,7 @@ def test_copied_by_the_system(
     tmp_path: Path, disk: bytes, monkeypatch: pytest.MonkeyPatch, source: str, format: str
 ) -> None:
     unshared(monkeypatch)
-    result = to(tmp_path / source, tmp_path / f"b.{format}", format, unread="copy")
+    result = to(tmp_path / source, tmp_path / f"b.{format}", format, offload="copy")
     assert result.copied > MIB
     assert content_of(tmp_path / f"b.{format}") == disk
 
@@ -107,7 +107,7 @@ def test_where_nothing_can_be_shared_the_file_is_the_same_as_without(
     monkeypatch.setattr(os, "copy_file_range", no_copy)
     monkeypatch.setattr("lamina.storage.system.fcntl.ioctl", says(number))
     result = to(tmp_path / source, tmp_path / f"b.{format}", format)
-    assert result == to(tmp_path / source, tmp_path / f"c.{format}", format, unread="")
+    assert result == to(tmp_path / source, tmp_path / f"c.{format}", format, offload="")
     assert result.copied == 0
     assert (tmp_path / f"b.{format}").read_bytes() == (tmp_path / f"c.{format}").read_bytes()
 
@@ -152,7 +152,7 @@ def test_into_what_is_there(tmp_path: Path, disk: bytes, shared: Sharing) -> Non
             lamina.open(tmp_path / "a.raw", format="raw") as source,
         ):
             target.write(0, b"\xee" * (SIZE + MIB))
-            assert convert(source, target, unread="share").copied > 0
+            assert convert(source, target, offload="share").copied > 0
         assert content_of(path) == disk + b"\xee" * MIB
 
 
@@ -164,23 +164,29 @@ def test_an_overlay_gets_what_the_layers_above_own(tmp_path: Path, disk: bytes, 
         after = image.read(0, SIZE)
     with lamina.open(tmp_path / "top.qcow2", format="qcow2") as source:
         result = convert_to_file(
-            source, str(tmp_path / "flat.qcow2"), "qcow2", {}, backing="a.qcow2", backing_format="qcow2", unread="share"
+            source,
+            str(tmp_path / "flat.qcow2"),
+            "qcow2",
+            {},
+            backing="a.qcow2",
+            backing_format="qcow2",
+            offload="share",
         )
         assert 0 < result.copied <= 320 * KIB
         # Compared with another file, all of it is read.
         other = convert_to_file(
-            source, str(tmp_path / "other.qcow2"), "qcow2", {}, backing="a.raw", backing_format="raw", unread="copy"
+            source, str(tmp_path / "other.qcow2"), "qcow2", {}, backing="a.raw", backing_format="raw", offload="copy"
         )
         assert other.copied == 0
     for name in ("flat.qcow2", "other.qcow2"):
         assert content_of(tmp_path / name) == after
 
 
-@pytest.mark.parametrize("unread", ["share", "copy"])
+@pytest.mark.parametrize("offload", ["share", "copy"])
 @pytest.mark.parametrize("name", ["faults", "blkdebug"])
 @pytest.mark.parametrize("kind", ["read", "write"])
 def test_no_rule_is_got_round(
-    tmp_path: Path, disk: bytes, monkeypatch: pytest.MonkeyPatch, unread: Unread, name: str, kind: str
+    tmp_path: Path, disk: bytes, monkeypatch: pytest.MonkeyPatch, offload: Offload, name: str, kind: str
 ) -> None:
     monkeypatch.setattr("lamina.storage.system.fcntl.ioctl", lambda *_: pytest.fail("shared past a filter"))
     monkeypatch.setattr(os, "copy_file_range", lambda *_: pytest.fail("copied past a filter"))
@@ -202,13 +208,13 @@ def test_no_rule_is_got_round(
         lamina.open((broken if kind == "write" else plain)(target), read_only=False) as second,
         pytest.raises(BlockIOError) as caught,
     ):
-        convert(first, second, unread=unread)
+        convert(first, second, offload=offload)
     assert caught.value.errno == errno.EIO
 
 
 def test_a_source_that_may_change_is_read(tmp_path: Path, disk: bytes, shared: Sharing) -> None:
     with lamina.open(tmp_path / "a.qcow2", format="qcow2", read_only=False) as source:
-        assert convert_to_file(source, str(tmp_path / "b.raw"), "raw", {}, unread="share").copied == 0
+        assert convert_to_file(source, str(tmp_path / "b.raw"), "raw", {}, offload="share").copied == 0
     assert content_of(tmp_path / "b.raw") == disk
     assert shared.shared == []
 
@@ -255,5 +261,5 @@ def test_all_of_it_stored(tmp_path: Path, disk: bytes, shared: Sharing) -> None:
 
 
 def test_unasked_all_of_it_is_read(tmp_path: Path, disk: bytes, shared: Sharing) -> None:
-    assert to(tmp_path / "a.raw", tmp_path / "b.raw", "raw", unread="").copied == 0
+    assert to(tmp_path / "a.raw", tmp_path / "b.raw", "raw", offload="").copied == 0
     assert shared.shared == []

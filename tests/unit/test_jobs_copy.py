@@ -17,7 +17,7 @@ from lamina.image import Image
 from lamina.jobs import copy_ends
 from lamina.jobs.copy import Copied, Copy, Plan
 from lamina.jobs.copy_ends import Part, PipeSource, StorageSource, StorageTarget, on_grid
-from lamina.jobs.copy_journal import Journal, Partial
+from lamina.jobs.copy_journal import Journal, PartialFile
 from lamina.node import StorageNode
 from lamina.pending import DONE, Pending
 from lamina.request import Child
@@ -286,16 +286,16 @@ def test_a_partial_file_is_the_same_or_refused(tmp_path: Path) -> None:
     target.write_bytes(b"old")
     target.chmod(0o600)
     held = Target(str(target))
-    first = Partial(str(target), None, held)
+    first = PartialFile(str(target), None, held)
     Path(first.path).write_bytes(b"new")
-    assert Partial(str(target), first.identity).identity == first.identity
+    assert PartialFile(str(target), first.identity).identity == first.identity
     with pytest.raises(OptionError, match="not the file"):
-        Partial(str(target), [0, 0])
+        PartialFile(str(target), [0, 0])
     with pytest.raises(OptionError, match="in the way"):
-        Partial(str(target), None)
+        PartialFile(str(target), None)
     first.finish()
     held.close()
     assert target.read_bytes() == b"new"
     assert target.stat().st_mode & 0o777 == 0o600
     with pytest.raises(LaminaError, match="gone"):
-        Partial(str(target), first.identity)
+        PartialFile(str(target), first.identity)

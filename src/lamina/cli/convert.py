@@ -55,24 +55,24 @@ def main(argv: list[str]) -> int:
         "-S", "--sparse-size", metavar="SIZE",
         help="runs of zeros of at least SIZE bytes are not written (default: 4k); 0: everything is",
     )  # fmt: skip
-    unread = parser.add_mutually_exclusive_group()
-    unread.add_argument(
+    offload = parser.add_mutually_exclusive_group()
+    offload.add_argument(
         "-C",
         "--copy-range",
-        dest="unread",
+        dest="offload",
         action="store_const",
         const="copy",
         default="",
         help="have the system copy data from file to file, or share its blocks; no zeros are looked for in it (not with -S)",
     )
-    unread.add_argument(
+    offload.add_argument(
         "--reflink",
-        dest="unread",
+        dest="offload",
         action="store_const",
         const="share",
         help="the same where the file system shares blocks (btrfs, xfs, ...); elsewhere read and write",
     )
-    unread.add_argument("-c", "--compress", action="store_true", help="store it compressed, as far as that is smaller")
+    offload.add_argument("-c", "--compress", action="store_true", help="store it compressed, as far as that is smaller")
     parser.add_connections(
         "--connections", default=None,
         help="connections to each server that says that several are coherent (1 to 16; default: 1)",
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
         return 0
     if len(args.names) != 2:
         parser.error("one source and one target are needed")
-    if args.unread and args.sparse_size is not None:
+    if args.offload and args.sparse_size is not None:
         parser.error("-S looks for zeros in what -C and --reflink pass unseen: leave one out")
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
@@ -139,7 +139,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         args.target_format or "raw",
         options,
         smallest_hole=args.sparse_size,
-        unread=args.unread,
+        offload=args.offload,
         compress=args.compress,
         backing=backing,
         backing_format=backing_format,
@@ -184,7 +184,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 there,
                 blank=args.target_is_zero,
                 smallest_hole=args.sparse_size,
-                unread=args.unread,
+                offload=args.offload,
                 parallel=args.parallel,
                 in_order=False if args.oob_writes else None,
                 max_output=args.max_output,

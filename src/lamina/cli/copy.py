@@ -17,7 +17,7 @@ from ..graph import Opener
 from ..image import Image
 from ..jobs.copy import Copied, Copy, Plan
 from ..jobs.copy_ends import PipeSource, PipeTarget, Source, StorageSource, StorageTarget, Target
-from ..jobs.copy_journal import Journal, Partial
+from ..jobs.copy_journal import Journal, PartialFile
 from ..jobs.progress import Monitor
 from ..node import StorageNode
 from ..options import format_size, parse_name, path_in
@@ -239,7 +239,7 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
             facts["target-identity"] = None if status is None else [status.st_dev, status.st_ino]
             if known is not None:
                 known.expect(facts | {"partial": known.facts.get("partial")})
-            partial = Partial(path, known.facts.get("partial") if known is not None else None, replaces)
+            partial = PartialFile(path, known.facts.get("partial") if known is not None else None, replaces)
             facts["partial"] = partial.identity
         journal = _begin_journal(known, args.resume_file, facts, partial)
         try:
@@ -266,7 +266,7 @@ def _is_there(path: str, known: Journal) -> bool:
     return [status.st_dev, status.st_ino] == known.facts.get("partial")
 
 
-def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], partial: Partial | None) -> Journal:
+def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], partial: PartialFile | None) -> Journal:
     if known is not None:
         known.expect(facts)
         return known
@@ -281,7 +281,7 @@ def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], part
 
 
 def _copy_to_partial(
-    source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor, journal: Journal, partial: Partial
+    source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor, journal: Journal, partial: PartialFile
 ) -> Copied:
     child = open_unsynced(partial.path)
     target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=args.allocated)

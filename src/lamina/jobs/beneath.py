@@ -1,8 +1,8 @@
-"""What lies beneath a new overlay: whether the source is built on that base itself, and if not, in what it differs from it.
+"""The backing file of a new overlay: whether it is a layer of the source, and if not, where the source differs from it.
 
-Used by `convert`. Where the base is a layer of the source, what the layers above it own is what differs. That is decided by
-the opened graphs, not by names: every node from the top of the source down to the base must leave bytes where they are, and
-the base must be opened in the same way on both sides. In doubt the answer is no, and both are read and compared.
+Used by `convert`. If the backing file is a layer of the source, the layers above it own everything that differs. The opened
+graphs decide this, not file names: every node from the top of the source down to that layer must leave offsets and bytes
+unchanged, and the layer must be opened in the same way on both sides. Otherwise the job reads both and compares them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 _ZEROS = bytes(2 * MIB)
 
 
-class Below(NamedTuple):
-    """What lies below the target already. `image`: its content, to compare with; or, where the source itself is built
-    on that very image, `depth`: the number of layers of the source that lie above it."""
+class Backing(NamedTuple):
+    """The backing file of the target. `image`: its content, for comparison; or, if the backing file is a layer of the source,
+    `depth`: the number of layers of the source above it."""
 
     image: Image | None = None
     depth: int | None = None
 
 
 def layers_above(top: Node, base: Node) -> int | None:
-    """How many layers of the graph `top` lie above the one that shows the same disk as the graph `base`, for the same
-    reason: the same driver over the same file, and the same below it. None if none does, or where that cannot be told
-    because something between changes bytes, offsets or lengths, or a driver was given options of its own."""
+    """The number of layers of the graph `top` above the layer that equals the graph `base`: the same driver over the same
+    file, and the same below it. None if no layer equals it, or if that is unknown because a node between them changes bytes,
+    offsets or lengths, or has options of its own."""
     depth = 0
     node = top
     while True:
@@ -53,7 +53,7 @@ def _beneath_filters(node: Node) -> Node:
 
 
 def _same(one: Node, other: Node) -> bool:
-    """Whether both show the same bytes for the same reason."""
+    """Whether both nodes have the same bytes because they read the same files in the same way."""
     one, other = _beneath_filters(one), _beneath_filters(other)
     if type(one) is not type(other):
         return False
@@ -68,8 +68,8 @@ def _same(one: Node, other: Node) -> bool:
 
 
 def differing(base: Image, at: int, view: memoryview, unit: int) -> Iterator[tuple[int, int]]:
-    """The parts of `view`, in units and as long as can be, in which it is not what `base` has at the same place. `at`, where
-    `view` begins on the disk, is a multiple of `unit`, itself a power of two from 8 on. Past its end the base is zero."""
+    """The ranges of `view`, in multiples of `unit` and as long as possible, that differ from `base`. `at`, the offset of
+    `view` on the disk, is a multiple of `unit`, a power of two of at least 8. Past its end `base` reads as zero."""
     length = len(view)
     inside = min(max(base.size - at, 0), length)
     there = bytearray(length)
@@ -79,7 +79,7 @@ def differing(base: Image, at: int, view: memoryview, unit: int) -> Iterator[tup
 
 
 def stored(base: Image, at: int, length: int, unit: int) -> Iterator[tuple[int, int]]:
-    """The parts of these bytes, in units and as long as can be, in which `base` is not zero."""
+    """The ranges of these bytes, in multiples of `unit` and as long as possible, in which `base` is not zero."""
     yield from differing(base, at, memoryview(_ZEROS)[:length], unit)
 
 

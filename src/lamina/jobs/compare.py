@@ -1,4 +1,4 @@
-"""Do two images hold the same? Only what is not zero in both is read; a longer image may be longer by zeros."""
+"""Compare two images. The job reads only ranges that are not zero in both; a longer image may be longer by zeros."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ def compare(
 
     What one has beyond the end of the other must read as zero. With `strict` the sizes must be equal too, and so must
     be, for each byte, whether it is stored, is zero, and is owned by any layer. `parallel`: so many pieces are read at once,
-    1 to 16; None: one, or 8 where an image is far away (behind a server) and lets us wait. Raises what reading raises, and
-    Cancelled.
+    1 to 16; None: one, or 8 if an image is remote. Raises the errors of reading, and Cancelled.
     """
     watch = monitor or Monitor()
     total = max(first.size, second.size)

@@ -1,9 +1,9 @@
-"""Copy a disk into another image: only what is stored is read, only what is not zero is written.
+"""Copy a disk into another image: the job reads only allocated data, and writes only data that is not zero.
 
-The plan comes from the exact extents of the source. A thread of its own reads and looks for zeros; the caller's thread
-writes: reading, writing and comparing release the GIL, so both work at once. Where source or target are far away several
-buffers are read or written at once (see `requests`). Buffers go round in a circle of fixed size. What the file system
-can share between source and target passes neither (see `sharing`).
+The plan comes from the exact extents of the source. A thread of the job's own reads and searches for zeros; the caller's
+thread writes: reading, writing and comparing release the GIL, so the threads run in parallel. If the source or the target is
+remote, several buffers are read or written at once (see `requests`). The number of buffers is fixed. Ranges that the
+operating system copies, or that both files share, pass through neither thread (see `sharing`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
 from ..workers import Task, Workers
 from ..zeros import between, stored_parts
-from .beneath import Below, differing, layers_above, stored
-from .output import Output
+from .beneath import Backing, differing, layers_above, stored
+from .output import OutputLimit
 from .progress import Monitor
 from .requests import NEAR, Failed, Requests, in_order, is_far, requests_for
-from .sharing import Place, Sharer, without
+from .sharing import FileRange, Offloader, without
 from .windows import pairs, stretches, windows
 
 if TYPE_CHECKING:
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
     from ..pending import Pending
 
 _BUFFER = 2 * MIB
-#: Buffers besides those that are being read and written.
+#: Buffers in addition to those of requests in flight.
 _SPARE = 2
-#: Ranges to be made zero that one batch holds at most.
+#: The most ranges to zero of one batch.
 _MANY = 4096
-#: Zeros are looked for in blocks of this many bytes, or less where shorter runs of them are to become holes.
+#: The block size of the search for zeros, in bytes; smaller if shorter runs are to become holes.
 _GRANULE = 4 * KIB
 
-#: How the source's bytes reach the target besides being read and written.
-Unread = Literal["", "share", "copy"]
+#: Which copies are left to the operating system: none, those that share blocks, or all that it can do.
+Offload = Literal["", "share", "copy"]
 
-# What there is to do with a stretch of the disk. _ZERO: the target is made zero. _STORED: the source is read. _OVER_ZERO: the
-# same where the target reads as zero already. _COMPARED: source and backing file are read. _BENEATH: the backing file is
-# read, and what it stores there is hidden under zeros. From _PLACES on: it is copied from where it lies, each by itself.
-_STORED, _ZERO, _OVER_ZERO, _COMPARED, _BENEATH, _PLACES = range(6)
+# What to do with a range of the disk. _ZERO: zero the target. _STORED: read the source. _OVER_ZERO: the same, and the target
+# reads as zero already. _COMPARED: read the source and the backing file. _IN_BACKING: read the backing file, and zero the
+# target where it is not zero. From _FILE_RANGES on: offload the copy of one file range.
+_STORED, _ZERO, _OVER_ZERO, _COMPARED, _IN_BACKING, _FILE_RANGES = range(6)
 
 
 class Result(NamedTuple):
@@ -68,8 +68,9 @@ class Result(NamedTuple):
 
 
 class _Batch:
-    """A buffer on its way from reader to writer. `reads`: what is to come into it; when it is there, `writes` and `zeros` say
-    what to do. `end`: the source is dealt with up to there. `error`: why nothing more comes."""
+    """A buffer that the reading thread fills and the writing thread empties. `reads`: the ranges to read into it; `writes`
+    and `zeros`: the requests to the target that follow from them. `end`: the job is done with the source up to this offset.
+    `error`: the reason why no further batch follows."""
 
     __slots__ = ("buffer", "end", "error", "last", "reads", "writes", "zeros")
 
@@ -89,8 +90,8 @@ def convert(
     *,
     blank: bool = False,
     smallest_hole: int = 4096,
-    below: Below | None = None,
-    unread: Unread = "",
+    below: Backing | None = None,
+    offload: Offload = "",
     parallel: int | None = None,
     in_order: bool | None = None,
     max_output: int | None = None,
@@ -98,24 +99,24 @@ def convert(
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
 
-    `blank`: the target is known to read as zero, so nothing is done where the source is zero. Runs of zeros of at least
-    `smallest_hole` bytes are not written as data; with 0 nothing is looked at, and all of the target becomes data.
-    `below`: the target has this backing file and owns nothing yet; what it reads there anyway is left to it.
+    `blank`: the target reads as zero, so the job skips zeros of the source. Runs of zeros of at least `smallest_hole` bytes
+    are not written as data; with 0 there is no search for zeros, and the whole target is allocated. `below`: the backing
+    file of the target, which owns no clusters yet; the job writes only what differs from it.
 
-    `unread`: what lies in a file as it reads is not read, so that nobody looks for zeros in it: "share": where the file
-    system lets both files have the same blocks; "copy": else the system copies it. That needs a source that is open for
-    reading only. On btrfs and xfs sharing makes 1 GiB in 0.01 s that otherwise takes 1.1 and 0.16; where nothing can be
-    shared, on ext4, the system copies it in 0.30 s that otherwise takes 0.16: hence neither is done unasked.
+    `offload`: the operating system copies ranges of the source's file, without a search for zeros: "share": only by sharing
+    blocks of the file system; "copy": also by copying. The source must be open read-only. On btrfs and xfs, sharing 1 GiB
+    takes 0.01 s instead of 1.1 and 0.16; on ext4, which shares nothing, the copy of the operating system takes 0.30 s instead
+    of 0.16: hence the default is neither.
 
-    `parallel`: so many buffers of 2 MiB are read at once, 1 to 16; None: one, or 8 where the source is far away (behind a
-    server) and lets us wait. They are written one after the other, or with `in_order` False in any order and as many at
-    once; None: in order unless the target is far away. With 20 ms for each request 512 MiB take 0.9 s so, and 3.1 one by one.
+    `parallel`: the number of buffers of 2 MiB to read at once, 1 to 16; None: one, or 8 if the source is remote. The job
+    writes them one after the other, or with `in_order` False in any order and as many at once; None: in order unless the
+    target is remote. With 20 ms for each request, 512 MiB take 0.9 s with 8, and 3.1 with one.
 
-    `max_output`: the most bytes of data that are written or copied, whether they are packed then or not; None: as many as
-    the budget of the source allows. Zeros that are left out or made without being written do not count.
+    `max_output`: the most bytes of data that the job writes or copies, before compression; None: the limit of the source's
+    budget. Zeros that are skipped, or that the target makes without a write, do not count.
 
-    Raises LimitExceeded where that is too little; OptionError if the target is too small, or lies in a file that the source
-    lies in; what reading and writing raise; and Cancelled. The target is then of no use.
+    Raises LimitExceeded if there are more; OptionError if the target is too small, or shares a file with the source; the
+    errors of reading and writing; and Cancelled. The content of the target is then undefined.
     """
     refuse_shared(source.node, target.node)
     if target.size < source.size:
@@ -125,8 +126,8 @@ def convert(
             hint="make a target that is large enough",
         )
     # What is compared must be read.
-    reads = not unread or (below is not None and below.image is not None)
-    sharer = None if reads else Sharer(source, target, only_share=unread == "share")
+    reads = not offload or (below is not None and below.image is not None)
+    offloader = None if reads else Offloader(source, target, only_share=offload == "share")
     watch = monitor or Monitor()
     reading = requests_for(source, asked=parallel, name="lamina-convert-read")
     if in_order is None:
@@ -134,8 +135,8 @@ def convert(
     writes = Requests(target, 1, "")
     if not in_order:
         writes = requests_for(target, source.node, asked=parallel, name="lamina-convert-write")
-    output = Output(source.budget.max_output if max_output is None else max_output, source.filename)
-    return _Copy(source, target, blank, smallest_hole, below, sharer, output, watch).run(reading, writes)
+    output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
+    return _Copy(source, target, blank, smallest_hole, below, offloader, output, watch).run(reading, writes)
 
 
 def convert_to_file(
@@ -148,7 +149,7 @@ def convert_to_file(
     backing: str | None = None,
     backing_format: str | None = None,
     references: Policy | None = None,
-    unread: Unread = "",
+    offload: Offload = "",
     compress: bool = False,
     parallel: int | None = None,
     in_order: bool | None = None,
@@ -174,9 +175,9 @@ def convert_to_file(
         given |= {"backing_file": backing, "backing_fmt": backing_format}
     values = kind.creation_schema().parse(given)
     kind.prepare_create(values, path)
-    how: Any = {"smallest_hole": smallest_hole, "unread": unread, "parallel": parallel, "in_order": in_order}
+    how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
     how["max_output"] = max_output
-    below: Below | None = None
+    below: Backing | None = None
     given = {}
     with ExitStack() as stack:
         if backing is not None:
@@ -186,7 +187,7 @@ def convert_to_file(
             image = stack.enter_context(open_image(given["backing"], references=references))
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
-            below = Below(image) if depth is None else Below(depth=depth)
+            below = Backing(image) if depth is None else Backing(depth=depth)
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
         with _open_made(file, format, given, references, compress) as target:
@@ -217,9 +218,9 @@ class _Copy:
         target: Image,
         blank: bool,
         smallest_hole: int,
-        below: Below | None,
-        sharer: Sharer | None,
-        output: Output,
+        below: Backing | None,
+        offloader: Offloader | None,
+        output: OutputLimit,
         watch: Monitor,
     ) -> None:
         self._source = source
@@ -228,15 +229,15 @@ class _Copy:
         self._hole = smallest_hole
         self._granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
         # Of a target that takes whole blocks (one that packs them, say) none is written in two halves.
-        self._block = min(target.alignment, _BUFFER) if sharer is None else 1
+        self._block = min(target.alignment, _BUFFER) if offloader is None else 1
         if below is not None and below.image is not None:
             # What differs is found, and written, in whole clusters of the target.
             self._block = max(self._block, _unit(target))
         if smallest_hole and self._block > 1:
             self._hole, self._granule = max(smallest_hole, self._block), max(self._granule, self._block)
         self._below = below
-        self._sharer = sharer
-        self._places: list[Place] = []
+        self._offloader = offloader
+        self._file_ranges: list[FileRange] = []
         self._output = output
         self._watch = watch
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
@@ -259,7 +260,7 @@ class _Copy:
             # An interrupt that struck the first time finds the second.
             self._end(planning, planner, reading, writing)
         self._watch.update(self._source.size, self._source.size)
-        copied = self._sharer.done if self._sharer else 0
+        copied = self._offloader.done if self._offloader else 0
         return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
 
     def _end(self, planning: Task[None], planner: Workers, reading: Requests, writing: Requests) -> None:
@@ -297,7 +298,7 @@ class _Copy:
             yield batch
 
     def _written(self, batch: _Batch) -> None:
-        self._bytes_read += sum(len(view) for kind, _, view in batch.reads if kind != _BENEATH)
+        self._bytes_read += sum(len(view) for kind, _, view in batch.reads if kind != _IN_BACKING)
         self._bytes_written += sum(len(view) for _, view in batch.writes)
         self._bytes_zeroed += sum(length for _, length in batch.zeros)
         if not batch.last:
@@ -307,7 +308,7 @@ class _Copy:
 
     def _read_all(self, reading: Requests) -> None:
         def begin(batch: _Batch) -> list[Pending]:
-            return [reading.start_read(at, view) for kind, at, view in batch.reads if kind != _BENEATH]
+            return [reading.start_read(at, view) for kind, at, view in batch.reads if kind != _IN_BACKING]
 
         try:
             with closing(in_order(self._batches(), begin, reading.count)) as batches:
@@ -333,9 +334,9 @@ class _Copy:
                     batch, used = self._next(), 0
                 continue
             at = start
-            if kind >= _PLACES and self._sharer is not None:
-                for at in self._sharer.copy(self._places[kind - _PLACES]):
-                    self._output.also(self._sharer.done)
+            if kind >= _FILE_RANGES and self._offloader is not None:
+                for at in self._offloader.copy(self._file_ranges[kind - _FILE_RANGES]):
+                    self._output.set_offloaded(self._offloader.done)
                     batch.end = at
                     yield batch  # so that its progress is told, and a wish to stop is heard
                     batch, used = self._next(), 0
@@ -370,7 +371,7 @@ class _Copy:
         for kind, at, view in batch.reads:
             if base is None or kind == _OVER_ZERO:
                 self._sort(batch, at, view, blank=self._blank or kind == _OVER_ZERO)
-            elif kind == _BENEATH:
+            elif kind == _IN_BACKING:
                 batch.zeros += [(at + lo, hi - lo) for lo, hi in stored(base, at, len(view), self._block)]
             else:
                 for lo, hi in differing(base, at, view, self._block):
@@ -384,8 +385,7 @@ class _Copy:
             batch.zeros += [(at + lo, hi - lo) for lo, hi in between(runs, len(view))]
 
     def _plan(self) -> Iterator[tuple[int, int, int]]:
-        """(kind, start, length) of what must be done, in order: stored bytes are read, or copied from their place, others
-        made zero."""
+        """(kind, start, length) of all that is to be done, in order."""
         compared = self._below is not None and self._below.image is not None
         for exact, there in self._pieces(compared):
             found = exact.align(self._block) if self._block > 1 else exact
@@ -394,7 +394,7 @@ class _Copy:
             # Where the new disk is longer than the source, what a longer backing file has there is hidden.
             for rest in windows(self._target, self._source.size, self._target.size):
                 shown = rest.where(zero=False)
-                kinds = np.full(len(shown), _BENEATH if compared else _ZERO)
+                kinds = np.full(len(shown), _IN_BACKING if compared else _ZERO)
                 yield from stretches(kinds, shown.start, shown.length)
 
     def _pieces(self, compared: bool) -> Iterator[tuple[Extents, Extents | None]]:
@@ -415,26 +415,38 @@ class _Copy:
         if there is not None:
             # What reads as zero there already need not be made so.
             zero = found.where(zero=True).intersect(there.where(zero=False))
-            if self._sharer is None and below is None:
+            if self._offloader is None and below is None:
                 blocks = there.align(_BUFFER)  # so that no read becomes shorter for it
                 over_zero = held.intersect(blocks.where(zero=True))
                 held = held.intersect(blocks.where(zero=False))
         wanted, owned = held.depth < layers, zero.depth < layers
         near: tuple[int, ...] = ()
-        if self._hole and self._sharer is None and below is None:
+        if self._hole and self._offloader is None and below is None:
             near = (_STORED, _OVER_ZERO)
             owned &= _apart(zero, held)
-        self._places = places = self._sharer.places(held, wanted) if self._sharer is not None else []
-        start, length = without(places, held.start[wanted], held.length[wanted])
-        # Each place has a kind of its own, so that it is made one with no neighbour.
+        self._file_ranges = file_ranges = (
+            self._offloader.file_ranges(held, wanted) if self._offloader is not None else []
+        )
+        start, length = without(file_ranges, held.start[wanted], held.length[wanted])
+        # Each file range has a kind of its own, so that it is not joined with a neighbour.
         kinds = (
             np.full(len(start), _STORED),
             np.full(len(over_zero), _OVER_ZERO),
             np.full(np.count_nonzero(owned), _ZERO),
-            np.arange(len(places)) + _PLACES,
+            np.arange(len(file_ranges)) + _FILE_RANGES,
         )
-        starts = (start, over_zero.start, zero.start[owned], np.array([place.start for place in places], np.int64))
-        lengths = (length, over_zero.length, zero.length[owned], np.array([place.length for place in places], np.int64))
+        starts = (
+            start,
+            over_zero.start,
+            zero.start[owned],
+            np.array([file_range.start for file_range in file_ranges], np.int64),
+        )
+        lengths = (
+            length,
+            over_zero.length,
+            zero.length[owned],
+            np.array([file_range.length for file_range in file_ranges], np.int64),
+        )
         return stretches(*map(np.concatenate, (kinds, starts, lengths)), near=near)
 
     def _over_content(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
@@ -446,7 +458,7 @@ class _Copy:
         parts = {
             _COMPARED: mine.intersect(theirs),
             _OVER_ZERO: mine.intersect(there.where(zero=True)),
-            _BENEATH: theirs.intersect(found.where(zero=True)),
+            _IN_BACKING: theirs.intersect(found.where(zero=True)),
         }
         kinds = np.repeat(list(parts), [len(part) for part in parts.values()])
         start = np.concatenate([part.start for part in parts.values()])

@@ -1,8 +1,8 @@
-"""Copy bytes as they are, fast: from a file, a device, a pipe, or storage that is far away to another.
+"""Copy bytes unchanged, fast: between files, devices, pipes and remote storage.
 
-A single thread keeps many requests on their way: reads that were started wait in one line, the writes that came of them in a
-second, both in the order of the disk. So everything before the oldest request that is not done is copied: that is how far a
-copy is, what a journal records once it is flushed, and where the copy goes on after it was interrupted.
+One thread has many requests in flight: started reads are in one queue, the writes of their data in a second, both in the
+order of the disk. So everything before the oldest unfinished request is copied: this is the position of the copy, which the
+journal records after a flush, and from which an interrupted copy is resumed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ..limits import KIB, is_power_of_two
 from ..pending import DONE, Pending
 from ..zeros import stored_parts
 from .copy_ends import PipeSource, Source, Target, on_grid
-from .output import Output
+from .output import OutputLimit
 from .progress import Monitor
 from .requests import NEAR
 
 if TYPE_CHECKING:
     from .copy_journal import Journal
 
-#: Zeros are looked for in blocks of this many bytes, or more where the target's are larger.
+#: The block size of the search for zeros, in bytes; larger if the target's blocks are.
 _GRANULE = 4 * KIB
 #: Seconds between two checkpoints.
 _BETWEEN = 10.0
-#: How often the same stretch is written again because a lost connection took it along.
+#: How often the job writes the same range again after a lost connection.
 _ATTEMPTS = 3
 
 
@@ -124,7 +124,7 @@ class Copy:
         self._granule = max(_GRANULE, target.block)
         # Zeros go through a pipe as any other bytes.
         self._hole = 0 if target.ordered else plan.smallest_hole
-        self._output = Output(plan.max_output, source.name)
+        self._output = OutputLimit(plan.max_output, source.name)
         self._output_durable = 0
         self._flushes = plan.flush or journal is not None or target.forgets
         self._checkpoints = journal is not None or (target.forgets and not piped)
@@ -219,7 +219,7 @@ class Copy:
         if self._flushes:
             self._checkpoint()
 
-    # -- the two lines
+    # -- the two queues
 
     def _buffer(self) -> memoryview:
         return self._free.pop() if self._free else memoryview(bytearray(self._request))

@@ -2,7 +2,8 @@
 
 The promise: everything before the position in a journal was read from the source that the journal names, written to its
 target, and is on stable storage there. Whether the source is still the same cannot be known; its size is compared, and of a
-file that it was not replaced or changed since. A new file is made beside its name (`Partial`) and renamed when it is whole.
+file that it was not replaced or changed since. The job writes a new file under a temporary name
+(`PartialFile`) and renames it when it is complete.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Journal:
             raise BlockIOError.from_os(error, "the copy is whole, but its journal stays", path=self.path) from error
 
 
-class Partial:
+class PartialFile:
     """The file `TARGET.partial` that becomes `target` when it is whole, and stays when it is not. Unlike an `AtomicFile` it
     is found again, by its name: `identity` says that it is the same file."""
 

@@ -1,34 +1,34 @@
-"""The limit of what a job writes: a small file may read as terabytes. Used by `convert` and `copy`."""
+"""The limit of a job's output: a small file may read as terabytes. Used by `convert` and `copy`."""
 
 from __future__ import annotations
 
 from ..errors import LimitExceeded
 
 
-class Output:
-    """Counts bytes of data before they are written, and raises LimitExceeded where they are more than `limit`; None: there is
-    no limit. `source`, for the message: whose data it is. `added`: the bytes so far, for whoever begins again at an earlier
-    place. One thread calls `add`, and one may call `also`."""
+class OutputLimit:
+    """Counts bytes of data before a job writes them, and raises LimitExceeded if they are more than `limit`; None: no limit.
+    `source`: the file name for the message. `added`: the bytes so far; a job that resumes at an earlier offset resets it.
+    One thread calls `add`, and one may call `set_offloaded`."""
 
-    __slots__ = ("_also", "_limit", "_source", "added")
+    __slots__ = ("_limit", "_offloaded", "_source", "added")
 
     def __init__(self, limit: int | None, source: str) -> None:
         self._limit = limit
         self._source = source
-        self.added = self._also = 0
+        self.added = self._offloaded = 0
 
     def add(self, count: int) -> None:
-        """`count` more bytes are to be written."""
+        """The job is about to write `count` more bytes."""
         self.added += count
         self._check()
 
-    def also(self, count: int) -> None:
-        """`count` bytes in all come another way."""
-        self._also = count
+    def set_offloaded(self, count: int) -> None:
+        """The operating system copies `count` bytes in all."""
+        self._offloaded = count
         self._check()
 
     def _check(self) -> None:
-        if self._limit is not None and self.added + self._also > self._limit:
+        if self._limit is not None and self.added + self._offloaded > self._limit:
             raise LimitExceeded(
                 f"it holds more than the {self._limit} bytes of data that may be written",
                 path=self._source,

@@ -1,8 +1,8 @@
-"""How jobs make requests: a bounded number of them under way at once, finished in order.
+"""How jobs make requests: a bounded number in flight, finished in order.
 
-A job starts requests and asks for them later (`lamina.pending`). Storage that pipelines has them on their way from the job's
-own thread. Other storage that is far away gets threads, as soon as calls turn out to wait. What is near is done at once:
-threads would only get in each other's way.
+A job starts requests and waits for them later (`lamina.pending`). Storage that pipelines has them in flight at once, from the
+job's own thread. For other remote storage a pool of threads makes them, as soon as the latency of the first calls shows that
+this pays. Requests to local storage complete at once: more threads would only compete.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..workers import Task, Workers
 if TYPE_CHECKING:
     from ..image import Image
 
-#: Requests at once to storage that is far away; and the most that may be asked for.
+#: The number of requests in flight to remote storage, and the largest number that a caller may choose.
 FAR, MOST = 8, 16
-#: A call that takes so many seconds has waited. (2 MiB from or to a server on this machine take 1 ms, and eight threads are a
-#: quarter slower at that than one. With 20 ms for each request they are four to six times as fast.)
+#: The latency, in seconds, from which a pool pays. (2 MiB from or to a server on the same machine take 1 ms, where eight
+#: threads are a quarter slower than one. With 20 ms for each request they are four to six times as fast.)
 WAITED = 0.004
-#: Stored bytes that lie no further apart than this, in bytes, are read with one request, and the zeros between them are found
-#: again: a request of its own takes longer than so many bytes, from a file as over a network.
+#: Allocated ranges at most so many bytes apart are read with one request, and the search for zeros finds the gaps between
+#: them: a request takes longer than reading so many bytes, from a file as well as over a network.
 NEAR = 16 * KIB
 
 _I = TypeVar("_I")
 
 
 class Requests:
-    """Makes requests to one image, of which a job has `count` under way at once. Where the storage does not pipeline, `count`
-    threads make them once two, one after the other, have waited; if `eager`, from the first on. An error is raised when the
-    request is waited for, and not before. One thread at a time may use it."""
+    """Makes the requests of a job to one image, `count` of them at once. If the storage does not pipeline, a pool of `count`
+    threads makes them after two consecutive calls of high latency; if `eager`, from the first on. `Pending.wait` raises the
+    error of a request, never the method that started it. For use by one thread at a time."""
 
     def __init__(self, image: Image, count: int, name: str, *, eager: bool = False) -> None:
         self.count = count
@@ -59,7 +59,7 @@ class Requests:
         return self._start(self._edge.start_zero, self._edge.zero, offset, length, flags)
 
     def close(self) -> None:
-        """Calls of threads that wait for their turn are given up; returns when none is under way. May be called again."""
+        """Cancel the calls that no thread has begun, and wait for the others. May be called again."""
         for task in tuple(self._tasks):
             task.cancel()
         if self._workers is not None:
@@ -118,8 +118,8 @@ class Failed:
 
 
 def in_order(items: Iterable[_I], begin: Callable[[_I], Sequence[Pending]], count: int) -> Generator[_I, None, None]:
-    """Each item, in their order, when what `begin` started for it is finished; at most `count` items are under way. What a
-    request raises is raised when it is its item's turn."""
+    """Yield each item, in order, when the requests that `begin(item)` started are finished; the requests of at most `count`
+    items are in flight. The error of a request is raised when its item would be yielded."""
     under_way: deque[tuple[_I, Sequence[Pending]]] = deque()
     try:
         for item in items:

@@ -1,5 +1,5 @@
-"""What of a source need not be read to be copied: it lies in a file as it reads, and the system can copy it from there,
-or let the target's file share its blocks. Used by `convert`."""
+"""Copy offloading: the operating system copies ranges of the source's file to the target's file, or lets both files share
+blocks (reflink). Used by `convert`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from ..image import Image
     from ..numeric import NDArray
 
-#: File systems share whole blocks, which are rarely smaller or larger than this.
+#: The usual block size of file systems, which share whole blocks only.
 _BLOCK = 4 * KIB
-#: What is shorter is read and written. For pieces of 64 KiB sharing still takes less time (256 MiB of them: 0.21 s instead of
-#: 0.50 on btrfs, 0.23 instead of 0.24 on xfs), for shorter ones it is the many calls that cost.
+#: The job reads and writes shorter ranges. At 64 KiB, sharing still takes less time (256 MiB: 0.21 s instead of 0.50 on
+#: btrfs, 0.23 instead of 0.24 on xfs); for shorter ranges the system calls dominate.
 _LEAST = 64 * KIB
-#: The most that is copied at once; between two such steps progress is told.
+#: The longest copy of one system call; the job reports progress between two of them.
 _STEP = 64 * MIB
 
 
-class Place(NamedTuple):
-    """`length` bytes from `start` of a disk lie, as they read, at `offset` of `file`."""
+class FileRange(NamedTuple):
+    """The file range of `length` bytes at `start` of a disk: `file` has the same bytes at `offset`."""
 
     start: int
     length: int
@@ -36,9 +36,9 @@ class Place(NamedTuple):
     offset: int
 
 
-class Sharer:
-    """Copies stretches of `source` to the same place of `target` without reading them. With `only_share` only where the
-    blocks become shared. `done`: how many bytes it did. Used by one thread."""
+class Offloader:
+    """Copies ranges of `source` to the same offsets of `target` without reading them; with `only_share` only by sharing
+    blocks. `done`: the bytes copied so far. For use by one thread."""
 
     def __init__(self, source: Image, target: Image, *, only_share: bool) -> None:
         self.done = 0
@@ -46,14 +46,14 @@ class Sharer:
         self._target = target
         self._flags = NO_FALLBACK if only_share else 0
         limits = target.node.limits
-        # Blocks that are merged with others must be in memory: whole clusters only (a format zeroes whole clusters).
+        # Only whole clusters: a format merges parts of a cluster in memory.
         self._unit = math.lcm(limits.zero_alignment, limits.request_alignment, _BLOCK)
-        self._works: dict[HostFile, bool] = {}  # whether the first try did
+        self._works: dict[HostFile, bool] = {}  # whether the first attempt succeeded
 
-    def places(self, found: Extents, wanted: NDArray[np.bool_]) -> list[Place]:
-        """The parts of these extents of the source that are worth a try, in order, in whole units of the target. `wanted`:
-        of which extents at all."""
-        # Where somebody may write to the source, its bytes may lie elsewhere by the time that they are copied.
+    def file_ranges(self, found: Extents, wanted: NDArray[np.bool_]) -> list[FileRange]:
+        """The file ranges of these extents of the source that may be offloaded, in order, in whole units of the target.
+        `wanted`: the extents to consider."""
+        # If another thread may write to the source, its bytes may be moved before the copy.
         if not self._source.read_only or not self._source.node.copyable:
             return []
         if not any(self._works.get(file, True) for file in found.files):
@@ -68,20 +68,21 @@ class Sharer:
         rows = np.flatnonzero(worth)
         columns = (first[rows], length[rows], found.file[rows], offset[rows])
         return [
-            Place(at, n, found.files[file], o) for at, n, file, o in zip(*(c.tolist() for c in columns), strict=True)
+            FileRange(at, n, found.files[file], o)
+            for at, n, file, o in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
-    def copy(self, place: Place) -> Iterator[int]:
-        """Copy it, step by step; yields up to where it is done. It may end before all is, or anything: the rest must be
-        read and written. Raises what writing raises."""
-        at, end = place.start, place.start + place.length
-        if not self._works.get(place.file, True):
+    def copy(self, file_range: FileRange) -> Iterator[int]:
+        """Copy `file_range` step by step, and yield the offset up to which it is copied. The copy may end early, or copy
+        nothing: the caller reads and writes the rest. Raises the errors of a write."""
+        at, end = file_range.start, file_range.start + file_range.length
+        if not self._works.get(file_range.file, True):
             return
         while at < end:
-            # A first try is short: where it is refused, the target has reserved room and given it back.
-            count = min(_STEP, end - at) if place.file in self._works else self._unit
-            works = self._try(at, place.file, place.offset + at - place.start, count)
-            self._works.setdefault(place.file, works)
+            # The first attempt is short: if it is refused, the target allocated clusters in vain.
+            count = min(_STEP, end - at) if file_range.file in self._works else self._unit
+            works = self._try(at, file_range.file, file_range.offset + at - file_range.start, count)
+            self._works.setdefault(file_range.file, works)
             if not works:
                 return
             at += count
@@ -97,13 +98,13 @@ class Sharer:
 
 
 def without(
-    places: list[Place], start: NDArray[np.int64], length: NDArray[np.int64]
+    file_ranges: list[FileRange], start: NDArray[np.int64], length: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What `places` leave of these rows, which are in order: each place lies inside one of them."""
-    if not places:
+    """These rows, in order, without `file_ranges`, each of which is inside one row."""
+    if not file_ranges:
         return start, length
-    low = np.array([place.start for place in places], np.int64)
-    high = low + np.array([place.length for place in places], np.int64)
+    low = np.array([file_range.start for file_range in file_ranges], np.int64)
+    high = low + np.array([file_range.length for file_range in file_ranges], np.int64)
     begin = np.sort(np.concatenate((start, high)))
     end = np.sort(np.concatenate((start + length, low)))
     kept = end > begin
