@@ -56,7 +56,7 @@ class Detection(NamedTuple):
         return self.format in names
 
 
-class Format(NamedTuple):
+class KnownFormat(NamedTuple):
     """One row of the table: what a format is, and whether `head` and `tail` of a file of `size` bytes look like it."""
 
     summary: str
@@ -123,19 +123,19 @@ def _ends(tail: bytes, magic: bytes, distance: int) -> bool:
 
 
 #: Every format that is recognised, whether or not there is a driver for it.
-FORMATS: dict[str, Format] = {
-    "bochs": Format("Bochs redolog", _starts(b"Bochs Virtual HD Image")),
-    "cloop": Format("compressed loop device", _starts(b"#!/bin/sh\n#V2.0 Format")),
-    "dmg": Format("Apple disk image (UDIF)", _is_dmg),
-    "luks": Format("LUKS encrypted volume", _starts(b"LUKS\xba\xbe")),
-    "parallels": Format("Parallels expanding disk", _starts(b"WithoutFreeSpace", b"WithouFreSpacExt")),
-    "qcow": Format("QEMU copy-on-write, version 1", _is_qcow),
-    "qcow2": Format("QEMU copy-on-write, versions 2 and 3", _is_qcow2),
-    "qed": Format("QEMU enhanced disk", _starts(b"QED\0")),
-    "vdi": Format("VirtualBox disk image", _is_vdi),
-    "vhdx": Format("Hyper-V disk, version 2", _starts(b"vhdxfile")),
-    "vmdk": Format("VMware disk", _is_vmdk),
-    "vpc": Format("Virtual PC and Hyper-V disk (VHD)", _is_vpc, aliases=("vhd",)),
+FORMATS: dict[str, KnownFormat] = {
+    "bochs": KnownFormat("Bochs redolog", _starts(b"Bochs Virtual HD Image")),
+    "cloop": KnownFormat("compressed loop device", _starts(b"#!/bin/sh\n#V2.0 Format")),
+    "dmg": KnownFormat("Apple disk image (UDIF)", _is_dmg),
+    "luks": KnownFormat("LUKS encrypted volume", _starts(b"LUKS\xba\xbe")),
+    "parallels": KnownFormat("Parallels expanding disk", _starts(b"WithoutFreeSpace", b"WithouFreSpacExt")),
+    "qcow": KnownFormat("QEMU copy-on-write, version 1", _is_qcow),
+    "qcow2": KnownFormat("QEMU copy-on-write, versions 2 and 3", _is_qcow2),
+    "qed": KnownFormat("QEMU enhanced disk", _starts(b"QED\0")),
+    "vdi": KnownFormat("VirtualBox disk image", _is_vdi),
+    "vhdx": KnownFormat("Hyper-V disk, version 2", _starts(b"vhdxfile")),
+    "vmdk": KnownFormat("VMware disk", _is_vmdk),
+    "vpc": KnownFormat("Virtual PC and Hyper-V disk (VHD)", _is_vpc, aliases=("vhd",)),
 }
 
 _ALIASES = {alias: name for name, row in FORMATS.items() for alias in row.aliases}

@@ -45,6 +45,12 @@ class HostFile(Protocol):
     def filename(self) -> str: ...
 
 
+class HostPath(NamedTuple):
+    """A host file in extents that were pickled: its path. The node itself belongs to the process that opened it."""
+
+    filename: str
+
+
 class Extent(NamedTuple):
     """`length` bytes from `start` with one status. The other fields have the meaning of the columns of `Extents`."""
 
@@ -91,6 +97,18 @@ class Extents:
     file: Int32s  #: index into `files` of the file that stores the bytes unencoded, or -1
     offset: Int64s  #: the offset of the extent in that file, or -1
     files: tuple[HostFile, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled extents have a `HostPath` in place of each node."""
+        files = tuple(HostPath(file.filename) for file in self.files)
+        columns = (self.start, self.length, self.flags, self.depth, self.file, self.offset)
+        return type(self), (self.begin, *columns, files)
+
+    def __copy__(self) -> Extents:
+        return self
+
+    def __deepcopy__(self, _: object) -> Extents:
+        return self
 
     def __post_init__(self) -> None:
         for column in (self.start, self.length, self.flags, self.depth, self.file, self.offset):

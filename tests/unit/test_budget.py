@@ -187,3 +187,14 @@ def test_every_command_that_opens_images_has_the_option(
     assert main([*words, "--limits", f"{member}={enough}"]) == 0
     assert main([*words, "--limits", f"{member}={less}"]) not in (0, 63)
     assert f"{member.replace('-', '_')} in the budget" in capsys.readouterr().err
+
+
+def test_the_layers_below_a_new_image_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = chain(tmp_path, 2)
+    (tmp_path / "source.raw").write_bytes(b"x" * MIB)
+    words = ["convert", "-f", "raw", "-O", "qcow2", "-B", top.name, "-F", "qcow2"]
+    names = [str(tmp_path / "source.raw"), str(tmp_path / "new.qcow2")]
+    assert main([*words, "--limits", "chain-depth=2", *names]) == 0
+    for depth in range(2):
+        assert main([*words, "--limits", f"chain-depth={depth}", *names]) == 1
+        assert f"limit of {depth} files" in capsys.readouterr().err

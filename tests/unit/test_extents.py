@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lamina.errors import OutOfRange
-from lamina.extents import COMPRESSED, DATA, PRESENT, ZERO, Extent, Extents
+from lamina.extents import COMPRESSED, DATA, PRESENT, ZERO, Extent, Extents, HostPath
 from lamina.limits import MAX_SIZE
 
 MIB = 1 << 20
@@ -377,5 +377,13 @@ class TestValues:
         plain = zeros(0, 10)
         assert pickle.loads(pickle.dumps(plain)) == plain
         assert copy.deepcopy(plain) == plain
+        whole = back()
+        sent = pickle.loads(pickle.dumps(whole))
+        assert [one.file for one in sent] == [one.file and HostPath(one.file.filename) for one in whole]
+        assert [one._replace(file=None) for one in sent] == [one._replace(file=None) for one in whole]
+        assert pickle.loads(pickle.dumps(sent)) == sent
+        with pytest.raises(ValueError, match="read-only"):
+            sent.start[0] = 1
+        assert copy.copy(whole).files[0] is copy.deepcopy(whole).files[0] is whole.files[0]
         with pytest.raises(TypeError):
             hash(plain)

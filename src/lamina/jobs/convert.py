@@ -37,6 +37,7 @@ from .windows import pairs, stretches, windows
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..image import Image
+    from ..limits import Budget
     from ..numeric import NDArray
     from ..pending import Pending
 
@@ -163,7 +164,8 @@ def convert_to_file(
 
     With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
     itself built on that file, that is what the layers above it own; else both are read and compared. `compress`: all is
-    stored packed, as far as that is smaller; UnsupportedFeature where the format cannot.
+    stored packed, as far as that is smaller; UnsupportedFeature where the format cannot. The backing file and the new image
+    are opened within the budget of `source` each.
     """
     path = path_in(path)
     refuse_own(source.node, path)
@@ -184,20 +186,20 @@ def convert_to_file(
             # Names inside the target are relative to its directory; what the user named is opened as such.
             name = os.path.join(os.path.dirname(os.path.realpath(path)), values["backing_file"])
             given = {"backing": {"driver": backing_format, "file": {"driver": "file", "filename": name}}}
-            image = stack.enter_context(open_image(given["backing"], references=references))
+            image = stack.enter_context(open_image(given["backing"], references=references, budget=source.budget))
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
-        with _open_made(file, format, given, references, compress) as target:
+        with _open_made(file, format, given, references, source.budget, compress) as target:
             # A device keeps what was on it; a format above it knows what it has written and what it has not.
             blank = backing is None and (not file.is_device or isinstance(target.node, FormatNode))
             return convert(source, target, blank=blank, below=below, monitor=monitor, **how)
 
 
 def _open_made(
-    file: AtomicFile, format: str, options: Mapping[str, Any], references: Policy | None, compress: bool
+    file: AtomicFile, format: str, options: Mapping[str, Any], references: Policy | None, budget: Budget, compress: bool
 ) -> Image:
     """The image that is being made in `file`, for writing."""
     storage = open_new(file)
@@ -205,7 +207,7 @@ def _open_made(
     if compress:
         made = {"driver": "compress", "image": made}
     try:
-        return open_image(made, read_only=False, references=references)
+        return open_image(made, read_only=False, references=references, budget=budget)
     except BaseException:
         storage.close()
         raise
