@@ -16,17 +16,20 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
 from .numeric import ArrayLike, NDArray, np
 
-# Bits of the column `flags`; see `status`.
+# Bits of the column `flags`, and one row as an object; see `status`.
 from .status import COMPRESSED as COMPRESSED
 from .status import DATA as DATA
 from .status import PRESENT as PRESENT
 from .status import ZERO as ZERO
+from .status import Extent as Extent
+from .status import HostFile as HostFile
+from .status import HostPath as HostPath
 
 #: The number of rows that iteration converts to objects at a time: few enough for the CPU cache, and enough to amortise the
 #: cost of a numpy call.
@@ -36,37 +39,6 @@ Int64s: TypeAlias = NDArray[np.int64]
 Int32s: TypeAlias = NDArray[np.int32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Bools: TypeAlias = NDArray[np.bool_]
-
-
-class HostFile(Protocol):
-    """The file to which host offsets refer: a node of the graph. Two are equal if they are the same object."""
-
-    @property
-    def filename(self) -> str: ...
-
-
-class HostPath(NamedTuple):
-    """A host file in extents that were pickled: its path. The node itself belongs to the process that opened it."""
-
-    filename: str
-
-
-class Extent(NamedTuple):
-    """`length` bytes from `start` with one status. The other fields have the meaning of the columns of `Extents`."""
-
-    start: int
-    length: int
-    data: bool = False
-    zero: bool = False
-    present: bool = False
-    depth: int = 0
-    compressed: bool = False
-    file: HostFile | None = None
-    offset: int | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
 
 
 class Totals(NamedTuple):
@@ -101,14 +73,12 @@ class Extents:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled extents have a `HostPath` in place of each node."""
         files = tuple(HostPath(file.filename) for file in self.files)
-        columns = (self.start, self.length, self.flags, self.depth, self.file, self.offset)
-        return type(self), (self.begin, *columns, files)
+        return type(self), (self.begin, self.start, self.length, self.flags, self.depth, self.file, self.offset, files)
 
-    def __copy__(self) -> Extents:
+    def __deepcopy__(self, _: object = None) -> Extents:
         return self
 
-    def __deepcopy__(self, _: object) -> Extents:
-        return self
+    __copy__ = __deepcopy__
 
     def __post_init__(self) -> None:
         for column in (self.start, self.length, self.flags, self.depth, self.file, self.offset):

@@ -277,9 +277,13 @@ def _seconds(text: str) -> float:
 
 
 def _limits(text: str) -> Budget:
-    names = [name.replace("_", "-") for name in Budget._fields]
+    names = [name.replace("_", "-") for name in Budget._fields if name != "max_output"]
     found: dict[str, int] = {}
     for key, value in parse_keyval(text).items():
+        if key == "max-output":
+            raise OptionError(
+                "--limits: the limit of what is written is an option of its own", hint="give --max-output"
+            )
         if key not in names or not isinstance(value, str):
             raise OptionError(f"--limits: there is no limit {key}", hint=f"the limits are {', '.join(names)}")
         found[key.replace("-", "_")] = parse_size(value)
