@@ -1,7 +1,7 @@
-"""New images, in files that appear under their name when they are whole (`atomic_file`): nobody ever sees half of one.
+"""New images, in files that get their name when they are complete (`atomic_file`): no reader ever sees half an image.
 
-Where a file that is there cannot be replaced, or is a block device, the new image is written in place: its first bytes, where
-the headers of all formats lie, are kept back and written last.
+An existing file that cannot be replaced, or a block device, is overwritten in place: the first bytes, which hold the headers
+of all formats, are buffered and written last.
 """
 
 from __future__ import annotations

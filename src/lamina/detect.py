@@ -101,7 +101,7 @@ def _is_vmdk_descriptor(head: bytes) -> bool:
 
 
 def _is_vpc(head: bytes, tail: bytes, size: int | None) -> bool:
-    # The footer is the last sector. Old writers made it a byte short, and who reads whole sectors only finds it where
+    # The footer is the last sector. Old writers made it a byte short, and a reader of whole sectors finds it where
     # the last one starts, even if that one is cut off.
     starts = {_SECTOR, _SECTOR - 1}
     if size:

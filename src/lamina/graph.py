@@ -39,9 +39,9 @@ usual: dict[str, Any] = {}
 class Opener:
     """How the nodes of one graph are opened. Given to every driver's `open`.
 
-    `read_only`: the node is opened for reading. `force_share`: no locks are taken, and others' are ignored. `probe`: where
-    no format is given, it may be found by its magic. `no_references`: nothing that is named inside the image is opened,
-    which is enough to look at its tables. `fd`: a descriptor that is open already; storage takes a copy of it. `name`: what
+    `read_only`: the node is opened for reading. `force_share`: the node takes no file locks and ignores those of others.
+    `probe`: a format that is not given may be detected by its magic. `no_references`: no file that the image names is opened,
+    which suffices to read its tables. `fd`: an open descriptor; the storage duplicates it. `name`: what
     the user calls the node. `trail`: the images above. `taken`, `unshared`: permissions (see `storage.locks`) that the locks
     of files use, and keep from others, besides their own; not those of backing nodes. `policy`: what the user granted, None:
     nothing was said. `probed`: the format that was found by its magic. `budget`: what all images of the graph may cost
@@ -79,8 +79,8 @@ class Opener:
         self._top = True  # what this opens is the top of a graph
 
     def granted(self) -> Policy:
-        """The rule for names inside the image that is opened: what the user gave; else the default, or nothing at all where
-        nobody named the format. (A guest can write any header into its raw disk.)"""
+        """The policy for names inside the image that is opened: that of the user; else the default, or `none` where the
+        format was only detected. (A guest can write any header into its raw disk.)"""
         if self.policy is not None:
             return self.policy
         return Policy.default() if self.probed is None else Policy.probed(self.probed)
@@ -103,7 +103,7 @@ class Opener:
         return other
 
     def for_parts(self, graph: Graph) -> Opener:
-        """The same for nodes that become part of `graph`, which somebody else closes."""
+        """The same for nodes that become part of `graph`, whose roots close them."""
         memory = Memory(self.budget.memory, _kept_bytes(graph))
         return self._but(_top=False, graph=graph, _memory=memory)
 
@@ -210,7 +210,7 @@ class Opener:
         return self._but(trail=trail, read_only=read_only, fd=fd)
 
     def apart(self) -> Opener:
-        """The same for another image: the permissions of this one are not for its files."""
+        """The same for another image: the lock permissions of this image do not apply to its files."""
         return self._but(taken=frozenset(), unshared=frozenset())
 
     def require_depth(self, top: Node) -> None:

@@ -1,6 +1,6 @@
-"""What an image is, and whether it is whole: `info`, `info_chain` and `check`, which users call and commands print.
+"""Descriptions and checks of images: `info`, `info_chain` and `check`, the public functions behind the commands.
 
-None of them opens anything but the image's own file, `info_chain` excepted, and none changes a byte.
+Each opens only the file of the image itself, `info_chain` excepted, and changes no byte.
 """
 
 from __future__ import annotations

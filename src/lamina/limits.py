@@ -103,7 +103,7 @@ class Budget(_Members):
 
 
 class Memory:
-    """The memory that the images of one graph take, against the limit of their budget: `taken` bytes so far."""
+    """Counts the memory of the images of one graph against the limit of their budget: `taken` bytes so far."""
 
     __slots__ = ("_limit", "taken")
 
@@ -123,5 +123,5 @@ class Memory:
         self.taken += count
 
 
-#: The default bounds; strict enough for files that nobody vouches for.
+#: The default budget, strict enough for untrusted files.
 DEFAULT_BUDGET = Budget()

@@ -1,6 +1,6 @@
-"""What a name found inside an image may open.
+"""Policies for references: which files a name inside an image may open.
 
-A backing file's name, a data file's name, a parent locator: each is data that somebody else wrote. It becomes an open
+The name of a backing file, of a data file or of a parent is untrusted data. It becomes an open
 file only here, in `Policy.open_reference`, and only when the policy that the image was opened with grants it. A policy
 judges names, and nothing else: how much the images may cost is the budget's (`limits.py`), and what an image expects
 behind a name is the reference's (`references.py`, which calls this module for every such name).
@@ -77,7 +77,7 @@ class Policy:
 
     @classmethod
     def probed(cls, format: str) -> Policy:
-        """As `none`, for an image whose `format` nobody named: it was found by the image's own magic."""
+        """As `none`, for an image whose `format` the user did not name: Lamina detected it by its magic."""
         return cls("none", probed=format)
 
     @classmethod
@@ -406,7 +406,7 @@ def _site_policy(text: str, source: str) -> Policy:
 
 def _site_file(path: str) -> str | None:
     """What the file says that sets the default of a site: its first line that is neither blank nor a comment. None where it
-    is not there, or is somebody else's."""
+    does not exist, or belongs to another user."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:

@@ -1,7 +1,7 @@
 """References: names that stand inside images, and the files that they lead to, resolved in one place.
 
-A backing file, a data file, an extent, a parent: each is a name that somebody else wrote, with a role, a kind of node that is
-expected there, and a use (read, or read and written). A format says just that, as a `Reference`, and `Opener.reference` gives
+A backing file, a data file, an extent, a parent: each is an untrusted name with a role, an expected kind of node, and a use
+(read, or read and written). A format says just that, as a `Reference`, and `Opener.reference` gives
 it the edge to the opened node, or the error. The policy judges the name (`policy.py`), the budget bounds how deep a chain
 goes, and options of the user win over what the image says. No format opens a file itself.
 """
@@ -32,8 +32,8 @@ class Reference(NamedTuple):
 
     `name` is None where the image names nothing; then only the options of the user can bring a node. `role` is the name of
     the child: "backing", "data-file", "extents.0"; it is also the option by which users name it themselves. `what` is for
-    messages. `kind`: what is expected there: another image, of the `format` that the image says (None: it does not say, and
-    nobody guesses), or plain storage. `writable`: it is written to, where this image is.
+    messages. `kind`: the node that is expected: another image, of the `format` that the image states (None: it states none,
+    and Lamina does not guess), or plain storage. `writable`: the image writes to it, if it is itself open for writing.
     """
 
     name: str | None

@@ -10,9 +10,9 @@ from .results import CheckResult, Finding
 MAX_FINDINGS = 1000
 
 ERROR = "error"  #: the image contradicts itself: data may be wrong, or may be lost by writing
-LEAK = "leak"  #: space is accounted for that nobody uses; harmless
+LEAK = "leak"  #: clusters are counted as allocated, and nothing refers to them; harmless
 UNREADABLE = "unreadable"  #: a part could not be examined
-NOTE = "note"  #: nothing is wrong, and somebody may still be surprised; not counted
+NOTE = "note"  #: correct, but unusual; not counted
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the library answers about an image: frozen, typed records, each with `to_json`.
+"""Results of the library: frozen, typed records, each with `to_json`.
 
 This is the shape of all results that users get: a `NamedTuple` whose fields have names and types of Python, and a method
 `to_json` that gives the same as a dict of JSON types under the names that the commands of this field print. The library makes
@@ -17,7 +17,7 @@ class ImageInfo(NamedTuple):
 
     filename: str = ""
     format: str = ""
-    #: The format was found by its magic, and nobody named it: it is a guess.
+    #: Lamina detected the format by its magic, and the user did not name it: it is a guess.
     format_probed: bool = False
     virtual_size: int | None = None  #: the length of the disk
     actual_size: int | None = None  #: what the file takes up on its device
@@ -59,9 +59,9 @@ class ImageInfo(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One thing that a check found. `kind`: "error" (the image contradicts itself: data may be wrong, or may be lost by
-    writing), "leak" (space is accounted for that nobody uses), "unreadable" (a part could not be examined) or "note" (nothing
-    is wrong, and somebody may still be surprised). `offset`: the byte of the image file that it concerns."""
+    """One result of a check. `kind`: "error" (the image contradicts itself: data may be wrong, or writing may destroy data),
+    "leak" (clusters are counted as allocated, and nothing refers to them), "unreadable" (the check could not read a part) or
+    "note" (correct, but unusual). `offset`: the byte of the image file that the finding concerns."""
 
     kind: str
     message: str

@@ -1,4 +1,4 @@
-"""`lamina check`: hold the structures of an image against one another, changing nothing.
+"""`lamina check`: compare the structures of an image with one another; read-only.
 
 Exit status: 0 clean, 1 the check could not be done or not be finished, 2 errors, 3 leaked clusters only, 63 the format
 has nothing to check. The lines about the result are those that scripts know.
