@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .format import Format
 from .node import MAY_UNMAP, bounded, fill_zero, is_plain, plain
-from .status import ZERO
+from .status import PRESENT, ZERO, Status
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -303,6 +303,36 @@ class FormatNode(Format):
             return _nobody_below(own)
         below = _status_below(self.backing, offset, own.end - offset)
         return bounded(own.clip(offset, below.end).over(below))
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        found: list[Status] = []
+        end = offset + length
+        while offset < end and len(found) < most:
+            flags, run, host, child, _ = self.map(offset, end - offset)
+            if not flags:
+                self._first_below(offset, run, most, found)
+            else:
+                base = None if host < 0 or child is None else child.node.host_base
+                file, place = (None, -1) if base is None else (base[0], base[1] + host)
+                found.append(Status(flags, run, 0, file, place))
+            offset += run
+        return found
+
+    def _first_below(self, offset: int, length: int, most: int, found: list[Status]) -> None:
+        """Append what the layers below answer for a stretch that this layer does not own, up to `most` rows in all."""
+        backing = self.backing
+        if backing is None:
+            found.append(Status(ZERO, length))
+            return
+        end = offset + length
+        inside = min(end, backing.node.size)
+        while offset < end and len(found) < most:
+            if offset >= inside:
+                found.append(Status(ZERO | PRESENT, end - offset, 1))
+                return
+            for flags, run, depth, file, host in backing.first_extents(offset, inside - offset, most - len(found)):
+                found.append(Status(flags, run, depth + 1, file, host))
+                offset += run
 
     def reads_zero(self, offset: int, length: int) -> bool:
         end = offset + length

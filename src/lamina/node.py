@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .graph import Opener
     from .request import Child
     from .root import Graph
+    from .status import Status
 
 #: Flags of `write`, `zero` and `copy_from`.
 FUA = 1  #: the operation returns only when its bytes are on stable storage
@@ -427,6 +428,9 @@ class FilterNode(_OverImage):
 
     def extents(self, offset: int, length: int) -> Extents:
         return self.image.extents(offset, length)
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        return self.image.first_extents(offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.image.reads_zero(offset, length)

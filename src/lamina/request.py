@@ -22,6 +22,7 @@ from .zeros import is_zero
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
+    from .status import Status
 
 #: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
 _BOUNCE = 1 << 20
@@ -193,6 +194,12 @@ class Child(Edge):
 
             return Extents.empty(offset)
         return self.node.extents(offset, length)
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        """The first of these extents in plain Python; see `Node.first_extents`. `length` is not 0."""
+        if length < 1 or offset < 0 or offset + length > self.node.size:
+            self._bound(offset, offset + length, "extents", grows=False)
+        return self.node.first_extents(offset, length, most)
 
     def windows(self, offset: int, length: int) -> Iterator[Extents]:
         """The exact status of all these bytes, one answer after the other."""

@@ -21,6 +21,7 @@ from .request import Child
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
     from .node import Node
+    from .status import Status
 
 _Result = TypeVar("_Result")
 
@@ -211,6 +212,9 @@ class Root:
 
     def extents(self, offset: int, length: int) -> Extents:
         return self._request(self.edge.extents, offset, length)
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        return self._request(self.edge.first_extents, offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self._request(self.edge.reads_zero, offset, length)

@@ -11,6 +11,7 @@ from .request import Child
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
+    from .status import Status
 
 
 class WindowNode(TransformNode):
@@ -69,6 +70,9 @@ class WindowNode(TransformNode):
 
     def extents(self, offset: int, length: int) -> Extents:
         return self.image.extents(self._offset + offset, length).shift(-self._offset)
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        return self.image.first_extents(self._offset + offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.image.reads_zero(self._offset + offset, length)

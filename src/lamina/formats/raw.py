@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..extents import Extents, HostFile
     from ..graph import Opener
+    from ..status import Status
     from ..pending import Pending
     from ..request import Child
 
@@ -163,6 +164,9 @@ class Raw(Format):
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
         return self.file.start_zero_runs(self._offset + offset, length)
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        return self.file.first_extents(self._offset + offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.file.reads_zero(self._offset + offset, length)

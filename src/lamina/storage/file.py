@@ -23,7 +23,9 @@ from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionErro
 from ..limits import MAX_ROWS, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded, fill_zero, plain
 from ..schema import Option, Schema
-from . import aligned, locks, system
+from ..status import DATA, PRESENT, ZERO, Status
+from . import aligned, holes, locks, system
+from .holes import DataRange
 from .opening import open_file, path_of, require_file
 from .system import fallocate as _libc_fallocate
 
@@ -82,6 +84,7 @@ class FileStorage(StorageNode):
         self._block = 1 if self._regular else aligned.logical_block_size(fd)
         # Held while the length of the file changes, so that appending writes and truncations do not overlap.
         self._growing = threading.Lock()
+        self._data_range = DataRange()
         self._missing: set[int] = set()  # modes of fallocate that this file does not support
         self._flush_error: OSError | None = None  # the error of a failed flush
 
@@ -203,6 +206,8 @@ class FileStorage(StorageNode):
                 done = system.discard_device(self._fd, offset, length)
         except OSError as error:
             raise self._failed(error, "discard", offset, length) from error
+        finally:
+            self._data_range.forget()
         if not done:
             raise NotSupported("the file does not support holes", path=self._filename, operation="discard")
 
@@ -247,13 +252,15 @@ class FileStorage(StorageNode):
                     os.ftruncate(self._fd, size)
             except OSError as error:
                 raise self._failed(error, "truncate", length=size) from error
+            finally:
+                self._data_range.forget()
             self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
         from ..extents import DATA, PRESENT, ZERO, Extents
         from ..numeric import np
 
-        edges = np.frombuffer(self._edges(offset, offset + length), np.int64)
+        edges = np.frombuffer(self._boundaries(offset, offset + length), np.int64)
         flags = np.full(len(edges) - 1, ZERO | PRESENT, np.uint8)
         flags[1::2] = DATA | PRESENT
         lengths = np.diff(edges)
@@ -264,10 +271,23 @@ class FileStorage(StorageNode):
         return bounded(found.coalesce())
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        edges = self._edges(offset, offset + length)
+        edges = self._boundaries(offset, offset + length)
         # The first run is a hole, and every second one after it; empty ones are left out.
         runs = [(end - start, not number & 1) for number, (start, end) in enumerate(pairwise(edges)) if end > start]
         return runs[:MAX_ROWS]
+
+    def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        end = offset + length
+        try:
+            begin, stop = self._data_range.find(self._fd, offset, end)
+        except OSError as error:
+            raise self._failed(error, "extents", offset, length) from error
+        rows: list[Status] = []
+        if begin > offset:
+            rows.append(Status(ZERO | PRESENT, begin - offset, 0, self, offset))
+        if begin < end and len(rows) < most:
+            rows.append(Status(DATA | PRESENT, min(stop, end) - begin, 0, self, begin))
+        return rows
 
     def reads_zero(self, offset: int, length: int) -> bool:
         try:
@@ -282,6 +302,7 @@ class FileStorage(StorageNode):
 
     def close(self) -> None:
         self._fd = -1  # first, since the number may be reused as soon as it is closed
+        self._data_range.forget()  # what is known of it is the file's no more
         try:
             next(self._close_fd, None)
         except OSError as error:
@@ -325,6 +346,8 @@ class FileStorage(StorageNode):
             done = 0 if share_only else system.copy(*ranges)
         except OSError as error:
             raise (self if source._fd >= 0 else source)._failed(error, "copy", offset, length) from error
+        finally:
+            self._data_range.forget()  # a shared hole is one here, too
         if not done:
             raise NotSupported("the kernel cannot copy from this source", path=self._filename, operation="copy")
         # The kernel copied a part, so NotSupported is no longer allowed: the rest is copied through a buffer.
@@ -347,6 +370,8 @@ class FileStorage(StorageNode):
             if isinstance(error, LaminaError):
                 raise
             raise self._failed(error, "zero", offset, length) from error
+        finally:
+            self._data_range.forget()
 
     def _grow(self, end: int, operation: Callable[..., None], *arguments: Any) -> None:
         """Run an operation that ends at `end`, past the size, and update the size."""
@@ -372,28 +397,11 @@ class FileStorage(StorageNode):
             raise OSError(number, os.strerror(number))
         return True
 
-    def _edges(self, offset: int, end: int) -> array[int]:
-        """The boundaries of holes and data between `offset` and `end`. The first range, at `offset`, is a hole, which may be
-        empty. The last boundary is `end`, or an earlier offset if the result has the maximum number of rows."""
-        fd, seek, to_data, to_hole = self._fd, os.lseek, os.SEEK_DATA, os.SEEK_HOLE
-        edges = array("q", (offset,))
-        add = edges.append
-        at = offset
+    def _boundaries(self, offset: int, end: int) -> array[int]:
         try:
-            while (at := seek(fd, at, to_data)) < end:
-                add(at)
-                if (at := seek(fd, at, to_hole)) >= end:
-                    break
-                add(at)
-                if len(edges) > MAX_ROWS:
-                    return edges
+            return holes.boundaries(self._fd, offset, end)
         except OSError as error:
-            if error.errno == errno.EINVAL and len(edges) == 1:
-                add(offset)  # the file system has no holes: everything is data
-            elif error.errno != errno.ENXIO:  # ENXIO: a hole up to the end of the file
-                raise self._failed(error, "extents", offset, end - offset) from error
-        add(end)
-        return edges
+            raise self._failed(error, "extents", offset, end - offset) from error
 
     def _failed(
         self, error: OSError, operation: str, offset: int | None = None, length: int | None = None

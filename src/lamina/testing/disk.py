@@ -23,7 +23,7 @@ from ..extents import Extents
 from ..image import Image
 from ..limits import MAX_SIZE
 from ..node import Node
-from .model import Disk, Written, check_disk, check_status, serial_order
+from .model import Disk, Written, check_disk, check_first_extents, check_status, serial_order
 
 #: The settings of every law. A law is inherited by many classes, which hypothesis would otherwise take for a mistake.
 LAW = settings(
@@ -248,6 +248,7 @@ class DiskConformance:
             whole = image.extents(offset, length)
             if length:
                 check_status(whole, offset, content[offset:end])
+                check_first_extents(image.root, whole, data.draw(st.integers(1, 8)))
             cuts = data.draw(st.lists(st.integers(offset, end), max_size=4))
             edges = sorted({offset, *cuts, end})
             pieces = [image.extents(lo, hi - lo) for lo, hi in pairwise(edges)]

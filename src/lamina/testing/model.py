@@ -15,6 +15,7 @@ from ..request import Child
 if TYPE_CHECKING:
     from ..extents import Extents
     from ..image import Image
+    from ..root import Root
 
 
 class Disk:
@@ -91,13 +92,35 @@ def read_host(file: object, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
+def check_first_extents(edge: Child | Root, whole: Extents, most: int) -> None:
+    """Assert that `Node.first_extents`, asked from the beginning of `whole` to its end for `most` rows at a time, says what
+    `whole`, an answer of `Node.extents`, does."""
+    from ..extents import Extent, Extents
+    from ..status import COMPRESSED, DATA, PRESENT, ZERO
+
+    rows, at = [], whole.begin
+    while at < whole.end:
+        few = edge.first_extents(at, whole.end - at, most)
+        assert 1 <= len(few) <= most, f"{len(few)} rows, and at most {most} were asked for"
+        for flags, length, depth, file, offset in few:
+            assert length > 0
+            data, zero, present, compressed = (bool(flags & bit) for bit in (DATA, ZERO, PRESENT, COMPRESSED))
+            host = None if file is None else offset
+            rows.append(Extent(at, length, data, zero, present, depth, compressed, file, host))
+            at += length
+    if rows:
+        assert Extents.from_extents(rows).coalesce() == whole
+
+
 def check_disk(image: Image, disk: Disk) -> bytes:
     """Assert that all bytes of `image` are those of `disk`, and that its status agrees with them. Returns them."""
     assert image.size == len(disk)
     content = image.read(0, image.size)
     wrong = disk.wrong(0, content)
     assert wrong is None, f"byte {wrong} is {content[wrong]}, and was {disk.bytes[wrong]}"
-    check_status(image.extents(), 0, content)
+    status = image.extents()
+    check_status(status, 0, content)
+    check_first_extents(image.root, status, 3)
     return content
 
 

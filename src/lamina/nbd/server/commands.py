@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...errors import BlockIOError, LaminaError, NotSupported
 from ...limits import GIB, KIB, MIB, align_down
 from .. import wire
+from .contexts import CONTEXTS, Context
 from .export import MAX_EXTENTS
 from .transmission import PART, REFUSED, Request, Transmission
 
@@ -63,6 +64,14 @@ class Commands:
         self._slab = memoryview(bytearray(room))
         self._contexts = dict(agreed.contexts)
         self._part_failed: tuple[int, str] | None = None
+        #: The context, where there is one and no more, with its number.
+        self._only: tuple[int, Context] | None = None
+        if len(agreed.contexts) == 1 and agreed.contexts[0][1] in CONTEXTS:
+            self._only = agreed.contexts[0][0], CONTEXTS[agreed.contexts[0][1]]
+        #: Where the last extent that was told alone ended, and its status.
+        self._last_extent = (-1, 0)
+        #: How many of the requests that `answer` did last were BLOCK_STATUS, and how many seconds these took.
+        self.status_requests, self.status_time = 0, 0.0
 
     def for_one(self, request: Request, send: Callable[[list[Buffer]], object]) -> Commands:
         """The same for another thread, with room for this request. READ: at most SLAB bytes, and then nothing that is sent is
@@ -91,8 +100,9 @@ class Commands:
         session, read_into, slab = self._session, self._export.read_into, self._slab
         data, structured, is_zero = session.data, session.structured, _ZEROS.startswith
         room = len(slab)
-        write, done = self._export.write, session.done
-        used = reads = amount = writes = written = 0
+        write, done, clock = self._export.write, session.done, time.monotonic
+        used = reads = amount = writes = written = status_requests = answered = 0
+        status_time = 0.0
         for request in requests:
             kind, flags, _, offset, length, _ = request
             if kind == wire.CMD_READ and 0 < length <= _LOOK and not flags:
@@ -124,15 +134,61 @@ class Commands:
                 written += length
                 out += done(request)
                 continue
+            if kind == wire.CMD_BLOCK_STATUS:
+                begun = clock()
+                try:
+                    found = self._status_of_few(request)
+                except Exception as error:  # noqa: BLE001 - as above
+                    found = self._failed(request, error)
+                took = clock() - begun
+                self._connection.status_speed.took(took)
+                status_requests += 1
+                status_time += took
+                if found is not None:
+                    answered += 1
+                    out += found
+                    continue
+                if out:
+                    self._send(out)
+                    out, used = [], 0
+                begun = clock()
+                out += self._perform(request)
+                status_time += clock() - begun
+                continue
             if out:
                 self._send(out)  # what follows may take long, or use the slab
                 out, used = [], 0
             out += self._perform(request)
+        self.status_requests, self.status_time = status_requests, status_time
+        if answered:
+            self._count(BLOCK_STATUS=answered)
         if reads:
             self._count(READ=reads, bytes_read=amount)
         if writes:
             self._count(WRITE=writes, bytes_written=written)
         return out
+
+    def _status_of_few(self, request: Request) -> list[Buffer] | None:
+        """The answer to BLOCK_STATUS where a few extents are enough; else None."""
+        if self._only is not None and request.flags & wire.CMD_FLAG_REQ_ONE and request.payload is None:
+            number, context = self._only
+            found = self._export.status_of_first(context, request.offset, request.length)
+            # Who goes on where the last extent ended and would be told the same again is told of longer ones.
+            if found is not None and self._last_extent != (request.offset, found[1]):
+                self._last_extent = request.offset + found[0], found[1]
+                return self._session.status_of_one(request, number, *found)
+        chosen = request.payload or self._contexts
+        session, contexts = self._session, self._contexts
+        answers = self._export.status_of_few(
+            [contexts[number] for number in chosen],
+            request.offset,
+            request.length,
+            one=bool(request.flags & wire.CMD_FLAG_REQ_ONE),
+            wide=session.extended,
+        )
+        if answers is None:
+            return None
+        return session.status(request, [(number, *answer) for number, answer in zip(chosen, answers, strict=True)])
 
     def _too_late(self, request: Request) -> list[Buffer]:
         if request.type == wire.CMD_DISC or (request.type == PART and not request.payload[2]):
@@ -257,7 +313,7 @@ class Commands:
 
     def _block_status(self, request: Request) -> list[Buffer]:
         chosen = request.payload or tuple(self._contexts)
-        answers = self._export.status(
+        answers = self._export.status_of_many(
             [self._contexts[number] for number in chosen],
             request.offset,
             request.length,

@@ -34,7 +34,7 @@ from .. import wire
 from .commands import SLAB, STEP, STEPPED, Commands
 from .loop import Loop
 from .negotiation import Agreed, Negotiation, Phase
-from .pool import Memory, Pace
+from .pool import Memory, Pace, Speed
 from .transmission import PART, REFUSED, ROOM, Request, Transmission
 from .waits import Waits
 
@@ -109,6 +109,8 @@ class Connection:
         self._admitted = admitted
         self._pace_of, self._loop = pace, loop
         self._pace = Pace()
+        #: Of this client's questions for status alone: they say nothing of how fast others read.
+        self.status_speed = Speed(0.0)
         self._negotiation: Negotiation | None = None
         self.draining = False
         #: Requests that are done in steps end before the next one.
@@ -300,18 +302,23 @@ class Connection:
     def _answer(self, session: Transmission, commands: Commands, requests: list[Request]) -> list[Request]:
         """See to it that these are answered: here and now while storage is quick, else in the pool. What was received
         meanwhile is returned, to be answered next."""
-        if self._pace.slow:
+        first = requests[0]
+        asks = first.type == wire.CMD_BLOCK_STATUS and len(requests) == 1
+        if self.status_speed.slow if asks else self._pace.slow:
             self._answer_in_pool(commands, requests)
             return []
-        # Long requests are spent in the system, side by side: only short ones meet at every call.
-        turn, alone = self._loop.turn.take() if requests[0].length < _LONG else (None, True)
+        # Long requests are spent in the system, side by side: only short ones meet at every call. A question for status may
+        # take long, whatever its length: nobody waits for it.
+        turn, alone = (None, True) if asks or first.length >= _LONG else self._loop.turn.take()
         begun = time.monotonic()
         try:
             answer = commands.answer(requests)
         finally:
             if turn is not None:
                 turn.release()  # before it is sent: the next one wakes up meanwhile
-        self._pace.took((time.monotonic() - begun) / len(requests))
+        others = len(requests) - commands.status_requests
+        if others:
+            self._pace.took((time.monotonic() - begun - commands.status_time) / others)
         if answer:
             self._send(answer)
         if alone or session.finished or self.channel.secure or not self._pool_is_empty():
@@ -330,6 +337,9 @@ class Connection:
             self._sender = threading.Thread(target=self._send_all, name="nbd-answers", daemon=True)
             self._sender.start()
         for request in requests:
+            if request.type == wire.CMD_BLOCK_STATUS and not self.status_speed.slow:
+                self._answer_here(commands, request)
+                continue
             long = request.type == wire.CMD_READ and request.length > SLAB
             if long or request.type in (PART, REFUSED, wire.CMD_DISC):
                 self._answer_here(commands, request)
@@ -369,7 +379,8 @@ class Connection:
         try:
             answer += commands.for_one(request, answer.extend).answer([request])
         finally:
-            self._pace.took(time.monotonic() - begun)
+            if request.type != wire.CMD_BLOCK_STATUS:
+                self._pace.took(time.monotonic() - begun)
             self._answers.put((answer, cost))
 
     def _long_one(self, commands: Commands, request: Request, cost: int) -> None:

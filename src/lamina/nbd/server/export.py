@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import BlockIOError, ReadOnly
 from ...image import Image
@@ -18,15 +18,15 @@ from ...limits import MIB, align_down, align_up, is_power_of_two
 from ...node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
 from ...zeros import is_zero
 from .. import wire
+from .contexts import CONTEXTS, DIRTY, Context, dirty_extents, pack, pack_columns
 
 if TYPE_CHECKING:
     from ...bitmap import DirtyBitmap
     from ...extents import Extents
-    from ...numeric import NDArray
     from ...root import Root
 
-    Columns = tuple[NDArray[Any], NDArray[Any]]
-
+#: Extents of the image that a small question looks at: first so many, of one that wants the first extent alone, then more.
+_FEW = (2, 16)
 #: Extents of one context in one answer: what QEMU gives, too.
 MAX_EXTENTS = 1 << 17
 #: The first stretch that is looked at, in bytes; it grows. A client that wants one extent usually goes on with the next.
@@ -189,9 +189,53 @@ class Export:
     ) -> list[tuple[int, bytes]]:
         """For each context in `names`, how many extents from `offset` on are told, and they, packed as `wire.EXTENT` (`wide`:
         `wire.EXTENT_EXT`). At least one, at most MAX_EXTENTS, only the first if `one`; together never past the request."""
-        from ...numeric import np
+        return self.status_of_few(names, offset, length, one=one, wide=wide) or self.status_of_many(
+            names, offset, length, one=one, wide=wide
+        )
 
-        found: dict[str, list[Columns]] = {name: [] for name in names}
+    def status_of_first(self, context: Context, offset: int, length: int) -> tuple[int, int] | None:
+        """(length, status) in one context of the first extent, or of a part of it. As `status_of_few`, and quicker."""
+        if offset + length > self._end:
+            return None
+        ((flags, size, depth, _, _),) = self.root.first_extents(offset, length, 1)
+        if (offset | size) & (self.minimum - 1):
+            return None
+        return size, context.status(flags, depth)
+
+    def status_of_few(
+        self, names: Sequence[str], offset: int, length: int, *, one: bool, wide: bool
+    ) -> list[tuple[int, bytes]] | None:
+        """As `status`, in plain Python and some microseconds, where a few extents of the image are the answer and need no
+        rounding; else None."""
+        end, mask = offset + length, self.minimum - 1
+        if end > self._end or (offset | length) & mask:
+            return None
+        first_extents = self.root.first_extents
+        for most in _FEW if one else _FEW[-1:]:
+            rows = first_extents(offset, length, most)
+            at = offset + sum([row[1] for row in rows])
+            while at < end and len(rows) < most:
+                more = first_extents(at, end - at, most - len(rows))
+                at += sum([row[1] for row in more])
+                rows += more
+            answers = []
+            for name in names:
+                context = CONTEXTS.get(name)
+                found = None if context is None else context.few(rows, length, mask, one=one)
+                if found is None:
+                    break
+                answers.append((len(found) // 2, pack(found, wide=wide)))
+            else:
+                return answers
+        return None
+
+    def status_of_many(
+        self, names: Sequence[str], offset: int, length: int, *, one: bool, wide: bool
+    ) -> list[tuple[int, bytes]]:
+        """As `status`, from columns: these take longer to begin with, and then less for each extent."""
+        from ...extents import Extents
+
+        found: dict[str, list[Extents]] = {name: [] for name in names}
         end = offset + length
         begin, stop = align_down(offset, self.minimum), align_up(end, self.minimum)
         window = _FIRST_OF_ONE if one else _FIRST
@@ -208,23 +252,22 @@ class Export:
                     exact = (self._served or self.image).extents(at, self._inside(at, self.minimum))
                 exact = exact.clip(at, upto)
             for name in names:
-                found[name].append(self._runs(name, exact, at, upto))
+                found[name].append(self._in_context(name, exact, at, upto))
             at = upto
             window *= 4
             if one:
-                found = {name: [_joined(pieces)] for name, pieces in found.items()}
-                enough = all(len(pieces[0][0]) > 1 for pieces in found.values())
+                found = {name: [Extents.concat(pieces).coalesce()] for name, pieces in found.items()}
+                enough = all(len(pieces[0]) > 1 for pieces in found.values())
             else:
-                enough = max(sum(len(lengths) for lengths, _ in pieces) for pieces in found.values()) > MAX_EXTENTS
+                enough = max(sum(map(len, pieces)) for pieces in found.values()) > MAX_EXTENTS
             if enough or time.monotonic() > deadline:
                 break
-        kind = ">u8" if wide else ">u4"
         answers = []
+        most = 1 if one else MAX_EXTENTS
         for name in names:
-            lengths, values = _clipped(*_joined(found[name]), begin, offset, end)
-            most = 1 if one else MAX_EXTENTS
-            table = np.column_stack((lengths[:most], values[:most])).astype(kind)
-            answers.append((len(table), table.tobytes()))
+            told = Extents.concat(found[name]).coalesce().clip(offset, end)
+            numbers = CONTEXTS.get(name, DIRTY).answers(told)[:most]
+            answers.append((len(numbers), pack_columns(told.length[:most], numbers, wide=wide)))
         return answers
 
     def _exact(self, begin: int, end: int) -> Extents | None:
@@ -232,75 +275,19 @@ class Export:
         inside = self._inside(begin, end - begin)
         return self.root.extents(begin, inside) if inside else None
 
-    def _runs(self, name: str, exact: Extents | None, begin: int, end: int) -> Columns:
-        """(lengths, values) of the context `name` from `begin` to `end`; neighbours may be equal."""
-        from ...numeric import np
+    def _in_context(self, name: str, exact: Extents | None, begin: int, end: int) -> Extents:
+        """What the context `name` tells of [begin, end), rounded unless it is exact."""
+        from ...extents import Extents
 
         bitmap = self._bitmaps.get(name)
         if bitmap is not None:
-            return self._dirty(bitmap, begin, end)
+            return DIRTY.reduce(dirty_extents(bitmap, begin, end).align(self.minimum, end))
         if exact is None:
-            return np.array([end - begin]), np.array([wire.STATE_ZERO | wire.STATE_HOLE])
-        if name == wire.EXACT:
-            lengths, values = exact.length, _exact_values(exact)
-            if end > exact.end:
-                lengths = np.append(lengths, end - exact.end)
-                values = np.append(values, wire.EXACT_HOLE | wire.EXACT_ZERO)
-            return lengths, values
-        rounded = exact.align(self.minimum, end)
-        if name == wire.ALLOCATION_DEPTH:
-            return rounded.length, np.where(rounded.present, rounded.depth + 1, 0)
-        return rounded.length, np.where(rounded.data, 0, wire.STATE_HOLE) | np.where(rounded.zero, wire.STATE_ZERO, 0)
-
-    def _dirty(self, bitmap: DirtyBitmap, begin: int, end: int) -> Columns:
-        from ...numeric import np
-
-        edges, values, at = [begin], [], begin
-        for start, stop in bitmap.dirty(begin, end):
-            # A block is dirty if any part of it is.
-            start, stop = max(align_down(start, self.minimum), at), min(align_up(stop, self.minimum), end)
-            if start > at:
-                edges.append(start)
-                values.append(0)
-            if stop > start:
-                edges.append(stop)
-                values.append(wire.STATE_DIRTY)
-            at = max(at, stop)
-        if at < end:
-            edges.append(end)
-            values.append(0)
-        return np.diff(np.array(edges, np.int64)), np.array(values, np.int64)
-
-
-def _exact_values(exact: Extents) -> NDArray[Any]:
-    from ...numeric import np
-
-    values = exact.depth.astype(np.int64) << wire.EXACT_DEPTH_SHIFT & 0xFFFFFFFF
-    for mask, bit in (
-        (~exact.data, wire.EXACT_HOLE),
-        (exact.zero, wire.EXACT_ZERO),
-        (exact.present, wire.EXACT_PRESENT),
-        (exact.compressed, wire.EXACT_COMPRESSED),
-    ):
-        values |= np.where(mask, bit, 0)
-    return values
-
-
-def _joined(pieces: list[Columns]) -> Columns:
-    """The pieces, one after the other, with equal neighbours made one."""
-    from ...numeric import np
-
-    lengths = np.concatenate([piece[0] for piece in pieces]).astype(np.int64)
-    values = np.concatenate([piece[1] for piece in pieces]).astype(np.int64)
-    heads = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
-    return np.add.reduceat(lengths, heads), values[heads]
-
-
-def _clipped(lengths: NDArray[Any], values: NDArray[Any], begin: int, first: int, last: int) -> Columns:
-    """The part from `first` to `last` of extents that start at `begin`."""
-    from ...numeric import np
-
-    edges = np.clip(np.concatenate(([begin], begin + np.cumsum(lengths))), first, last)
-    lengths = np.diff(edges)
-    keep = lengths > 0
-    return lengths[keep], values[keep]
+            found = Extents.single(begin, end - begin, zero=True)
+        elif name != wire.EXACT:
+            found = exact.align(self.minimum, end)
+        elif end > exact.end:
+            found = Extents.concat([exact, Extents.single(exact.end, end - exact.end, zero=True)])
+        else:
+            found = exact
+        return CONTEXTS[name].reduce(found)

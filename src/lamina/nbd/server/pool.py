@@ -15,22 +15,12 @@ POOL: Final = 32
 _Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
-class Pace:
-    """How fast the storage of an export is, and the threads that execute its requests while it is slow. For all its clients;
-    storage that stands still holds up nobody else's. `mean`: seconds that a request took of late; what nobody has asked yet
-    counts as slow.
+class Speed:
+    """How long requests took of late: `mean`, in seconds. Any thread may call this; where two race, one request more or less
+    counts."""
 
-    The threads end with the program, whatever they do then: one that storage never answers must not keep a server from
-    ending. (Those of `concurrent.futures` are waited for.)
-    """
-
-    def __init__(self) -> None:
-        self.mean = 2 * SLOW
-        self._mutex = threading.Lock()
-        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._threads = 0
-        self._closed = False
+    def __init__(self, mean: float) -> None:
+        self.mean = mean
 
     @property
     def slow(self) -> bool:
@@ -39,6 +29,23 @@ class Pace:
     def took(self, seconds: float) -> None:
         """A request took so long."""
         self.mean += (seconds - self.mean) / 8
+
+
+class Pace(Speed):
+    """How fast the storage of an export reads and writes, and the threads that execute its requests while it is slow. For all
+    its clients; storage that stands still holds up nobody else's. What nobody has asked yet counts as slow.
+
+    The threads end with the program, whatever they do then: one that storage never answers must not keep a server from
+    ending. (Those of `concurrent.futures` are waited for.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2 * SLOW)
+        self._mutex = threading.Lock()
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads = 0
+        self._closed = False
 
     def submit(self, execute: Callable[..., None], *arguments: object) -> None:
         """Call it in one of the threads. RuntimeError after `close`, or when no thread can be started; then it is not
