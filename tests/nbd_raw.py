@@ -193,10 +193,10 @@ class Raw:
         elif option == wire.OPT_SET_META_CONTEXT:
             self.contexts = {data[4:].decode(): int.from_bytes(data[:4]) for _, data in replies[:-1]}
         elif option in (wire.OPT_GO, wire.OPT_INFO):
-            facts = items(replies)
-            self.size, self.flags = struct.unpack(">QH", facts[wire.INFO_EXPORT])
-            if wire.INFO_BLOCK_SIZE in facts:
-                self.minimum = struct.unpack(">III", facts[wire.INFO_BLOCK_SIZE])[0]
+            details = items(replies)
+            self.size, self.flags = struct.unpack(">QH", details[wire.INFO_EXPORT])
+            if wire.INFO_BLOCK_SIZE in details:
+                self.minimum = struct.unpack(">III", details[wire.INFO_BLOCK_SIZE])[0]
 
     def begin(
         self, name: str, mode: str = "structured", contexts: Sequence[str] = (), *, block_sizes: bool = True

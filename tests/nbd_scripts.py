@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 
 from lamina.nbd import wire
-from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.details import ExportDetails, HandshakeOptions, Mode
 from lamina.nbd.client.negotiation import Negotiation, Task
 from lamina.nbd.client.transmission import Request, Transmission
 
@@ -62,9 +62,11 @@ STRUCTURED = (
 GO = option(wire.OPT_GO)
 
 
-def negotiate(script: bytes, wish: Wish | None = None, task: Task = "enter", *, step: int = 1 << 30) -> Negotiation:
+def negotiate(
+    script: bytes, wanted: HandshakeOptions | None = None, task: Task = "enter", *, step: int = 1 << 30
+) -> Negotiation:
     """A negotiation that heard all of `script`, or as much as it wants; Cut if it wants more."""
-    machine = Negotiation(wish or Wish("x"), task, all_exports=task == "describe" and wish is None)
+    machine = Negotiation(wanted or HandshakeOptions("x"), task, all_exports=task == "describe" and wanted is None)
     at = 0
     while not machine.done:
         if machine.wants_tls:
@@ -81,9 +83,11 @@ def negotiate(script: bytes, wish: Wish | None = None, task: Task = "enter", *, 
     return machine
 
 
-def facts(mode: Mode = "structured", **fields: object) -> Facts:
+def details(mode: Mode = "structured", **fields: object) -> ExportDetails:
     """What was agreed, for a transmission."""
-    known = Facts("x", SIZE, ALL_FLAGS, mode, "newstyle-fixed", False, contexts={"base:allocation": 1, "x:y": 7})
+    known = ExportDetails(
+        "x", SIZE, ALL_FLAGS, mode, "newstyle-fixed", False, contexts={"base:allocation": 1, "x:y": 7}
+    )
     return known._replace(**fields)  # type: ignore[arg-type]
 
 
@@ -163,7 +167,7 @@ def status(offset: int, length: int, flags: int = 0) -> Request:
     return Request(wire.CMD_BLOCK_STATUS, offset, length, flags)
 
 
-def transmit(known: Facts, requests: Sequence[Request], script: bytes, *, step: int = 1 << 30) -> Transmission:
+def transmit(known: ExportDetails, requests: Sequence[Request], script: bytes, *, step: int = 1 << 30) -> Transmission:
     """A transmission in which `requests` were started (with the cookies 1, 2, ...) and that heard `script`."""
     machine = Transmission(known)
     for request in requests:

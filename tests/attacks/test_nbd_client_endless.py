@@ -22,7 +22,7 @@ from lamina.nbd.inspect import inspect, list_exports
 
 from ..nbd_fake_server import CHUNKS, Asked, Behave, Serve, exactly, requests, shake, starting
 from ..nbd_scripts import SIZE, context, export, greeting, info_export, option, refusal, simple, status, transmit
-from ..nbd_scripts import facts as agreed
+from ..nbd_scripts import details as agreed
 
 
 @pytest.fixture

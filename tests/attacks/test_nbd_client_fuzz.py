@@ -17,7 +17,7 @@ from pathlib import Path
 from lamina.errors import LaminaError
 from lamina.nbd import wire as w
 from lamina.nbd.client import Client
-from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.details import ExportDetails, HandshakeOptions, Mode
 from lamina.nbd.client.negotiation import Negotiation, Task
 from lamina.nbd.client.transmission import Request, Transmission
 
@@ -27,8 +27,8 @@ from ..nbd_scripts import (
     SIZE,
     Chunks,
     context,
+    details,
     export,
-    facts,
     greeting,
     info_export,
     info_sizes,
@@ -58,7 +58,7 @@ class Grammar:
         rng = self.rng
         return rng.choice((b"", b"x", b"base:allocation", b"\x1b[2J", b"\xff\0", b"%n" * 50, rng.randbytes(5000)))
 
-    def handshake(self, task: Task, wish: Wish) -> list[bytes]:
+    def handshake(self, task: Task, wanted: HandshakeOptions) -> list[bytes]:
         """A greeting, and answers to what a client with this task asks."""
         rng = self.rng
         if rng.random() < 0.05:
@@ -66,11 +66,11 @@ class Grammar:
         parts = [greeting(rng.choice((3, 3, 3, 1, 2, 0)))]
         if task == "list":
             return [*parts, *self.listing()]
-        extended = wish.extended and rng.random() < 0.5
-        if wish.extended:
+        extended = wanted.extended and rng.random() < 0.5
+        if wanted.extended:
             parts.append(option(11) if extended else self.refusal(11))
-        structured = not extended and wish.structured and rng.random() < 0.8
-        if wish.structured and not extended:
+        structured = not extended and wanted.structured and rng.random() < 0.8
+        if wanted.structured and not extended:
             parts.append(option(8) if structured else self.refusal(8))
         if task == "describe":
             parts += self.listing()
@@ -238,22 +238,22 @@ def test_nonsense_for_the_machines(seed: int) -> None:
     while grammar.count < MESSAGES:
         task = rng.choice(_TASKS)
         modes = rng.choice(((True, True), (True, False), (False, False)))
-        wish = Wish("x", rng.choice(("off", "off", "allow")), structured=modes[0], extended=modes[1])
-        script = grammar.mutated(grammar.handshake(task, wish if wish.tls == "off" else Wish("x")))
-        machine = Negotiation(wish, task, all_exports=True)
+        wanted = HandshakeOptions("x", rng.choice(("off", "off", "allow")), structured=modes[0], extended=modes[1])
+        script = grammar.mutated(grammar.handshake(task, wanted if wanted.tls == "off" else HandshakeOptions("x")))
+        machine = Negotiation(wanted, task, all_exports=True)
         error = hear(machine, script, rng)
         assert error is None or (error.isprintable() and len(error) < 2000)
         ended["refused"] += error is not None
         if machine.done:
             ended["agreed"] += 1
             assert machine.result is not None
-            for one in (machine.result,) if isinstance(machine.result, Facts) else machine.result:
-                told = one if isinstance(one, Facts) else one.facts
+            for one in (machine.result,) if isinstance(machine.result, ExportDetails) else machine.result:
+                told = one if isinstance(one, ExportDetails) else one.details
                 assert told is None or 0 <= told.size < 1 << 63
         mode = rng.choice(_MODES)
         # Without contexts, as with simple replies, nobody asks for block status.
         requests = [one for one in asked(rng) if mode != "simple" or one.command != w.CMD_BLOCK_STATUS]
-        known = facts(mode, contexts={}) if mode == "simple" else facts(mode)
+        known = details(mode, contexts={}) if mode == "simple" else details(mode)
         heard = Transmission(known)
         rooms = {}
         for request in requests:

@@ -123,8 +123,8 @@ def test_qemu_nbd(qemu: Qemu, run: Run, disk: Path, at: Path, structured: bool) 
             Client.connect(uri(at, "other"))
     assert list_exports(uri(at)) == [("disk", "a disk")]
     (found,) = inspect(uri(at), exports=True, content=True)
-    assert found.facts is not None
-    assert found.facts.available == ("base:allocation",)
+    assert found.details is not None
+    assert found.details.available == ("base:allocation",)
     assert found.as_dict()["export-size"] == SIZE
     with pytest.raises(NotFound, match='no export "nope"'):
         Client.connect(uri(at, "nope"))
@@ -196,8 +196,8 @@ def test_nbdkit_file(run: Run, disk: Path, at: Path, case: str) -> None:
         # nbdkit 1.32 announces FUA, FLUSH, TRIM and WRITE_ZEROES over oldstyle, and refuses them.
         exercise(client, bytearray(disk.read_bytes()), plain=case == "oldstyle")
     (found,) = inspect(uri(at))
-    assert found.facts is not None
-    assert (found.facts.size, found.facts.handshake) == (SIZE, handshake)
+    assert found.details is not None
+    assert (found.details.size, found.details.handshake) == (SIZE, handshake)
 
 
 def test_nbdkit_memory_under_the_image(run: Run, at: Path) -> None:
@@ -258,7 +258,7 @@ def test_nbdkit_takes_only_so_much(run: Run, disk: Path, at: Path) -> None:
     policy = ("blocksize-minimum=512", "blocksize-maximum=65536", "blocksize-error-policy=error")
     run(program("nbdkit"), "-f", "-U", at, "--filter=blocksize-policy", "file", disk, *policy, ready=at)
     with Client.connect(uri(at)) as client:
-        assert (client.max_transfer, client.facts.maximum_told) == (65536, 65536)
+        assert (client.max_transfer, client.details.maximum_told) == (65536, 65536)
         pattern = bytes(range(256)) * (SIZE // 256)
         client.write(0, pattern)
         assert client.read(0, SIZE) == pattern

@@ -74,8 +74,8 @@ def test_qemu_reads_all_that_is_there(
 ) -> None:
     caplog.set_level(logging.INFO, "lamina.nbd")
     disk, uri = house.disks[name], house.uri(name, transport)
-    facts = json.loads(qemu.img("info", "--output=json", uri).stdout)
-    assert facts["virtual-size"] == len(disk.seen())
+    details = json.loads(qemu.img("info", "--output=json", uri).stdout)
+    assert details["virtual-size"] == len(disk.seen())
     rows = qemu.map(uri, "raw")
     assert [(row["start"], row["length"], row["data"], row["zero"]) for row in rows] == status_rows(disk)
     copy = tmp_path / "copy"

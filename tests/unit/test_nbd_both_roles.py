@@ -15,7 +15,7 @@ import lamina
 from lamina.errors import LaminaError
 from lamina.limits import KIB, align_down
 from lamina.nbd import Export, wire
-from lamina.nbd.client.facts import Facts, Wish
+from lamina.nbd.client.details import ExportDetails, HandshakeOptions
 from lamina.nbd.client.negotiation import Negotiation
 from lamina.nbd.client.transmission import Request, Transmission
 
@@ -24,7 +24,7 @@ from ..nbd_memory import MemoryServer
 SIZE = 192 * KIB
 
 wishes = st.builds(
-    Wish,
+    HandshakeOptions,
     export=st.sampled_from(["", "disk"]),
     contexts=st.sampled_from([(), ("base:allocation",), ("base:allocation", "lamina:exact", "x:unknown")]),
     structured=st.booleans(),
@@ -76,8 +76,8 @@ class Wire:
             self.server.send(data[at : at + length])
             at += length
 
-    def negotiate(self, wish: Wish) -> Facts:
-        machine = Negotiation(wish)
+    def negotiate(self, wanted: HandshakeOptions) -> ExportDetails:
+        machine = Negotiation(wanted)
         while not machine.done:
             silent = not self.server.out
             self.deliver(machine)
@@ -85,53 +85,53 @@ class Wire:
             if silent and not said:
                 raise Left
             self.send(said)
-        assert isinstance(machine.result, Facts)
+        assert isinstance(machine.result, ExportDetails)
         return machine.result
 
 
 @settings(max_examples=150)
-@given(wish=wishes, align=st.sampled_from([1, 512, 4096]), lengths=cuts, seed=st.integers(0, 1 << 32))
-def test_they_agree_on_a_disk(wish: Wish, align: int, lengths: list[int], seed: int) -> None:
+@given(wanted=wishes, align=st.sampled_from([1, 512, 4096]), lengths=cuts, seed=st.integers(0, 1 << 32))
+def test_they_agree_on_a_disk(wanted: HandshakeOptions, align: int, lengths: list[int], seed: int) -> None:
     rng = random.Random(seed)
     with exported(align) as (export, model):
         way = Wire(MemoryServer([export]), lengths)
-        facts = way.negotiate(wish)
-        assert (facts.size, facts.minimum) == (SIZE, align if facts.block_sizes_known else 1)
-        assert facts.mode == ("extended" if wish.extended else "structured" if wish.structured else "simple")
-        assert set(facts.contexts) == (set(wish.contexts) - {"x:unknown"} if facts.mode != "simple" else set())
-        session = Transmission(facts)
+        details = way.negotiate(wanted)
+        assert (details.size, details.minimum) == (SIZE, align if details.block_sizes_known else 1)
+        assert details.mode == ("extended" if wanted.extended else "structured" if wanted.structured else "simple")
+        assert set(details.contexts) == (set(wanted.contexts) - {"x:unknown"} if details.mode != "simple" else set())
+        session = Transmission(details)
         for _ in range(12):
             commands = [wire.CMD_READ, wire.CMD_WRITE, wire.CMD_WRITE_ZEROES, wire.CMD_FLUSH, wire.CMD_CACHE]
-            command = rng.choice(commands + [wire.CMD_BLOCK_STATUS] * bool(facts.contexts))
-            request, data = made(command, facts, rng)
+            command = rng.choice(commands + [wire.CMD_BLOCK_STATUS] * bool(details.contexts))
+            request, data = made(command, details, rng)
             way.send(session.start(request) + bytes(request.payload or b""))
             while not request.done:
                 assert way.server.out, "the server does not answer"
                 way.deliver(session)
             assert request.error is None, request.error
-            check(request, data, model, facts)
+            check(request, data, model, details)
         way.send(session.disconnect())
         assert way.server.closed
         assert way.server.failure is None
         assert not way.server.out
 
 
-def made(command: int, facts: Facts, rng: random.Random) -> tuple[Request, bytes]:
+def made(command: int, details: ExportDetails, rng: random.Random) -> tuple[Request, bytes]:
     """A request somewhere on the disk, and the bytes that it writes."""
     if command == wire.CMD_FLUSH:
         return Request(command), b""
-    offset = align_down(rng.randrange(SIZE), facts.minimum)
-    length = align_down(rng.randrange(SIZE - offset), facts.minimum) or facts.minimum
+    offset = align_down(rng.randrange(SIZE), details.minimum)
+    length = align_down(rng.randrange(SIZE - offset), details.minimum) or details.minimum
     flags, data, view = 0, b"", None
     if command == wire.CMD_READ:
         view = memoryview(bytearray(b"?" * length))
     elif command == wire.CMD_WRITE:
         data = rng.randbytes(length)
-        flags = wire.CMD_FLAG_PAYLOAD_LEN if facts.mode == "extended" else 0
+        flags = wire.CMD_FLAG_PAYLOAD_LEN if details.mode == "extended" else 0
     return Request(command, offset, length, flags, view, data or None), data
 
 
-def check(request: Request, data: bytes, model: bytearray, facts: Facts) -> None:
+def check(request: Request, data: bytes, model: bytearray, details: ExportDetails) -> None:
     offset, end = request.offset, request.offset + request.length
     if request.command == wire.CMD_WRITE:
         model[offset:end] = data
@@ -141,10 +141,10 @@ def check(request: Request, data: bytes, model: bytearray, facts: Facts) -> None
         assert request.view == model[offset:end]
     elif request.command == wire.CMD_BLOCK_STATUS:
         assert request.status is not None
-        assert set(request.status) == set(facts.contexts)
+        assert set(request.status) == set(details.contexts)
         at = offset
         for length, flags in request.status["base:allocation"]:
-            assert at % facts.minimum == length % facts.minimum == 0
+            assert at % details.minimum == length % details.minimum == 0
             if flags & wire.STATE_ZERO:
                 assert not any(model[at : at + length])
             at += length
@@ -153,21 +153,21 @@ def check(request: Request, data: bytes, model: bytearray, facts: Facts) -> None
 
 @settings(max_examples=250)
 @given(
-    wish=wishes,
+    wanted=wishes,
     change=st.dictionaries(st.integers(0, 1200), st.integers(1, 255), min_size=1, max_size=4),
     lengths=cuts,
     seed=st.integers(0, 1 << 32),
 )
 def test_what_changes_on_the_way_is_an_error_or_told(
-    wish: Wish, change: dict[int, int], lengths: list[int], seed: int
+    wanted: HandshakeOptions, change: dict[int, int], lengths: list[int], seed: int
 ) -> None:
     """Nothing but a LaminaError leaves the client; the server stands whatever the client then says, and serves the next."""
     rng = random.Random(seed)
     with exported(512) as (export, model):
         way = Wire(MemoryServer([export]), lengths, change)
         try:
-            facts = way.negotiate(wish)
-            session = Transmission(facts)
+            details = way.negotiate(wanted)
+            session = Transmission(details)
             for _ in range(4):
                 request = Request(wire.CMD_READ, 512 * rng.randrange(64), 512, 0, memoryview(bytearray(512)))
                 way.send(session.start(request))
@@ -176,7 +176,7 @@ def test_what_changes_on_the_way_is_an_error_or_told(
         except (LaminaError, Left):
             pass  # those are the two ways to find out
         other = Wire(MemoryServer([export]), [1 << 20])
-        session = Transmission(other.negotiate(Wish("disk")))
+        session = Transmission(other.negotiate(HandshakeOptions("disk")))
         request = Request(wire.CMD_READ, 0, 4096, 0, memoryview(bytearray(4096)))
         other.send(session.start(request))
         while not request.done:

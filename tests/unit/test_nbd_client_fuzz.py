@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client.facts import Facts, Mode, Wish
+from lamina.nbd.client.details import ExportDetails, HandshakeOptions, Mode
 from lamina.nbd.client.negotiation import Negotiation
 from lamina.nbd.client.transmission import Request, Transmission
 
@@ -21,7 +21,7 @@ from ..nbd_scripts import (
     STRUCTURED,
     Chunks,
     context,
-    facts,
+    details,
     greeting,
     info_export,
     info_sizes,
@@ -101,8 +101,8 @@ def mutated(script: bytes, edits: list[tuple[str, int, int]]) -> bytes:
 def test_a_mangled_handshake_is_an_error_or_agreement(
     script: bytes, edits: list[tuple[str, int, int]], step: int, name: str, everything: bool
 ) -> None:
-    wish = Wish(name, structured=everything, extended=everything)
-    machine = Negotiation(wish)
+    wanted = HandshakeOptions(name, structured=everything, extended=everything)
+    machine = Negotiation(wanted)
     rest, said = mutated(script, edits), ""
     try:
         while not machine.done and rest:
@@ -116,7 +116,7 @@ def test_a_mangled_handshake_is_an_error_or_agreement(
         said = str(error)
     assert said.isprintable()
     if machine.done:
-        assert isinstance(machine.result, Facts)
+        assert isinstance(machine.result, ExportDetails)
         assert 0 <= machine.result.size < 1 << 63
     assert machine.farewell() is not None
 
@@ -134,7 +134,7 @@ def test_mangled_replies_end_in_an_error_or_in_the_view(
         requests = [first, Request(wire.CMD_WRITE, 0, 4096, payload=bytes(4096)), asked(), read(0, 100)]
         failure: LaminaError | None = None
         try:
-            transmit(facts(mode), requests, mutated(script, edits), step=step)
+            transmit(details(mode), requests, mutated(script, edits), step=step)
         except LaminaError as error:
             failure = error
         assert failure is None or (failure.errno == errno.EPROTO and str(failure).isprintable())
@@ -154,7 +154,7 @@ def test_the_claims_of_a_read_are_those_of_a_set(data: st.DataObject) -> None:
     """Against a model that marks each byte: chunks in any order are taken if and only if no byte comes twice."""
     length = 24
     request = read(100, length)
-    machine = Transmission(facts())
+    machine = Transmission(details())
     machine.start(request)
     seen: set[int] = set()
     for _ in range(data.draw(st.integers(1, 10))):

@@ -9,7 +9,7 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client.facts import Facts, Listed, Wish
+from lamina.nbd.client.details import ExportDetails, HandshakeOptions, Listed
 from lamina.nbd.client.negotiation import MAX_REPLIES, Negotiation, Task
 
 from ..nbd_scripts import (
@@ -30,10 +30,10 @@ from ..nbd_scripts import (
 )
 
 STEPS = [1 << 30, 1, 7]
-OPEN = Wish("x")
-TLS = Wish("x", "require")
-MAYBE = Wish("x", "allow")
-PLAIN = Wish("x", structured=False, extended=False, contexts=())
+OPEN = HandshakeOptions("x")
+TLS = HandshakeOptions("x", "require")
+MAYBE = HandshakeOptions("x", "allow")
+PLAIN = HandshakeOptions("x", structured=False, extended=False, contexts=())
 OLD = wire.INIT_MAGIC.to_bytes(8, "big") + wire.OLDSTYLE_MAGIC.to_bytes(8, "big")
 NUL = bytes(124)
 TEXT = b"no\x1b[2Jpe\0"
@@ -46,7 +46,7 @@ class Hello(NamedTuple):
     name: str
     script: bytes
     error: str | None = None
-    wish: Wish = OPEN
+    wanted: HandshakeOptions = OPEN
     task: Task = "enter"
     errno: int = 71
     farewell: bytes = b""
@@ -58,10 +58,12 @@ DISC = wire.REQUEST.pack(flags=0, type=wire.CMD_DISC, cookie=0, offset=0, length
 HELLOS = [
     Hello("another protocol", b"HTTP/1.1 400 Bad", "NBDMAGIC"),
     Hello("unknown style", OLD[:8] + b"\xff" * 8, "style"),
-    Hello("oldstyle", OLD + struct.pack(">QI", SIZE, ALL_FLAGS) + NUL, wish=Wish("")),
+    Hello("oldstyle", OLD + struct.pack(">QI", SIZE, ALL_FLAGS) + NUL, wanted=HandshakeOptions("")),
     Hello("oldstyle has no names", OLD + struct.pack(">QI", SIZE, 1) + NUL, "oldstyle", errno=2),
     Hello("oldstyle under TLS", OLD, "TLS is required", TLS, errno=1),
-    Hello("oldstyle, size 2**64-1", OLD + struct.pack(">QI", (1 << 64) - 1, 1) + NUL, "2\\*\\*63", Wish("")),
+    Hello(
+        "oldstyle, size 2**64-1", OLD + struct.pack(">QI", (1 << 64) - 1, 1) + NUL, "2\\*\\*63", HandshakeOptions("")
+    ),
     Hello("oldstyle lists nothing", OLD, "cannot list", task="list", errno=95),
     Hello("newstyle that is not fixed", greeting(0) + struct.pack(">QH", SIZE, 1) + NUL),
     Hello("newstyle, without zeros", greeting(wire.FLAG_NO_ZEROES) + struct.pack(">QH", SIZE, 1)),
@@ -79,7 +81,9 @@ HELLOS = [
     ),
     Hello("STARTTLS unknown", greeting() + refusal(wire.OPT_STARTTLS), "TLS is req", TLS, errno=1, farewell=ABORT),
     Hello(
-        "STARTTLS refused, where it may be", greeting() + refusal(5) + STRUCTURED[18:] + info_export() + GO, wish=MAYBE
+        "STARTTLS refused, where it may be",
+        greeting() + refusal(5) + STRUCTURED[18:] + info_export() + GO,
+        wanted=MAYBE,
     ),
     Hello(
         "STARTTLS, shutdown",
@@ -90,7 +94,7 @@ HELLOS = [
         farewell=ABORT,
     ),
     Hello("STARTTLS with data in its ACK", greeting() + option(5, data=b"x"), "ACK with 1", TLS),
-    Hello("under TLS", greeting() + option(5) + STRUCTURED[18:] + info_export() + GO, wish=TLS),
+    Hello("under TLS", greeting() + option(5) + STRUCTURED[18:] + info_export() + GO, wanted=TLS),
     Hello("TLS demanded", greeting() + refusal(11, wire.REP_ERR_TLS_REQD), "demands TLS", errno=1, farewell=ABORT),
     Hello(
         "shutdown",
@@ -212,7 +216,7 @@ HELLOS = [
     ),
     Hello("contexts refused", greeting() + refusal(11) + option(8) + refusal(10) + info_export() + GO),
     Hello("structured replies refused", greeting() + refusal(11) + refusal(8) + info_export() + GO),
-    Hello("nothing asked for", greeting() + info_export() + GO, wish=PLAIN),
+    Hello("nothing asked for", greeting() + info_export() + GO, wanted=PLAIN),
     Hello("replies without end", greeting() + refusal(11) + option(8) + info_export(number=10), "type 3"),
     Hello("a list", greeting() + export(b"a") + export(b"", b"default") + option(3), task="list"),
     Hello(
@@ -259,7 +263,7 @@ def test_handshake(case: Hello, step: int) -> None:
 
     def hear() -> Negotiation:
         # `negotiate` makes the machine; after an error it is needed for its farewell.
-        heard = Negotiation(case.wish, case.task)
+        heard = Negotiation(case.wanted, case.task)
         machine.append(heard)
         at = 0
         while not heard.done:
@@ -289,9 +293,9 @@ def test_handshake(case: Hello, step: int) -> None:
     assert machine[0].farewell() == case.farewell
 
 
-def result(script: bytes, wish: Wish = OPEN) -> Facts:
-    found = negotiate(script, wish).result
-    assert isinstance(found, Facts)
+def result(script: bytes, wanted: HandshakeOptions = OPEN) -> ExportDetails:
+    found = negotiate(script, wanted).result
+    assert isinstance(found, ExportDetails)
     return found
 
 
@@ -321,7 +325,7 @@ def test_extended_headers_come_first_and_structured_replies_are_not_asked_for() 
     head = sent[4 : 4 + wire.OPTION.size]
     assert wire.OPTION.unpack(head).option == wire.OPT_EXTENDED_HEADERS
     assert wire.OPTION.pack(option=wire.OPT_STRUCTURED_REPLY, length=0) not in sent
-    assert isinstance(machine.result, Facts)
+    assert isinstance(machine.result, ExportDetails)
     assert machine.result.mode == "extended"
     assert machine.result.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD
 
@@ -388,12 +392,12 @@ def test_all_exports_are_described() -> None:
         "describe",
     )
     assert machine.result is not None
-    assert not isinstance(machine.result, Facts)
+    assert not isinstance(machine.result, ExportDetails)
     first, second = machine.result
-    assert first.facts is not None
-    assert first.facts.available == ("base:allocation", "q:w")
-    assert first.facts.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD
-    assert second.facts is None
+    assert first.details is not None
+    assert first.details.available == ("base:allocation", "q:w")
+    assert first.details.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD
+    assert second.details is None
     assert "not for you" in str(second.error)
 
 
@@ -411,11 +415,11 @@ def test_what_is_true_only_with_contexts_is_asked_with_contexts(named: tuple[byt
         script = greeting() + option(11) + contexts + answer + info_export(flags=flags, number=6) + option(6)
         machine = negotiate(script, OPEN, "describe")
         assert machine.result is not None
-        assert not isinstance(machine.result, Facts)
+        assert not isinstance(machine.result, ExportDetails)
         (found,) = machine.result
-        assert found.facts is not None
+        assert found.details is not None
         told = bool(flags & wire.FLAG_BLOCK_STATUS_PAYLOAD)
-        assert bool(found.facts.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD) == (told and selects and taken)
+        assert bool(found.details.flags & wire.FLAG_BLOCK_STATUS_PAYLOAD) == (told and selects and taken)
         sent = b"".join(machine.to_send())
         assert (chosen in sent and chosen != b"") == selects
     # With structured replies there is no such flag, and nothing to select.
@@ -428,15 +432,15 @@ def test_a_listed_name_that_cannot_be_asked_for_spoils_only_itself(name: bytes) 
     script = greeting() + refusal(11) + refusal(8) + export(b"a") + export(name, b"odd") + export(b"b") + option(3)
     machine = negotiate(script + 2 * (info_export(number=6) + option(6)), None, "describe")
     assert machine.result is not None
-    assert not isinstance(machine.result, Facts)
+    assert not isinstance(machine.result, ExportDetails)
     first, odd, last = machine.result
-    assert first.facts is not None
-    assert last.facts is not None
-    assert (odd.facts, odd.description) == (None, "odd")
+    assert first.details is not None
+    assert last.details is not None
+    assert (odd.details, odd.description) == (None, "odd")
     assert "cannot be asked for" in str(odd.error)
 
 
 @pytest.mark.parametrize("name", ["x" * 4097, "a\0b", "\udcff"])
 def test_a_name_that_cannot_be_is_not_sent(name: str) -> None:
     with pytest.raises(LaminaError, match="name"):
-        negotiate(STRUCTURED, Wish(name))
+        negotiate(STRUCTURED, HandshakeOptions(name))

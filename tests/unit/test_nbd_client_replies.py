@@ -9,13 +9,13 @@ import pytest
 
 from lamina.errors import LaminaError, NotFound, NotSupported
 from lamina.nbd import wire
-from lamina.nbd.client.facts import Mode
+from lamina.nbd.client.details import Mode
 from lamina.nbd.client.transmission import LARGE, MAX_PIECES, ROOM, Request, Transmission
 
 from ..nbd_scripts import (
     STRUCTURED,
     Chunks,
-    facts,
+    details,
     greeting,
     negotiate,
     option,
@@ -43,7 +43,7 @@ def asked() -> Request:
 def test_status_is_clipped_and_its_flags_are_kept(step: int) -> None:
     request = asked()
     script = E.status([(4096, 1 << 63 | 5), (1 << 40, 3)]) + E.status([(512, 1), (1024, 1)], 7, done=True)
-    transmit(facts("extended"), [request], script, step=step)
+    transmit(details("extended"), [request], script, step=step)
     assert request.status == {"base:allocation": [(4096, 1 << 63 | 5), (61440, 3)], "x:y": [(512, 1), (1024, 1)]}
 
 
@@ -57,7 +57,7 @@ def test_replies_of_many_requests_come_in_any_order_and_mixed(step: int) -> None
         + S.error(wire.EIO, b"late", cookie=3)
         + S.hole(0, 2048, cookie=1)
     )
-    transmit(facts(), [first, second, third], script, step=step)
+    transmit(details(), [first, second, third], script, step=step)
     assert first.view == bytes(2048) + B
     assert (first.error, second.error) == (None, None)
     assert "late" in str(third.error)
@@ -65,7 +65,7 @@ def test_replies_of_many_requests_come_in_any_order_and_mixed(step: int) -> None
 
 def test_shutdown_is_noticed_and_the_request_may_be_put_aside() -> None:
     for postpone in (False, True):
-        machine = Transmission(facts(), postpone=postpone)
+        machine = Transmission(details(), postpone=postpone)
         request, other = write(), write()
         machine.start(request)
         machine.start(other)
@@ -83,7 +83,7 @@ def test_large_reads_go_straight_into_the_view(mode: Mode) -> None:
     request = read(0, 4 * LARGE)
     content = bytes(range(256)) * (4 * LARGE // 256)
     script = simple(1, 0, content) if mode == "simple" else Chunks(mode).data(0, content)
-    machine = Transmission(facts(mode))
+    machine = Transmission(details(mode))
     machine.start(request)
     at = calls = 0
     while at < len(script):
@@ -101,7 +101,7 @@ def test_large_reads_go_straight_into_the_view(mode: Mode) -> None:
 def test_small_replies_come_many_at_a_time() -> None:
     requests = [read(4096 * number, 4096) for number in range(24)]
     script = b"".join(S.data(4096 * n, bytes([n]) * 4096, cookie=n + 1) for n in range(24))
-    machine = Transmission(facts())
+    machine = Transmission(details())
     for request in requests:
         machine.start(request)
     room = machine.buffer()
@@ -115,7 +115,7 @@ def test_a_read_in_too_many_pieces_ends() -> None:
     request = read(0, 4 * MAX_PIECES)
     script = b"".join(S.data(2 * number, b"x", done=False) for number in range(MAX_PIECES + 1))
     with pytest.raises(LaminaError, match="separate pieces"):
-        transmit(facts(), [request], script)
+        transmit(details(), [request], script)
 
 
 def test_a_long_status_does_not_fit_into_the_room() -> None:
@@ -124,7 +124,7 @@ def test_a_long_status_does_not_fit_into_the_room() -> None:
     script = S.status(extents) + S.status([(1, 0)], 7, done=True)
     assert len(script) > 2 * ROOM
     for step in (1 << 30, 4099):
-        transmit(facts(), [request], script, step=step)
+        transmit(details(), [request], script, step=step)
         assert request.status is not None
         assert request.status["base:allocation"] == extents
         request.restart()
@@ -133,7 +133,7 @@ def test_a_long_status_does_not_fit_into_the_room() -> None:
 def test_a_request_for_some_contexts_is_answered_for_those() -> None:
     payload = struct.pack(">QI", 65536, 7)
     request = Request(wire.CMD_BLOCK_STATUS, 0, 65536, wire.CMD_FLAG_PAYLOAD_LEN, payload=payload)
-    machine = Transmission(facts("extended"))
+    machine = Transmission(details("extended"))
     head = wire.EXTENDED_REQUEST.unpack(machine.start(request))
     assert (head.length, head.flags) == (12, wire.CMD_FLAG_PAYLOAD_LEN)
     reply = E.status([(512, 0)], 7, done=True)
@@ -145,7 +145,7 @@ def test_kinds_of_errors() -> None:
     with pytest.raises(NotFound):
         negotiate(STRUCTURED + refusal(7, wire.REP_ERR_UNKNOWN))
     request = write()
-    transmit(facts(), [request], S.error(wire.ENOTSUP))
+    transmit(details(), [request], S.error(wire.ENOTSUP))
     assert isinstance(request.error, NotSupported)
 
 
@@ -160,7 +160,7 @@ def test_huge_announcements_allocate_nothing() -> None:
                 negotiate(script)
         for script in talks:
             with pytest.raises(LaminaError):
-                transmit(facts(), [read(0, 4096)], script)
+                transmit(details(), [read(0, 4096)], script)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -11,12 +11,12 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.nbd import wire
-from lamina.nbd.client.facts import Mode
+from lamina.nbd.client.details import Mode
 from lamina.nbd.client.transmission import Request
 
 from ..nbd_scripts import (
     Chunks,
-    facts,
+    details,
     read,
     simple,
     status,
@@ -233,7 +233,7 @@ TALKS = [
 @pytest.mark.parametrize("case", TALKS, ids=lambda case: case.name)
 def test_replies(case: Talk, step: int) -> None:
     request = case.request()
-    known = facts(case.mode, contexts={} if case.mode == "simple" else {"base:allocation": 1, "x:y": 7})
+    known = details(case.mode, contexts={} if case.mode == "simple" else {"base:allocation": 1, "x:y": 7})
     if case.error is not None:
         with pytest.raises(LaminaError, match=case.error) as raised:
             transmit(known, [request], case.script, step=step)

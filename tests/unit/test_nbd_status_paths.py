@@ -113,13 +113,13 @@ def test_questions_for_status_do_not_move_reads_to_the_pool(tmp_path: Path) -> N
         Client.connect(server.uri) as other,
     ):
         reader.read(0, 512)
-        (pace, _) = next(iter(server._paces.values()))
+        (pool, _) = next(iter(server._pools.values()))
         for _ in range(1000):
-            if not pace.slow:
+            if not pool.slow:
                 break
             reader.read(0, 512)
-        assert not pace.slow
-        before = pace.mean
+        assert not pool.slow
+        before = pool.mean
         for one in (False, True) * 4:
             other.block_status(0, other.size, one=one)
-        assert pace.mean == before
+        assert pool.mean == before

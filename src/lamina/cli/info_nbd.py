@@ -35,11 +35,11 @@ def show(name: str, *, every: bool, content: bool, json: bool, timeout: float | 
 
 
 def _human(found: list[Inspection]) -> Iterator[str]:
-    facts = next((one.facts for one in found if one.facts is not None), None)
-    if facts is not None:
+    details = next((one.details for one in found if one.details is not None), None)
+    if details is not None:
         replies = {"simple": "simple packets", "structured": "structured packets", "extended": "extended packets"}
-        tls = "with" if facts.tls else "without"
-        yield f"protocol: {facts.handshake} {tls} TLS, using {replies[facts.mode]}"
+        tls = "with" if details.tls else "without"
+        yield f"protocol: {details.handshake} {tls} TLS, using {replies[details.mode]}"
     for one in found:
         yield f'export="{printable(one.name)}":'
         for line in _lines(one):
@@ -47,16 +47,16 @@ def _human(found: list[Inspection]) -> Iterator[str]:
 
 
 def _lines(one: Inspection) -> Iterator[str]:
-    facts = one.facts
+    details = one.details
     if one.description:
         yield f"description: {printable(one.description)}"
-    if facts is not None:
-        yield f"export-size: {facts.size} ({format_size(facts.size)})"
+    if details is not None:
+        yield f"export-size: {details.size} ({format_size(details.size)})"
     if one.content is not None:
         yield f"content: {printable(one.content)}"
     if one.uri is not None:
         yield f"uri: {printable(one.uri)}"
-    if facts is not None:
+    if details is not None:
         yield "contexts:" if one.contexts else "contexts: none"
         yield from (f"\t{printable(name)}" for name in one.contexts)
         yield from (f"{name}: {str(value).lower()}" for name, value in one.features.items())

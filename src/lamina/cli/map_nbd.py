@@ -71,7 +71,7 @@ def _chosen(target: Target, contexts: Sequence[str], timeout: float | None) -> l
     from ..nbd.inspect import inspect
 
     (one,) = inspect(target, timeout=timeout)
-    found = one.facts.available if one.facts is not None else ()
+    found = one.details.available if one.details is not None else ()
     if not found:
         raise NotSupported("the server names no metadata context for this export", path=str(target))
     return list(found)

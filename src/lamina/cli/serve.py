@@ -387,7 +387,8 @@ def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | No
     mode = args.tls or ("require" if credentials else "off")
     if (mode == "off") != (not credentials):
         raise OptionError(
-            "TLS needs certificates or keys, and they TLS", hint="--tls-certificates DIR, without --tls off"
+            "TLS needs certificates or keys, and these are for TLS alone",
+            hint="--tls-certificates DIR, without --tls off",
         )
     guarded = any(offer.tls_only for offer in offers)
     if mode == "off":

@@ -15,7 +15,7 @@ from ..errors import FormatError, LaminaError, OptionError
 from . import wire
 from .client.client import Client
 from .client.connection import leave, negotiate
-from .client.facts import Facts, Listed, Wish
+from .client.details import ExportDetails, HandshakeOptions, Listed
 from .client.negotiation import Task
 from .client.times import Times
 from .uri import Target, parse
@@ -30,39 +30,39 @@ class ExportInfo(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What is known of one export: `facts` (its `available` are all metadata contexts that the server names), or the `error`
-    with which it refused to tell. `description` is None where there is none, `uri` for an export that has a `name` in no good
-    UTF-8 or with NUL: that is shown with backslashes, and cannot be asked for. `content`: the format that the magic at its
-    ends says, where that was asked for and its bytes could be read."""
+    """What is known of one export: `details` (its `available` are all metadata contexts that the server names), or the
+    `error` with which the server refused to tell. `description` is None where there is none; `uri` for an export whose name
+    is not valid UTF-8 or has a NUL: `name` then has backslashes, and cannot be asked for. `content`: the format that the
+    magic at its ends says, where that was asked for and its bytes could be read."""
 
     name: str
     description: str | None
     uri: str | None
-    facts: Facts | None
+    details: ExportDetails | None
     error: LaminaError | None
     content: str | None = None
 
     @property
     def contexts(self) -> tuple[str, ...]:
         """The metadata contexts that the server names; none where it did not tell."""
-        return () if self.facts is None else tuple(map(_shown, self.facts.available or self.facts.contexts))
+        return () if self.details is None else tuple(map(_shown, self.details.available or self.details.contexts))
 
     @property
     def features(self) -> dict[str, bool]:
         """What the transmission flags say, by nbdinfo's keys and in its order."""
-        facts = self.facts
-        return {} if facts is None else {name: bool(facts.flags & flag) for name, flag in FEATURES.items()}
+        details = self.details
+        return {} if details is None else {name: bool(details.flags & flag) for name, flag in FEATURES.items()}
 
     @property
     def block_sizes(self) -> dict[str, int]:
         """The block sizes that the server told, as it told them, by nbdinfo's keys; none if it told none."""
-        facts = self.facts
-        if facts is None or not facts.block_sizes_known:
+        details = self.details
+        if details is None or not details.block_sizes_known:
             return {}
         return {
-            "block_size_minimum": facts.minimum,
-            "block_size_preferred": facts.preferred,
-            "block_size_maximum": facts.maximum_told,
+            "block_size_minimum": details.minimum,
+            "block_size_preferred": details.preferred,
+            "block_size_maximum": details.maximum_told,
         }
 
     def as_dict(self) -> dict[str, object]:
@@ -70,23 +70,23 @@ class Inspection(NamedTuple):
         told = {"description": self.description, "content": self.content, "uri": self.uri}
         found: dict[str, object] = {"export-name": self.name}
         found |= {key: text for key, text in told.items() if text is not None}
-        if self.facts is not None:
+        if self.details is not None:
             found |= {"contexts": list(self.contexts), **self.features, **self.block_sizes}
-            found |= {"export-size": self.facts.size, "export-size-str": _short(self.facts.size)}
+            found |= {"export-size": self.details.size, "export-size-str": _short(self.details.size)}
         return found if self.error is None else found | {"error": str(self.error)}
 
 
 def as_dict(found: Sequence[Inspection]) -> dict[str, object]:
     """What `inspect` returned in the form of nbdinfo's JSON. Its first keys are those of the connection, absent where no
     export could be described."""
-    facts = next((one.facts for one in found if one.facts is not None), None)
+    details = next((one.details for one in found if one.details is not None), None)
     head: dict[str, object] = {}
-    if facts is not None:
+    if details is not None:
         head = {
-            "protocol": facts.handshake,
-            "TLS": facts.tls,
-            "structured": facts.mode != "simple",
-            "extended": facts.mode == "extended",
+            "protocol": details.handshake,
+            "TLS": details.tls,
+            "structured": details.mode != "simple",
+            "extended": details.mode == "extended",
         }
     return head | {"exports": [one.as_dict() for one in found]}
 
@@ -134,9 +134,9 @@ def list_exports(
     the handshake, or for each (`timeout`; None: 10). Any LaminaError; NotSupported where the server is too old to have a
     list, BlockIOError (EPERM) where it may not give one."""
     where = parse(target) if isinstance(target, str) else target
-    wish = Wish(where.export, where.tls)
+    wanted = HandshakeOptions(where.export, where.tls)
     times = _times(where, timeout)
-    listed = _ask(where, wish, "list", False, connect_timeout or times.connect, handshake_timeout or times.connect)
+    listed = _ask(where, wanted, "list", False, connect_timeout or times.connect, handshake_timeout or times.connect)
     return [ExportInfo(_shown(one.name), one.description or "") for one in listed]
 
 
@@ -154,42 +154,42 @@ def inspect(
     as `list_exports`, and NotFound; an error of one export out of several is in its `Inspection`, but a server that says
     nothing any more is not asked about the others."""
     where = parse(target) if isinstance(target, str) else target
-    wish = Wish(where.export, where.tls)
+    wanted = HandshakeOptions(where.export, where.tls)
     times = _times(where, timeout)
     found = []
     before = (connect_timeout or times.connect, handshake_timeout or times.connect)
-    for one in _ask(where, wish, "describe", exports, *before):
-        name = one.facts.name if one.facts and not exports else one.name
+    for one in _ask(where, wanted, "describe", exports, *before):
+        name = one.details.name if one.details and not exports else one.name
         description = one.description
-        if description is None and one.facts is not None:
-            description = one.facts.description
+        if description is None and one.details is not None:
+            description = one.details.description
         try:
             place = where.replace(export=one.name)
         except OptionError:
             found.append(Inspection(_shown(name), description, None, None, one.error))
             continue
         error, magic = one.error, None
-        if content and one.facts is not None:
+        if content and one.details is not None:
             try:
                 magic = _content(place, *before, timeout)
             except LaminaError as reason:
                 if not exports or reason.errno == ETIMEDOUT:
                     raise
                 error = reason
-        found.append(Inspection(_shown(name), description, str(place), one.facts, error, magic))
+        found.append(Inspection(_shown(name), description, str(place), one.details, error, magic))
     return found
 
 
 def _ask(
-    where: Target, wish: Wish, task: Task, exports: bool, connect_timeout: float, handshake_timeout: float
+    where: Target, wanted: HandshakeOptions, task: Task, exports: bool, connect_timeout: float, handshake_timeout: float
 ) -> tuple[Listed, ...]:
     channel, negotiation = negotiate(
-        where, wish, task, all_exports=exports, connect_timeout=connect_timeout, timeout=handshake_timeout
+        where, wanted, task, all_exports=exports, connect_timeout=connect_timeout, timeout=handshake_timeout
     )
     leave(channel, negotiation.farewell())
     listed = negotiation.result
     assert listed is not None
-    assert not isinstance(listed, Facts)
+    assert not isinstance(listed, ExportDetails)
     return listed
 
 

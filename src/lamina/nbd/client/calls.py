@@ -18,7 +18,7 @@ from ...errors import BlockIOError, Closed, LaminaError, NotSupported, OutOfRang
 from ...limits import GIB, MAX_SIZE, align_down, align_up
 from .. import wire
 from ..uri import Target
-from .facts import Facts, Wish, violation
+from .details import ExportDetails, HandshakeOptions, violation
 from .link import Link
 from .request import Durability, Group, Pending, Sent, take_leave
 
@@ -37,16 +37,18 @@ _SHORT, _MOST_SHORT = 4096, 1 << 12
 class Calls:
     """What a client knows of its export, and the requests that its calls are made of."""
 
-    def __init__(self, target: Target, wish: Wish, facts: Facts, durability: Durability) -> None:
+    def __init__(
+        self, target: Target, wanted: HandshakeOptions, details: ExportDetails, durability: Durability
+    ) -> None:
         self.target = target
-        self.facts = facts
-        self.size, self.flags = facts.size, facts.flags
-        self.minimum, self.preferred, self.maximum = facts.minimum, facts.preferred, facts.maximum
-        self.block_sizes_known = facts.block_sizes_known
-        self.name, self.description = facts.name, facts.description
-        self.contexts = facts.contexts
-        self.mode, self.handshake, self.tls = facts.mode, facts.handshake, facts.tls
-        self._wish = wish
+        self.details = details
+        self.size, self.flags = details.size, details.flags
+        self.minimum, self.preferred, self.maximum = details.minimum, details.preferred, details.maximum
+        self.block_sizes_known = details.block_sizes_known
+        self.name, self.description = details.name, details.description
+        self.contexts = details.contexts
+        self.mode, self.handshake, self.tls = details.mode, details.handshake, details.tls
+        self._wanted = wanted
         self._durability = durability
         self._links: list[Link] = []
         self._turn = itertools.count()
@@ -54,8 +56,8 @@ class Calls:
         #: Answers about block status, and those of them that told of next to nothing.
         self._answers = self._short = 0
         #: The largest payload of one request: that of the server, as far as every peer takes it.
-        self._most = max(align_down(min(facts.maximum, wire.MAX_PAYLOAD), facts.minimum), facts.minimum)
-        self._effect = MAX_SIZE if facts.mode == "extended" else _MAX_EFFECT
+        self._most = max(align_down(min(details.maximum, wire.MAX_PAYLOAD), details.minimum), details.minimum)
+        self._effect = MAX_SIZE if details.mode == "extended" else _MAX_EFFECT
 
     def _has(flag: int) -> property:  # type: ignore[misc]
         return property(lambda self: bool(self.flags & flag))

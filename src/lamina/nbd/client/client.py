@@ -20,7 +20,7 @@ from ..channel import Channel
 from ..uri import Target, parse
 from .calls import Calls
 from .connection import Check, enter, never
-from .facts import Facts, Wish
+from .details import ExportDetails, HandshakeOptions
 from .link import Link
 from .request import Durability, Pending, Sent, take_leave
 from .times import Times
@@ -82,21 +82,21 @@ class Client(Calls):
         `request_timeout`, else 10). Raises any LaminaError: NotFound where there is no such export or socket.
         """
         where = parse(target) if isinstance(target, str) else target
-        wish = Wish(where.export, where.tls, tuple(contexts), structured, extended)
+        wanted = HandshakeOptions(where.export, where.tls, tuple(contexts), structured, extended)
         times = Times.all(where.timeout if request_timeout is None else request_timeout)
         durability = Durability()
 
-        def opened(patience: float, check: Check = never) -> tuple[Channel, Facts]:
+        def opened(patience: float, check: Check = never) -> tuple[Channel, ExportDetails]:
             return enter(
                 where,
-                wish,
+                wanted,
                 connect_timeout=times.connect if connect_timeout is None else connect_timeout,
                 timeout=times.connect if handshake_timeout is None else handshake_timeout,
                 patience=patience,
                 check=check,
             )
 
-        def reopened(check: Check) -> tuple[Channel, Facts]:
+        def reopened(check: Check) -> tuple[Channel, ExportDetails]:
             channel, now = opened(reconnect, check)
             try:
                 client._hold_against(now)
@@ -105,22 +105,22 @@ class Client(Calls):
                 raise
             return channel, now
 
-        def link(channel: Channel, facts: Facts) -> Link:
-            return Link(where, channel, facts, durability, reopen=reopened, patience=reconnect, times=times)
+        def link(channel: Channel, details: ExportDetails) -> Link:
+            return Link(where, channel, details, durability, reopen=reopened, patience=reconnect, times=times)
 
-        channel, facts = opened(open_timeout)
+        channel, details = opened(open_timeout)
         try:
-            client = cls(where, wish, facts, durability)
-            client._links.append(link(channel, facts))
+            client = cls(where, wanted, details, durability)
+            client._links.append(link(channel, details))
         except BaseException:
             channel.close()
             raise
         try:
             for _ in range(connections - 1 if client.can_multi_conn else 0):
-                channel, facts = opened(0.0)
+                channel, details = opened(0.0)
                 try:
-                    client._hold_against(facts)
-                    client._links.append(link(channel, facts))
+                    client._hold_against(details)
+                    client._links.append(link(channel, details))
                 except BaseException:
                     channel.close()
                     raise
@@ -129,9 +129,9 @@ class Client(Calls):
             raise
         return client
 
-    def _hold_against(self, now: Facts) -> None:
+    def _hold_against(self, now: ExportDetails) -> None:
         """Whether an export that was opened again is the one that callers know, or better."""
-        known = self.facts
+        known = self.details
         worse = [
             what
             for what, changed in (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import BlockIOError, LaminaError, printable
 from ..channel import Channel, PlainChannel
-from .facts import Facts, Wish
+from .details import ExportDetails, HandshakeOptions
 from .negotiation import Negotiation, Task
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _unreachable(error: OSError, target: Target) -> LaminaError:
 
 def negotiate(
     target: Target,
-    wish: Wish,
+    wanted: HandshakeOptions,
     task: Task = "enter",
     *,
     all_exports: bool = False,
@@ -193,12 +193,12 @@ def negotiate(
     negotiation, which is `done`. `check` is called meanwhile, and ends the wait by raising. Any LaminaError; the server was
     then told goodbye as far as the protocol lets one."""
     context: tuple[ssl.SSLContext, str | None] | None = None
-    if wish.tls != "off":
+    if wanted.tls != "off":
         from ..tls import client_context
 
         context = client_context(target)
     channel: Channel = connect(target, connect_timeout, check)
-    negotiation = Negotiation(wish, task, all_exports=all_exports)
+    negotiation = Negotiation(wanted, task, all_exports=all_exports)
     deadline = time.monotonic() + timeout
 
     def watch(_: int = 0) -> None:
@@ -255,8 +255,14 @@ def leave(channel: Channel, farewell: bytes) -> None:
 
 
 def enter(
-    target: Target, wish: Wish, *, connect_timeout: float, timeout: float, patience: float, check: Check = never
-) -> tuple[Channel, Facts]:
+    target: Target,
+    wanted: HandshakeOptions,
+    *,
+    connect_timeout: float,
+    timeout: float,
+    patience: float,
+    check: Check = never,
+) -> tuple[Channel, ExportDetails]:
     """A connection in transmission. For `patience` seconds, what may pass (`TRANSIENT`) is tried again, with pauses that
     double; other errors, and the last of these, are raised. The other times, and `check`, as for `negotiate`."""
     deadline = time.monotonic() + patience
@@ -264,9 +270,9 @@ def enter(
     while True:
         try:
             channel, negotiation = negotiate(
-                target, wish, connect_timeout=connect_timeout, timeout=timeout, check=check
+                target, wanted, connect_timeout=connect_timeout, timeout=timeout, check=check
             )
-            assert isinstance(negotiation.result, Facts)
+            assert isinstance(negotiation.result, ExportDetails)
             return channel, negotiation.result
         except LaminaError as error:
             if not passes(error) or time.monotonic() + rest > deadline:

@@ -25,7 +25,7 @@ from ...limits import KIB
 from .. import links, wire
 from ..channel import Buffer, Channel
 from .connection import TRANSIENT, Check, leave, lost, passes, pause
-from .facts import Facts
+from .details import ExportDetails
 from .request import CHANGES, Durability, Request, Sent
 from .times import SHORT, TICK, Clock, Times
 from .transmission import Transmission
@@ -55,10 +55,10 @@ class Link:
         self,
         target: Target,
         channel: Channel,
-        facts: Facts,
+        details: ExportDetails,
         durability: Durability,
         *,
-        reopen: Callable[[Check], tuple[Channel, Facts]],
+        reopen: Callable[[Check], tuple[Channel, ExportDetails]],
         patience: float,
         times: Times,
     ) -> None:
@@ -90,14 +90,14 @@ class Link:
         self._mending = False
         self._pause = 0.0
         self._look_at = 0.0
-        self._settle(channel, facts)
+        self._settle(channel, details)
         links.note(self)
 
-    def _settle(self, channel: Channel, facts: Facts) -> None:
+    def _settle(self, channel: Channel, details: ExportDetails) -> None:
         channel.settimeout(self._clock.tick)
         channel.watch = self._watch
         self._channel = channel
-        self._session = Transmission(facts, postpone=self._patience > 0, on_change=self._durability.note)
+        self._session = Transmission(details, postpone=self._patience > 0, on_change=self._durability.note)
         self._torn = False
         self._fault = None
 
@@ -379,7 +379,7 @@ class Link:
             self._mending = True
             try:
                 pause(0.0 if torn else max(rest, _PAUSE), self._check)
-                channel, facts = self._reopen(self._check)
+                channel, details = self._reopen(self._check)
             except LaminaError as error:
                 if not passes(error) or self._patience <= 0:
                     self._dead = error
@@ -389,7 +389,7 @@ class Link:
             finally:
                 self._mending = False
             try:
-                self._settle(channel, facts)
+                self._settle(channel, details)
             except BaseException:
                 channel.close()
                 raise

@@ -16,7 +16,7 @@ from typing import Final, Literal
 from ...errors import BlockIOError, NotFound, NotSupported, printable
 from ...limits import MAX_SIZE, MIB, align_down, is_power_of_two
 from .. import wire
-from .facts import Facts, Handshake, Listed, Mode, Refused, Wish, server_text, violation
+from .details import ExportDetails, Handshake, HandshakeOptions, Listed, Mode, Refused, server_text, violation
 
 Task = Literal["enter", "list", "describe"]
 _Steps = Generator[int, bytes, None]
@@ -51,21 +51,22 @@ def encoded(name: str, errors: str = "strict") -> bytes:
 
 
 class Negotiation:
-    """One handshake. `task`: "enter" begins transmission with `wish.export` and results in `Facts`; "list" and "describe"
-    ask for all exports and result in a tuple of `Listed` (`describe`: of `wish.export` alone, unless `all_exports`).
+    """One handshake. `task`: "enter" begins transmission with `wanted.export` and results in `ExportDetails`; "list" and
+    "describe" ask for all exports and result in a tuple of `Listed` ("describe": of `wanted.export` alone, unless
+    `all_exports`).
 
     While `wants_tls`, the driver must run the TLS handshake of the client and then call `tls_started`; nothing is to be sent
     or received before. When `done`, `result` is there. Errors of `received` are LaminaErrors: the driver then sends
     `farewell()`, if that is anything, and closes. Not thread-safe.
     """
 
-    def __init__(self, wish: Wish, task: Task = "enter", *, all_exports: bool = False) -> None:
-        self.wish = wish
+    def __init__(self, wanted: HandshakeOptions, task: Task = "enter", *, all_exports: bool = False) -> None:
+        self.wanted = wanted
         self.task = task
         self.all_exports = all_exports
         self.done = False
         self.wants_tls = False
-        self.result: Facts | tuple[Listed, ...] | None = None
+        self.result: ExportDetails | tuple[Listed, ...] | None = None
         self.tls = False
         self._mode: Mode = "simple"
         self._handshake: Handshake = "oldstyle"
@@ -117,7 +118,7 @@ class Negotiation:
         """What it may mean that the server hangs up now."""
         if not self._naming:
             return None
-        return f'a server without the option GO hangs up if it has no export "{printable(self.wish.export)}"'
+        return f'a server without the option GO hangs up if it has no export "{printable(self.wanted.export)}"'
 
     def _advance(self, data: bytes) -> None:
         self._have = 0
@@ -161,10 +162,10 @@ class Negotiation:
         try:
             yield from self._with_options()
         except Refused as refused:
-            raise refused.error(self.wish.export) from None
+            raise refused.error(self.wanted.export) from None
 
     def _with_options(self) -> _Steps:
-        if self.wish.tls != "off":
+        if self.wanted.tls != "off":
             yield from self._start_tls()
         if self.task == "list":
             self.result = yield from self._list()
@@ -173,47 +174,47 @@ class Negotiation:
         if self.task == "enter":
             self.result = yield from self._enter()
             return
-        names = (yield from self._list()) if self.all_exports else (Listed(self.wish.export),)
+        names = (yield from self._list()) if self.all_exports else (Listed(self.wanted.export),)
         found = []
         for one in names:
             found.append((yield from self._describe(one)))
         self.result = tuple(found)
 
     def _refuse_without_options(self, what: str) -> None:
-        if self.wish.tls == "require":
+        if self.wanted.tls == "require":
             hint = "somebody between may have taken TLS away; nbd:// would go on without it"
             raise BlockIOError(f"TLS is required, and the server {what}", errno=errno.EPERM, hint=hint)
         if self.task != "enter" and (self.task == "list" or self.all_exports):
             raise NotSupported(f"the server cannot list its exports: it {what}")
 
-    def _result(self, facts: Facts) -> None:
+    def _result(self, details: ExportDetails) -> None:
         self._entered = True
-        self.result = facts if self.task == "enter" else (Listed(facts.name, facts=facts),)
+        self.result = details if self.task == "enter" else (Listed(details.name, details=details),)
 
     def _oldstyle(self) -> _Steps:
         self._refuse_without_options("speaks oldstyle, which has no options")
         size, flags, _ = struct.unpack(">QI124s", (yield 136))
-        if self.wish.export:
+        if self.wanted.export:
             hint = "leave the name out"
             raise NotFound("the server speaks oldstyle: it has one export, without a name", hint=hint)
-        self._result(self._facts(size, flags & 0xFFFF, name=""))
+        self._result(self._details(size, flags & 0xFFFF, name=""))
 
-    def _export_name(self) -> Generator[int, bytes, Facts]:
+    def _export_name(self) -> Generator[int, bytes, ExportDetails]:
         """The way of entering that every newstyle server has. One that has no such export just hangs up."""
-        name = encoded(self.wish.export)
+        name = encoded(self.wanted.export)
         self._polite, self._naming = False, True
         self._out += (wire.OPTION.pack(option=wire.OPT_EXPORT_NAME, length=len(name)), name)
         size, flags = wire.EXPORT_REPLY.codec.unpack((yield wire.EXPORT_REPLY.size))
         if not self._no_zeroes:
             yield wire.EXPORT_REPLY_ZEROES
         self._entered = True
-        return self._facts(size, flags, name=self.wish.export)
+        return self._details(size, flags, name=self.wanted.export)
 
     def _start_tls(self) -> _Steps:
         try:
             yield from self._option(wire.OPT_STARTTLS)
         except Refused as refused:
-            if self.wish.tls == "require" or refused.kind == wire.REP_ERR_SHUTDOWN:
+            if self.wanted.tls == "require" or refused.kind == wire.REP_ERR_SHUTDOWN:
                 if refused.kind == wire.REP_ERR_SHUTDOWN:
                     raise
                 said = f": {refused.text}" if refused.text else ""
@@ -226,8 +227,8 @@ class Negotiation:
 
     def _choose_mode(self) -> _Steps:
         for wanted, option, mode in (
-            (self.wish.extended, wire.OPT_EXTENDED_HEADERS, "extended"),
-            (self.wish.structured, wire.OPT_STRUCTURED_REPLY, "structured"),
+            (self.wanted.extended, wire.OPT_EXTENDED_HEADERS, "extended"),
+            (self.wanted.structured, wire.OPT_STRUCTURED_REPLY, "structured"),
         ):
             if wanted and (yield from self._accepts(option)):
                 self._mode = "extended" if mode == "extended" else "structured"
@@ -242,19 +243,19 @@ class Negotiation:
             return False
         return True
 
-    def _enter(self) -> Generator[int, bytes, Facts]:
-        name = encoded(self.wish.export)
+    def _enter(self) -> Generator[int, bytes, ExportDetails]:
+        name = encoded(self.wanted.export)
         contexts: dict[str, int] = {}
-        if self._mode != "simple" and self.wish.contexts:
-            contexts = yield from self._contexts(wire.OPT_SET_META_CONTEXT, name, self.wish.contexts)
+        if self._mode != "simple" and self.wanted.contexts:
+            contexts = yield from self._contexts(wire.OPT_SET_META_CONTEXT, name, self.wanted.contexts)
         try:
-            facts = yield from self._information(wire.OPT_GO, self.wish.export)
+            details = yield from self._information(wire.OPT_GO, self.wanted.export)
         except Refused as refused:
             # EXPORT_NAME says no to nothing, and is forbidden with extended headers.
             if refused.kind != wire.REP_ERR_UNSUP or self._mode == "extended":
                 raise
-            facts = yield from self._export_name()
-        return _with_contexts(facts, contexts)._replace(contexts=contexts)
+            details = yield from self._export_name()
+        return _with_contexts(details, contexts)._replace(contexts=contexts)
 
     def _describe(self, one: Listed) -> Generator[int, bytes, Listed]:
         available: dict[str, int] = {}
@@ -272,12 +273,12 @@ class Negotiation:
                 # Whether block status may have a payload, a server says only where some context is selected.
                 wanted = min(available, key=lambda context: context != wire.BASE_ALLOCATION)
                 selected = yield from self._contexts(wire.OPT_SET_META_CONTEXT, name, (wanted,))
-            facts = yield from self._information(wire.OPT_INFO, one.name)
+            details = yield from self._information(wire.OPT_INFO, one.name)
         except Refused as refused:
             if refused.kind == wire.REP_ERR_SHUTDOWN or not self.all_exports:
                 raise
             return one._replace(error=refused.error(one.name))
-        return one._replace(facts=_with_contexts(facts, selected)._replace(available=tuple(available)))
+        return one._replace(details=_with_contexts(details, selected)._replace(available=tuple(available)))
 
     def _list(self) -> Generator[int, bytes, tuple[Listed, ...]]:
         found = []
@@ -316,7 +317,7 @@ class Negotiation:
             numbers.add(number)
         return found
 
-    def _information(self, option: int, export: str) -> Generator[int, bytes, Facts]:
+    def _information(self, option: int, export: str) -> Generator[int, bytes, ExportDetails]:
         """INFO or GO. Its items come in any order, so they are looked at when all are there."""
         name = encoded(export)
         asked = (wire.INFO_NAME, wire.INFO_DESCRIPTION, wire.INFO_BLOCK_SIZE)
@@ -335,24 +336,24 @@ class Negotiation:
         _, size, flags = wire.INFO_EXPORT_DATA.codec.unpack(items[wire.INFO_EXPORT])
         canonical = items.get(wire.INFO_NAME)
         text = items.get(wire.INFO_DESCRIPTION)
-        facts = self._facts(
+        details = self._details(
             size,
             flags,
             name=export if canonical is None else canonical[2:].decode("utf-8", "surrogateescape"),
             description=None if text is None else server_text(text[2:]),
         )
-        return self._with_sizes(facts, items.get(wire.INFO_BLOCK_SIZE))
+        return self._with_sizes(details, items.get(wire.INFO_BLOCK_SIZE))
 
-    def _with_sizes(self, facts: Facts, data: bytes | None) -> Facts:
+    def _with_sizes(self, details: ExportDetails, data: bytes | None) -> ExportDetails:
         if data is None:
-            return facts
+            return details
         if len(data) != wire.INFO_BLOCK_SIZE_DATA.size:
             raise violation(f"block sizes in {len(data)} bytes")
         _, minimum, preferred, maximum = wire.INFO_BLOCK_SIZE_DATA.codec.unpack(data)
         powers = is_power_of_two(minimum) and is_power_of_two(preferred) and minimum <= wire.MAX_MINIMUM
         if not powers or not minimum <= preferred <= maximum:
             raise violation(f"block sizes that cannot be: minimum {minimum}, preferred {preferred}, maximum {maximum}")
-        return facts._replace(
+        return details._replace(
             minimum=minimum,
             preferred=preferred,
             maximum=align_down(maximum, minimum),
@@ -360,10 +361,10 @@ class Negotiation:
             block_sizes_known=True,
         )
 
-    def _facts(self, size: int, flags: int, *, name: str, description: str | None = None) -> Facts:
+    def _details(self, size: int, flags: int, *, name: str, description: str | None = None) -> ExportDetails:
         if size > MAX_SIZE:
             raise violation(f"an export of {size} bytes, above 2**63 - 1")
-        return Facts(
+        return ExportDetails(
             name=name,
             size=size,
             flags=self._true_flags(flags),
@@ -422,6 +423,6 @@ class Negotiation:
             found.append(body)
 
 
-def _with_contexts(facts: Facts, selected: dict[str, int]) -> Facts:
-    """`facts` without the flag that means nothing unless contexts are `selected`."""
-    return facts if selected else facts._replace(flags=facts.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD)
+def _with_contexts(details: ExportDetails, selected: dict[str, int]) -> ExportDetails:
+    """`details` without the flag that means nothing unless contexts are `selected`."""
+    return details if selected else details._replace(flags=details.flags & ~wire.FLAG_BLOCK_STATUS_PAYLOAD)

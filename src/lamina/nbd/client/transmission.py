@@ -22,7 +22,7 @@ from ...errors import BlockIOError, LaminaError, NotSupported
 from ...limits import KIB
 from ...node import fill_zero
 from .. import wire
-from .facts import Facts, server_text, violation
+from .details import ExportDetails, server_text, violation
 from .request import CHANGES, Request
 
 #: Replies are received this much at a time, unless large reads are on their way: then a header at a time, and the bytes
@@ -68,24 +68,24 @@ class Transmission:
     """
 
     def __init__(
-        self, facts: Facts, *, postpone: bool = False, on_change: Callable[[Request], None] | None = None
+        self, details: ExportDetails, *, postpone: bool = False, on_change: Callable[[Request], None] | None = None
     ) -> None:
         self.in_flight: dict[int, Request] = {}
         self.leaving = False
         self.postponed: list[Request] = []
         self._postpone = postpone
         self._on_change = on_change
-        self._contexts = {number: name for name, number in facts.contexts.items()}
-        self._pack = (wire.EXTENDED_REQUEST if facts.mode == "extended" else wire.REQUEST).codec.pack
-        self._request_magic = wire.EXTENDED_REQUEST_MAGIC if facts.mode == "extended" else wire.REQUEST_MAGIC
-        self._extended = facts.mode == "extended"
-        self._parse = self._parse_simple if facts.mode == "simple" else self._parse_chunks
+        self._contexts = {number: name for name, number in details.contexts.items()}
+        self._pack = (wire.EXTENDED_REQUEST if details.mode == "extended" else wire.REQUEST).codec.pack
+        self._request_magic = wire.EXTENDED_REQUEST_MAGIC if details.mode == "extended" else wire.REQUEST_MAGIC
+        self._extended = details.mode == "extended"
+        self._parse = self._parse_simple if details.mode == "simple" else self._parse_chunks
         self._status_type = wire.REPLY_TYPE_BLOCK_STATUS_EXT if self._extended else wire.REPLY_TYPE_BLOCK_STATUS
         layout = {"simple": wire.SIMPLE_REPLY, "structured": wire.STRUCTURED_REPLY, "extended": wire.EXTENDED_REPLY}
-        self._head = layout[facts.mode].size
+        self._head = layout[details.mode].size
         #: A header, with the offset that follows it in chunks of data.
-        self._lead = self._head + (0 if facts.mode == "simple" else _OFFSET.size)
-        self._begins = struct.pack(">I", layout[facts.mode]["magic"].default)
+        self._lead = self._head + (0 if details.mode == "simple" else _OFFSET.size)
+        self._begins = struct.pack(">I", layout[details.mode]["magic"].default)
         self._cookie = 0
         # What is on its way is what was started (by senders) less what is done (by the receiver): two counters, since
         # either side may only change its own. Of all replies with bytes, and of large reads.

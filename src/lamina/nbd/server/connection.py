@@ -1,19 +1,13 @@
 """One client of a server: its negotiation, then its requests, from the first byte to the last.
 
-A connection is one thread that receives, executes (`commands.py`) and answers. One receive brings many requests and
-one send takes many replies, so that a request costs microseconds. Where storage is slow, waiting for one request would hold
-up the others: then requests go to a pool of threads that the export has, and each is answered when it is done. No thread of
-a pool waits for a client: what it has to say goes to a thread that only sends, and belongs to that client.
+Which thread executes a request is said in the docstring of this package.
 
-A request that takes many steps (`commands.STEP`) has a thread of its own, not one of the pool: two clients could keep
-the whole pool busy with such for hours. Between the steps it ends if its client is gone, or the server wants to end.
+Memory: 1 MiB of requests (`transmission.ROOM`) and 1 MiB of replies (`commands.SLAB`) for each client, and up to 1 MiB more
+for each of its 16 requests that are in the pool, or answered and not sent; all clients together have as much as the server
+has (`pool.Memory`). The length that a client names allocates nothing.
 
-Memory: 1 MiB of requests (`transmission.ROOM`) and 1 MiB of replies (`commands.SLAB`) for each client, and up to
-1 MiB more for each of its 16 requests that are in the pool, or answered and not sent; all together as much as the server has
-(`pool.Memory`). Nothing is allocated by a length that a client names.
-
-Time: whoever accepts clients looks at all of them now and then (`overdue`) and puts out those that stopped. Replies that are
-not taken end the connection by the time limit of the socket.
+Time: the thread that accepts clients looks at all of them now and then (`overdue`), and puts out those that stopped. A client
+that does not take its replies is disconnected by the time limit of the socket.
 """
 
 from __future__ import annotations
@@ -34,7 +28,7 @@ from .. import wire
 from .commands import SLAB, STEP, STEPPED, Commands
 from .loop import Loop
 from .negotiation import Agreed, Negotiation, Phase
-from .pool import Memory, Pace, Speed
+from .pool import Memory, Speed, StoragePool
 from .transmission import PART, REFUSED, ROOM, Request, Transmission
 from .waits import Waits
 
@@ -44,7 +38,7 @@ if TYPE_CHECKING:
     from ..channel import Buffer, PlainChannel
     from ..tls_channel import TlsChannel
     from .export import Export
-    from .exports import View
+    from .exports import VisibleExports
 
 log = logging.getLogger("lamina.nbd")
 
@@ -71,7 +65,7 @@ class Connection:
     def __init__(
         self,
         channel: PlainChannel,
-        view: View,
+        view: VisibleExports,
         *,
         tls: str = "off",
         context: ssl.SSLContext | None = None,
@@ -81,7 +75,7 @@ class Connection:
         stall_time: float | None = None,
         memory: Memory,
         admitted: Callable[[], bool] = lambda: True,
-        pace: Callable[[Export], Pace],
+        pool: Callable[[Export], StoragePool],
         loop: Loop,
     ) -> None:
         self.channel: PlainChannel | TlsChannel = channel
@@ -91,7 +85,7 @@ class Connection:
         self.origin = channel.peer.rpartition(":")[0] or channel.peer
         self.begun = time.monotonic()
         self.export_name: str | None = None
-        #: That for which `pace` was asked.
+        #: That for which `pool` was asked.
         self.export: Export | None = None
         #: Requests by command, bytes read and written, requests that failed.
         self.counts = dict.fromkeys((*wire.COMMAND_NAMES.values(), "failed", "bytes_read", "bytes_written"), 0)
@@ -107,8 +101,8 @@ class Connection:
         self.admitted = False
         self._why: str | None = None
         self._admitted = admitted
-        self._pace_of, self._loop = pace, loop
-        self._pace = Pace()
+        self._pool_of, self._loop = pool, loop
+        self._pool = StoragePool()
         #: Of this client's questions for status alone: they say nothing of how fast others read.
         self.status_speed = Speed(0.0)
         self._negotiation: Negotiation | None = None
@@ -274,7 +268,7 @@ class Connection:
         # Neither is an attribute: with what refers to this one in turn they would stay, megabytes, until the next collection.
         session = Transmission(agreed)
         commands = Commands(self, session, agreed, self._send)
-        self._pace, self.export = self._pace_of(agreed.export), agreed.export
+        self._pool, self.export = self._pool_of(agreed.export), agreed.export
         self.waits.answered()
         try:
             while not session.finished:
@@ -304,7 +298,7 @@ class Connection:
         meanwhile is returned, to be answered next."""
         first = requests[0]
         asks = first.type == wire.CMD_BLOCK_STATUS and len(requests) == 1
-        if self.status_speed.slow if asks else self._pace.slow:
+        if self.status_speed.slow if asks else self._pool.slow:
             self._answer_in_pool(commands, requests)
             return []
         # Long requests are spent in the system, side by side: only short ones meet at every call. A question for status may
@@ -318,13 +312,13 @@ class Connection:
                 turn.release()  # before it is sent: the next one wakes up meanwhile
         others = len(requests) - commands.status_requests
         if others:
-            self._pace.took((time.monotonic() - begun - commands.status_time) / others)
+            self._pool.took((time.monotonic() - begun - commands.status_time) / others)
         if answer:
             self._send(answer)
         if alone or session.finished or self.channel.secure or not self._pool_is_empty():
             return []
         self.waits.rest()
-        stay = _Stay(self, self._plain, session, commands, self._pace, self._loop)
+        stay = _LoopMember(self, self._plain, session, commands, self._pool, self._loop)
         self._loop.serve(stay)
         if stay.unsent:
             self._send(stay.unsent)
@@ -359,7 +353,7 @@ class Connection:
                     arguments = (commands, request, cost)
                     threading.Thread(target=self._long_one, args=arguments, name="nbd-request", daemon=True).start()
                 else:
-                    self._pace.submit(self._one, commands, request, cost)
+                    self._pool.submit(self._one, commands, request, cost)
             except RuntimeError:  # there are no more threads, or the server ends, and its pool has
                 self._slots.release()
                 if stepped:
@@ -380,7 +374,7 @@ class Connection:
             answer += commands.for_one(request, answer.extend).answer([request])
         finally:
             if request.type != wire.CMD_BLOCK_STATUS:
-                self._pace.took(time.monotonic() - begun)
+                self._pool.took(time.monotonic() - begun)
             self._answers.put((answer, cost))
 
     def _long_one(self, commands: Commands, request: Request, cost: int) -> None:
@@ -428,7 +422,7 @@ class Connection:
         return free == _IN_POOL
 
 
-class _Stay:
+class _LoopMember:
     """A client while it is in the loop; nobody else sends to it then. When it leaves, `unsent` is what it did not take, to be
     sent next, and `left` the requests to be answered after that."""
 
@@ -438,12 +432,12 @@ class _Stay:
         channel: PlainChannel,
         session: Transmission,
         commands: Commands,
-        pace: Pace,
+        pool: StoragePool,
         loop: Loop,
     ) -> None:
         self._connection = connection
         self._channel, self._session, self._commands = channel, session, commands
-        self._pace, self._turn = pace, loop.turn
+        self._pool, self._turn = pool, loop.turn
         self.unsent: Sequence[Buffer] = ()
         self.left: list[Request] = []
 
@@ -458,7 +452,7 @@ class _Stay:
             return True
         requests = session.received(count)
         self._connection.waits.took_in(session.halfway, requests, count)
-        if not count or session.finished or self._pace.slow or not _is_short(requests):
+        if not count or session.finished or self._pool.slow or not _is_short(requests):
             self.left = requests
             return False
         if not requests:
@@ -471,7 +465,7 @@ class _Stay:
                 if self.unsent:
                     self.left = requests[at + _PIECE :]
                     break
-            self._pace.took((time.monotonic() - begun) / len(requests))
+            self._pool.took((time.monotonic() - begun) / len(requests))
         finally:
             turn.release()
         if not self.unsent:

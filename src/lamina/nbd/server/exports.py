@@ -213,7 +213,7 @@ def _is_name(name: str) -> bool:
         return False
 
 
-class View:
+class VisibleExports:
     """What one client may see at this point of its connection. `close` gives back what it had opened."""
 
     def __init__(
@@ -224,10 +224,10 @@ class View:
         self._secure, self._names = secure, names
         self._held: tuple[str, Export] | None = None  # the one file of the folder that this client has
 
-    def secured(self, names: Sequence[str]) -> View:
+    def secured(self, names: Sequence[str]) -> VisibleExports:
         """The view of the same client, now under TLS and with these names in its certificate."""
         self.close()
-        return View(self._all, self._folder, secure=True, names=names)
+        return VisibleExports(self._all, self._folder, secure=True, names=names)
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of every export."""

@@ -22,7 +22,7 @@ _STUCK: Final = 0.02
 _SWEEP: Final = 0.1
 
 
-class Turn:
+class ExecutionTurn:
     """Lets one thread at a time execute what was received, as long as that is quick. Nobody waits long: behind one that
     stands still (in slow storage, or because its client does not read) the others begin a new line."""
 
@@ -70,7 +70,7 @@ class Loop:
     """Serves several clients from one thread, which is there while they are. `turn`: of all who execute, in it or not."""
 
     def __init__(self) -> None:
-        self.turn = Turn()
+        self.turn = ExecutionTurn()
         #: Guards all that follows.
         self._mutex = threading.Lock()
         self._places: dict[int, _Place] = {}

@@ -31,7 +31,7 @@ class Speed:
         self.mean += (seconds - self.mean) / 8
 
 
-class Pace(Speed):
+class StoragePool(Speed):
     """How fast the storage of an export reads and writes, and the threads that execute its requests while it is slow. For all
     its clients; storage that stands still holds up nobody else's. What nobody has asked yet counts as slow.
 

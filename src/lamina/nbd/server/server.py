@@ -30,10 +30,10 @@ from ..uri import Target
 from .access import check_access
 from .connection import CLIENT_MEMORY, Connection
 from .export import Export
-from .exports import Folder, Offer, View, check_names
+from .exports import Folder, Offer, VisibleExports, check_names
 from .listen import check_reach, keep_alive, listen_tcp, listen_unix
 from .loop import Loop
-from .pool import Memory, Pace
+from .pool import Memory, StoragePool
 
 if TYPE_CHECKING:
     import ssl
@@ -128,7 +128,7 @@ class Server:
         self._moves = 0
         self._closing: set[int] = set()  # the threads that are inside `close`
         self._served = self._left_again = 0  # clients that came as far as transmission, and those of them that are gone
-        self._paces: dict[Export, tuple[Pace, int]] = {}  # and how many clients the export has
+        self._pools: dict[Export, tuple[StoragePool, int]] = {}  # and how many clients the export has
         self._loop = Loop()
         self._accepting: threading.Thread | None = None
         self._begun: list[Export] = []  # the exports that this server serves
@@ -214,8 +214,8 @@ class Server:
             if thread.is_alive():
                 connection.close()
         _join(connections.values(), time.monotonic() + _LAST)
-        for pace, _ in list(self._paces.values()):
-            pace.close()
+        for pool, _ in list(self._pools.values()):
+            pool.close()
         self._end_exports(begun + grace)
         self._close_signals()
 
@@ -250,7 +250,7 @@ class Server:
             if image is not None:
                 image.root.edge.give_up()
         self._mutex = threading.Lock()
-        self._connections, self._paces, self._moves = {}, {}, 0
+        self._connections, self._pools, self._moves = {}, {}, 0
         self._closing.clear()
         self._loop = Loop()
 
@@ -270,7 +270,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- facts
+    # -- details
 
     @property
     def uris(self) -> list[str]:
@@ -350,11 +350,11 @@ class Server:
         if len(negotiating) < self._clients:
             return True
         silent = Counter(one.origin for one in negotiating if not one.waits.spoke)
-        worst = max(negotiating, key=lambda one: (not one.waits.spoke, silent[one.origin], one.waits.dallied()))
-        dallied = worst.waits.dallied()
-        if dallied < (_STOPPED if worst.waits.spoke else _SILENT):
+        worst = max(negotiating, key=lambda one: (not one.waits.spoke, silent[one.origin], one.waits.silent_for()))
+        silent_for = worst.waits.silent_for()
+        if silent_for < (_STOPPED if worst.waits.spoke else _SILENT):
             return False
-        worst.put_out(f"it made room, after {dallied:.1f} s without a word")
+        worst.put_out(f"another client needed its place, and it had sent nothing for {silent_for:.1f} s")
         return True
 
     def _put_out_late(self) -> None:
@@ -381,7 +381,7 @@ class Server:
             return
         connection = Connection(
             channel,
-            View(self._offers, self._folder),
+            VisibleExports(self._offers, self._folder),
             tls=self._tls,
             context=self._context,
             admit=lambda names: allowed(names, self._allow),
@@ -390,7 +390,7 @@ class Server:
             stall_time=self._stall_time,
             memory=self._memory,
             admitted=self._admit,
-            pace=self._pace,
+            pool=self._pool,
             loop=self._loop,
         )
         thread = threading.Thread(target=self._run, args=(connection,), name="nbd-client", daemon=True)
@@ -434,19 +434,19 @@ class Server:
     def _transmitting(self) -> int:
         return sum(connection.transmitting for connection in list(self._connections))
 
-    def _pace(self, export: Export) -> Pace:
+    def _pool(self, export: Export) -> StoragePool:
         with self._mutex:
-            pace, clients = self._paces.get(export) or (Pace(), 0)
-            self._paces[export] = (pace, clients + 1)
-            return pace
+            pool, clients = self._pools.get(export) or (StoragePool(), 0)
+            self._pools[export] = (pool, clients + 1)
+            return pool
 
     def _left(self, export: Export) -> None:
         """A client of `export` is gone. (`_mutex` is held.)"""
-        pace, clients = self._paces[export]
-        self._paces[export] = (pace, clients - 1)
+        pool, clients = self._pools[export]
+        self._pools[export] = (pool, clients - 1)
         if clients == 1 and all(offer.export is not export for offer in self._offers):
-            del self._paces[export]  # an image of the folder, which is closed now
-            pace.close()
+            del self._pools[export]  # an image of the folder, which is closed now
+            pool.close()
 
 
 def _join(threads: Iterable[threading.Thread], deadline: float) -> None:

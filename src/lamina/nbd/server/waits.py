@@ -41,8 +41,8 @@ class Waits:
         """A whole message came."""
         self.spoke, self._heard = True, monotonic()
 
-    def dallied(self) -> float:
-        """For how many seconds the client has said nothing whole; 0 while it waits for the server."""
+    def silent_for(self) -> float:
+        """For how many seconds the client has sent no whole message; 0 while it waits for the server."""
         return monotonic() - self._heard if self.listening else 0.0
 
     # -- transmission

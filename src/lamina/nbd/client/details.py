@@ -1,4 +1,4 @@
-"""What a client wants of an NBD server and what it is told: the agreed facts, the listed exports, the refusals.
+"""What a client wants of an NBD server and what it is told: the agreed details, the listed exports, the refusals.
 
 Plain values without I/O, which `negotiation` makes of the server's bytes and the rest of the client relies on.
 """
@@ -20,7 +20,7 @@ Handshake = Literal["oldstyle", "newstyle", "newstyle-fixed"]
 _MAX_SHOWN: Final = 500
 
 
-class Wish(NamedTuple):
+class HandshakeOptions(NamedTuple):
     """What a client wants of a server. `tls`: "off", "allow" (an attacker can take it away) or "require". `contexts` are
     queries for SET_META_CONTEXT; they need `structured` or `extended`, as does every reply in chunks."""
 
@@ -31,7 +31,7 @@ class Wish(NamedTuple):
     extended: bool = True
 
 
-class Facts(NamedTuple):
+class ExportDetails(NamedTuple):
     """What was agreed about one export. Sizes are bytes. Without `block_sizes_known` the three block sizes are what a client
     may assume. `maximum` is a multiple of the minimum; `maximum_told` is what the server said, 2**32 - 1 for no limit.
     `contexts`: the metadata contexts that were selected, with their numbers on this connection; `available`: all that the
@@ -54,12 +54,12 @@ class Facts(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """One export as LIST names it; `description` is None where the server gave none. `facts` or `error`: what INFO said of
+    """One export as LIST names it; `description` is None where the server gave none. `details` or `error`: what INFO said of
     it, where it was asked."""
 
     name: str
     description: str | None = None
-    facts: Facts | None = None
+    details: ExportDetails | None = None
     error: LaminaError | None = None
 
 
