@@ -486,12 +486,7 @@ def require_writable(node: Node, operation: str) -> None:
     if node.foreign:
         raise foreign(node, operation)
     if node.read_only:
-        raise ReadOnly(
-            "it was opened read-only",
-            path=node.filename,
-            operation=operation,
-            hint=node.writable_hint,
-        )
+        raise ReadOnly("it was opened read-only", path=node.filename, operation=operation, hint=node.writable_hint)
 
 
 def check_size(size: int) -> int:
