@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from ..extents import Extents, HostFile
     from ..graph import Opener
-    from ..status import Status
     from ..pending import Pending
     from ..request import Child
+    from ..status import Status
 
 
 class Raw(Format):
