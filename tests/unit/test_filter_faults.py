@@ -186,6 +186,17 @@ def test_space_is_used_up_and_given_back() -> None:
     image.write(SIZE, b"e" * 50_000)
 
 
+def test_zeroes_past_the_end_take_and_give_no_space() -> None:
+    image, node, storage = over(space=4096)
+    root = Child(node, "file", grows=True)
+    root.zero(SIZE + 4096, 4096, MAY_UNMAP)
+    assert (node.space, storage.size) == (4096, SIZE + 8192)
+    assert fails(lambda: root.write(SIZE, memoryview(bytes(8192))), errno.ENOSPC)
+    root.write(SIZE + 4096, memoryview(b"a" * 4096))
+    assert node.space == 0
+    assert image.read(SIZE, 4097) == bytes(4096) + b"a"
+
+
 def test_dropped_changes() -> None:
     image, node, storage = over({"drop": True, "after": 1})
     image.write(0, b"x" * 512)

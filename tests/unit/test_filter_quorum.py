@@ -31,6 +31,10 @@ class Copy(MemoryStorage):
             raise BlockIOError(f"no {operation}", errno=errno.ENOSPC)
         return super()._require_open(operation)
 
+    def flush(self) -> None:
+        self._require_open("flush")
+        super().flush()
+
 
 def quorum(count: int, threshold: int, **options: Any) -> tuple[Image, list[Copy]]:
     copies = [Copy(SIZE) for _ in range(count)]
@@ -105,6 +109,34 @@ def test_a_copy_that_missed_a_write_is_outvoted() -> None:
     copies[0].fails = ()
     assert image.read(0, 1010) == bytes(10) + b"x" * 1000
     assert Image(copies[0]).read(0, 1010) == bytes(10) + b"x" * 1000
+
+
+def test_a_copy_whose_flush_failed_has_no_vote_on_what_was_not_flushed() -> None:
+    image, copies = quorum(2, 1)
+    image.write(0, b"old" + bytes(PAGE - 3))
+    image.flush()
+    image.write(0, b"new")
+    copies[0].fails = ("flush",)
+    image.flush()
+    copies[0].fails = ()
+    Image(copies[0]).write(0, b"old")  # as storage that lost what it had not written
+    assert image.read(0, 3) == b"new"
+    assert image.read(PAGE, 3) == bytes(3)
+    image.write(0, b"newest" + bytes(PAGE - 6))  # complete blocks: the copy votes again
+    copies[1].fails = ("read",)
+    assert image.read(0, 6) == b"newest"
+
+
+def test_a_flush_that_fails_as_a_whole_leaves_the_votes() -> None:
+    image, copies = quorum(2, 2)
+    image.write(0, b"x" * PAGE)
+    copies[0].fails = ("flush",)
+    with pytest.raises(BlockIOError):
+        image.flush()
+    assert image.read(0, 1) == b"x"
+    copies[0].fails = ()
+    image.flush()
+    assert image.read(0, 1) == b"x"
 
 
 @pytest.mark.parametrize("missed", [0, 1])

@@ -75,6 +75,9 @@ class Quorum(Node):
         self.children = {f"children.{number}": child for number, child in enumerate(children)}
         #: The stale ranges of each copy, which are older than acknowledged writes.
         self._stale = {role: RangeSet() for role in self.children}
+        #: What was changed since the last flush, and may not be on stable storage.
+        self._unflushed = RangeSet()
+        self._flushing = threading.Lock()  # held where that set is exchanged or filled
         self._copies = tuple(children)
         self._threshold = vote_threshold
         self._rewrite = rewrite_corrupted
@@ -153,7 +156,20 @@ class Quorum(Node):
         self._change(lambda child: child.zero(offset, length, flags), "zero", offset, length)
 
     def flush(self) -> None:
-        self._request_all(lambda child: child.flush(), "flush")
+        """A copy whose flush fails may have lost whatever was not flushed before: those ranges become stale in it. Where the
+        flush fails as a whole nothing was promised, and the next flush promises it."""
+        with self._flushing:
+            written, self._unflushed = self._unflushed, RangeSet()
+        try:
+            done = self._request_all(lambda child: child.flush(), "flush")
+        except BaseException:
+            with self._flushing:
+                self._unflushed.update(written)
+            raise
+        for role in self.children.keys() - done:
+            # Requests in progress count as well: storage reports a loss once.
+            self._stale[role].update(written)
+            self._stale[role].update(self._unflushed)
 
     def truncate(self, size: int) -> None:
         done = self._request_all(lambda child: child.truncate(size), "truncate")
@@ -199,8 +215,10 @@ class Quorum(Node):
 
     def _change(self, request: Callable[[Child], None], operation: str, offset: int, length: int) -> None:
         """Execute a request that changes a range on all copies. The range becomes stale in copies on which it fails."""
-        done = self._request_all(request, operation, offset, length)
         end = offset + length
+        with self._flushing:
+            self._unflushed.add(align_down(offset, _BLOCK), align_up(end, _BLOCK))
+        done = self._request_all(request, operation, offset, length)
         for role in done:
             self._mark_current(role, offset, end)
         current = [role for role in done if not self._stale[role].overlaps(offset, end)]
@@ -265,6 +283,11 @@ class RangeSet:
                 pairs = zip(apart[::2], apart[1::2], strict=False)
                 apart = [(lo, hi) for (lo, _), (_, hi) in pairs] + apart[len(apart) - len(apart) % 2 :]
             self._ranges = tuple(apart)
+
+    def update(self, other: RangeSet) -> None:
+        """Add the bytes of another set."""
+        for start, end in other._ranges:
+            self.add(start, end)
 
     def remove(self, start: int, end: int) -> None:
         if start >= end:

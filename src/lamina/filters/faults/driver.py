@@ -179,12 +179,14 @@ class Faults(FilterNode):
         if plan is not None and plan.lost:
             return
         with self._change():
+            size = max(self.size, self._end)
             if not flags & MAY_UNMAP:
                 self._allocate(offset, offset + length, "zero")
             self._record(offset, length)
             self.image.zero(offset, length, flags)
             if flags & MAY_UNMAP:
-                self._free(offset, offset + length)
+                self._free(offset, min(offset + length, size))
+                self._lengthen(size, offset + length)
             self._heal(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
@@ -355,8 +357,15 @@ class Faults(FilterNode):
 
     def _free(self, start: int, end: int) -> None:
         with self._mutex:
-            if self.space is not None:
+            if self.space is not None and start < end:
                 self.space += self._holes.add(start, end)
+
+    def _lengthen(self, size: int, end: int) -> None:
+        """The disk, `size` bytes long, was made to reach `end`: what is added is a hole, which takes and gives no space."""
+        with self._mutex:
+            if self.space is not None and end > size:
+                self._holes.add(size, end)
+                self._end = max(self._end, end)
 
 
 def _pieces(offset: int, length: int, stored: list[bool] | None) -> Iterator[tuple[int, int]]:
