@@ -44,7 +44,7 @@ def mapping_first(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """The mapping is durable before the counts of what it names."""
 
     def write_out(self: Any) -> bool:
-        if self.mappings.dirty and not self.mappings.l1_moved:
+        if self.mappings.dirty and self.mappings.l1.published:
             self.mappings.write_tables()
             self.file.flush()
             self.mappings.write_links()
@@ -64,11 +64,12 @@ def pointer_before_table(original: Callable[[Any], bool]) -> Callable[[Any], boo
     """The header points to an L1 table that is still on its way."""
 
     def write_out(self: Any) -> bool:
-        if self.mappings.l1_moved:
+        if not self.mappings.l1.published:
             self.refcounts.write_counts()
             self.refcounts.write_links()
             self.file.flush()
             self.mappings.write_tables()
+            self.header.l1_table_offset, self.header.l1_size = self.mappings.l1.offset, len(self.mappings.l1)
             self.header.store(self.file, "l1_size", "l1_table_offset")
         return original(self)
 

@@ -11,7 +11,7 @@ from ...node import COMPRESS
 from ...references import Reference
 from ...request import Child
 from ...schema import Option, Schema
-from . import allocation, sparse
+from . import allocation, l1_table
 from . import create as _create
 from .compression import Compression
 from .header import Header
@@ -64,7 +64,7 @@ class Qcow2(FormatNode):
         header = Header.read(file)
         path = file.node.filename
         header.require_openable(path, writable=not opener.read_only)
-        stored = sparse.stored_bytes(file, header.l1_table_offset, header.l1_size * 8)
+        stored = l1_table.stored_bytes(file, header.l1_table_offset, header.l1_size)
         opener.book(stored, "the L1 table", path)
         node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)

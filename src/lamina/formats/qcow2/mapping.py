@@ -24,8 +24,8 @@ from ...format_node import Mapping
 from ...limits import align_up
 from ...status import COMPRESSED, DATA, PRESENT, ZERO
 from . import layout as q
-from . import sparse
-from .room import has_hole
+from .holes import has_hole
+from .l1_table import L1Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,13 +54,13 @@ _STEPS = 1 << 9
 class Table:
     """One L2 table: its entries, where it lies, and what of it is not on disk."""
 
-    __slots__ = ("entries", "high", "in_place", "low", "new", "offset")
+    __slots__ = ("entries", "high", "low", "new", "offset", "stored")
 
     def __init__(self, offset: int, entries: array[int], *, new: bool = False) -> None:
         self.offset = offset
         self.entries = entries
         self.new = new  # nothing on disk points to it
-        self.in_place = new  # the file is known to have room for all of it
+        self.stored = new  # the file is known to hold storage for all of it
         self.low, self.high = len(entries), 0  # the entries that are not on disk yet
 
 
@@ -69,7 +69,6 @@ class Mappings:
 
     def __init__(self, file: Child, header: Header, cache_bytes: int, *, writable: bool = True) -> None:
         self._file = file
-        self._header = header
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self.per_table = header.cluster_size // 8
@@ -81,18 +80,12 @@ class Mappings:
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
         self._tables: dict[int, Table] = {}  # by L1 index, the first loaded first
         self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk
-        self._l1_dirty: set[int] = set()
-        self.l1_moved = False  # the L1 table in memory lies elsewhere than the header on disk says
-        self._l1_new = False  # and nothing on disk can point to it yet
-        self.l1 = sparse.load(file, header.l1_table_offset, header.l1_size)
+        #: The active L1 table. Another one takes its place at the next flush.
+        self.l1 = L1Table.load(file, header.l1_table_offset, header.l1_size)
 
     @property
     def dirty(self) -> bool:
-        return bool(self._dirty or self._l1_dirty or self.l1_moved)
-
-    @property
-    def dirty_tables(self) -> int:
-        return len(self._dirty)
+        return bool(self._dirty or self.l1.changed or not self.l1.published)
 
     @property
     def pressure(self) -> bool:
@@ -129,7 +122,7 @@ class Mappings:
         which, index = cluster >> self._table_bits, cluster & self.per_table - 1
         table = self.table(which)
         if table is None:
-            while which < last >> self._table_bits and not self.l1[which + 1] & q.OFFSET_MASK:
+            while which < last >> self._table_bits and not self.l1.entries[which + 1] & q.OFFSET_MASK:
                 which += 1
             run = (which + 1 << self._table_bits + bits) - offset
             return Mapping(0, min(run, length))
@@ -145,13 +138,6 @@ class Mappings:
         if not host:
             return Mapping(_ZEROED if entry & q.ZERO else 0, min(run, length))
         return Mapping(_ZEROED if entry & q.ZERO else _STORED, min(run, length), host + within, self._file)
-
-    def l2_clusters(self, *, copied: bool) -> Iterator[list[int]]:
-        """The clusters of L2 tables, those of L1 entries with the flag COPIED or of those without; some at a time."""
-        bits, mask, both, flag = self._cluster_bits, q.OFFSET_MASK, q.COPIED | q.OFFSET_MASK, q.COPIED if copied else 0
-        for at in range(0, len(self.l1), _L1_BATCH):
-            part = self.l1[at : at + _L1_BATCH]
-            yield [(e & mask) >> bits for e in part if e & q.COPIED == flag and e & both != flag]
 
     def map_columns(self, offset: int, length: int) -> Columns:
         """As `FormatNode.map_columns`. The answer ends early, on a cluster, also where it took many steps: neither memory nor
@@ -178,7 +164,7 @@ class Mappings:
 
         step = max(_BATCH >> self._cluster_bits, 1)
         for begin in range(first, last + 1, _L1_BATCH):
-            pointers = np.frombuffer(self.l1, np.uint64, min(_L1_BATCH, last + 1 - begin), 8 * begin)
+            pointers = np.frombuffer(self.l1.entries, np.uint64, min(_L1_BATCH, last + 1 - begin), 8 * begin)
             there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
             edges = np.flatnonzero(there[1:] != there[:-1]) + 1
             for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
@@ -224,7 +210,7 @@ class Mappings:
             while (
                 at + run < count
                 and which + at + run not in self._tables
-                and self.l1[which + at + run] & q.OFFSET_MASK == offset + run * self._cluster_size
+                and self.l1.entries[which + at + run] & q.OFFSET_MASK == offset + run * self._cluster_size
                 and offset + (run + 1) * self._cluster_size <= self._file.node.size
             ):
                 run += 1
@@ -238,7 +224,7 @@ class Mappings:
         table = self._tables.get(which)
         if table is not None:
             return table
-        if not self.l1[which] & q.OFFSET_MASK:
+        if not self.l1.entries[which] & q.OFFSET_MASK:
             return None
         self._file.tell("l2_load")
         offset = self._place(which)
@@ -253,14 +239,14 @@ class Mappings:
         return table
 
     def _place(self, which: int) -> int:
-        offset = self.l1[which] & q.OFFSET_MASK
+        offset = self.l1.entries[which] & q.OFFSET_MASK
         if offset & self._cluster_size - 1 or offset + self._cluster_size > align_up(
             self._file.node.size, self._cluster_size
         ):
             raise CorruptImage(
                 f"L2 table {which} is said to lie at {offset:#x}, which cannot be",
                 path=self._file.node.filename,
-                offset=self._header.l1_table_offset + 8 * which,
+                offset=self.l1.offset + 8 * which,
                 hint="check the image",
             )
         return offset
@@ -275,30 +261,20 @@ class Mappings:
 
     # -- changing: every method may be cut short by an exception at any call; what belongs together changes without one
 
-    def make_room(self, table: Table) -> None:
-        """See to it that the file has room for this table, so that writing it cannot fail for want of it."""
-        if not table.in_place:
+    def ensure_stored(self, table: Table) -> None:
+        """See to it that the file holds storage for this table, so that writing it cannot fail for want of space."""
+        if not table.stored:
             raw = _big_endian(table.entries)
             if has_hole(self._file, table.offset, raw):
                 self._file.write(table.offset, memoryview(raw))
-            table.in_place = True
-
-    def make_room_for_entry(self, which: int) -> None:
-        """The same for the entry of the L1 table."""
-        if self._l1_new:
-            return
-        first = which & ~63
-        sector = self.l1[first : first + 64].tobytes()
-        offset = self._header.l1_table_offset + 8 * first
-        if not any(sector) and has_hole(self._file, offset, sector):
-            self._file.write(offset, memoryview(sector))
+            table.stored = True
 
     def link_table(self, which: int, table: Table) -> None:
         """From now on `table`, which is new, is the L2 table of this L1 entry."""
         self._tables[which] = table
         self._dirty |= {which}
-        self._l1_dirty |= {which}
-        self.l1[which] = table.offset | q.COPIED
+        self.l1.changed |= {which}
+        self.l1.entries[which] = table.offset | q.COPIED
         self._evict()
 
     def set(self, which: int, index: int, entry: int) -> None:
@@ -323,20 +299,6 @@ class Mappings:
             table.high = index + clusters
         table.entries[index : index + clusters] = places
 
-    def move_l1(self, offset: int, entries: int) -> None:
-        """Make the L1 table `entries` long, at a new place that is this image's already."""
-        header = self._header
-        longer = array("Q", self.l1.tobytes())
-        longer.frombytes(bytes(8 * (entries - len(longer))))
-        # One step: no call, and so no interrupt, inside it.
-        header.l1_table_offset, header.l1_size, self.l1, self.l1_moved, self._l1_new = (
-            offset,
-            entries,
-            longer,
-            True,
-            True,
-        )
-
     # -- to disk, in the order that the driver decides
 
     def write_tables(self) -> None:
@@ -346,9 +308,9 @@ class Mappings:
             if table.new:
                 self._file.tell("l2_alloc_write")
                 self._file.write(table.offset, memoryview(_big_endian(table.entries)))
-        if self._l1_new:
+        if self.l1.new:
             self._file.tell("l1_grow_write_table")
-            self._file.write(self._header.l1_table_offset, memoryview(_big_endian(self.l1)))
+            self.l1.write(self._file)
 
     def write_links(self) -> None:
         """Publish: entries of the tables in place, then L1 entries. Everything they point to is durable. Where this fails,
@@ -364,16 +326,11 @@ class Mappings:
             table = self._tables[which]
             if table.new:
                 table.new, table.low, table.high = False, self.per_table, 0
-        if self._l1_new:
-            self._l1_new = False
-            self._l1_dirty.clear()
+        if self.l1.new:
+            self.l1.new = False
+            self.l1.changed.clear()
         else:
-            self._write_l1()
-
-    def _write_l1(self) -> None:
-        for low, high in _runs(sorted(self._l1_dirty)):
-            self._file.tell("l1_update")
-            self._file.write(self._header.l1_table_offset + 8 * low, memoryview(_big_endian(self.l1[low:high])))
+            self.l1.write_changed(self._file)
 
     def written(self) -> None:
         """Everything is on disk."""
@@ -381,8 +338,8 @@ class Mappings:
             table = self._tables[which]
             table.low, table.high = self.per_table, 0
         self._dirty.clear()
-        self._l1_dirty.clear()
-        self.l1_moved = False
+        self.l1.changed.clear()
+        self.l1.published = True
         self._evict()
 
     def _keep(self, which: int, table: Table) -> None:
@@ -413,14 +370,3 @@ def _big_endian(entries: array[int] | memoryview[int]) -> bytes:
     if _SWAP:
         copy.byteswap()
     return copy.tobytes()
-
-
-def _runs(indexes: list[int]) -> list[tuple[int, int]]:
-    """Consecutive indexes as half-open ranges."""
-    runs: list[tuple[int, int]] = []
-    for index in indexes:
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs

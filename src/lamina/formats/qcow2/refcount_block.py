@@ -16,14 +16,14 @@ _TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 class WideBlock:
     """A refcount block of 8, 16, 32 or 64 bits a count, in the order of this machine."""
 
-    __slots__ = ("counts", "high", "in_place", "low")
+    __slots__ = ("counts", "high", "low", "stored")
 
     def __init__(self, raw: bytes | bytearray, bits: int) -> None:
         self.counts: array[int] = array(_TYPECODES[bits], bytes(raw))
         if sys.byteorder == "little":
             self.counts.byteswap()
         self.low, self.high = len(raw), 0  # the bytes that are not on disk yet
-        self.in_place = False  # the file is known to have room for all of it
+        self.stored = False  # the file is known to hold storage for all of it
 
     def get(self, index: int) -> int:
         return self.counts[index]
@@ -59,7 +59,7 @@ class WideBlock:
 class NarrowBlock:
     """A refcount block of 1, 2 or 4 bits a count; the lowest bits of a byte come first."""
 
-    __slots__ = ("_bits", "_has_free", "_per_byte", "bytes", "high", "in_place", "low")
+    __slots__ = ("_bits", "_has_free", "_per_byte", "bytes", "high", "low", "stored")
 
     def __init__(self, raw: bytes | bytearray, bits: int) -> None:
         self.bytes = bytearray(raw)
@@ -69,7 +69,7 @@ class NarrowBlock:
         free = [byte for byte in range(256) if any(not byte >> at & mask for at in range(0, 8, bits))]
         self._has_free = re.compile(b"[" + b"".join(b"\\x%02x" % byte for byte in free) + b"]")
         self.low, self.high = len(raw), 0
-        self.in_place = False
+        self.stored = False
 
     def get(self, index: int) -> int:
         byte, at = divmod(index, self._per_byte)

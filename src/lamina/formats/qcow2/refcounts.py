@@ -27,8 +27,8 @@ from ...errors import BlockIOError, CorruptImage, LimitExceeded
 from ...limits import align_up
 from . import layout as q
 from .cluster_set import ClusterSet, join, merge, sorted_arrays
+from .holes import has_hole
 from .refcount_block import Block, make_block
-from .room import has_hole
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -301,11 +301,11 @@ class Refcounts:
             part = min(end - cluster, self.per_block - index)
             block = self._block(which)
             assert block is not None, "counted only where a block exists"
-            if rises and not block.in_place:
+            if rises and not block.stored:
                 offset, raw = self.table[which] & q.REFBLOCK_MASK, block.raw(0, self._cluster_size)
                 if has_hole(self._file, offset, raw):
                     self._file.write(offset, memoryview(raw))
-                block.in_place = True
+                block.stored = True
             self._changed.add(which)
             block.fill(index, part, count)
             cluster += part
@@ -341,13 +341,13 @@ class Refcounts:
         offset = cluster << self._cluster_bits
         self._refuse_metadata(cluster, 1)
         self._require_room(offset + self._cluster_size)
-        self._make_room_for_entry(which)
+        self._ensure_stored(which)
         counted_by, index = divmod(cluster, self.per_block)
         block = self._make(bytearray(self._cluster_size))
         if counted_by == which:
             block.fill(index, 1, 1)
         self._file.write(offset, memoryview(block.raw(0, self._cluster_size)))
-        block.in_place = True
+        block.stored = True
         if counted_by != which:
             self._fill(cluster, 1, 1)
         # One step: no call, and so no interrupt, from here to the entry of the table.
@@ -358,8 +358,8 @@ class Refcounts:
         self.table[which] = offset
         self._take_blank(offset, offset + self._cluster_size)
 
-    def _make_room_for_entry(self, which: int) -> None:
-        """See to it that the file has room for this entry of the table on disk."""
+    def _ensure_stored(self, which: int) -> None:
+        """See to it that the file holds storage for this entry of the table, so that writing it cannot fail."""
         if self._moved and not self._offered:
             return  # that table is not this one
         first = which & ~63

@@ -76,11 +76,11 @@ class Tables:
         """The reference counts, loaded at the first change: reading needs none."""
         if self._refcounts is None:
             counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
-            first = self.header.l1_table_offset >> self.cluster_bits
-            own = range(first, first + -(-self.header.l1_size * 8 >> self.cluster_bits))
+            l1, bits = self.mappings.l1, self.cluster_bits
+            first = l1.offset >> bits
+            own = range(first, first + -(-len(l1) * 8 >> bits))
             # Entries without COPIED may name one table together: whoever changes it takes a copy.
-            copied, shared = (self.mappings.l2_clusters(copied=flag) for flag in (True, False))
-            counts.claim(chain([own], copied), shared)
+            counts.claim(chain([own], l1.l2_clusters(bits, copied=True)), l1.l2_clusters(bits, copied=False))
             self._refcounts = counts
         return self._refcounts
 
@@ -129,11 +129,11 @@ class Tables:
         """The L2 table of this L1 entry, for changing: made if there is none, copied if it is not this image's alone."""
         mappings = self.mappings
         found = mappings.table(which)
-        if found is not None and mappings.l1[which] & q.COPIED:
-            mappings.make_room(found)
+        if found is not None and mappings.l1.entries[which] & q.COPIED:
+            mappings.ensure_stored(found)
             return found
         entries = array("Q", bytes(self.cluster_size)) if found is None else found.entries[:]
-        mappings.make_room_for_entry(which)
+        mappings.l1.ensure_stored(self.file, which)
         table = Table(self.allocate_metadata(self.cluster_size), entries, new=True)
         if found is not None:
             self.file.tell("l2_alloc_cow_read")
@@ -148,7 +148,7 @@ class Tables:
         per_table = self.mappings.per_table
         first, last = offset >> self.cluster_bits, offset + length - 1 >> self.cluster_bits
         for which in range(first // per_table, last // per_table + 1):
-            if not make and not self.mappings.l1[which] & q.OFFSET_MASK:
+            if not make and not self.mappings.l1.entries[which] & q.OFFSET_MASK:
                 continue
             entries = self.own_table(which).entries
             low, high = max(first - which * per_table, 0), min(last - which * per_table, per_table - 1)
@@ -254,12 +254,13 @@ class Tables:
 
     def grow_l1(self, entries: int) -> None:
         """Make the L1 table `entries` long: a copy elsewhere, which takes its place at the next flush."""
-        old = (self.header.l1_table_offset, align_up(self.header.l1_size * 8, self.cluster_size) >> self.cluster_bits)
+        old = self.mappings.l1
+        clusters = align_up(len(old) * 8, self.cluster_size) >> self.cluster_bits
         self.file.tell("l1_grow_alloc_table")
         offset = self.allocate_metadata(align_up(entries * 8, self.cluster_size))
-        self.mappings.move_l1(offset, entries)
-        if old[1]:
-            self._freeing.add(*old)
+        self.mappings.l1 = old.grown(offset, entries)
+        if clusters:
+            self._freeing.add(old.offset, clusters)
 
     def set_size(self, size: int) -> None:
         """Say in the header that the disk has `size` bytes."""
@@ -316,8 +317,9 @@ class Tables:
             file.flush()
         if mappings.dirty:
             mappings.write_links()
-            if mappings.l1_moved:
+            if not mappings.l1.published:
                 file.tell("l1_grow_activate_table")
+                self.header.l1_table_offset, self.header.l1_size = mappings.l1.offset, len(mappings.l1)
                 self.header.store(file, "l1_size", "l1_table_offset")
             file.flush()
             mappings.written()

@@ -1,7 +1,7 @@
-"""Whether the file has room for a table that lies in it: where it is a hole, writing to it can fail on a full disk.
+"""Whether a table of the image lies in a hole of its file, where writing to it can fail on a full disk.
 
-The file is made to have room for all that a request will need before the request succeeds, so that the flush that follows
-only writes over what the file system has found room for already.
+Before a request succeeds, zeros are written to every hole that the flush which follows will write to. So a flush only writes
+over storage that the file system has allocated already.
 """
 
 from __future__ import annotations

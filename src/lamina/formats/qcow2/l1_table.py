@@ -1,0 +1,149 @@
+"""An L1 table: its entries, each of which names an L2 table, and where it lies in the file.
+
+The active table of an image is one, and each snapshot has its own. After "Cluster mapping" of the published specification.
+
+A header can name an L1 table of 32 MiB in a file of a few KiB: all of it a hole. Such a table is kept in pages that the
+system provides when they are touched, and only the parts that the file stores are read into them.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import TYPE_CHECKING
+
+from . import layout as q
+from .holes import has_hole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...request import Child
+
+_SWAP = sys.byteorder == "little"
+#: From this size on it pays to ask where the holes of a table are, and in pieces of so many bytes.
+_SMALLEST = 256 << 10
+_STEP = 64 << 10
+#: Entries that are looked at in one go where all of them are.
+_BATCH = 1 << 16
+#: Entries in one sector, which a disk writes at once.
+_SECTOR = 512 // 8
+
+
+class L1Table:
+    """One L1 table in memory, which `write` or `write_changed` bring to the disk. Not thread-safe."""
+
+    __slots__ = ("changed", "entries", "new", "offset", "published")
+
+    def __init__(self, offset: int, entries: array[int] | memoryview[int], *, new: bool = False) -> None:
+        #: Where it lies in the file, in bytes.
+        self.offset = offset
+        self.entries = entries
+        #: Nothing on the disk can point to it yet.
+        self.new = new
+        #: What points to it on the disk does so for certain.
+        self.published = not new
+        #: Indexes of entries that are not on the disk.
+        self.changed: set[int] = set()
+
+    @classmethod
+    def load(cls, file: Child, offset: int, count: int) -> L1Table:
+        """The table of `count` entries at this byte of `file`, which holds all of it."""
+        if count * 8 < _SMALLEST or stored_bytes(file, offset, count) == count * 8:
+            entries = array("Q", (0,)) * count
+            _read(file, offset, entries)
+            return cls(offset, entries)
+        from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+        # Private: a child of this process has its own.
+        view = memoryview(mmap(-1, count * 8, flags=MAP_PRIVATE | MAP_ANONYMOUS)).cast("Q")
+        for start, stop in _stored(file, offset, count * 8):
+            part = array("Q", (0,)) * (stop - start >> 3)
+            _read(file, start, part)
+            at = start - offset >> 3
+            view[at : at + len(part)] = memoryview(part)
+        return cls(offset, view)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def l2_clusters(self, bits: int, *, copied: bool) -> Iterator[list[int]]:
+        """The clusters (of `1 << bits` bytes) of L2 tables, those of entries with the flag COPIED or of those without; some
+        at a time."""
+        mask, both, flag = q.OFFSET_MASK, q.COPIED | q.OFFSET_MASK, q.COPIED if copied else 0
+        for at in range(0, len(self.entries), _BATCH):
+            part = self.entries[at : at + _BATCH]
+            yield [(e & mask) >> bits for e in part if e & q.COPIED == flag and e & both != flag]
+
+    def grown(self, offset: int, count: int) -> L1Table:
+        """A copy of `count` entries for another place; further entries name nothing."""
+        entries = array("Q", self.entries.tobytes())
+        entries.frombytes(bytes(8 * (count - len(entries))))
+        return L1Table(offset, entries, new=True)
+
+    # -- changing, and to the disk
+
+    def ensure_stored(self, file: Child, index: int) -> None:
+        """See to it that the file holds storage for this entry, so that writing it cannot fail for want of space."""
+        if self.new:
+            return
+        first = index - index % _SECTOR
+        sector = self.entries[first : first + _SECTOR].tobytes()
+        if not any(sector) and has_hole(file, self.offset + 8 * first, sector):
+            file.write(self.offset + 8 * first, memoryview(sector))
+
+    def point_to(self, index: int, l2_offset: int) -> None:
+        """From now on this entry names the L2 table at `l2_offset`, which is this table's alone."""
+        # No call, and so no interrupt, inside it.
+        self.changed |= {index}
+        self.entries[index] = l2_offset | q.COPIED
+
+    def write(self, file: Child) -> None:
+        """Write all of it."""
+        file.write(self.offset, memoryview(_big_endian(self.entries)))
+
+    def write_changed(self, file: Child) -> None:
+        """Write the entries that changed. They stay noted as changed: the caller knows when they are durable."""
+        for low, high in _runs(sorted(self.changed)):
+            file.tell("l1_update")
+            file.write(self.offset + 8 * low, memoryview(_big_endian(self.entries[low:high])))
+
+
+def stored_bytes(file: Child, offset: int, count: int) -> int:
+    """How many bytes of this table of `count` entries must be read: those that are not known to be zeros."""
+    return sum(stop - start for start, stop in _stored(file, offset, 8 * count))
+
+
+def _read(file: Child, offset: int, entries: array[int]) -> None:
+    file.read_into(offset, memoryview(entries).cast("B"))
+    if _SWAP:
+        entries.byteswap()
+
+
+def _stored(file: Child, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """The parts [start, stop) that are not known to be zeros. Small tables are one part."""
+    if length < _SMALLEST:
+        yield offset, offset + length
+        return
+    for start in range(offset, offset + length, _STEP):
+        stop = min(start + _STEP, offset + length)
+        if not file.reads_zero(start, stop - start):
+            yield start, stop
+
+
+def _big_endian(entries: array[int] | memoryview[int]) -> bytes:
+    copy = array("Q", entries.tobytes())
+    if _SWAP:
+        copy.byteswap()
+    return copy.tobytes()
+
+
+def _runs(indexes: list[int]) -> list[tuple[int, int]]:
+    """Consecutive indexes as half-open ranges."""
+    runs: list[tuple[int, int]] = []
+    for index in indexes:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
