@@ -204,9 +204,7 @@ class AtomicFile:
                 self._link(self._temporary)
             self._old.replace(self._temporary)
         elif self._named:
-            if _exists(self._folder, self._name):
-                raise self._name_in_use()
-            os.replace(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            self._rename_to_free_name()
         else:
             try:
                 self._link(self._name)
@@ -215,6 +213,19 @@ class AtomicFile:
         self._named = False
         if durable:
             sync_folder(".", self._folder)  # by its descriptor, since the folder may have been renamed
+
+    def _rename_to_free_name(self) -> None:
+        # A second link, since a rename would replace a file that another program creates at the last moment.
+        try:
+            os.link(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        except FileExistsError as error:
+            raise self._name_in_use() from error
+        except OSError as error:  # a file system without hard links
+            if _exists(self._folder, self._name):
+                raise self._name_in_use() from error
+            os.replace(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        else:
+            os.unlink(self._temporary, dir_fd=self._folder)
 
     def _finish_in_place(self) -> None:
         if not self.begun:

@@ -84,6 +84,42 @@ def test_a_file_that_another_made_meanwhile_is_left_alone(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["disk"]
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["", "no hard links"])
+def test_a_file_that_another_makes_at_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """A link cannot replace it, as a rename would. Where the file system has no links, the name is looked at before."""
+    no_tmpfile(monkeypatch)
+    target = tmp_path / "disk"
+    link, calls = os.link, list[str]()
+
+    def late(*arguments: Any, **named: Any) -> None:
+        calls.append("link")
+        target.write_bytes(b"theirs")
+        if not links:
+            raise OSError(errno.EPERM, "no links here")
+        link(*arguments, **named)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(BlockIOError, match="another program created"), AtomicFile(target) as file:
+        os.write(file.fd, b"ours")
+    assert calls == ["link"]
+    assert target.read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["disk"]
+
+
+def test_a_new_file_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_tmpfile(monkeypatch)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_file(tmp_path / "disk", b"whole")
+    assert (tmp_path / "disk").read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["disk"]
+
+
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("below/real")

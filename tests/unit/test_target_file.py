@@ -185,7 +185,7 @@ def test_the_order_of_syncs_with_a_temporary_name(
     for durable in (False, True, False):
         with AtomicFile(tmp_path / "disk", durable=durable):
             pass
-    assert calls == ["rename"] + ["sync file", "rename", "sync folder"] * 2
+    assert calls == ["link"] + ["sync file", "rename", "sync folder"] * 2
 
 
 # -- what a rename would lose
