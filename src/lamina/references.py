@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from . import detect, registry
@@ -204,6 +203,8 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
         else:
             why = "if it is raw, since it has the magic of no format"
     spec = {"driver": driver, "file.filename": top, f"{f'{reference.role}.' * (len(above) + 1)}driver": format}
+    from shlex import quote
+
     return f"{why}: --image-opts {quote(to_keyval(spec))}"
 
 
