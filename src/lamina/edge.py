@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from weakref import ref
 
-from .errors import Closed, ReadOnly
+from .errors import Closed, OptionError, ReadOnly
 from .limits import GIB, MAX_TRANSFER, align_down, is_power_of_two
 from .node import Node, require_writable
 
@@ -109,6 +109,31 @@ class Edge:
     def give_up(self) -> None:
         """Give the edge up, of a node that somebody else has."""
         self.node._parents.discard(ref(self))
+
+    def reopen(self, read_only: bool) -> None:
+        """Have requests of this edge change the node, or no longer. The node is opened for writing with the first edge that
+        writes (`Node.reopen`), and for reading alone when none does any more. Called with no request running. Raises
+        OptionError where another node, or another user who writes, is in the way; then all is as it was."""
+        node, before = self.node, self.read_only
+        others = [edge for edge in node.parents() if edge is not self]
+        if not read_only:
+            if any(not edge.is_root or (edge.writes and not self.is_root) for edge in others):
+                raise OptionError(
+                    "another node, or a user who writes, has this node too, and it cannot be written beside that",
+                    node=node.name,
+                    hint="close that one first",
+                )
+            if node.read_only:
+                node.reopen(False)
+            self.read_only = False
+            return
+        self.read_only = True
+        try:
+            if not node.read_only and not any(edge.writes for edge in others):
+                node.reopen(True)
+        except BaseException:
+            self.read_only = before
+            raise
 
     def require_writable(self, operation: str) -> None:
         require_writable(self.node, operation)

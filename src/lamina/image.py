@@ -160,6 +160,13 @@ class Image:
         Requests of other threads wait for its end. `references` as in `lamina.open`."""
         return Edit(self.root, Opener(policy=references, budget=self.budget, read_only=self.read_only))
 
+    def reopen(self, *, read_only: bool) -> None:
+        """Open the same image for writing, or for reading alone, without closing it: locks and descriptors of its files are
+        exchanged while no request runs, in such a way that no other program gets in between. Other images on the node keep
+        what they may do: files are open for writing as long as one of them writes. Raises NotSupported where a driver cannot
+        do it, and the errors of `lamina.open` (Locked, CorruptImage, ...); then the image is as it was."""
+        self.root.reopen(read_only)
+
     def as_file(self) -> io.RawIOBase:
         """A seekable raw file over this image, with a position of its own. Closing it leaves the image open. Once either is
         closed, its operations raise ValueError."""

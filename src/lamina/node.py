@@ -33,6 +33,7 @@ from .errors import NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .pending import Pending, Startable
 from .ranges import RangeLock
+from .reopening import Reopenable
 from .schema import IMAGE, Option, Schema
 from .zeros import fill_zero as fill_zero  # where drivers look for it
 
@@ -72,7 +73,7 @@ def is_plain(method: Callable[..., None]) -> bool:
     return method in _plain
 
 
-class Node(Startable):
+class Node(Startable, Reopenable):
     """One node of the graph. Subclass `StorageNode`, `FilterNode`, `TransformNode` or `FormatNode` rather than this."""
 
     #: The driver's name in options and in the registry.
@@ -156,9 +157,8 @@ class Node(Startable):
 
     @property
     def faithful(self) -> bool:
-        """Whether its disk follows from its driver and its children alone: no window, and no other option, chooses what is
-        read. Of a filter: whether bytes, offsets, lengths and layers are those of its child. Each class speaks for itself: a
-        subclass that says nothing is not faithful (see `is_faithful`)."""
+        """Whether its disk follows from its driver and its children alone: no other option chooses what is read. Of a filter:
+        whether bytes, offsets, lengths and layers are those of its child. Each class says so itself (see `is_faithful`)."""
         return False
 
     @property
@@ -369,6 +369,9 @@ class _OverImage(Node):
 
     def flush(self) -> None:
         self.image.flush()
+
+    def reopen(self, read_only: bool) -> None:
+        self.reopen_over(self.children.values(), read_only)
 
 
 class FilterNode(_OverImage):

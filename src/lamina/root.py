@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import lifecycle
 from .errors import Closed, LaminaError, OptionError
 from .gate import Gate, Holder
+from .node import foreign
 from .pending import DONE, Holding, Pending, start_holding
 from .request import Child
 
@@ -257,6 +258,13 @@ class Root:
     def truncate(self, size: int) -> None:
         """Change the size while no request runs: one that was found inside the old size would make a file long again."""
         self._alone("changes the size of the disk", self.edge.truncate, size)
+
+    def reopen(self, read_only: bool) -> None:
+        """Change the node, or no longer (see `Edge.reopen`), from a moment on at which no request runs."""
+        if self.node.foreign:
+            raise foreign(self.node, "reopen")
+        if read_only != self.read_only:
+            self._alone("reopens the image", self.edge.reopen, read_only)
 
     def _alone(self, what: str, work: Callable[..., None], *arguments: Any) -> None:
         self.require_open()

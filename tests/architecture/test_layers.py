@@ -63,6 +63,7 @@ LAYERS = [
         "own_files",
         "pooled",
         "ranges",
+        "reopening",
         "references",
         "request",
         "root",

@@ -121,6 +121,10 @@ class Cow(TransformNode):
     def graph_changed(self) -> None:
         self._visible = min(self._visible, self.image.size)
 
+    def reopen(self, read_only: bool) -> None:
+        """The image is only read either way."""
+        self.read_only = read_only
+
     def close(self) -> None:
         self._memory.close()
         super().close()

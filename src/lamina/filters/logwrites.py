@@ -143,6 +143,10 @@ class LogWrites(FilterNode):
                 self._add(log, ENTRY.pack(0, 0, MARK_FLAG, len(data)) + data)
                 self._tell(log)
 
+    def begin_writing(self) -> None:
+        if "log" not in self.children:
+            raise self.refuse("log that was opened with it")  # it was opened for reading, which logs nothing
+
     def settle(self) -> None:
         log = self.children.get("log")
         if log is not None and not self.read_only:

@@ -83,6 +83,10 @@ class Preallocate(FilterNode):
         with self._growing:
             self._cut()
 
+    def stop_writing(self) -> None:
+        self.settle()
+        self.flush()
+
     def _grow(self, end: int, request: Callable[..., None], *arguments: Any) -> None:
         """Execute a request that ends at `end`, past the size."""
         with self._growing:

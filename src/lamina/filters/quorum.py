@@ -89,6 +89,9 @@ class Quorum(Node):
         threshold, rewrite = options["vote-threshold"], options["rewrite-corrupted"]
         return cls(children, threshold, rewrite_corrupted=rewrite, name=opener.name, read_only=opener.read_only)
 
+    def reopen(self, read_only: bool) -> None:
+        self.reopen_over(self._copies, read_only)
+
     def graph_changed(self) -> None:
         """Raises OptionError if the sizes of the copies differ."""
         sizes = {child.size for child in self._copies}

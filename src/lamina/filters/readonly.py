@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..node import FilterNode
+from ..node import FilterNode, require_writable
 from ..request import Child
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ class ReadOnlyFilter(FilterNode):
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = True) -> None:
         super().__init__(image, name=name, read_only=True)
+
+    def reopen(self, read_only: bool) -> None:
+        """Raise ReadOnly for writing."""
+        if not read_only:
+            require_writable(self, "reopen")
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:

@@ -133,6 +133,9 @@ class Raw(Format):
         self.file.tell("flush_to_disk")
         self.file.flush()
 
+    def reopen(self, read_only: bool) -> None:
+        self.reopen_over([self.file], read_only)
+
     def truncate(self, size: int) -> None:
         if self._window is not None:
             raise NotSupported(

@@ -26,7 +26,7 @@ from ..schema import Option, Schema
 from ..status import DATA, PRESENT, ZERO, Status
 from . import aligned, holes, locks, system
 from .holes import DataRange
-from .opening import open_file, path_of, require_file
+from .opening import open_again, open_file, path_of, require_file
 from .system import fallocate as _libc_fallocate
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class FileStorage(StorageNode):
     )
     supported_flags = FUA if _RWF_DSYNC else 0
     _cached = True  # in the page cache
+    # What its locks use and deny besides what those of readers and writers do (see `locks`); None: it has no locks.
+    _locks: dict[str, frozenset[int]] | None = None
+    _force_share = False
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         """The file of the descriptor `fd`, which the node owns from now on."""
@@ -102,18 +105,16 @@ class FileStorage(StorageNode):
         try:
             require_file(os.fstat(fd).st_mode, filename)
             locking = options.get("locking", "auto")
+            permissions = None
             if locking != "off" and not opener.force_share:
-                locks.acquire(
-                    fd,
-                    writing=writing,
-                    path=filename,
-                    required=locking == "on",
-                    taken=opener.taken,
-                    withheld=opener.unshared,
-                )
+                permissions = {"taken": opener.taken, "withheld": opener.unshared}
+                if not locks.acquire(fd, writing=writing, path=filename, required=locking == "on", **permissions):
+                    permissions = None
             kind: type[FileStorage] = DirectFileStorage if direct and cls is FileStorage else cls
             try:
-                return kind(fd, filename, name=opener.name, read_only=opener.read_only)  # type: ignore[return-value]
+                node = kind(fd, filename, name=opener.name, read_only=opener.read_only)
+                node._locks, node._force_share = permissions, opener.force_share
+                return node  # type: ignore[return-value]
             except OSError as error:
                 if isinstance(error, LaminaError):
                     raise
@@ -295,6 +296,27 @@ class FileStorage(StorageNode):
         except OSError as error:
             # ENXIO: no data up to the end of the file. Other errors: unknown, for which False is allowed.
             return error.errno == errno.ENXIO
+
+    def reopen(self, read_only: bool) -> None:
+        """Exchange the descriptor; the locks are never given up meanwhile."""
+        if self._force_share and not read_only:
+            raise OptionError("it was opened with force-share, which requires read-only", path=self._filename)
+        if read_only:
+            self.flush()
+        fds: list[int] = []
+        try:
+            fd = open_again(fds, self._fd, self.path or self._filename, self._filename, not read_only)
+            if not self._cached:
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+            if self._locks is not None:
+                locks.pass_on(self._fd, fd, writing=not read_only, path=self._filename, **self._locks)
+            old, new = self._close_fd, iter((fd,))
+            close = map(os.close, new)
+            self._fd, self._open_fds, self._close_fd, self.read_only, fds = fd, new, close, read_only, []
+            next(old, None)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     @property
     def held(self) -> bool:

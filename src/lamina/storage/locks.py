@@ -107,6 +107,29 @@ def acquire(
     return True
 
 
+def pass_on(
+    old: int, new: int, *, writing: bool, path: str, taken: Collection[int] = (), withheld: Collection[int] = ()
+) -> None:
+    """Take the locks of a writer, or those of a reader, on `new`, where `old`, another open of the same file by this process,
+    has the others. One of the two has at least those of a reader at any moment. Raises Locked where another open of the file
+    is in the way. Close `old` afterwards, or `new` if this fails."""
+    used = {CONSISTENT_READ, WRITE, RESIZE, *taken} if writing else {CONSISTENT_READ, *taken}
+    if writing:
+        try:
+            acquire(old, writing=True, path=path, taken=taken, withheld=withheld)
+        except BaseException:
+            for permission in {WRITE, RESIZE}.difference(taken):
+                _lock(old, _USED + permission, fcntl.F_UNLCK)
+            raise
+    try:
+        for permission in used:
+            _lock(new, _USED + permission)
+        for permission in {WRITE, RESIZE, *withheld}:
+            _lock(new, _UNSHARED + permission)
+    except OSError as error:
+        raise BlockIOError.from_os(error, "cannot lock the file", path=path, operation="reopen") from error
+
+
 def in_use_for_writing(fd: int) -> bool:
     """Whether another open file description holds the lock of a writer. False if the kernel cannot tell."""
     try:
@@ -115,10 +138,10 @@ def in_use_for_writing(fd: int) -> bool:
         return False
 
 
-def _lock(fd: int, byte: int) -> None:
+def _lock(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:
     if _SETLK is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    fcntl.fcntl(fd, _SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    fcntl.fcntl(fd, _SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _held(fd: int, byte: int) -> bool:

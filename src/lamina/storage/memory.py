@@ -113,6 +113,9 @@ class MemoryStorage(StorageNode):
                 next(_within(self._require_open("read"), offset // PAGE, -(-(offset + length) // PAGE)), None) is None
             )
 
+    def reopen(self, read_only: bool) -> None:
+        self.read_only = read_only
+
     def close(self) -> None:
         with self._mutex:
             self._pages = None

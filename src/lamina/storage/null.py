@@ -48,6 +48,9 @@ class NullStorage(StorageNode):
         """Always 0."""
         return 0
 
+    def reopen(self, read_only: bool) -> None:
+        self.read_only = read_only
+
     def read_into(self, offset: int, view: memoryview) -> None:
         fill_zero(view)
 

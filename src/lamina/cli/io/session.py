@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...errors import OptionError
+from ...errors import NotSupported, OptionError
 from .output import Output
 from .target import Target
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 _IN_FLIGHT = 32
 #: The interval in seconds at which `drain` checks for stopped requests.
 _POLL_INTERVAL = 0.005
+
+
+def _reopened(image: Image, target: Target) -> bool:
+    """Whether the image could be opened for writing, or for reading alone, as it is."""
+    try:
+        image.reopen(read_only=target.read_only)
+    except NotSupported:
+        return False
+    return True
 
 
 class Session:
@@ -73,6 +83,10 @@ class Session:
         """Open the image again with other options. If that fails, it is opened with the previous ones."""
         self.drain()
         image, before = self.image, self.opened_as
+        only_writing = target == replace(before, read_only=target.read_only) and not target.copy_on_read
+        if only_writing and _reopened(image, target):
+            self.target = target
+            return
         target.require_durable(image.node)
         # Closed first, since its locks conflict with those of a second open.
         self.close()

@@ -51,12 +51,20 @@ class Qcow2(FormatNode):
         self.children["file"] = self.file = file
         self.header = header
         self._cluster_size = header.cluster_size
+        self._cache_bytes = cache_bytes
+        self._load_tables(not read_only)
+        self.supported_flags = COMPRESS if self._compression.compresses else 0
+
+    def _load_tables(self, writable: bool) -> None:
         self.tables = Tables(
-            file, header, cache_bytes=cache_bytes, writable=not read_only, on_corrupt=self._stop_writing
+            self.file,
+            self.header,
+            cache_bytes=self._cache_bytes,
+            writable=writable,
+            on_corrupt=self._stop_writing,
         )
         self._map_one = self.tables.mappings.map_one  # asked by every read
         self._compression = Compression(self.tables)
-        self.supported_flags = COMPRESS if self._compression.compresses else 0
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -71,10 +79,8 @@ class Qcow2(FormatNode):
         backing = opener.reference(file, named, options.get("backing", {}))
         if backing is not None:
             node.children["backing"] = backing
-        if not opener.read_only and header.autoclear_features:
-            # They promise that a writer kept something up to date which this one does not know.
-            header.autoclear_features = 0
-            header.store(file, "autoclear_features")
+        if not opener.read_only:
+            node._clear_autoclear_features()
         return node
 
     @classmethod
@@ -170,6 +176,34 @@ class Qcow2(FormatNode):
 
     def flush(self) -> None:
         self.tables.flush()
+
+    def reopen(self, read_only: bool) -> None:
+        self.reopen_over([self.file], read_only)
+        self.tables.writable = not read_only
+
+    def begin_writing(self) -> None:
+        """As in `open`. The tables are loaded again, since those of a read-only image may share memory."""
+        header, known = Header.read(self.file), self.header
+        header.require_openable(self.filename, writable=True)
+        if (header.l1_table_offset, header.l1_size, header.size) != (known.l1_table_offset, known.l1_size, known.size):
+            raise LaminaError(
+                "another process changed the image, which was open without locks",
+                path=self.filename,
+                hint="close it and open it again",
+            )
+        self._clear_autoclear_features()
+        self._compression.close()
+        self._load_tables(True)
+
+    def stop_writing(self) -> None:
+        self.settle()
+        self.file.flush()
+
+    def _clear_autoclear_features(self) -> None:
+        # They promise that a writer kept something up to date which this one does not know.
+        if self.header.autoclear_features:
+            self.header.autoclear_features = 0
+            self.header.store(self.file, "autoclear_features")
 
     def _stop_writing(self) -> None:
         self.read_only = True
