@@ -1,4 +1,5 @@
-"""The edges of a graph: which node has which other one as a child, and what an edge knows of the node that it leads to."""
+"""The edges of a graph: each connects a node, or a root, to a child node, counts as one user of the child, and keeps the
+limits of the child for the request path."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ _STEP = 4 * GIB
 
 
 class Edge:
-    """An edge to `node`. `grows`: requests may pass the node's end if it is growable (a format's storage, a filter's child);
-    a user's edge and an edge to a backing node never do. `read_only`: requests of this edge change nothing, though the node
-    may be open for writing. The node is closed with the last of its edges."""
+    """An edge to `node`. `grows`: requests may extend a growable node (the storage of a format, the child of a filter); the
+    edge of a user and an edge to a backing node never do. `read_only`: the edge refuses changes, even if the node is
+    writable. A node is closed with its last edge."""
 
     __slots__ = (
         "__weakref__",
@@ -46,23 +47,23 @@ class Edge:
         self.role = role
         self.grows = grows
         self.read_only = read_only
-        #: Whether it is about to be closed: long requests end early.
+        #: Whether its root is closing: long requests end early.
         self.closing = False
         self.refresh()
         self.count_at(node)
 
     def count_at(self, node: Node) -> None:
-        """Have `node` know of this edge, which leads there, or is about to."""
+        """Register this edge, which leads to `node` or is about to, as a parent of `node`."""
         node._parents.add(ref(self, node._parents.discard))
 
     @property
     def is_root(self) -> bool:
-        """Whether a user has it, not another node."""
+        """Whether its owner is a root, not a node."""
         return self.role == "root"
 
     @property
     def writes(self) -> bool:
-        """Whether requests may pass that change the node."""
+        """Whether its requests may change the node."""
         return not (self.read_only or self.node.read_only or self.role == "backing")
 
     def refresh(self) -> None:
@@ -99,29 +100,29 @@ class Edge:
             self.event(event)
 
     def close(self) -> None:
-        """Give the edge up; the last edge to a node closes the node. Where an interrupt cut it short, call it again. One
-        thread of a graph closes edges at a time (`Graph.exclusively`)."""
+        """Remove the edge, and close the node with its last edge. After an interrupt, call it again. Only one thread closes
+        edges of a graph at a time (`Graph.exclusively`)."""
         node = self.node
         node._parents.discard(ref(self))
         if not node.parents():
             node.close()
 
     def give_up(self) -> None:
-        """Give the edge up, of a node that somebody else has."""
+        """Remove the edge without closing the node."""
         self.node._parents.discard(ref(self))
 
     def reopen(self, read_only: bool) -> None:
-        """Have requests of this edge change the node, or no longer. The node is opened for writing with the first edge that
-        writes (`Node.reopen`), and for reading alone when none does any more. Called with no request running. Raises
-        OptionError where another node, or another user who writes, is in the way; then all is as it was."""
+        """Make this edge read-only or writable. The first writable edge reopens its node for writing (`Node.reopen`); when
+        the last one becomes read-only, so does the node. No request runs meanwhile. Raises OptionError, without effect, if an
+        edge of another node, or a root that writes, excludes it."""
         node, before = self.node, self.read_only
         others = [edge for edge in node.parents() if edge is not self]
         if not read_only:
             if any(not edge.is_root or (edge.writes and not self.is_root) for edge in others):
                 raise OptionError(
-                    "another node, or a user who writes, has this node too, and it cannot be written beside that",
+                    "another node or a writing user excludes writing to it",
                     node=node.name,
-                    hint="close that one first",
+                    hint="close that node or user first",
                 )
             if node.read_only:
                 node.reopen(False)
@@ -139,14 +140,14 @@ class Edge:
         require_writable(self.node, operation)
         if self.read_only:
             raise ReadOnly(
-                "this user of it only reads: another node lies on it, or it was asked for so",
+                "this user of the node is read-only",
                 path=self.node.filename,
                 operation=operation,
-                hint="write to the node on top of the graph, or open it without read_only",
+                hint="write to the top node of the graph, or reopen the image for writing",
             )
 
     def checkpoint(self) -> None:
-        """Called between two steps of a long request, while it holds nothing. An edge that is about to be closed raises
-        Closed, so that nobody waits for a request that takes hours."""
+        """Called between two steps of a long request, while it holds no lock. Raises Closed if the root is closing, so that
+        `close` does not wait hours for one request."""
         if self.closing:
             raise Closed("this image was closed")

@@ -1,8 +1,8 @@
-"""Changing a graph that is in use: filters put in and taken out, overlays stacked, backing nodes exchanged.
+"""Edits of a graph in use: insert and remove filters, stack overlays, replace backing nodes.
 
-An edit holds the gate of the graph: it waits until the requests inside have left, changes the graph, has all edges read the
-limits of their nodes again, and lets the waiting requests in. So a request sees the graph before or after an edit, never in
-between, and none is lost. All roots see the edit: a node that takes the place of another one gets all of its edges.
+An edit holds the gate of the graph: it waits for the requests inside, changes the graph, refreshes the limits in all edges,
+and releases the waiting requests. A request therefore sees the graph before or after an edit, never in between, and none is
+lost. All roots see the edit: a node that replaces another node gets all of its edges.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from .root import Graph, Root
 
 
 class Edit:
-    """An edit of the graph of one root: `with image.edit() as edit:`. No request runs while it lasts, so none may be made
-    inside it by this thread either. What was done stays done if a later step fails; every single step is all or nothing.
-    `opener` decides what may be opened."""
+    """An edit of the graph of one root: `with image.edit() as edit:`. No request runs during an edit; a request of the
+    editing thread raises LaminaError. Each step is atomic; completed steps remain if a later one fails. `opener` opens new
+    nodes, and decides which files they may open."""
 
-    # The gate knows this one, not the edit: an edit that an interrupt dropped is collected, and releases the gate.
+    # The gate refers to the holder and not to the edit: an edit that an interrupt dropped is collected, and releases the
+    # gate.
     _holder: Holder | None = None
 
     def __init__(self, root: Root, opener: Opener) -> None:
@@ -61,7 +62,7 @@ class Edit:
             self._settle()
 
     def _settle(self) -> None:
-        """Have all edges read the limits of their nodes again, and let requests in, unless that was done."""
+        """Refresh the limits in all edges and release the gate, unless that was done."""
         gate, holder = self._root.gate, self._holder
         if holder is None or gate.holder() is not holder:
             return
@@ -81,8 +82,8 @@ class Edit:
         return self._root.edge
 
     def insert(self, driver: str, options: Mapping[str, Any] | None = None, *, above: Child | None = None) -> Node:
-        """Put a filter on a node: the one behind the edge `above`, or the top node. All edges to that node, those of other
-        roots too, lead to the filter from now on. Returns the filter."""
+        """Insert a filter above a node: the node of the edge `above`, or the top node. All edges to that node, those of other
+        roots included, lead to the filter from now on. Returns the filter."""
         old = (above or self._root.edge).node
         edges = old.parents()
         below = Child(old, "image", grows=True)
@@ -91,8 +92,8 @@ class Edit:
         any(forth)
         try:
             refresh(self._root.graph)
-        except BaseException:  # a node above cannot keep to its limits over this one
-            any(back)  # before all else: a second interrupt must not part the image from its files
+        except BaseException:  # a node above does not support the limits of the filter
+            any(back)  # first, since a second interrupt must not separate the image from its files
             below.give_up()
             node.children.pop("image", None)
             node.close()
@@ -100,19 +101,19 @@ class Edit:
         return node
 
     def remove(self, node: Node) -> None:
-        """Take a filter out. What it holds back is flushed first; if that fails it stays."""
+        """Remove a filter. It is flushed first; if that fails, it remains."""
         self._require_part(node)
         if "image" not in node.children or isinstance(node, FormatNode):
-            raise OptionError("only a filter can be taken out", node=node.name)
+            raise OptionError("only a filter can be removed", node=node.name)
         node.flush()
         below, edges = node.children["image"], node.parents()
-        lifecycle.release(node)  # who forgets it from now on does not forget the graph
+        lifecycle.release(node)  # from now on its collection says nothing about the graph
         forth, back = _redirection(edges, below.node), _redirection(edges, node)
         any(forth)
         below.give_up()
         try:
             refresh(self._root.graph)
-        except BaseException:  # a node above cannot do without it
+        except BaseException:  # a node above needs it
             any(back)
             below.count_at(below.node)
             refresh(self._root.graph)
@@ -121,8 +122,8 @@ class Edit:
         node.close()
 
     def overlay(self, spec: Mapping[str, Any]) -> Node:
-        """Stack an overlay on top: `spec` describes it, without its backing node, which is the top node of now. What was
-        written so far is flushed, and stays below. All roots on that node are on the overlay from now on."""
+        """Stack an overlay on top: `spec` describes it without its backing node, which is the present top node. Earlier
+        writes are flushed, and remain in the backing node. All roots of that node move to the overlay."""
         old = self._root.node
         old.flush()
         edges = [edge for edge in old.parents() if edge.is_root]
@@ -136,8 +137,8 @@ class Edit:
         return node
 
     def set_backing(self, node: Node, spec: Mapping[str, Any] | str | None) -> None:
-        """Give a format node another backing node, or none. What the image's header names is not changed. The reader vouches
-        that both read the same where the image relies on it."""
+        """Replace the backing node of a format, or remove it. The header of the image is not changed. The caller guarantees
+        that both backing nodes hold the same bytes where the image has none of its own."""
         if not isinstance(node, FormatNode):
             raise OptionError("only a format has a backing node", node=node.name)
         new = None if spec is None else self._opener.child("backing", spec, read_only=True)
@@ -145,12 +146,12 @@ class Edit:
         old = after.pop("backing", None)
         if new is not None:
             after["backing"] = new
-        # There and back by one store each: an interrupt must not leave the image without what lies below it.
+        # One store in each direction: an interrupt must not leave the image without its backing node.
         node.children = after
         try:
             self._opener.require_depth(self._root.node)
             refresh(self._root.graph)
-        except BaseException:  # a node above cannot do with that one
+        except BaseException:  # a node above does not support that one
             node.children = before
             refresh(self._root.graph)
             if new is not None:
@@ -160,7 +161,7 @@ class Edit:
             old.close()
 
     def _over(self, below: Child, options: Mapping[str, Any]) -> Node:
-        """The node that `options` describe, over `below`; where it cannot be opened that edge is none any more."""
+        """The node that `options` describe, above `below`. On an error the edge `below` is removed."""
         try:
             return self._opener.open(options)
         except BaseException:
@@ -173,8 +174,8 @@ class Edit:
 
 
 def _redirection(edges: Iterable[Edge], node: Node) -> Iterator[None]:
-    """Have the edges lead to `node`, in one step that no interrupt divides: `any(...)` of what this returns, which is a call
-    of C code. Until then nothing is changed, but that `node` knows of edges that may come."""
+    """An iterator that redirects the edges to `node`. `any(...)` of it does that in one call of C code, which no interrupt
+    divides. This function itself only registers the edges with `node`."""
     edges = tuple(edges)
     for edge in edges:
         edge.count_at(node)
@@ -182,7 +183,7 @@ def _redirection(edges: Iterable[Edge], node: Node) -> Iterator[None]:
 
 
 def refresh(graph: Graph) -> None:
-    """Have all edges of the graph read the limits of their nodes again, the lowest first."""
+    """Refresh the limits in all edges of the graph, from the bottom up."""
     fresh: set[int] = set()
     for root in graph.roots:
         _refresh(root.edge, fresh)

@@ -1,8 +1,9 @@
-"""The gate of a graph: requests pass while it is open; edits, changes of size and closings hold it one after the other.
+"""The gate of a graph: it admits requests; edits, truncations and closings hold it, one thread at a time.
 
-A request brings a token, and is inside the gate as long as the token is a key of `Gate.inside`. Adding and taking out are
-single steps of the interpreter that may be repeated, so passing takes no lock, and an interrupt at any point leaves no token
-behind, provided that the request takes its token out twice (the second time counts where an interrupt cut off the first):
+Each request has a token, and is inside the gate while the token is a key of `Gate.inside`. The interpreter adds or removes a
+key in one step, and either step may be repeated. So passing the gate takes no lock, and an interrupt at any point leaves no
+token behind, provided that the request removes its token twice (the second removal counts if an interrupt prevented the
+first):
 
     try:
         try:
@@ -13,8 +14,9 @@ behind, provided that the request takes its token out twice (the second time cou
     finally:
         gate.inside.pop(token, None)
 
-The token of a request that one thread makes from its beginning to its end is the number of that thread, so that a thread
-inside a request is known by it: it makes no other one (see `Gate.require_outside`). `Root` does all this for its users.
+A blocking request uses the identifier of its thread as its token. The gate therefore knows which threads are inside a
+request, and refuses further requests of such a thread (`Gate.require_outside`): those of a signal handler, for instance,
+which could wait for a range that its own thread has locked. `Root` does all this for its users.
 
 A request that is started now and finished later, possibly by another thread, brings a token of its own (`pending.Holding`),
 and stays inside until it is finished. A thread that waits for the requests inside, to hold the gate or to close a root,
@@ -39,15 +41,15 @@ _Result = TypeVar("_Result")
 
 
 class User(Protocol):
-    """Whose requests pass a gate: a `Root`."""
+    """The owner of requests: a `Root`."""
 
-    #: Whether its further requests are refused.
+    #: Whether the gate refuses further requests of this user.
     closing: bool
 
 
 class Holder:
-    """A thread that holds a gate, or waits until it may. `what` it does, for messages ("edits the graph"); `stops`: no
-    request passes while it holds the gate."""
+    """A thread that holds a gate, or waits for it. `what`: its activity, for messages ("edits the graph"); `stops`: whether
+    the gate admits no request while this thread holds it."""
 
     __slots__ = ("stops", "thread", "what")
 
@@ -58,30 +60,30 @@ class Holder:
 
 
 class Gate:
-    """See above. A thread that holds the gate releases it as a request takes out its token: twice, and whatever became of
-    taking it. `release` is a call of C code: it is done when an interrupt can strike, even if a second one comes directly
-    behind it."""
+    """See above. A thread calls `release` twice after `take`, whether or not `take` succeeded. `release` is a C function: an
+    interrupt is raised before or after it, never inside, even if a second interrupt follows directly."""
 
     __slots__ = ("_line", "holders", "inside", "release")
 
     def __init__(self) -> None:
-        #: The requests that are inside: token -> whose request it is.
+        #: The requests that are inside: token -> owner of the request.
         self.inside: dict[object, User] = {}
-        #: The threads that hold the gate or wait for it. Empty while nobody does: the question that each request asks.
+        #: The threads that hold the gate or wait for it. Usually empty: the only check of a request.
         self.holders: set[Holder] = set()
-        #: Give the gate up, or the wish to hold it.
+        #: Release the gate, or withdraw from the queue for it.
         self.release: Callable[[Holder], None] = self.holders.discard
-        #: The holders in the order of arrival, and some who left.
+        #: The same threads in the order of arrival, and some that have withdrawn.
         self._line: list[Holder] = []
 
     # -- requests
 
     def enter(self, token: object, user: User, *, wait: bool = True) -> bool:
-        """Let a request of `user` in. Where the gate is shut: wait, or return False if `wait` is false. Raises Closed if
-        `user` is closing, and LaminaError if this thread is inside a request of its own, or is the one that shut the gate."""
+        """Admit a request of `user`. While a thread holds the gate and stops requests: wait, or return False if `wait` is
+        false. Raises Closed if `user` is closing, and LaminaError if the calling thread is inside a request or holds the
+        gate."""
         self.require_outside("make another")
         self.inside[token] = user
-        # Asked after entering: a thread that shuts the gate then sees this request inside, or this request sees the thread.
+        # Checked after entering: either a thread that takes the gate sees this request, or this request sees that thread.
         return not (self.holders or user.closing) or self.wait(token, user, wait=wait)
 
     def leave(self, token: object) -> None:
@@ -89,7 +91,7 @@ class Gate:
         self.inside.pop(token, None)
 
     def wait(self, token: object, user: User, *, wait: bool = True) -> bool:
-        """What `enter` does where somebody holds the gate, or `user` is closing."""
+        """The slow path of `enter`: a thread holds the gate, or `user` is closing."""
         while True:
             if user.closing:
                 self.inside.pop(token, None)
@@ -105,24 +107,24 @@ class Gate:
             self.inside[token] = user
 
     def drain(self, user: User) -> None:
-        """Wait until no request of `user` is inside. Let it be closing before."""
+        """Wait until no request of `user`, which is closing, is inside."""
         while user in (inside := self.inside.copy()).values():
             if not _finish_started(token for token in inside if inside[token] is user):
                 time.sleep(_LOOK_AGAIN)
 
     def require_outside(self, what: str) -> None:
-        """Raise LaminaError if this thread is inside a request: a signal handler, or a node below, asks for something that
-        might wait for the end of that request."""
+        """Raise LaminaError if the calling thread is inside a request: its signal handler, or a node, is about to wait for
+        the end of that request."""
         if get_ident() in self.inside:
             raise LaminaError(
                 f"this thread is inside a request of this image, and cannot {what} before that is done",
                 hint="do it after the request (not in a signal handler), or in another thread",
             )
 
-    # -- whoever holds the gate
+    # -- the thread that holds the gate
 
     def holder(self) -> Holder | None:
-        """Who holds the gate: the first in the line who has not left."""
+        """The thread that holds the gate: the first in the queue that has not withdrawn."""
         for holder in tuple(self._line):
             if holder in self.holders:
                 return holder
@@ -134,16 +136,16 @@ class Gate:
 
     @property
     def held_here(self) -> bool:
-        """Whether this thread holds the gate."""
+        """Whether the calling thread holds the gate."""
         holder = self.holder()
         return holder is not None and holder.thread == get_ident()
 
     def take(self, holder: Holder) -> None:
-        """Hold the gate, after those who came earlier. Where the holder stops requests, wait until all have left. Call
-        `release` afterwards, whatever this raises."""
+        """Wait for the gate, in the order of arrival, and, if `holder` stops requests, until all requests have left. Call
+        `release` afterwards, also after an exception."""
         self.require_outside("change the graph or close an image")
         self.holders.add(holder)
-        self._line.append(holder)  # behind that: who is in the line and not among the holders has left
+        self._line.append(holder)  # last, since `holder()` removes an entry of the queue that is not among the holders
         while (first := self.holder()) is not holder:
             if first is not None:
                 _require_another_thread(first, "edit, close or resize the image")
@@ -153,7 +155,7 @@ class Gate:
                 time.sleep(_LOOK_AGAIN)
 
     def holding(self, holder: Holder, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What `work(*arguments)` returns, called while `holder` holds the gate."""
+        """Call `work(*arguments)` while `holder` holds the gate, and return its result."""
         try:
             try:
                 self.take(holder)
@@ -164,14 +166,14 @@ class Gate:
             self.release(holder)
 
     def require_free(self, what: str) -> None:
-        """Raise LaminaError if this thread holds the gate, or is inside a request: it would wait for itself."""
+        """Raise LaminaError if the calling thread holds the gate or is inside a request, and would wait for itself."""
         self.require_outside(what)
         holder = self.holder()
         if holder is not None:
             _require_another_thread(holder, what)
 
     def after_fork(self) -> None:
-        """In a child process: requests and holders belong to threads that only the parent has."""
+        """In a forked process: the requests and holders belong to threads of the parent."""
         self.inside.clear()
         self.holders.clear()
         self._line.clear()

@@ -1,8 +1,7 @@
 """What users hold: an opened image, read and written by byte, with its exact status.
 
-An `Image` is a root of a graph (see `root.py`). Everything it does passes the request path; it adds only the conveniences of
-Python: buffers of any kind, `bytes` as results, context management, and a file-like view.
-"""
+An `Image` is a root of a graph (see `root.py`). Its operations are requests; it adds only the conveniences of Python: buffers
+of any kind, `bytes` as results, context management, and a file-like view."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ class Image:
     """
 
     def __init__(self, node: Node | Root, *, budget: Budget = DEFAULT_BUDGET) -> None:
-        """The disk of `node`: another user of it, if it has some already."""
+        """A user of `node`, which may have other users."""
         self._root: Root | None = node if isinstance(node, Root) else Root(node)
         #: What it was opened within; jobs that read from it keep to its `max_output`.
         self.budget = budget
@@ -43,7 +42,7 @@ class Image:
 
     @property
     def root(self) -> Root:
-        """The way by which requests reach the graph."""
+        """The root through which requests reach the graph."""
         if self._root is None:
             raise Closed("this image was closed")
         return self._root
@@ -55,7 +54,7 @@ class Image:
 
     @property
     def graph(self) -> Graph:
-        """The nodes that belong together, and what their users share."""
+        """The graph of its nodes, which it may share with other images, exports and jobs."""
         return self.root.graph
 
     @property
@@ -149,10 +148,10 @@ class Image:
         yield from self.root.windows(offset, max(self.size - offset, 0) if length is None else length)
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Image:
-        """Another image on the same node, or on the node of this graph that is given, by its name (`node-name`) for instance.
-        Both see the same bytes and the same edits, at once; each is closed by itself, in any order, and the files are closed
-        with the last. `read_only`: the new one changes nothing. On a node that another node lies on (the backing file, the
-        storage below a format) it never does."""
+        """Another image on the same node, or on another node of the graph, given by itself or by its `node-name`. Both images
+        see the same bytes and the same edits; they are closed separately, in any order, and the last one closes the files.
+        `read_only`: the new image refuses changes. An image on a child of another node (a backing file, the storage of a
+        format) always does."""
         return Image(self.root.share(node, read_only=read_only), budget=self.budget)
 
     def edit(self, *, references: Policy | None = None) -> Edit:
@@ -161,10 +160,10 @@ class Image:
         return Edit(self.root, Opener(policy=references, budget=self.budget, read_only=self.read_only))
 
     def reopen(self, *, read_only: bool) -> None:
-        """Open the same image for writing, or for reading alone, without closing it: locks and descriptors of its files are
-        exchanged while no request runs, in such a way that no other program gets in between. Other images on the node keep
-        what they may do: files are open for writing as long as one of them writes. Raises NotSupported where a driver cannot
-        do it, and the errors of `lamina.open` (Locked, CorruptImage, ...); then the image is as it was."""
+        """Make the image read-only or writable without closing it. The descriptors and locks of its files are exchanged while
+        no request runs, and no other process can lock the files in between. Other images on the node keep their mode: the
+        files become read-only when the last writable image does. Raises NotSupported if a driver cannot do it, or the errors
+        of `lamina.open` (Locked, CorruptImage, ...); the image is unchanged then."""
         self.root.reopen(read_only)
 
     def as_file(self) -> io.RawIOBase:

@@ -1,13 +1,13 @@
-"""The end of graphs that nobody closed: forgotten ones, those open when the program ends, and those of a forked child.
+"""The end of graphs that their users did not close: unreferenced graphs, graphs open at exit, and those of a forked child.
 
-Whoever opens a graph closes it. Where that does not happen:
+The caller that opens a graph closes it. If it does not:
 
-- A graph that nothing refers to any more is closed by a thread of its own, with a `ResourceWarning` that names the line
-  that opened it. Garbage is collected inside any allocation, also in a thread that holds a lock of this very graph: so the
-  finalizer takes no lock and does no I/O, it only hands the graph to that thread.
-- When the program ends, every graph is flushed while all threads still run, and closed after they ended.
-- After a fork, the child may read files through the graphs of its parent. It changes nothing, flushes nothing, and gives back
-  descriptors and nothing else: the tables in its memory grow old, and locks of files belong to the parent too.
+- A thread of this module closes a graph without references, with a `ResourceWarning` that names the line of code that opened
+  it. Garbage collection may run inside any allocation, also in a thread that holds a lock of the same graph: so the finalizer
+  takes no lock and does no I/O, it only hands the graph to that thread.
+- At exit, every graph is flushed while all threads still run, and closed after they have ended.
+- After a fork, the child may read files through the graphs of its parent. It writes and flushes nothing, and closing only
+  closes descriptors: the tables in its memory become outdated, and file locks belong to the parent too.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds that the end of the program waits for requests of threads that still run, and for graphs that are being closed.
+#: Seconds that exit waits for the requests of daemon threads, and for threads that close graphs.
 _PATIENCE = 10.0
 _LOOK_AGAIN = 0.001
 
-#: All nodes, and all roots by which users reach them.
+#: All nodes, and all roots of their users.
 nodes: WeakSet[Node] = WeakSet()
 roots: WeakSet[Root] = WeakSet()
 
-_guarded: WeakSet[Node] = WeakSet()  # the top nodes of graphs that are closed here if nobody else does
-_forgotten: deque[Node] = deque()  # graphs that a thread is to close
-_closers: set[object] = set()  # the threads that do
+_guarded: WeakSet[Node] = WeakSet()  # top nodes that this module closes if their users do not
+_forgotten: deque[Node] = deque()  # unreferenced graphs, for a thread to close
+_closers: set[object] = set()  # the threads that close them
 _closing: set[object] = set()  # other threads that close something
 _handed_over = False
 _late = False  # whether `_flush_all` was registered behind the thread pools of the standard library
 
 
 def guard(node: Node, opened_at: str | None = None) -> None:
-    """Close `node`, the top of a graph, where nobody else does. `opened_at`: who opened it, as "file:line"; by default the
-    stack tells."""
+    """Close `node`, the top of a graph, if its users do not. `opened_at`: the line of code that opened it, as "file:line"; by
+    default the innermost one outside Lamina."""
     node.opened_at = opened_at or caller()
     _guarded.add(node)
     if not _late and "concurrent.futures.thread" in sys.modules:
@@ -60,18 +60,18 @@ def guard(node: Node, opened_at: str | None = None) -> None:
 
 
 def release(node: Node) -> None:
-    """`node` is part of a larger graph from now on, and closed with that."""
+    """`node` is part of a larger graph from now on, which closes it."""
     node.opened_at = None
     _guarded.discard(node)
 
 
 def forget(node: Node) -> None:
-    """Called where a guarded node is about to vanish; it is kept, and closed by another thread, if it is still open."""
+    """Called by the finalizer of a guarded node: if the node is open, another thread closes it."""
     where, node.opened_at = node.opened_at, None
     if where is None or not node.held:
         return
     _forgotten.append(node)
-    if len(_closers) < 2:  # two, since the one that is there may be about to end
+    if len(_closers) < 2:  # two, since the first one may be about to end
         with suppress(RuntimeError):  # too many threads, or too late: the end of the program closes it
             _thread.start_new_thread(_close_forgotten, ())
     _warn(node, where)
@@ -79,7 +79,7 @@ def forget(node: Node) -> None:
 
 @contextmanager
 def closing() -> Iterator[None]:
-    """The end of the program waits for a daemon thread inside, as long as it waits for requests."""
+    """Exit waits for the calling thread, a daemon, as it does for requests."""
     me = object()
     _closing.add(me)
     try:

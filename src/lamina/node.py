@@ -90,9 +90,9 @@ class Node(Startable, Reopenable):
     #: Whether a request path may zero a whole block of `limits.zero_alignment` where a part of it was asked for and the rest
     #: reads as zero: storage and formats do not tell the two apart, a filter that watches requests does.
     widens_zero: ClassVar[bool] = True
-    #: Who opened the graph of which this is the top, as "file:line", as long as `lifecycle` closes it if nobody else does.
+    #: The line of code that opened the graph below this node, as "file:line"; None: `lifecycle` does not close it.
     opened_at: str | None = None
-    #: The graph that it belongs to: set where it is opened, or where a root is put on it or above it.
+    #: Its graph: set when the node is opened, or when a root is placed on it or above it.
     graph: Graph | None = None
     #: Bytes of memory that it keeps for tables as long as it is open, as it booked them (`Opener.book`).
     kept_bytes = 0
@@ -107,7 +107,7 @@ class Node(Startable, Reopenable):
         self.read_only = read_only
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}
-        #: The edges to this node, and some that lead elsewhere by now; see `parents`. Weak: an edge that nobody has is none.
+        #: Weak references to the edges to this node, and to some that were redirected; see `parents`.
         self._parents: set[ref[Edge]] = set()
         self.ranges = RangeLock()
         lifecycle.nodes.add(self)
@@ -195,11 +195,11 @@ class Node(Startable, Reopenable):
         return self.name
 
     def parents(self) -> list[Edge]:
-        """The edges that lead to this node: of the nodes above it, and of roots. The last one that is closed closes it."""
+        """The edges to this node, of nodes above it and of roots. The node is closed with the last one."""
         return [edge for known in tuple(self._parents) if (edge := known()) is not None and edge.node is self]
 
     def beneath(self) -> Iterator[Node]:
-        """This node and all below it, each once."""
+        """This node and all nodes below it, each once."""
         seen, line = {id(self)}, [self]
         for node in line:
             yield node

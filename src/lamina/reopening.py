@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Reopenable:
-    """The default refuses; storage does it itself, formats and filters call `reopen_over`."""
+    """The default refuses; storage overrides `reopen`; formats and filters call `reopen_over`."""
 
     read_only: bool
 
@@ -23,17 +23,17 @@ class Reopenable:
         def refuse(self, operation: str) -> NotSupported: ...
 
     def reopen(self, read_only: bool) -> None:
-        """Open this node, which is open in the other way, for reading alone or for writing, without closing it. Called with
-        no request running. Where it raises, the node is as it was: NotSupported where the driver cannot; ReadOnly, Locked,
-        CorruptImage, BlockIOError where the node or its file does not allow it.
+        """Make this node, which is writable or read-only, the other, without closing it. No request runs meanwhile. An
+        exception leaves the node as it was: NotSupported from a driver without `reopen`; ReadOnly, Locked, CorruptImage or
+        BlockIOError if the node or its file does not allow it.
 
-        A driver that holds nothing which depends on it calls `reopen_over` with the children that it writes to, and overrides
-        `stop_writing` and `begin_writing` where it has something to do."""
+        A driver calls `reopen_over` with the children that it writes to, and overrides `begin_writing` and `stop_writing` if
+        it has state that depends on the mode."""
         raise self.refuse("reopening")
 
     def reopen_over(self, children: Iterable[Edge], read_only: bool) -> None:
-        """`reopen` for a node that writes to `children`, all of which are reopened in the same way: before this node for
-        writing, and after it has written what it holds back for reading alone."""
+        """The `reopen` of a node that writes to `children`. For writing, the children are reopened before `begin_writing`;
+        for reading, after `stop_writing`."""
         if read_only:
             self.stop_writing()
         done: list[Edge] = []
@@ -51,8 +51,8 @@ class Reopenable:
         self.read_only = read_only
 
     def begin_writing(self) -> None:
-        """The children are open for writing, and this node is about to be. Raises what `open` would raise."""
+        """The children are writable, and this node is about to be. Raises the errors of `open`."""
 
     def stop_writing(self) -> None:
-        """This node is about to be open for reading alone: write what it holds back."""
+        """This node is about to become read-only: write back all cached changes."""
         self.flush()

@@ -1,9 +1,9 @@
-"""Graphs, and the roots by which users reach them.
+"""Graphs, and the roots through which users reach them.
 
-A `Graph` is a set of nodes that are connected by edges, and what its users share: one gate, which every request of a user
-passes. A `Root` is one user: an `Image`, an export of a server, a job. It owns an edge (`request.Child`) to its node. Any
-number of roots lie on one node, or on different nodes of one graph; all see the same bytes and the same edits. They are
-closed in any order: edges are counted, and the last edge to a node closes it.
+A `Graph` is a set of nodes that edges connect, with one gate that every request of a user passes. A `Root` is one user of the
+graph: an `Image`, an export of a server, a job. It owns an edge (`request.Child`) to its node. A node may have any number of
+roots, and a graph may have roots on several nodes; all users see the same bytes and the same edits. Users close their roots
+in any order: edges are counted, and a node is closed with its last edge.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _Result = TypeVar("_Result")
 
 
 class Graph:
-    """Nodes that belong together. `image.graph` is the one of an image; `lamina.open(..., graph=image.graph)` opens further
-    nodes into it, whose options may name the nodes that are there."""
+    """The nodes that edges connect, or that were opened to be connected. `image.graph` is the graph of an image;
+    `lamina.open(..., graph=image.graph)` adds nodes to it, and their options may name the nodes of the graph."""
 
     __slots__ = ("__weakref__", "gate")
 
@@ -38,29 +38,29 @@ class Graph:
 
     @property
     def nodes(self) -> dict[str, Node]:
-        """The nodes in use by their names: those that the option `node-name` gave, or Lamina."""
+        """The nodes in use by name: the `node-name` of their options, or a name that Lamina made."""
         return {node.name: node for node in lifecycle.all_of(lifecycle.nodes) if node.graph is self and node.parents()}
 
     @property
     def roots(self) -> list[Root]:
-        """Those that are not closed."""
+        """The roots that are not closed."""
         return [root for root in lifecycle.all_of(lifecycle.roots) if root.graph is self and not root.closed]
 
     def exclusively(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What `work(*arguments)` returns, called while no other thread changes or closes anything of this graph. Requests
-        go on meanwhile. `what`: "opens a node", for messages."""
+        """Call `work(*arguments)` while no other thread edits this graph or closes a part of it, and return its result. The
+        gate admits requests meanwhile. `what`: the activity, for messages ("opens a node")."""
         if self.gate.held_here:
             return work(*arguments)
         return self.gate.holding(Holder(what, stops=False), work, *arguments)
 
     def close(self, edge: Child) -> None:
-        """Give up an edge; the node is closed if it was the last."""
+        """Close an edge, and its node with the last edge."""
         self.exclusively("closes a node", edge.close)
 
     def edge_to(self, name: str, role: str, *, grows: bool, writes: bool) -> Child | None:
-        """A new edge from a node that is being opened to the node that is called `name`; None if no node is. `writes`:
-        requests through the edge may change it. Then no other node may lie on it, and no root that writes; a node that only
-        reads lies beside others that read. (The same that the locks of files say between programs.)"""
+        """A new edge from a node that is being opened to the node `name`; None if the graph has no such node. `writes`:
+        requests through the edge may change the node. Such an edge excludes all edges from other nodes, and roots that write;
+        edges that only read exclude those that write. (File locks have the same rule between processes.)"""
         return self.exclusively("opens a node", self._edge_to, name, role, grows, writes)
 
     def _edge_to(self, name: str, role: str, grows: bool, writes: bool) -> Child | None:
@@ -84,8 +84,8 @@ class Graph:
 
 
 def graph_of(node: Node) -> Graph:
-    """The graph that `node` and all below it belong to; those that belonged to none do from now on. LaminaError if they lie
-    in two graphs that are both in use: requests of the one would not know of edits of the other."""
+    """The graph of `node` and of all nodes below it; a node without a graph is added. LaminaError if the nodes belong to two
+    graphs with roots: requests of one graph would not wait for edits of the other."""
     nodes = list(node.beneath())
     graphs = {each.graph for each in nodes if each.graph is not None}
     used = [graph for graph in graphs if graph.roots]
@@ -102,8 +102,9 @@ def graph_of(node: Node) -> Graph:
 
 
 class Root:
-    """One user of a graph: its requests pass the gate, and the edge behind it. Safe for any number of threads, `close`
-    included. A thread makes one request at a time: LaminaError in a signal handler that finds its thread inside one."""
+    """One user of a graph: its requests pass the gate, then the edge. Thread-safe, `close` included. A thread makes one
+    request at a time: a signal handler that interrupts a request of its thread gets a LaminaError for a request of its
+    own."""
 
     __slots__ = ("__weakref__", "_holders", "_inside", "closed", "closing", "edge", "gate", "graph", "opened_at")
 
@@ -111,10 +112,10 @@ class Root:
         self.graph = graph_of(node)
         self.gate = self.graph.gate
         self._inside, self._holders = self.gate.inside, self.gate.holders
-        #: Whether no further request is let in, and whether `close` came to its end.
+        #: Whether the gate refuses further requests of this root, and whether `close` has completed.
         self.closing = self.closed = False
         self.edge: Child = self.graph.exclusively("opens an image", self._begin, node, read_only)
-        #: Who opened it, as "file:line", where `lifecycle` closes what nobody does.
+        #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
         self.opened_at = node.opened_at
         lifecycle.roots.add(self)
 
@@ -123,8 +124,8 @@ class Root:
         return Child(node, "root", read_only=read_only)
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Root:
-        """Another root: on the same node, or on another one of this graph, which may be given by its name. On a node that
-        another node lies on it only reads."""
+        """Another root, on the same node or on another node of this graph, given by itself or by name. A root on a node that
+        is the child of another node is read-only."""
         self.require_open()
         opened_at = lifecycle.caller() if self.opened_at is not None else None
         return self.graph.exclusively("opens an image", self._share, node, read_only, opened_at)
@@ -152,7 +153,7 @@ class Root:
     def read_only(self) -> bool:
         return self.edge.read_only or self.edge.node.read_only
 
-    # -- requests. (Reads and writes pass the gate by themselves: a call costs 0.05 us of the 2 that a read takes.)
+    # -- requests. (`read_into` and `write` repeat the code of `_request`: a call takes 0.05 us of the 2 us of a read.)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         inside, me = self._inside, get_ident()
@@ -223,7 +224,7 @@ class Root:
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
         return self._request(self.edge.zero_runs, offset, length)
 
-    # What is started stays inside the gate until it is finished (see `gate.py`).
+    # A started request stays inside the gate until it is finished (see `gate.py`).
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
         return self._start(self.edge.start_read, offset, view)
@@ -244,7 +245,7 @@ class Root:
         return self.gate.enter(token, self)
 
     def windows(self, offset: int, length: int) -> Iterator[Extents]:
-        """The exact status of all these bytes, one answer after the other; each is a request of its own."""
+        """The exact status of the range, in consecutive parts; each part is a request of its own."""
         end = offset + length
         while offset < end:
             found = self.extents(offset, end - offset)
@@ -252,15 +253,16 @@ class Root:
             offset = found.end
 
     def require_inside(self, offset: int, length: int, operation: str) -> None:
-        """Raise OutOfRange if these bytes are not all inside the node."""
+        """Raise OutOfRange if the range is not inside the node."""
         self.edge.require_inside(offset, length, operation)
 
     def truncate(self, size: int) -> None:
-        """Change the size while no request runs: one that was found inside the old size would make a file long again."""
+        """Change the size while no request runs: a write that was checked against the old size would extend the file
+        again."""
         self._alone("changes the size of the disk", self.edge.truncate, size)
 
     def reopen(self, read_only: bool) -> None:
-        """Change the node, or no longer (see `Edge.reopen`), from a moment on at which no request runs."""
+        """Make this root read-only or writable (see `Edge.reopen`) while no request runs."""
         if self.node.foreign:
             raise foreign(self.node, "reopen")
         if read_only != self.read_only:
@@ -274,22 +276,21 @@ class Root:
         self.require_open()
         work(*arguments)
 
-    # -- its end
+    # -- closing
 
     def require_open(self) -> None:
-        """Raise Closed if this root is closed, or is being closed."""
+        """Raise Closed if this root is closed or closing."""
         if self.closing:
             raise Closed("this image was closed")
 
     def refuse(self) -> None:
-        """Let no further request in; those inside go on, and long ones end early."""
+        """Refuse further requests. Requests inside continue; long ones end early."""
         self.closing = self.edge.closing = True
 
     def close(self) -> None:
-        """Let no further request in (Closed), wait for those inside, and give up the edge, which closes the node if no other
-        root, and no other node, has an edge to it. From any thread, and from several at once: each returns when it is
-        closed. Where it is interrupted, the next call does the rest. LaminaError in a thread that is inside a request of
-        this graph, or edits it, and so would wait for itself."""
+        """Refuse further requests (Closed), wait for those inside, and close the edge, and the node with its last edge. Any
+        number of threads may call it; each call returns when the root is closed. After an interrupt the next call completes
+        the work. LaminaError in a thread that is inside a request of this graph or edits it: it would wait for itself."""
         self.gate.require_free("close the image")
         self.refuse()
         self.gate.drain(self)
@@ -301,10 +302,10 @@ class Root:
         node = self.edge.node
         try:
             self.edge.close()
-        except Exception:  # everything was given back all the same; after an interrupt it was not
+        except Exception:  # descriptors are closed all the same, except after an interrupt
             self.closed = True
             raise
         self.closed = True
         others = node.parents()
         if others and not any(edge.is_root for edge in others):
-            lifecycle.release(node)  # it is closed with the node above it
+            lifecycle.release(node)  # the node above it closes it

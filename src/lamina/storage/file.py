@@ -67,8 +67,7 @@ class FileStorage(StorageNode):
     )
     supported_flags = FUA if _RWF_DSYNC else 0
     _cached = True  # in the page cache
-    # What its locks use and deny besides what those of readers and writers do (see `locks`); None: it has no locks.
-    _locks: dict[str, frozenset[int]] | None = None
+    _locks: dict[str, frozenset[int]] | None = None  # the further permissions of its locks, if it has locks
     _force_share = False
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
@@ -98,18 +97,16 @@ class FileStorage(StorageNode):
         direct = bool((options.get("cache") or {}).get("direct"))
         writing = not opener.read_only
         if opener.force_share and writing:
-            raise OptionError(
-                "force-share requires read-only", path=filename, hint="open it read-only, or without force-share"
-            )
+            raise OptionError("force-share requires read-only", path=filename, hint="open it read-only")
         fd = open_file(filename, writing) if opener.fd is None else os.dup(opener.fd)
         try:
             require_file(os.fstat(fd).st_mode, filename)
             locking = options.get("locking", "auto")
             permissions = None
             if locking != "off" and not opener.force_share:
-                permissions = {"taken": opener.taken, "withheld": opener.unshared}
-                if not locks.acquire(fd, writing=writing, path=filename, required=locking == "on", **permissions):
-                    permissions = None
+                extra = {"taken": opener.taken, "withheld": opener.unshared}
+                locked = locks.acquire(fd, writing=writing, path=filename, required=locking == "on", **extra)
+                permissions = extra if locked else None
             kind: type[FileStorage] = DirectFileStorage if direct and cls is FileStorage else cls
             try:
                 node = kind(fd, filename, name=opener.name, read_only=opener.read_only)
@@ -299,20 +296,17 @@ class FileStorage(StorageNode):
 
     def reopen(self, read_only: bool) -> None:
         """Exchange the descriptor; the locks are never given up meanwhile."""
-        if self._force_share and not read_only:
+        if self._force_share:
             raise OptionError("it was opened with force-share, which requires read-only", path=self._filename)
-        if read_only:
-            self.flush()
+        self.flush()
         fds: list[int] = []
         try:
-            fd = open_again(fds, self._fd, self.path or self._filename, self._filename, not read_only)
-            if not self._cached:
-                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+            mode = (os.O_RDONLY if read_only else os.O_RDWR) | (0 if self._cached else os.O_DIRECT)
+            fd = open_again(fds, self._fd, self.path or self._filename, self._filename, mode)
             if self._locks is not None:
                 locks.pass_on(self._fd, fd, writing=not read_only, path=self._filename, **self._locks)
             old, new = self._close_fd, iter((fd,))
-            close = map(os.close, new)
-            self._fd, self._open_fds, self._close_fd, self.read_only, fds = fd, new, close, read_only, []
+            self._close_fd, self._open_fds, self._fd, self.read_only, fds = map(os.close, new), new, fd, read_only, []
             next(old, None)
         finally:
             for fd in fds:

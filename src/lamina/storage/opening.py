@@ -46,17 +46,17 @@ def open_file(filename: str, writing: bool) -> int:
     return fd
 
 
-def open_again(into: list[int], fd: int, path: str, filename: str, writing: bool) -> int:
+def open_again(into: list[int], fd: int, path: str, filename: str, mode: int) -> int:
     """Open the file of `fd` once more, whatever its name denotes by now. The new descriptor is added to `into` in the same
     step of C code, so that no interrupt loses it."""
-    flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    flags = mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
         same = f"/proc/self/fd/{fd}"
         into.extend(map(os.open, (same if os.path.exists(same) else path,), (flags,)))
         again = into[-1]
         os.set_blocking(again, True)
     except OSError as error:
-        hint = "get write permission, or go on reading" if writing else None
+        hint = "get write permission, or go on reading" if mode & os.O_RDWR else None
         raise BlockIOError.from_os(error, "cannot be reopened", path=filename, operation="reopen", hint=hint) from error
     if not os.path.samestat(os.fstat(again), os.fstat(fd)):  # without /proc the name decides
         raise BlockIOError("the file was replaced", path=filename, operation="reopen", hint="open the new one")

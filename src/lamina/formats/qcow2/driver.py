@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...errors import NotSupported
+from ...errors import LaminaError, NotSupported
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...limits import Limits
 from ...node import COMPRESS

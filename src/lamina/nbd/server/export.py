@@ -40,8 +40,8 @@ _MAX_CACHED = 32 * MIB
 class Export:
     """`image` under a name. `writable` only if the image is, too. `bitmaps` by name, as contexts `qemu:dirty-bitmap:NAME`;
     `depth`: offer `qemu:allocation-depth`. Safe for any number of threads and connections, which see one another's writes at
-    once: all share the one image. While a server serves it, the export is a root of the image's graph by itself (`root.py`):
-    the image may be closed meanwhile, and its files are closed after the server."""
+    once: all share the one image. While a server serves it, the export has a root of its own (`root.py`): the image may
+    be closed before the server, which then closes the files."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Export:
         depth: bool = True,
     ) -> None:
         self.image = image
-        self._served: Image | None = None  # while a server serves it: another image on the same node
+        self._served: Image | None = None  # another image on the same node, while a server serves the export
         self._servers = 0
         self.name = name
         self.description = description
@@ -78,7 +78,7 @@ class Export:
 
     @property
     def root(self) -> Root:
-        """By which its requests reach the graph."""
+        """The root that its requests use."""
         return (self._served or self.image).root
 
     def _go_straight(self) -> None:
@@ -96,7 +96,7 @@ class Export:
         self._servers += 1
 
     def end(self) -> Image | None:
-        """A server does not serve it any more. Returns what that server has to close; None while another one serves it."""
+        """A server no longer serves it. Returns the image that the server closes, or None while another server serves it."""
         self._servers -= 1
         if self._servers:
             return None
