@@ -172,6 +172,10 @@ def test_lines_said_together_stay_together() -> None:
             Target(options={"driver": "raw", "file": {"filename": "a", "cache": {"direct": "off"}}}, cache="none"),
             {"driver": "raw", "file": {"filename": "a", "cache": {"direct": "off"}}},
         ),
+        (
+            Target(options={"driver": "quorum", "children": [{"driver": "file", "filename": "a"}, "b"]}, cache="none"),
+            {"driver": "quorum", "children": [{"driver": "file", "filename": "a", "cache": {"direct": True}}, "b"]},
+        ),
         (Target('json:{"driver":"raw","file.filename":"a"}'), {"driver": "raw", "file": {"filename": "a"}}),
     ],
 )

@@ -126,7 +126,13 @@ class Target:
 
 
 def _deep_copy(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    def copied(value: Any) -> Any:
+        return _deep_copy(value) if isinstance(value, Mapping) else value
+
+    return {
+        key: [copied(each) for each in value] if isinstance(value, list) else copied(value)
+        for key, value in options.items()
+    }
 
 
 def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,5 +153,6 @@ def _go_direct(spec: dict[str, Any]) -> None:
     elif "filename" in spec and "file" not in spec:
         spec["file"] = {"driver": "file", "filename": spec.pop("filename")}
     for value in spec.values():
-        if isinstance(value, dict) and value is not spec.get("cache"):
-            _go_direct(value)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, dict) and child is not spec.get("cache"):
+                _go_direct(child)
