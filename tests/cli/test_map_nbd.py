@@ -131,7 +131,7 @@ def test_without_a_context_it_is_an_image(address: str, capsysbinary: pytest.Cap
     [
         (["--context", "no:such", "{}"], "no:such"),
         (["--context", "base:allocation", "-s", "5M", "{}"], "ends at 4194304"),
-        (["--totals", "{}"], "name it"),
+        (["--totals", "{}"], "needs a metadata context"),
         (["--exact", "--context", "base:allocation", "{}"], "--exact"),
         (["--context", "base:allocation", "disk.raw"], "this is none"),
     ],
