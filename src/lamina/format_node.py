@@ -22,8 +22,9 @@ import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .format import Format
+from .holes import lies_in_hole, runs_with_holes, stored, with_holes
 from .node import MAY_UNMAP, bounded, fill_zero, is_plain, plain
-from .status import PRESENT, ZERO, Status
+from .status import DATA, PRESENT, ZERO, Status
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -43,12 +44,14 @@ class Mapping(NamedTuple):
     ZERO | PRESENT          they read as zero; with an offset, storage is kept for them there
     DATA | PRESENT          they are stored in `child`; with an offset, they lie there as they read
     ... | COMPRESSED        stored compressed, without an offset
+    PRESENT                 they lie at an offset of `child` as they read, and the child says whether they are stored or zero:
+                            a flat layout, which keeps no table of what is stored
     ======================  ============================================================================================
 
     An offset is a promise: the bytes at `offset` of `child` are the bytes of the disk, so a reader may fetch them from there,
-    and where the child has a hole they read as zero. What is stored in any other way (compressed, encrypted) has no offset,
-    and `FormatNode.load` fetches it; `token` is for `load` alone, so that it need not look the stretch up again.
-    """
+    and where the child has a hole they read as zero (`holes` says so in the status). What is stored in any other way
+    (compressed, encrypted) has no offset, and `FormatNode.load` fetches it; `token` is for `load` alone, so that it need not
+    look the stretch up again."""
 
     flags: int  #: the bits of `status`
     length: int  #: bytes, 1 to what was asked for
@@ -189,6 +192,13 @@ class FormatNode(Format):
         drops a discard. After any other error each block of the stretch reads as before, or as `to` says."""
         raise self.refuse("discard" if to is To.ANY else "zero")
 
+    @property
+    def given_back(self) -> int:
+        """How often storage that a mapping named was given back to a child (discarded, cut off), so that it became a hole. A
+        driver that does so counts before each time: an answer for the status that was under way takes no hole of then for
+        what its mapping of before reads as."""
+        return 0
+
     # -- what derives from the mapping
 
     @property
@@ -296,7 +306,11 @@ class FormatNode(Format):
         self.store(room, before, whole, "cow_write")
 
     def extents(self, offset: int, length: int) -> Extents:
-        own = _extents_of(self.map_columns(offset, length))
+        given_back = self.given_back
+        mapped = with_holes(self.map_columns(offset, length))
+        if self.given_back != given_back:
+            mapped = stored(self.map_columns(offset, length))
+        own = bounded(_extents_of(mapped))
         if own.present.all():
             return own
         if self.backing is None:
@@ -305,16 +319,31 @@ class FormatNode(Format):
         return bounded(own.clip(offset, below.end).over(below))
 
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        given_back = self.given_back
+        found = self._first_extents(offset, length, most, True)
+        return found if self.given_back == given_back else self._first_extents(offset, length, most, False)
+
+    def _first_extents(self, offset: int, length: int, most: int, holes: bool) -> list[Status]:
+        """The same; without `holes` the children are not asked for theirs."""
         found: list[Status] = []
         end = offset + length
         while offset < end and len(found) < most:
             flags, run, host, child, _ = self.map(offset, end - offset)
             if not flags:
                 self._first_below(offset, run, most, found)
+            elif host < 0 or child is None:
+                found.append(Status(flags, run))
             else:
-                base = None if host < 0 or child is None else child.node.host_base
+                base = child.node.host_base
                 file, place = (None, -1) if base is None else (base[0], base[1] + host)
-                found.append(Status(flags, run, 0, file, place))
+                runs = [(flags, run)] if flags & ZERO else [(flags | DATA, run)]
+                if holes and not flags & ZERO:
+                    runs = runs_with_holes(flags, child, host, run, most - len(found))
+                run = 0
+                for told, size in runs:
+                    found.append(Status(told, size, 0, file, place))
+                    run += size
+                    place += size if base is not None else 0
             offset += run
         return found
 
@@ -335,19 +364,20 @@ class FormatNode(Format):
                 offset += run
 
     def reads_zero(self, offset: int, length: int) -> bool:
+        given_back = self.given_back
         end = offset + length
         while offset < end:
-            flags, run, _, _, _ = self.map(offset, end - offset)
+            flags, run, host, child, _ = self.map(offset, end - offset)
             if not flags:
                 backing = self.backing
                 if backing is not None:
                     inside = min(max(backing.node.size - offset, 0), run)
                     if inside and not backing.reads_zero(offset, inside):
                         return False
-            elif not flags & ZERO:
+            elif not flags & ZERO and not (host >= 0 and child is not None and lies_in_hole(child, host, run)):
                 return False
             offset += run
-        return True
+        return self.given_back == given_back
 
 
 def _extents_of(own: Columns) -> Extents:

@@ -56,6 +56,7 @@ LAYERS = [
         "format_node",
         "gate",
         "graph",
+        "holes",
         "image",
         "inspection",
         "lifecycle",

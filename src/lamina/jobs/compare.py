@@ -26,7 +26,9 @@ _PIECE = 512 * KIB
 #: The same where one is far away, and several pieces are read at once.
 _FAR_PIECE = 2 * MIB
 
-_STATUS = DATA | ZERO | PRESENT
+#: What a strict comparison looks at, by flags: whether a byte is stored, zero without being stored, and owned. (Which stored
+#: zeros lie in a hole is the business of the file system: a copy of a file may have other holes.)
+_STATUS = np.array([flags & (DATA | PRESENT) | (0 if flags & DATA else flags & ZERO) for flags in range(16)], np.uint8)
 
 # Which of the two images must be read, because it is not known to be zero there; or nothing is read: they are unlike by their
 # status, or it is only said how far we are.
@@ -46,8 +48,8 @@ def compare(
     """The first difference between two disks, or None.
 
     What one has beyond the end of the other must read as zero. With `strict` the sizes must be equal too, and so must
-    be, for each byte, whether it is stored, is zero, and is owned by any layer. `parallel`: so many pieces are read at once,
-    1 to 16; None: one, or 8 if an image is remote. Raises the errors of reading, and Cancelled.
+    be, for each byte, whether it is stored, is zero without being stored, and is owned by any layer. `parallel`: so many
+    pieces are read at once, 1 to 16; None: one, or 8 if an image is remote. Raises the errors of reading, and Cancelled.
     """
     watch = monitor or Monitor()
     total = max(first.size, second.size)
@@ -122,8 +124,8 @@ def _unequal(mine: Extents, theirs: Extents) -> Iterator[tuple[int, int, int]]:
 def _first_status(mine: Extents, theirs: Extents) -> int | None:
     """Where the flags of the two first differ (not where the bytes lie, nor in which layer)."""
     edges = np.union1d(mine.start, theirs.start)
-    flags = [one.flags[np.searchsorted(one.start, edges, "right") - 1] for one in (mine, theirs)]
-    differs = np.flatnonzero((flags[0] ^ flags[1]) & _STATUS)
+    status = [_STATUS[one.flags[np.searchsorted(one.start, edges, "right") - 1]] for one in (mine, theirs)]
+    differs = np.flatnonzero(status[0] != status[1])
     return int(edges[differs[0]]) if len(differs) else None
 
 

@@ -163,7 +163,7 @@ class NbdStorage(StorageNode):
             lengths.append(end - at)
             states.append(0)
         # A hole that is not said to read as zeros must be read: it is data, as far as anybody can tell.
-        meaning = np.array([DATA, DATA, ZERO, ZERO], np.uint8) | np.uint8(PRESENT)
+        meaning = np.array([DATA, DATA, DATA | ZERO, ZERO], np.uint8) | np.uint8(PRESENT)
         sizes = np.array(lengths, np.int64)
         start = np.cumsum(sizes) - sizes + offset
         flags = meaning[np.array(states, np.int64)]

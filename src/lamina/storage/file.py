@@ -63,12 +63,20 @@ class FileStorage(StorageNode):
                 default="auto",
             ),
             Option("cache", "dict", "caching of the file", items=_CACHE),
+            Option(
+                "holes",
+                "bool",
+                "ask the file system which parts of the file are holes; off: treat every byte as stored data, if the file "
+                "system cannot be trusted",
+                default=True,
+            ),
         ],
     )
     supported_flags = FUA if _RWF_DSYNC else 0
     _cached = True  # in the page cache
     _locks: dict[str, frozenset[int]] | None = None  # the further permissions of its locks, if it has locks
     _force_share = False
+    _holes = True  # whether the file system is asked for holes
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         """The file of the descriptor `fd`, which the node owns from now on."""
@@ -111,6 +119,7 @@ class FileStorage(StorageNode):
             try:
                 node = kind(fd, filename, name=opener.name, read_only=opener.read_only)
                 node._locks, node._force_share = permissions, opener.force_share
+                node._holes = options.get("holes", True)
                 return node  # type: ignore[return-value]
             except OSError as error:
                 if isinstance(error, LaminaError):
@@ -277,7 +286,7 @@ class FileStorage(StorageNode):
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
         end = offset + length
         try:
-            begin, stop = self._data_range.find(self._fd, offset, end)
+            begin, stop = self._data_range.find(self._fd, offset, end) if self._holes else (offset, end)
         except OSError as error:
             raise self._failed(error, "extents", offset, length) from error
         rows: list[Status] = []
@@ -288,6 +297,8 @@ class FileStorage(StorageNode):
         return rows
 
     def reads_zero(self, offset: int, length: int) -> bool:
+        if not self._holes:
+            return False
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
         except OSError as error:
@@ -414,6 +425,8 @@ class FileStorage(StorageNode):
         return True
 
     def _boundaries(self, offset: int, end: int) -> array[int]:
+        if not self._holes:
+            return array("q", (offset, offset, end))  # an empty hole, then data
         try:
             return holes.boundaries(self._fd, offset, end)
         except OSError as error:

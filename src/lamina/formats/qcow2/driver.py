@@ -131,6 +131,10 @@ class Qcow2(FormatNode):
             tables.require_outside_changes()
             return tables.mappings.map(offset, length)
 
+    @property
+    def given_back(self) -> int:
+        return self.tables.given_back
+
     def map_columns(self, offset: int, length: int) -> Columns:
         tables = self.tables
         with tables.lock:

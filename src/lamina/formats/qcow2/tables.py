@@ -62,6 +62,7 @@ class Tables:
         self.writable = writable
         #: Whether the thread that holds the lock is in the middle of changing the tables.
         self.changes = False
+        self.given_back = 0
         self._cache_bytes = cache_bytes
         self._on_corrupt = on_corrupt
         self._refcounts: Refcounts | None = None
@@ -327,6 +328,7 @@ class Tables:
             self.header.store(file, "size")
             file.flush()
             self._size_unsure = False
+        self.given_back += 1  # before storage becomes a hole; see `FormatNode.given_back`
         self._freeing.flushed(counts)
         return True
 
