@@ -14,14 +14,13 @@ import stat
 import threading
 from array import array
 from collections.abc import Callable
-from itertools import pairwise
 from operator import length_hint
 from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
-from ..limits import MAX_ROWS, MIB, Limits, align_down, align_up
-from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded, fill_zero, plain
+from ..limits import MIB, Limits, align_down, align_up
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
 from ..schema import Option, Schema
 from ..status import DATA, PRESENT, ZERO, Status
 from . import aligned, holes, locks, system
@@ -264,24 +263,10 @@ class FileStorage(StorageNode):
             self._size = size
 
     def extents(self, offset: int, length: int) -> Extents:
-        from ..extents import DATA, PRESENT, ZERO, Extents
-        from ..numeric import np
-
-        edges = np.frombuffer(self._boundaries(offset, offset + length), np.int64)
-        flags = np.full(len(edges) - 1, ZERO | PRESENT, np.uint8)
-        flags[1::2] = DATA | PRESENT
-        lengths = np.diff(edges)
-        rows = np.flatnonzero(lengths)
-        start = edges[rows]
-        # Adjacent extents are equal only if the file changed during the query.
-        found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(self,))
-        return bounded(found.coalesce())
+        return holes.extents(self._boundaries(offset, offset + length), self)
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        edges = self._boundaries(offset, offset + length)
-        # The first run is a hole, and every second one after it; empty ones are left out.
-        runs = [(end - start, not number & 1) for number, (start, end) in enumerate(pairwise(edges)) if end > start]
-        return runs[:MAX_ROWS]
+        return holes.zero_runs(self._boundaries(offset, offset + length))
 
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
         end = offset + length

@@ -5,8 +5,15 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..limits import MAX_ROWS
+from ..node import bounded
+from ..status import DATA, PRESENT, ZERO
+
+if TYPE_CHECKING:
+    from ..extents import Extents, HostFile
 
 
 def boundaries(fd: int, offset: int, end: int) -> array[int]:
@@ -31,6 +38,28 @@ def boundaries(fd: int, offset: int, end: int) -> array[int]:
             raise
     add(end)
     return found
+
+
+def extents(edges: array[int], file: HostFile) -> Extents:
+    """The ranges between these boundaries of `file` as extents."""
+    from ..extents import Extents
+    from ..numeric import np
+
+    offsets = np.frombuffer(edges, np.int64)
+    flags = np.full(len(offsets) - 1, ZERO | PRESENT, np.uint8)
+    flags[1::2] = DATA | PRESENT
+    lengths = np.diff(offsets)
+    rows = np.flatnonzero(lengths)
+    start = offsets[rows]
+    # Adjacent extents are equal only if the file changed during the query.
+    found = Extents.from_columns(start, lengths[rows], flags[rows], file=0, offset=start.copy(), files=(file,))
+    return bounded(found.coalesce())
+
+
+def zero_runs(edges: array[int]) -> list[tuple[int, bool]]:
+    """The same as (length, whether it is a hole); empty ranges are left out."""
+    runs = [(end - start, not number & 1) for number, (start, end) in enumerate(pairwise(edges)) if end > start]
+    return runs[:MAX_ROWS]
 
 
 class DataRange:

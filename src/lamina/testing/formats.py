@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .. import registry
 from ..errors import BlockIOError, NotSupported, UnsupportedFeature
 from ..format import Format, lookup_format
 from ..format_node import Columns, FormatNode
@@ -67,14 +66,18 @@ class FormatConformance(DiskConformance):
     #: The size of the layer below in bytes, None: there is none. Half of it is random bytes.
     backing: int | None = None
 
+    def kind(self) -> type[Format]:
+        """The class of the driver."""
+        return lookup_format(self.driver)
+
     def make(self, storage: Child) -> None:
         """Lay a new image out in `storage`, which is empty."""
-        kind = lookup_format(self.driver)
+        kind = self.kind()
         kind.create(storage, self.size, kind.creation_schema().parse({**self.create_options, "size": self.size}))
 
     def over(self, storage: KeptMemory, below: KeptMemory | None, *, read_only: bool = False) -> Node:
         """The image in `storage`, opened. `storage` and `below` outlive it."""
-        kind = registry.lookup(self.driver, "format")
+        kind = self.kind()
         storage.read_only = read_only
         options: dict[str, Any] = {**self.open_options, "file": Child(storage, "file", grows=True)}
         if below is not None:
