@@ -393,7 +393,9 @@ def _list(paths: Iterable[str]) -> str:
 
 def site_files() -> list[str]:
     """Where `Policy.default` looks for what this site sets, the first that is there counts."""
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    home = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(home):  # relative paths are to be ignored: the current folder may be anybody's
+        home = os.path.expanduser("~/.config")
     return [os.path.join(home, "lamina", "references"), SYSTEM_DEFAULT]
 
 

@@ -42,6 +42,14 @@ def test_a_site_sets_its_default(site: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Policy.default() == Policy.beneath("/srv")
 
 
+def test_a_relative_folder_of_settings_does_not_count(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.write_text("any\n")
+    monkeypatch.chdir(site.parent.parent.parent)
+    monkeypatch.setenv("HOME", str(site.parent))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "config")
+    assert Policy.default() == Policy.beneath()
+
+
 def test_a_default_that_is_wrong_names_its_place(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site.write_text("everything\n")
     with pytest.raises(OptionError, match=r"lamina/references: .everything. is not a policy"):
