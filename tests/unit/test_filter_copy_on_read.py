@@ -145,6 +145,7 @@ def test_read_only_it_copies_nothing(top: Path) -> None:
 
 def test_it_also_lies_over_other_filters(top: Path) -> None:
     with lamina.open(top, format="qcow2", read_only=False) as image:
-        twice = Image(CopyOnRead(Child(CopyOnRead(image.root), "image")))
-        assert twice.read(0, 100) == b"\x01" * 100
-        assert owned(twice) == "D........."
+        filters = CopyOnRead(Child(CopyOnRead(Child(image.node, "image")), "image"))
+        with Image(filters) as twice:
+            assert twice.read(0, 100) == b"\x01" * 100
+            assert owned(twice) == "D........."

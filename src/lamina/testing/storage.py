@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,7 +51,7 @@ class StorageConformance(DiskConformance):
     def test_storage_that_grows_leaves_zeros_between(self, data: st.DataObject) -> None:
         node = self.make(self.size)
         edge = Child(node, "file", grows=True)
-        with Image(node) as image:
+        with Image(node) as image, closing(edge):  # both edges keep the node open
             if not node.growable:
                 return
             disk = Disk(bytes(self.size), keeps=self.keeps)
