@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lamina import limits, registry
-from lamina.storage import file as storage_file
+from lamina.storage import holes as storage_holes
 
 ROOT = Path(__file__).resolve().parent.parent
 # The tests ask `benchmarks.peers` where the peers are; plain `pytest` does not put the repository's root on the path.
@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Whoever runs the tests in the background may have SIGINT ignored, and a program that inherits that leaves it so.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.pop("LAMINA_REFERENCES", None)  # the default of a site is none of ours
     given = "LAMINA_SEED" in os.environ
     os.environ.setdefault("LAMINA_SEED", str(random.SystemRandom().randrange(1 << 32)))
@@ -219,7 +221,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def bound(rows: int) -> None:
         monkeypatch.setattr(limits, "MAX_ROWS", rows)
-        monkeypatch.setattr(storage_file, "MAX_ROWS", rows)
+        monkeypatch.setattr(storage_holes, "MAX_ROWS", rows)
 
     return bound
 

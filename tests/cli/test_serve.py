@@ -275,7 +275,7 @@ MISTAKES = [
     (["-k", "no/such/folder/s", "-f", "raw", "disk.raw"], "cannot listen"),
     (["-k", "s" * 200, "-f", "raw", "disk.raw"], "107 bytes"),
     (["-k", "s", "-B", "daily", "-f", "raw", "disk.raw"], "no bitmap daily"),
-    (["-k", "s", "-f", "raw", "-o", "2M", "disk.raw"], "past the end"),
+    (["-k", "s", "-f", "raw", "-o", "2M", "disk.raw"], "exceed the end"),
     (["-k", "s", "-f", "raw", "--partition", "1", "disk.raw"], "partition"),
     (["-p", "0", "-b", "0.0.0.0", "-f", "raw", "disk.raw"], "--insecure"),
     (["-p", "70000", "disk.raw"], "70000"),

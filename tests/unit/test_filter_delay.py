@@ -56,7 +56,9 @@ def test_the_wait_comes_before_the_bytes() -> None:
 
     class Looking(Clock):
         def sleep(self, seconds: float) -> None:
-            seen.append(Image(storage).read(0, 3))
+            found = bytearray(3)
+            storage.read_into(0, memoryview(found))
+            seen.append(bytes(found))
 
     image = over(storage, Looking(), write_ms=1, read_ms=1)
     image.write(0, b"new")

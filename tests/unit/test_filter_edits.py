@@ -98,7 +98,7 @@ def test_preallocate_counts_from_another_file() -> None:
 
 def test_a_window_that_does_not_fit_any_more_is_refused() -> None:
     image = Image(Offset(edge(storage()), 1000))
-    with pytest.raises(OptionError, match="past the end"):
+    with pytest.raises(OptionError, match="exceed the end"):
         shorten(image)
     assert image.size == SIZE - 1000
     assert image.read(SIZE - 1001, 1) == b"\1"

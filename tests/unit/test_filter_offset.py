@@ -66,7 +66,7 @@ def test_alignments_are_kept_where_the_window_keeps_them(offset: int, aligned: t
 
 @pytest.mark.parametrize(("offset", "size"), [(101, None), (0, 101), (60, 41), (1 << 62, 1 << 62), (101, 0)])
 def test_a_window_outside_the_image_is_refused(offset: int, size: int | None) -> None:
-    with pytest.raises(OptionError, match="past the end"):
+    with pytest.raises(OptionError, match="exceed the end"):
         Offset(Child(MemoryStorage(100), "image"), offset, size)
 
 

@@ -163,11 +163,12 @@ def rows(server: FakeServer) -> list[tuple[int, int, bool, bool]]:
 
 
 def test_a_hole_counts_as_zeros_only_where_the_server_says_so(serve: Serve) -> None:
-    """HOLE without ZERO may read as anything; bits that do not exist mean nothing."""
+    """HOLE without ZERO may read as anything, ZERO without HOLE is stored; bits that do not exist mean nothing."""
     states = [(65536, 1), (65536, 3), (65536, 2), (65536, 0xFFFFFFFC), (SIZE, 0xFFFFFFFF)]
     assert rows(serve(with_status(lambda asked: states, []))) == [
         (0, 65536, True, False),
-        (65536, 131072, False, True),
+        (65536, 65536, False, True),
+        (131072, 65536, True, True),
         (196608, 65536, True, False),
         (262144, SIZE - 262144, False, True),
     ]

@@ -66,11 +66,17 @@ def test_both_ways_say_the_same(tmp_path: Path, align: int) -> None:
                 if few is None:
                     continue
                 for mine, theirs in zip(few, many, strict=True):
-                    assert unpacked(mine, wide) == unpacked(theirs, wide)
+                    found, expected = unpacked(mine, wide), unpacked(theirs, wide)
+                    if one:  # the blocks that follow, once rounded, may say the same
+                        assert found[0][1] == expected[0][1]
+                        assert 0 < found[0][0] <= expected[0][0]
+                        assert len(found) == 1
+                    else:
+                        assert found == expected
                 if one and len(names) == 1:
-                    found = export.status_of_first(module.CONTEXTS[names[0]], first, length)
+                    first_one = export.status_of_first(module.CONTEXTS[names[0]], first, length)
                     ((size, status),) = unpacked(many[0], wide)
-                    assert found is None or (found[0] <= size and found[1] == status)
+                    assert first_one is None or (first_one[0] <= size and first_one[1] == status)
 
     law()
 
