@@ -161,18 +161,19 @@ class Quorum(Node):
     def flush(self) -> None:
         """A copy whose flush fails may have lost whatever was not flushed before: those ranges become stale in it. Where the
         flush fails as a whole nothing was promised, and the next flush promises it."""
-        with self._flushing:
-            written, self._unflushed = self._unflushed, RangeSet()
+        written = RangeSet()
         try:
+            with self._flushing:
+                written, self._unflushed = self._unflushed, RangeSet()
             done = self._request_all(lambda child: child.flush(), "flush")
-        except BaseException:
+            for role in self.children.keys() - done:
+                # Requests in progress count as well: storage reports a loss once.
+                self._stale[role].update(written)
+                self._stale[role].update(self._unflushed)
+        except BaseException:  # an interrupt as well: the next flush asks about these ranges again
             with self._flushing:
                 self._unflushed.update(written)
             raise
-        for role in self.children.keys() - done:
-            # Requests in progress count as well: storage reports a loss once.
-            self._stale[role].update(written)
-            self._stale[role].update(self._unflushed)
 
     def truncate(self, size: int) -> None:
         done = self._request_all(lambda child: child.truncate(size), "truncate")
