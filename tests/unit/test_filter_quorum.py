@@ -127,6 +127,24 @@ def test_a_copy_whose_flush_failed_has_no_vote_on_what_was_not_flushed() -> None
     assert image.read(0, 6) == b"newest"
 
 
+def test_an_interrupted_flush_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, copies = quorum(2, 1)
+    image.write(0, b"new" + bytes(PAGE - 3))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies[1], "flush", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            image.flush()
+    copies[0].fails = ("flush",)
+    image.flush()
+    copies[0].fails = ()
+    Image(copies[0]).write(0, b"old")  # as storage that lost what it had not written
+    assert image.read(0, 3) == b"new"
+
+
 def test_a_flush_that_fails_as_a_whole_leaves_the_votes() -> None:
     image, copies = quorum(2, 2)
     image.write(0, b"x" * PAGE)
