@@ -22,7 +22,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from .errors import LaminaError
@@ -38,9 +38,20 @@ T = TypeVar("T")
 _PATIENCE = 10.0
 _LOOK_AGAIN = 0.001
 
+
+class Inherited(Protocol):
+    """A part of the parent that a forked child finds in its memory."""
+
+    def after_fork(self) -> None:
+        """Called in the child: give up what belongs to the parent. Takes no lock; may be called twice, if a signal
+        interrupts it."""
+
+
 #: All nodes, and all roots of their users.
 nodes: WeakSet[Node] = WeakSet()
 roots: WeakSet[Root] = WeakSet()
+#: The NBD servers and the connections of clients.
+connected: WeakSet[Inherited] = WeakSet()
 
 _guarded: WeakSet[Node] = WeakSet()  # top nodes that this module closes if their users do not
 _forgotten: deque[Node] = deque()  # unreferenced graphs, for a thread to close
@@ -214,16 +225,33 @@ def _from_the_top(tops: list[Node]) -> list[Node]:
 def _in_child() -> None:
     if _handed_over:
         return
-    forgotten = list(_forgotten)
-    _forgotten.clear()
+    while True:
+        try:
+            _disown(list(_forgotten))
+            return
+        except KeyboardInterrupt:  # from the beginning: a node that is left out would write to the files of the parent
+            continue
+
+
+def _disown(forgotten: list[Node]) -> None:
     _closers.clear()
     _closing.clear()
-    for root in all_of(roots):
-        root.gate.after_fork()
-    for node in [*all_of(nodes), *forgotten]:
-        node.after_fork()
+    gates = [root.gate for root in all_of(roots)]
+    everything: list[Inherited] = [*gates, *all_of(nodes), *forgotten, *all_of(connected)]
+    for inherited in everything:
+        try:
+            inherited.after_fork()
+        except Exception as error:  # noqa: BLE001 - one that fails must not keep the others from it
+            _report(inherited, error)
     for node in forgotten:
         node.close()
+    _forgotten.clear()
+
+
+def _report(inherited: Inherited, error: Exception) -> None:
+    import logging
+
+    logging.getLogger("lamina").warning("%r is not usable in this forked process: %r", inherited, error)
 
 
 _LOCKS = (_thread.LockType, _thread.RLock, threading.Condition)

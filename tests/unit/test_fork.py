@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import pytest
 import lamina
 from lamina import lifecycle
 from lamina.filters.cow import Cow
+from lamina.formats.qcow2.driver import Qcow2
 from lamina.graph import open_graph
 from lamina.image import Image
 from lamina.nbd.server import Server
 from lamina.nbd.server.export import Export
 from lamina.request import Child
+from lamina.storage.file import FileStorage
 from lamina.storage.memory import MemoryStorage
 from tests.conftest import Qemu
 from tests.nbd_raw import Gone, SocketStream, dial
@@ -283,6 +286,68 @@ def test_a_child_forgets_an_image_without_a_word(path: Path) -> None:
     in_child(child)
     assert path.read_bytes() == before
     keep[0].close()
+
+
+def raw_images(folder: Path) -> list[Image]:
+    paths = [folder / f"{number}.raw" for number in range(8)]
+    for path in paths:
+        path.write_bytes(bytes(512))
+    return [lamina.open(path, format="raw", read_only=False) for path in paths]
+
+
+class Broken(MemoryStorage):
+    def after_fork(self) -> None:
+        super().after_fork()
+        raise AttributeError("a part that its opening never made")
+
+
+def test_a_node_that_fails_leaves_no_other_one_armed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the order in which they are told."""
+    broken = [Broken(512) for _ in range(8)]
+    images = raw_images(tmp_path)
+
+    def child() -> None:
+        assert all(node.foreign for node in broken)
+        assert len(caplog.messages) == len(broken), "a failure that nobody hears of"
+        refused(*(partial(image.write, 0, b"x") for image in images))
+
+    in_child(child)
+    for image in images:
+        image.close()
+
+
+def test_a_node_whose_opening_failed_says_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Whoever keeps the exception keeps the node that was half made."""
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Qcow2, "_load_tables", fail)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        lamina.open(path, format="qcow2")
+
+    def child() -> None:
+        assert any(isinstance(node, Qcow2) for node in lifecycle.nodes)
+        assert not caplog.messages
+
+    in_child(child)
+    del kept
+
+
+def test_a_signal_amid_the_fork_leaves_no_node_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = raw_images(tmp_path)
+    done = FileStorage.after_fork
+    interrupts = iter([None] * 5)
+
+    def interrupted(node: FileStorage) -> None:
+        for _ in interrupts:
+            raise KeyboardInterrupt
+        done(node)
+
+    monkeypatch.setattr(FileStorage, "after_fork", interrupted)
+    in_child(lambda: refused(*(partial(image.write, 0, b"x") for image in images)))
+    for image in images:
+        image.close()
 
 
 def test_an_export_is_the_parents_alone(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -18,25 +16,11 @@ _links: WeakSet[Link] = WeakSet()
 def note(link: Link) -> None:
     """`link` has just been made."""
     _links.add(link)
-
-
-def _all() -> list[Link]:
-    while True:
-        with contextlib.suppress(RuntimeError):  # another thread has just made a connection
-            return list(_links)
+    lifecycle.connected.add(link)
 
 
 def abandon_all() -> None:
     """Break every connection of this process and make none anew: whoever waits for a server gets an error now. For a program
     that ends and whose server says nothing; from any thread."""
-    for link in _all():
+    for link in lifecycle.all_of(_links):
         link.abandon()
-
-
-def _in_child() -> None:
-    if not lifecycle.handed_over():
-        for link in _all():
-            link.inherited = True
-
-
-os.register_at_fork(after_in_child=_in_child)

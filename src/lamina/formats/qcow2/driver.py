@@ -217,7 +217,8 @@ class Qcow2(FormatNode):
 
     def after_fork(self) -> None:
         super().after_fork()
-        self.tables.changes = False  # the thread that was changing them is the parent's
+        if hasattr(self, "tables"):  # an opening that failed leaves a node without them
+            self.tables.changes = False  # the thread that was changing them is the parent's
 
     def close(self) -> None:
         try:

@@ -106,6 +106,9 @@ class Link:
         """The URI of the export."""
         return str(self._target)
 
+    def after_fork(self) -> None:
+        self.inherited = True
+
     # -- requests
 
     def submit(self, request: Sent) -> None:

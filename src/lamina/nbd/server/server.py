@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakSet
 
 from ... import lifecycle
 from ...errors import Closed, LaminaError, OptionError
@@ -55,9 +54,6 @@ _LAST = 1.0
 #: Seconds after which `wait` looks again, and bytes that tell it to look sooner.
 _WAIT = 0.2
 _NEWS = 4096
-
-#: All servers of this process.
-_servers: WeakSet[Server] = WeakSet()
 
 
 class Server:
@@ -152,7 +148,7 @@ class Server:
             self._close_listeners()
             self._close_signals()
             raise
-        _servers.add(self)
+        lifecycle.connected.add(self)
 
     # -- life
 
@@ -462,13 +458,3 @@ def _close(image: Image) -> None:
             image.close()
         except LaminaError as error:
             log.error("%s: closing failed: %s", name, error)
-
-
-def _in_child() -> None:
-    if lifecycle.handed_over():
-        return
-    for server in list(_servers):
-        server.after_fork()
-
-
-os.register_at_fork(after_in_child=_in_child)
