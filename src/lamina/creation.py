@@ -15,7 +15,7 @@ from .detect import HEAD_BYTES, TAIL_BYTES
 from .errors import NotSupported, OptionError, printable
 from .format import Format, lookup_format
 from .graph import Opener
-from .limits import MIB
+from .limits import DEFAULT_BUDGET, MIB, Budget
 from .node import NO_FALLBACK, FilterNode
 from .options import path_in
 from .policy import Policy
@@ -32,9 +32,17 @@ def create_driver(name: str) -> type[Format]:
     return kind
 
 
-def create(path: str | os.PathLike[str], format: str, size: int | None = None, **options: Any) -> None:
+def create(
+    path: str | os.PathLike[str],
+    format: str,
+    size: int | None = None,
+    *,
+    budget: Budget = DEFAULT_BUDGET,
+    **options: Any,
+) -> None:
     """Make a new image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
-    `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them.
+    `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them. `budget` bounds the
+    cost of the backing images, which are opened for checks.
 
     The file appears under its name only when it is whole; a file that is there already is replaced (`AtomicFile` says how),
     unless another program has it open. The new image is on stable storage when this returns. Raises OptionError,
@@ -43,7 +51,7 @@ def create(path: str | os.PathLike[str], format: str, size: int | None = None, *
     kind = create_driver(format)
     values = kind.creation_schema().parse({**options, **({} if size is None else {"size": size})})
     target = path_in(path)
-    kind.prepare_create(values, target)
+    kind.prepare_create(values, target, budget)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
     with new_file(target, durable=True) as file:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from . import registry
 from .errors import OptionError, UnsupportedFeature
+from .limits import DEFAULT_BUDGET, Budget
 from .node import Node
 from .schema import Schema
 
@@ -79,10 +80,10 @@ class Format(Node):
         return cls.create_schema
 
     @classmethod
-    def prepare_create(cls, values: dict[str, Any], target: str) -> None:
-        """Check what concerns more than one option, and files that they name, before anything of the image at the path
-        `target` is made; complete `values` (by the size of a backing file, say). OptionError, LimitExceeded, and whatever
-        opening those files raises. By default there is nothing to check."""
+    def prepare_create(cls, values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET) -> None:
+        """Check combinations of options, and the files that options name, before the image at the path `target` is created;
+        complete `values` (for example with the size of a backing file). `budget` bounds the images that the driver opens for
+        these checks. Raises OptionError, LimitExceeded, and the errors of opening those files. The default checks nothing."""
 
     @classmethod
     def create(cls, storage: Child, size: int, values: Mapping[str, Any]) -> None:

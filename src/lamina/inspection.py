@@ -24,16 +24,20 @@ from .results import CheckResult, ImageInfo
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
-def info(source: Source, *, format: str = "probe", force_share: bool = False) -> ImageInfo:
-    """What the image is, as its header says it. Nothing is opened but its file, whatever the image refers to, and so it works
-    for images that `open` refuses. `source` as for `lamina.open`.
+def info(
+    source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
+) -> ImageInfo:
+    """Describe the image from its header. Only its own file is opened, so `info` works for images that `open` refuses.
+    `source` as for `lamina.open`.
 
-    `format`: by default what the magic in the file says, which is a guess (`ImageInfo.format_probed`): a guest can write any
-    magic into its raw disk. `force_share`: do not ask for locks, and ignore those of others.
+    `format`: the default "probe" detects the format by its magic. The result is a guess (`ImageInfo.format_probed`): a guest
+    can write any magic into its raw disk. `budget` bounds the images below a filter. `force_share`: take no file locks, and
+    ignore those of other programs.
 
-    Raises OptionError, NotFound, BlockIOError, Locked, FormatError where the header is not one of that format.
+    Raises OptionError, NotFound, BlockIOError, Locked, LimitExceeded, and FormatError where the file has no header of that
+    format.
     """
-    return _info(_Where(named(source), None if format == "probe" else format, force_share))[0]
+    return _info(_Where(named(source), None if format == "probe" else format, budget, force_share))[0]
 
 
 def info_chain(
@@ -47,7 +51,7 @@ def info_chain(
     """What the image is, and what each image below it is, from top to bottom, as far as `references` grants their files; the
     default is that of `lamina.open`. Raises what `info` does, and PolicyError, LimitExceeded where the chain is longer than
     `budget.chain_depth`, CorruptImage where it contains itself, FormatError where an image does not say the format below."""
-    found, host = _info(_Where(named(source), None if format == "probe" else format, force_share))
+    found, host = _info(_Where(named(source), None if format == "probe" else format, budget, force_share))
     chain = [found]
     policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
     trail = Trail(budget.chain_depth)
@@ -65,7 +69,7 @@ def info_chain(
         file = open_file(reference, host, trail, policy)
         try:
             spec = {"driver": "file", "filename": file.path}
-            where = _Where(spec, reference.format, force_share, file.fd, found.full_backing_filename, True)
+            where = _Where(spec, reference.format, budget, force_share, file.fd, found.full_backing_filename, True)
             found, host = _info(where)
         finally:
             os.close(file.fd)
@@ -105,12 +109,13 @@ class _Where:
     """An image that is to be described. `fd`: its file, opened already; `shown`: how it is called; `from_image`: an image
     names its format."""
 
-    __slots__ = ("fd", "force_share", "format", "from_image", "shown", "source")
+    __slots__ = ("budget", "fd", "force_share", "format", "from_image", "shown", "source")
 
     def __init__(
         self,
         source: Spec,
         format: str | None,
+        budget: Budget,
         force_share: bool,
         fd: int | None = None,
         shown: str | None = None,
@@ -118,6 +123,7 @@ class _Where:
     ) -> None:
         self.source = source
         self.format = format
+        self.budget = budget
         self.force_share = force_share
         self.fd = fd
         self.shown = shown
@@ -141,7 +147,9 @@ def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
         file = values.pop("file")
     elif driver is not None and driver.kind != "storage":
         return _seen_from_above(where)
-    opener = Opener(policy=Policy.none(), force_share=where.force_share, no_references=True, fd=where.fd)
+    opener = Opener(
+        policy=Policy.none(), budget=where.budget, force_share=where.force_share, no_references=True, fd=where.fd
+    )
     storage = opener.child("file", file, grows=True)
     try:
         found = _described(storage, format or probe(storage).format, values, where)
@@ -171,7 +179,13 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
 
 def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
     """A filter over an image: what can be seen from there."""
-    node = open_graph(where.source, format=where.format or "probe", force_share=where.force_share, no_references=True)
+    node = open_graph(
+        where.source,
+        format=where.format or "probe",
+        budget=where.budget,
+        force_share=where.force_share,
+        no_references=True,
+    )
     try:
         found = ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
         return found, None

@@ -292,6 +292,15 @@ def test_a_qcow2_and_its_backing_file_in_a_folder(folder: Path) -> None:
         assert raw.read(0, 4) == b"good"
 
 
+def test_the_images_of_a_folder_have_the_budget_of_the_command(folder: Path) -> None:
+    """`--limits` holds for an image that a client names, too."""
+    lamina.create(folder / "top", "qcow2", MIB, backing_file="good", backing_fmt="raw")
+    lamina.create(folder / "alone", "qcow2", MIB)
+    with lamina_serve(folder, "-f", "qcow2", "--limits", "chain-depth=0") as path:
+        assert opened(path, "top") == w.REP_ERR_UNKNOWN
+        assert opened(path, "alone") == w.REP_ACK
+
+
 def test_a_snapshot_of_a_folder_opens_files_for_reading(folder: Path) -> None:
     os.chmod(folder / "good", 0o444)
     with lamina_serve(folder, "-f", "raw", "-s") as path, dial(path) as raw:

@@ -172,6 +172,8 @@ WORDS = {
     "convert": ["convert", "-O", "raw", "TOP", "out.raw"],
     "io": ["io", "-r", "-c", "length"],
     "info": ["info", "--backing-chain"],
+    "copy": ["copy", "SPEC", "out.raw"],
+    "create": ["create", "-b", "TOP", "-F", "qcow2", "new.qcow2"],
 }
 
 
@@ -181,12 +183,45 @@ def test_every_command_that_opens_images_has_the_option(
 ) -> None:
     top = chain(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
-    words = [top.name if word == "TOP" else word for word in WORDS[command]]
-    words = [words[0], "-f", "qcow2", *words[1:], *([] if command == "convert" else [top.name])]
+    names = {"TOP": top.name, "SPEC": f'json:{{"driver": "qcow2", "file.filename": "{top.name}"}}'}
+    words = [names.get(word, word) for word in WORDS[command]]
+    if command != "copy":
+        words[1:1] = ["-f", "qcow2"]
+    if command not in ("convert", "copy", "create"):
+        words.append(top.name)
     member, enough, less = ("chain-depth", 1, 0) if command == "info" else ("memory", 16, 7)
     assert main([*words, "--limits", f"{member}={enough}"]) == 0
     assert main([*words, "--limits", f"{member}={less}"]) not in (0, 63)
     assert f"{member.replace('-', '_')} in the budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "check", "map", "compare", "convert", "copy", "create", "io", "serve"])
+def test_every_command_that_opens_images_shows_the_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "--limits LIMITS" in capsys.readouterr().out
+
+
+def test_info_through_a_filter_has_the_budget(tmp_path: Path) -> None:
+    top = chain(tmp_path, 1)
+    source = {"driver": "readonly", "image": {"driver": "qcow2", "file": {"filename": str(top)}}}
+    assert lamina.info(source, budget=Budget(memory=8)).virtual_size == MIB
+    with pytest.raises(LimitExceeded, match="memory"):
+        lamina.info(source, budget=Budget(memory=7))
+
+
+def test_a_new_image_is_not_made_over_a_chain_that_cannot_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The target could be a file deep in the chain."""
+    top = chain(tmp_path, 3)
+    lowest = tmp_path / "0.qcow2"
+    before = lowest.read_bytes()
+    words = ["create", "-f", "qcow2", "-b", top.name, "-F", "qcow2", str(lowest), "--limits"]
+    assert main([*words, "chain-depth=1"]) == 1
+    assert "limit of 1 files" in capsys.readouterr().err
+    assert main([*words, "chain-depth=2"]) == 1
+    assert "limit" not in capsys.readouterr().err
+    assert lowest.read_bytes() == before
 
 
 def test_the_layers_below_a_new_image_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina import OptionError, UnsupportedFeature, registry
+from lamina import Budget, OptionError, UnsupportedFeature, registry
 from lamina.creation import create_driver
 from lamina.format import Format, Measure, lookup_format
 from lamina.node import FilterNode
@@ -99,7 +99,7 @@ def test_what_is_not_overridden_is_refused_by_name(name: str) -> None:
 
 def test_what_is_no_operation_is_no_refusal() -> None:
     values = {"size": 1}
-    Bare.prepare_create(values, "target")
+    Bare.prepare_create(values, "target", Budget())
     assert values == {"size": 1}
 
 

@@ -162,15 +162,19 @@ class Parser(argparse.ArgumentParser):
             help="which files may be opened because an image names them: none, same-dir (the default where the format is "
             "named: the image's own folder, without hidden files), beneath:DIR, list:FILE:FILE..., any",
         )
-        where.add_argument(
+        self.add_limits(group)
+        self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
+
+    def add_limits(self, group: argparse._ArgumentGroup | None = None) -> None:
+        """The option that sets the `Budget` of the images that the command opens."""
+        (group or self).add_argument(
             "--limits",
             metavar="LIMITS",
             type=_limits,
             default=DEFAULT_BUDGET,
-            help="what images may cost: chain-depth=FILES,memory=SIZE (of all tables that stay loaded),cache-bytes=SIZE,"
-            "rows=NUMBER",
+            help="upper bounds on the cost of the opened images: chain-depth=FILES,memory=SIZE (of all tables that stay "
+            "loaded),cache-bytes=SIZE,rows=NUMBER",
         )
-        self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
 
     def add_quiet(self) -> None:
         self.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

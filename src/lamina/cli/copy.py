@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_max_output()
     parser.add_timeout()
+    parser.add_references()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_argument(
@@ -123,10 +124,11 @@ def _print_summary(args: Namespace, copied: Copied, flushed: bool, seconds: floa
 def _open_source(name: str, args: Namespace) -> Source | PipeSource:
     if name == "-":
         return PipeSource(sys.stdin.fileno(), "standard input")
-    node = Opener(read_only=True, force_share=args.force_share).open(name, storage=True)
+    opener = Opener(read_only=True, policy=args.references, budget=args.limits, force_share=args.force_share)
+    node = opener.open(name, storage=True)
     if args.force_share:
         tell_of_writers(node)
-    return StorageSource(Image(node), extents=not args.no_extents)
+    return StorageSource(Image(node, budget=args.limits), extents=not args.no_extents)
 
 
 def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
@@ -157,7 +159,9 @@ def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> T
     options = parse_name(name)
     if options["driver"] == "null" and not isinstance(source, PipeSource):
         options.setdefault("size", source.size)
-    child = Child(Opener(read_only=False).open(options, storage=True), "target")
+    child = Child(
+        Opener(read_only=False, policy=args.references, budget=args.limits).open(options, storage=True), "target"
+    )
     try:
         if isinstance(source, StorageSource):
             refuse_shared(source.node, child.node)

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "-o", "--options", metavar="NAME=VALUE,...", action="append", help="options of the format; -o help lists them"
     )
+    parser.add_limits()
     parser.add_later("--object", "objects are not there yet", metavar="OBJDEF")
     parser.add_argument("filename", metavar="FILE", nargs="?", help="the new image")
     parser.add_argument("size", metavar="SIZE", nargs="?", help="size in bytes, or with a suffix k, M, G, T, P or E")
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         if "size" in options:
             raise OptionError("the size is given twice, once in -o", hint="give it once")
         options["size"] = parse_size(args.size)
-    create(args.filename, format, **options)
+    create(args.filename, format, budget=args.limits, **options)
     if not args.quiet:
         sys.stdout.write(_summary(args.filename, format, options))
     if options.get("backing_file"):

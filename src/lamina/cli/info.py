@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
         return _show_exports(args)
 
     source = image_source(args.filename, args, args.format)
-    given: dict[str, Any] = {"format": args.format or "probe", "force_share": args.force_share}
+    given: dict[str, Any] = {"format": args.format or "probe", "budget": args.limits, "force_share": args.force_share}
     if args.backing_chain:
-        found = info_chain(source, references=args.references, budget=args.limits, **given)
+        found = info_chain(source, references=args.references, **given)
         for one in found:
             warn_of_writers(one.other_writers)
     else:

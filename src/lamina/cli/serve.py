@@ -364,11 +364,12 @@ def _open_fd(args: Namespace, path: str, fd: int) -> Image:
         format=args.format or "probe",
         read_only=not _writable(args, {}),
         policy=args.references,
+        budget=args.limits,
         force_share=args.force_share,
         snapshot=args.snapshot,
         fd=fd,
     )
-    return Image(node)
+    return Image(node, budget=args.limits)
 
 
 def _files(node: Node) -> Iterator[tuple[int, int]]:

@@ -176,7 +176,7 @@ def convert_to_file(
             raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
         given |= {"backing_file": backing, "backing_fmt": backing_format}
     values = kind.creation_schema().parse(given)
-    kind.prepare_create(values, path)
+    kind.prepare_create(values, path, source.budget)
     how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
     how["max_output"] = max_output
     below: Backing | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...creation import tell
 from ...errors import LaminaError, LimitExceeded, OptionError
-from ...limits import KIB, MIB, align_up, is_power_of_two
+from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
 from ...own_files import refuse_own
 from ...results import ImageInfo
@@ -41,7 +41,7 @@ SCHEMA = Schema(
 )
 
 
-def prepare(values: dict[str, Any], target: str) -> None:
+def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET) -> None:
     """Check what concerns more than one option, and the backing file, before anything is made. Completes `values`."""
     if not is_power_of_two(values["cluster_size"]):
         raise OptionError(f"cluster_size {values['cluster_size']} is not a power of two", path=target)
@@ -71,7 +71,7 @@ def prepare(values: dict[str, Any], target: str) -> None:
     if _is_same_file(target, where):
         raise OptionError("the backing file is the new image itself", path=target, hint="name another file")
     if not values.get("backing_unchecked"):
-        _check_backing(values, where, target)
+        _check_backing(values, where, target, budget)
     _round_size(values, target)
 
 
@@ -94,12 +94,13 @@ def _round_size(values: dict[str, Any], target: str) -> None:
         )
 
 
-def _check_backing(values: dict[str, Any], where: str, target: str) -> None:
+def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budget) -> None:
     from ...graph import open_graph
 
     # The user names this file, now: it may lie anywhere. Its own backing file is not needed to know its size.
+    spec = {"driver": values["backing_fmt"], "file": {"filename": where}}
     try:
-        node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, no_references=True)
+        node = open_graph(spec, budget=budget, no_references=True)
     except LaminaError as error:
         error.hint = error.hint or "use -u to name a backing file without opening it"
         raise
@@ -111,7 +112,10 @@ def _check_backing(values: dict[str, Any], where: str, target: str) -> None:
     if os.path.lexists(target):
         # Nor may it be a file deeper in the chain. (Only looked at: locks say nothing about that.)
         try:
-            node = open_graph({"driver": values["backing_fmt"], "file": {"filename": where}}, force_share=True)
+            node = open_graph(spec, budget=budget, force_share=True)
+        except LimitExceeded as error:
+            error.hint = f"{error.hint}, or use -u to skip this check" if error.hint else "use -u to skip this check"
+            raise
         except LaminaError:
             return  # one that does not open by itself, which is allowed here
         try:
