@@ -31,6 +31,15 @@ _ZEROS = memoryview(bytes(_BOUNCE))
 _epoch = 0
 
 
+def consecutive(extents: Callable[[int, int], Extents], offset: int, length: int) -> Iterator[Extents]:
+    """The status of the whole range: `extents(offset, length)`, called again from the end of each result."""
+    end = offset + length
+    while offset < end:
+        found = extents(offset, end - offset)
+        yield found
+        offset = found.end
+
+
 class Child(Edge):
     """An edge through which requests pass: the rules. Safe for any number of threads."""
 
@@ -202,12 +211,8 @@ class Child(Edge):
         return self.node.first_extents(offset, length, most)
 
     def windows(self, offset: int, length: int) -> Iterator[Extents]:
-        """The exact status of all these bytes, one answer after the other."""
-        end = offset + length
-        while offset < end:
-            found = self.extents(offset, end - offset)
-            yield found
-            offset = found.end
+        """The exact status of the whole range, in consecutive results of `extents`."""
+        return consecutive(self.extents, offset, length)
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether these bytes are known to read as zero. May miss, never invents."""

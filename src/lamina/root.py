@@ -17,7 +17,7 @@ from .errors import Closed, LaminaError, OptionError
 from .gate import Gate, Holder
 from .node import foreign
 from .pending import DONE, Holding, Pending, start_holding
-from .request import Child
+from .request import Child, consecutive
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
@@ -246,11 +246,7 @@ class Root:
 
     def windows(self, offset: int, length: int) -> Iterator[Extents]:
         """The exact status of the range, in consecutive parts; each part is a request of its own."""
-        end = offset + length
-        while offset < end:
-            found = self.extents(offset, end - offset)
-            yield found
-            offset = found.end
+        return consecutive(self.extents, offset, length)
 
     def require_inside(self, offset: int, length: int, operation: str) -> None:
         """Raise OutOfRange if the range is not inside the node."""

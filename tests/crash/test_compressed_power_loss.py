@@ -20,15 +20,14 @@ from lamina.formats.qcow2.driver import Qcow2
 from lamina.formats.qcow2.tables import Tables
 from lamina.image import Image
 from lamina.node import COMPRESS
-from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
-from lamina.testing.persistence import Bounds, CrashState, Persistence
+from lamina.testing.persistence import Bounds, Persistence
 from lamina.testing.power_loss import record
 from lamina.testing.recorder import Marks
 
-from .workloads import Geometry, Work
+from .workloads import Examination, Geometry, Work
 
 STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000")) // 6
-RECOVERED_EVERY, PEERS_EVERY = 20, 50
+PEERS_EVERY = 50
 
 GEOMETRIES = [
     Geometry({"cluster_size": 512, "refcount_bits": 64}),
@@ -59,30 +58,6 @@ class Packing(Work):
         self.packed += 1
 
 
-class Examination:
-    """Judges states, and takes every so many of them further."""
-
-    def __init__(self, work: Work, folder: Path, peers: list[Any]) -> None:
-        self.work, self.folder, self.peers = work, folder, peers
-        self.count = self.compressed = 0
-
-    def __call__(self, content: bytes, state: CrashState) -> None:
-        self.work.verify(content, state)
-        self.count += 1
-        if self.count % RECOVERED_EVERY == 0:
-            check_recovers(self.work.opened(content))
-        if self.count % PEERS_EVERY == 0:
-            with self.work.opened(content)(read_only=True) as image:
-                report = check_whole(image)
-            self.compressed += report.compressed_clusters
-            path = self.folder / "state.qcow2"
-            path.write_bytes(content)
-            for peer in self.peers:
-                status, said = peer.check(path)
-                assert status in (0, 3), f"{peer}: {said}"
-                check_agrees(report, Verdict(said.get("corruptions", 0), said.get("leaks", 0)))
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_any_power_cut_leaves_a_whole_image(
     geometry: Geometry, seed: int, tmp_path: Path, qemu7: Any, qemu10: Any
@@ -92,7 +67,7 @@ def test_any_power_cut_leaves_a_whole_image(
         rng = random.Random(f"{seed}/{geometry}/{workloads}")
         work = Packing(rng, geometry, rng.randrange(8, 40), unaligned=workloads % 3 == 2)
         recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=60))
-        examine = Examination(work, tmp_path, [qemu7, qemu10])
+        examine = Examination(work, tmp_path, [qemu7, qemu10], peers_every=PEERS_EVERY)
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         recording.examine(examine)
         assert work.packed

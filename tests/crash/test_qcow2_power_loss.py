@@ -16,44 +16,16 @@ from typing import Any
 
 import pytest
 
-from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import cut_power, record
 from lamina.testing.recorder import Marks, Recorder
 
-from .workloads import GEOMETRIES, Geometry, Work, fresh, open_on
+from .workloads import GEOMETRIES, Examination, Geometry, Work, fresh, open_on
 
 STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000"))
 #: States of the geometry whose image is large are few: each takes twenty times as long.
 LARGE = 30
-RECOVERED_EVERY, PEERS_EVERY = 20, 100
-
-
-class Examination:
-    """Judges states, and takes every so many of them further."""
-
-    def __init__(self, work: Work, folder: Path, peers: list[Any], before: int) -> None:
-        self.work = work
-        self.folder = folder
-        self.peers = peers
-        self.count = before
-        self.asked = 0
-
-    def __call__(self, content: bytes, state: CrashState) -> None:
-        self.work.verify(content, state)
-        self.count += 1
-        if self.count % RECOVERED_EVERY == 0:
-            check_recovers(self.work.opened(content))
-        if self.count % PEERS_EVERY == 0:
-            with self.work.opened(content)(read_only=True) as image:
-                report = check_whole(image)
-            path = self.folder / "state.qcow2"
-            path.write_bytes(content)
-            for peer in self.peers:
-                status, said = peer.check(path)
-                assert status in (0, 3), f"{peer}: {said}"
-                check_agrees(report, Verdict(said.get("corruptions", 0), said.get("leaks", 0)))
-                self.asked += 1
+PEERS_EVERY = 100
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -70,7 +42,7 @@ def test_any_power_cut_leaves_a_whole_image(
         rng = random.Random(f"{seed}/{geometry}/{workloads}")
         work = Work(rng, geometry, rng.randrange(8, 40), unaligned=unaligned)
         recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=60))
-        examine = Examination(work, tmp_path, [qemu7, qemu10], states)
+        examine = Examination(work, tmp_path, [qemu7, qemu10], peers_every=PEERS_EVERY, before=states)
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         recording.examine(examine)
         states, workloads, asked = examine.count, workloads + 1, asked + examine.asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamina.creation import create_driver
@@ -11,9 +12,12 @@ from lamina.graph import Opener
 from lamina.image import Image
 from lamina.request import Child
 from lamina.testing.disk_history import DiskHistory
-from lamina.testing.image_checks import check_whole
+from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import SECTOR, CrashState
 from lamina.testing.recorder import Marks, Recorder
+
+#: One state of so many is opened for writing and used.
+RECOVERED_EVERY = 20
 
 
 class Geometry(NamedTuple):
@@ -139,3 +143,31 @@ class Work:
             disk = image.read(0, image.size)
         begun = state.begun[-1] if state.begun else 0
         self.history.check(disk, begun, state.durable[-1] if state.durable else 0)
+
+
+class Examination:
+    """Verifies states; every 20th is opened for writing and used, every `peers_every`-th is checked by `peers` as well. It
+    counts the states, from `before`, the checks by peers, and the compressed clusters that our checks found."""
+
+    def __init__(self, work: Work, folder: Path, peers: list[Any], *, peers_every: int, before: int = 0) -> None:
+        self.work, self.folder, self.peers = work, folder, peers
+        self.peers_every = peers_every
+        self.count = before
+        self.asked = self.compressed = 0
+
+    def __call__(self, content: bytes, state: CrashState) -> None:
+        self.work.verify(content, state)
+        self.count += 1
+        if self.count % RECOVERED_EVERY == 0:
+            check_recovers(self.work.opened(content))
+        if self.count % self.peers_every == 0:
+            with self.work.opened(content)(read_only=True) as image:
+                report = check_whole(image)
+            self.compressed += report.compressed_clusters
+            path = self.folder / "state.qcow2"
+            path.write_bytes(content)
+            for peer in self.peers:
+                status, said = peer.check(path)
+                assert status in (0, 3), f"{peer}: {said}"
+                check_agrees(report, Verdict(said.get("corruptions", 0), said.get("leaks", 0)))
+                self.asked += 1

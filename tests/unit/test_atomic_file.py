@@ -20,16 +20,6 @@ from lamina.atomic_file import AtomicFile, temporary_name, write_file
 from lamina.errors import BlockIOError, Locked, OptionError
 from tests.unit.replacing import OTHER, fail, no_tmpfile
 
-
-@pytest.fixture(params=["without a name", "with a temporary name"])
-def tmpfile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of making a new file: with O_TMPFILE, and as on a file system that has no such thing."""
-    if request.param == "with a temporary name":
-        no_tmpfile(monkeypatch)
-    chosen: str = request.param
-    return chosen
-
-
 # -- new files
 
 

@@ -39,15 +39,6 @@ from tests.unit.copying import (
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Any:
-    """A source of DATA and a target of OLD."""
-    source, target = file(tmp_path / "source", DATA), file(tmp_path / "target", OLD)
-    yield source, target
-    source.close()
-    target.close()
-
-
-@pytest.fixture
 def sharing(monkeypatch: pytest.MonkeyPatch) -> Sharing:
     calls = Sharing()
     monkeypatch.setattr("lamina.storage.system.fcntl.ioctl", calls)

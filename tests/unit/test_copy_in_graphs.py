@@ -20,16 +20,7 @@ from lamina.image import Image
 from lamina.node import NO_FALLBACK, FilterNode, Node, TransformNode
 from lamina.request import Child
 from lamina.testing.failing import FailingStorage, Session, fail_nth
-from tests.unit.copying import BLOCK, DATA, KIB, OLD, SIZE, SOURCE, Copying, content, file, says
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Any:
-    """A source of DATA and a target of OLD."""
-    source, target = file(tmp_path / "source", DATA), file(tmp_path / "target", OLD)
-    yield source, target
-    source.close()
-    target.close()
+from tests.unit.copying import BLOCK, DATA, KIB, OLD, SIZE, SOURCE, Copying, content, says
 
 
 @pytest.fixture

@@ -18,16 +18,6 @@ from lamina.errors import BlockIOError, LaminaError, Locked
 from lamina.target_file import Target
 from tests.unit.replacing import NOBODY, OTHER, as_user, fail, needs_root, no_tmpfile
 
-
-@pytest.fixture(params=["without a name", "with a temporary name"])
-def tmpfile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of making a new file: with O_TMPFILE, and as on a file system that has no such thing."""
-    if request.param == "with a temporary name":
-        no_tmpfile(monkeypatch)
-    chosen: str = request.param
-    return chosen
-
-
 # -- files that are replaced
 
 

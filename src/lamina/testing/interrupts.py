@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -89,9 +89,22 @@ Counts = Callable[[CodeType], bool]
 
 
 @contextmanager
-def interrupted_at_call(number: int, counts: Counts) -> Iterator[list[int]]:
-    """KeyboardInterrupt in this thread at point number `number`, counted from 1: a call of a function that counts, or a
-    return from C code in one. Yields how many there were, and sets itself off for nothing after the interrupt."""
+def _installed(
+    hook: Any, seen: list[int], get: Callable[[], Any], install: Callable[[Any], None]
+) -> Iterator[list[int]]:
+    """Install `hook` for this thread, yield the count that it keeps, and put the previous hook back."""
+    before = get()
+    install(hook)
+    try:
+        yield seen
+    finally:
+        install(before)
+
+
+def interrupted_at_call(number: int, counts: Counts) -> AbstractContextManager[list[int]]:
+    """A context manager that raises KeyboardInterrupt in this thread at point `number`, counted from 1. A point is a call of
+    a function for which `counts` is true, or a return from C code in one. The context is a list with one item, the number of
+    points so far; there is one interrupt at most."""
     seen = [0]
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
@@ -100,19 +113,13 @@ def interrupted_at_call(number: int, counts: Counts) -> Iterator[list[int]]:
             if seen[0] == number:
                 raise KeyboardInterrupt
 
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        yield seen
-    finally:
-        sys.setprofile(before)
+    return _installed(profile, seen, sys.getprofile, sys.setprofile)
 
 
-@contextmanager
-def interrupted_at_opcode(number: int, counts: Counts) -> Iterator[list[int]]:
-    """The same at every opcode of these functions, which is more than a signal can do: it is seen at calls and jumps alone.
-    (CPython 3.11 puts no handler around the first opcode of a `try` that lies inside a `try`: code that is held to this has
-    none.)"""
+def interrupted_at_opcode(number: int, counts: Counts) -> AbstractContextManager[list[int]]:
+    """As `interrupted_at_call`, where each opcode of these functions is a point. That is stricter than signals, which CPython
+    handles only at calls and jumps. (CPython 3.11 has no handler around the first opcode of a `try` inside a `try`; code that
+    is tested in this way avoids such a `try`.)"""
     seen = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -126,12 +133,7 @@ def interrupted_at_opcode(number: int, counts: Counts) -> Iterator[list[int]]:
                 raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
+    return _installed(trace, seen, sys.gettrace, sys.settrace)
 
 
 def in_another_thread(work: Callable[[], object], patience: float = 20.0) -> None:
