@@ -52,11 +52,15 @@ class BlockRuns:
         child, -1 where it does not (int64)."""
         from .numeric import np
 
-        count = len(flags)
         # Blocks with a place go on where the next one lies behind it, others where the next one has none either.
         goes_on = np.where(place[:-1] >= 0, place[1:] == place[:-1] + (1 << self._bits), place[1:] < 0)
         first = np.concatenate(([0], np.flatnonzero(~(goes_on & (flags[1:] == flags[:-1]))) + 1))
-        self._append(first + self._next, flags[first], place[first], count)
+        self.add_runs(first, flags[first], place[first], len(flags))
+
+    def add_runs(self, first: Any, flags: Any, place: Any, count: int) -> None:
+        """The next `count` blocks, of which those numbered `first` begin another run, the block 0 among them. One element
+        for each run: its flags and its place."""
+        self._append(first + self._next, flags, place, count)
 
     def add_alike(self, count: int, flags: int = 0) -> None:
         """The next `count` blocks, all with these flags and without a place."""
@@ -83,12 +87,20 @@ class BlockRuns:
         from .numeric import np
 
         most, offset = limits.MAX_ROWS, self._offset
-        begin = np.concatenate(self._starts)
+        begin, flags, place = map(_joined, (self._starts, self._flags, self._places))
         begin <<= self._bits
         end = min(self._next << self._bits, self._stop) if self._rows <= most else int(begin[most])
-        begin, place = begin[:most], np.concatenate(self._places)[:most]
+        begin, flags, place = begin[:most], flags[:most], place[:most]
         if place[0] >= 0:
             place[0] += offset - begin[0]
         begin[0] = offset
-        flags = np.concatenate(self._flags)[:most]
-        return Columns(begin, np.diff(begin, append=end), flags, place, (self._child,))
+        length = np.empty(len(begin), np.int64)
+        np.subtract(begin[1:], begin[:-1], out=length[:-1])
+        length[-1] = end - begin[-1]
+        return Columns(begin, length, flags, place, (self._child,))
+
+
+def _joined(parts: list[Any]) -> Any:
+    from .numeric import np
+
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

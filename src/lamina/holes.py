@@ -9,6 +9,7 @@ apart in it are asked about one by one.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import limits
@@ -53,8 +54,9 @@ def stored(own: Columns) -> Columns:
     """`own`, where nobody asked the children: what has no flag but PRESENT is DATA."""
     from .numeric import np
 
-    flat = own.flags == PRESENT
-    return own._replace(flags=np.where(flat, own.flags | np.uint8(DATA), own.flags)) if flat.any() else own
+    if PRESENT not in own.flags.tobytes():  # faster than a comparison in numpy
+        return own
+    return own._replace(flags=np.where(own.flags == PRESENT, np.uint8(DATA | PRESENT), own.flags))
 
 
 def with_holes(own: Columns) -> Columns:
@@ -64,10 +66,11 @@ def with_holes(own: Columns) -> Columns:
     from .numeric import np
 
     asked = (own.offset >= 0) & ((own.flags & ZERO) == 0)
-    if not asked.any():
+    which = asked.nonzero()[0]
+    if not len(which):
         return own
     rows = len(own.start)
-    quick = _at_once(own, asked)
+    quick = _at_once(own, which)
     if quick is not None:
         return quick
     while True:
@@ -82,33 +85,34 @@ def with_holes(own: Columns) -> Columns:
         rows = max(min(rows // 2, _MOST_APART), 1)
 
 
-def _at_once(own: Columns, asked: Any) -> Columns | None:
-    """The answer where one question in plain Python tells it, and no row is to be cut: all that is stored lies in a few
-    stretches of the file, each of which is a hole or is none. None where that is not so."""
+def _at_once(own: Columns, which: Any) -> Columns | None:
+    """The answer where one question in plain Python tells it, and no row is to be cut: all that the rows numbered `which`
+    store lies in a few stretches of the file, each of which is a hole or is none. None where that is not so."""
     from .numeric import np
 
     if len(own.children) > 1:
         return None
-    child, stop = own.children[0], own.offset + own.length
-    low = int(own.offset.min(where=asked, initial=limits.MAX_SIZE))
-    high = int(stop.max(where=asked, initial=0))
+    child, place = own.children[0], own.offset[which]
+    stop = place + own.length[which]
+    low, high = int(place.min()), int(stop.max())
     if high > child.size:
         return None
     rows = child.first_extents(low, high - low, _QUICK)
     told = [row[0] & (DATA | ZERO) for row in rows]
-    ends = np.cumsum([low, *(row[1] for row in rows)])[1:]
+    ends = list(accumulate((row[1] for row in rows), initial=low))[1:]
     if ends[-1] < high:
         return None
     if told == [DATA] * len(told):
         return stored(own)
     if told == told[:1] * len(told):
-        return own._replace(flags=_with(own.flags, np.where(asked, np.uint8(told[0]), np.uint8(0))))
-    for end in ends[:-1]:
-        if (asked & (own.offset < end) & (stop > end)).any():
+        bits = np.uint8(told[0])
+    else:
+        if any(((place < end) & (stop > end)).any() for end in ends[:-1]):
             return None
-    which = np.searchsorted(ends, own.offset, "right")
-    flags = np.array([*told, 0], np.uint8)[np.where(asked, which, len(told))]
-    return own._replace(flags=_with(own.flags, flags))
+        bits = np.array(told, np.uint8)[np.searchsorted(np.array(ends), place, "right")]
+    flags = own.flags.copy()
+    flags[which] = _with(flags[which], bits)
+    return own._replace(flags=flags)
 
 
 def _with(own: Any, told: Any) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lamina
-from lamina import holes, limits
+from lamina import format_node, holes, limits
 from lamina.extents import Extents
 from lamina.format_node import Columns, FormatNode, Mapping
 from lamina.limits import KIB, MIB
@@ -161,14 +161,15 @@ def test_columns_and_small_questions_are_what_the_children_say(data: st.DataObje
     right = wanted(node)
     offset = data.draw(st.integers(0, node.size - 1))
     end = data.draw(st.integers(offset + 1, node.size))
-    most, gap, apart = limits.MAX_ROWS, holes._GAP, holes._MOST_APART
+    most, gap, apart, small = limits.MAX_ROWS, holes._GAP, holes._MOST_APART, format_node._SMALL
     try:
+        format_node._SMALL = data.draw(st.sampled_from([0, small]))  # without columns, or with them
         limits.MAX_ROWS = data.draw(st.sampled_from([1, 2, 5, most]))
         holes._GAP = data.draw(st.sampled_from([0, UNIT, gap]))
         holes._MOST_APART = data.draw(st.sampled_from([1, 2, apart]))
         assert by_byte(pieces_of(node, offset, end)) == right[offset:end]
     finally:
-        limits.MAX_ROWS, holes._GAP, holes._MOST_APART = most, gap, apart
+        limits.MAX_ROWS, holes._GAP, holes._MOST_APART, format_node._SMALL = most, gap, apart, small
     few, at = [], offset
     while at < end:
         rows_of = node.first_extents(at, end - at, data.draw(st.integers(1, 4)))
