@@ -43,6 +43,8 @@ class Qcow2(FormatNode):
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
     prepare_create = staticmethod(_create.prepare)
+    #: Whether it has its tables: an opening that failed leaves a node without them.
+    _loaded = False
 
     def __init__(
         self, file: Child, header: Header, *, read_only: bool, cache_bytes: int, name: str | None = None
@@ -63,6 +65,7 @@ class Qcow2(FormatNode):
             writable=writable,
             on_corrupt=self._stop_writing,
         )
+        self._loaded = True
         self._map_one = self.tables.mappings.map_one  # asked by every read
         self._compression = Compression(self.tables)
 
@@ -217,7 +220,7 @@ class Qcow2(FormatNode):
 
     def after_fork(self) -> None:
         super().after_fork()
-        if hasattr(self, "tables"):  # an opening that failed leaves a node without them
+        if self._loaded:
             self.tables.changes = False  # the thread that was changing them is the parent's
 
     def close(self) -> None:
