@@ -11,9 +11,9 @@ from .errors import Closed, OptionError, ReadOnly
 from .limits import GIB, MAX_TRANSFER, align_down, is_power_of_two
 from .node import Node, require_writable
 
-#: Of writes that overlap, each block of this many bytes shows one order, even where a write is split.
+#: Overlapping writes leave each block of this many bytes in the state after one of them, even if a write is split.
 _ATOM = 512
-#: The largest step of a request that zeroes or discards, where the driver asks for no smaller one.
+#: The largest step of a zero request or a discard, unless the driver declares a smaller one.
 _STEP = 4 * GIB
 
 
@@ -68,13 +68,13 @@ class Edge:
 
     def refresh(self) -> None:
         """Read the node's limits again (they are frozen while requests run)."""
-        #: What hears of events (`Node.event`); None where nobody does, so that asking is all that it costs.
+        #: The receiver of events (`Node.event`); None if the driver does not override it, which makes the test cheap.
         self.event: Callable[[str], None] | None = self.node.event if type(self.node).event is not Node.event else None
         self._seen = self._within = -1
         limits = self.node.limits
         align = limits.request_alignment
         if not is_power_of_two(align) or limits.zero_alignment < 1 or limits.discard_alignment < 1:
-            raise ValueError(f"{self.node.name} declares limits that cannot be: {limits}")
+            raise ValueError(f"{self.node.name} declares impossible limits: {limits}")
         self._align = align
         most = limits.max_transfer or MAX_TRANSFER
         self._max_transfer = max(align_down(most, max(align, _ATOM) if most >= _ATOM else align), align)
@@ -86,7 +86,7 @@ class Edge:
         )
         # Reads of plain storage need no order; read-modify-write there orders writes among themselves.
         self._reads_wait = self.node.serialise > 0
-        # Read-modify-write and widened zeroes touch whole blocks, so holds are rounded to a multiple of all three.
+        # Read-modify-write and widened zero requests use whole blocks, so locked ranges are multiples of all three.
         unit = math.lcm(self.node.serialise or 1, align, self._zero_align)
         self._order = unit if unit > 1 else 0
 
@@ -95,7 +95,7 @@ class Edge:
         return self.node.size
 
     def tell(self, event: str) -> None:
-        """Tell the node of something that is about to happen (see `Node.event`)."""
+        """Pass an event on to the node (see `Node.event`)."""
         if self.event is not None:
             self.event(event)
 

@@ -1,9 +1,10 @@
-"""The contract of a format: what a driver can do with images of its format, declared in one place.
+"""The contract of a format: the operations of a driver on images of its format, declared in one place.
 
 `Format` is the base of every format driver. Each operation below has a default that refuses with `UnsupportedFeature`, so a
-caller never asks a driver what it has: it calls, and a driver that has nothing says so. A driver overrides what it can do,
-and nothing else. `raw` derives from `Format` itself; a format that maps its disk derives from `format_node.FormatNode`, which
-derives from `Format`. Reads, writes and block status are the contract of a node (`node.py`), which holds for formats too.
+caller never asks a driver which operations it has: it calls one, and the driver may refuse. A driver overrides the operations
+that it supports, and no others. `raw` derives from `Format` itself; a format that maps its disk derives from
+`format_node.FormatNode`, which derives from `Format`. Reads, writes and block status are in the contract of a node
+(`node.py`), which applies to formats as well.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from .request import Child
     from .results import ImageInfo
 
-#: Which findings of a check `Format.repair` mends.
+#: The findings of a check that `Format.repair` repairs.
 Repair = Literal["leaks", "all"]
 
 
 class Measure(NamedTuple):
-    """How long the file of a new image would be, in bytes: `required` for the data that its source stores now, and
-    `fully_allocated` when the whole disk is written."""
+    """The length of the file of a new image in bytes: `required` for the data that its source stores now, and
+    `fully_allocated` for data in the whole disk."""
 
     required: int
     fully_allocated: int
@@ -40,8 +41,9 @@ class Measure(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """One internal snapshot: a state of the disk that the image keeps. `size` is that of the disk then, and `vm_state` the
-    length of a saved machine state, both in bytes; `date` is in seconds since 1970, `vm_clock` in nanoseconds."""
+    """One internal snapshot: an earlier state of the disk that the image keeps. `size` is the size of the disk at that time,
+    and `vm_state` the length of a saved machine state, both in bytes; `date` is in seconds since 1970, `vm_clock` in
+    nanoseconds."""
 
     id: str
     name: str
@@ -52,17 +54,18 @@ class Snapshot(NamedTuple):
 
 
 class Format(Node):
-    """A layout of a disk in storage. What a driver does not override here is refused with UnsupportedFeature.
+    """A layout of a disk in storage. Operations that a driver does not override raise UnsupportedFeature.
 
     The class methods take the storage of an image, empty or not, as an edge (`request.Child`); they leave it open, and keep
-    no reference to it. `values` are options that a schema has parsed. `prepare_create` apart, no class method opens another
-    file. The other methods concern an opened image; those that change it need it opened for writing, and what they changed
-    is on stable storage after the next `flush`. Any of them may be called beside reads and writes of other threads.
+    no reference to it. `values` are options that a schema has parsed. No class method opens another file, except
+    `prepare_create`. The other methods belong to an opened image. Those that change it need an image that was opened for
+    writing, and their changes are on stable storage after the next `flush`. All of them may run at the same time as reads and
+    writes of other threads, unless they say otherwise.
     """
 
-    #: The options of a new image; None: the driver makes none.
+    #: The options of a new image; None: the driver creates no images.
     create_schema: ClassVar[Schema | None] = None
-    #: The options that `amend` changes; None: there are none.
+    #: The options that `amend` can change; None: there are none.
     amend_schema: ClassVar[Schema | None] = None
 
     @classmethod
@@ -74,9 +77,9 @@ class Format(Node):
 
     @classmethod
     def creation_schema(cls) -> Schema:
-        """The options of a new image. Raises UnsupportedFeature where the driver makes none."""
+        """The options of a new image. Raises UnsupportedFeature if the driver creates no images."""
         if cls.create_schema is None:
-            raise cls.refusal("is not one that new images can have", hint="try qcow2 or raw")
+            raise cls.refusal("does not support the creation of images", hint="try qcow2 or raw")
         return cls.create_schema
 
     @classmethod
@@ -87,78 +90,78 @@ class Format(Node):
 
     @classmethod
     def create(cls, storage: Child, size: int, values: Mapping[str, Any]) -> None:
-        """Lay an image of a disk of `size` bytes, which reads as zeros, out in `storage`, which is empty."""
-        raise cls.refusal("is not one that new images can have", hint="try qcow2 or raw")
+        """Create an image of a disk of `size` bytes, which reads as zeros, in `storage`, which is empty."""
+        raise cls.refusal("does not support the creation of images", hint="try qcow2 or raw")
 
     @classmethod
     def measure(cls, size: int, values: Mapping[str, Any], stored: Iterable[Extents] | None = None) -> Measure:
-        """How long the file of a new image of `size` bytes would be, where `stored` (contiguous answers for the whole disk,
-        in order) is what its source holds; None: nothing. Nothing is made."""
-        raise cls.refusal("cannot be measured")
+        """The length of the file of a new image of `size` bytes. `stored` is the status of its source (consecutive extents of
+        the whole disk); None: the source is empty. No file is created."""
+        raise cls.refusal("does not support the measurement of images")
 
     # -- images that exist
 
     @classmethod
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
-        """What the header in `storage` says; the caller adds the fields that concern the file. `values`: the options of
-        `open`, as far as they were given. It works for images that use features which `open` refuses: `unsupported` lists
-        those. Raises FormatError if there is no header."""
-        raise cls.refusal("has no header that could be described")
+        """Describe the header in `storage`; the caller adds the fields about the file. `values`: the given options of `open`.
+        This works for images with features that `open` refuses; `unsupported` lists these. Raises FormatError if there is no
+        header."""
+        raise cls.refusal("has no header that `info` could describe")
 
     def check(self) -> CheckReport:
-        """Compare the structures of the image with one another, and change nothing. Findings are returned, however broken the
-        image is; raised is only what keeps the check from being done at all."""
+        """Compare the structures of the image with one another without a change. The report contains all findings, however
+        damaged the image is; an error means that the check itself was not possible."""
         raise self._at(self.refusal("has nothing to check"))
 
     def repair(self, what: Repair) -> CheckReport:
-        """Check the image and mend it: with "leaks" only space that nobody uses is freed, which changes no byte that can be
-        read; with "all" contradictions are resolved, too. The report lists what was found. To repair again finds nothing
-        new, also after a power cut in the middle."""
+        """Check the image and repair it. "leaks" frees leaked space alone, which changes no readable byte; "all" also
+        resolves contradictions. The report lists the findings. A second repair finds nothing new, even after a power cut
+        during the first one."""
         raise self._at(self.refusal("cannot be repaired"))
 
     def amend(self, values: Mapping[str, Any]) -> None:
-        """Change options of the image in place, as `amend_schema` parsed them: an option that is None stays as it is. Either
-        all of them are changed, or none."""
-        raise self._at(self.refusal("has no options that could be changed later"))
+        """Change options of the image in place, as parsed by `amend_schema`; an option that is None stays unchanged. Either
+        all of them change, or none."""
+        raise self._at(self.refusal("has no options that can be changed later"))
 
     # -- internal snapshots
 
     def snapshots(self) -> Sequence[Snapshot]:
-        """The snapshots that the image keeps, in its order."""
+        """The snapshots of the image, in its order."""
         raise self._at(self.refusal("has no internal snapshots"))
 
     def create_snapshot(self, name: str) -> Snapshot:
-        """Keep the disk of now under `name`, with an id that is free."""
+        """Save the current state of the disk under `name`, with a free id."""
         raise self._at(self.refusal("has no internal snapshots"))
 
     def apply_snapshot(self, id: str) -> None:
-        """Make the disk read as it did when that snapshot was made. No request runs beside this one."""
+        """Restore the disk to the state of that snapshot. No request runs at the same time."""
         raise self._at(self.refusal("has no internal snapshots"))
 
     def delete_snapshot(self, id: str) -> None:
-        """Give up that snapshot; the disk reads as before."""
+        """Delete that snapshot; the disk itself does not change."""
         raise self._at(self.refusal("has no internal snapshots"))
 
-    # -- persistent dirty bitmaps (`Node.bitmaps` has those that exist)
+    # -- persistent dirty bitmaps (`Node.bitmaps` contains the existing ones)
 
     def add_bitmap(self, name: str, granularity: int, *, enabled: bool = True) -> None:
-        """Add an empty bitmap, a bit for each `granularity` bytes (a power of two); one that is enabled records writes."""
+        """Add an empty bitmap with a bit for each `granularity` bytes (a power of two); an enabled bitmap records writes."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
 
     def remove_bitmap(self, name: str) -> None:
-        """Remove this bitmap, from the file as well."""
+        """Remove this bitmap, and delete it from the file."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
 
     def clear_bitmap(self, name: str) -> None:
-        """Forget all writes that this bitmap recorded."""
+        """Clear all recorded writes of this bitmap."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
 
     def enable_bitmap(self, name: str, enabled: bool) -> None:
-        """Let this bitmap record writes from now on, or none."""
+        """Make this bitmap record writes from now on, or stop it."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
 
     def merge_bitmaps(self, name: str, sources: Iterable[DirtyBitmap]) -> None:
-        """Add to this bitmap what `sources`, of this image or of others, recorded."""
+        """Add to this bitmap the recorded writes of `sources`, which belong to this image or to others."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
 
     def _at(self, error: UnsupportedFeature) -> UnsupportedFeature:
@@ -167,12 +170,12 @@ class Format(Node):
 
 
 def lookup_format(name: str, *, from_image: bool = False) -> type[Format]:
-    """The format driver that `name` means, imported. Raises what `registry.lookup` does, and OptionError for a driver outside
-    Lamina that does not derive from `Format`."""
+    """The class of the format driver `name`, imported. Raises the errors of `registry.lookup`, and OptionError for a driver
+    outside Lamina that does not derive from `Format`."""
     kind = registry.lookup(name, "format", from_image=from_image)
     if not issubclass(kind, Format):
         raise OptionError(
-            f"the driver {name} does not keep the contract of a format: its class does not derive from lamina.format.Format",
+            f"the class of the driver {name} does not derive from lamina.format.Format, the contract of a format",
             hint="see docs/drivers-outside-the-tree.md",
         )
     return kind

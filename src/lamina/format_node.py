@@ -1,19 +1,18 @@
-"""The contract of a format: it tells a mapping of the disk, and all its input and output derives from that mapping.
+"""The contract of a format that maps its disk: reads, writes, block status and copy-on-write all derive from the mapping.
 
-A driver implements the hooks of `FormatNode`. Which of them run at the same time, and under which lock:
+A driver implements the hooks of `FormatNode`. Threads call them as follows:
 
-- `map`, `map_columns` and `load` may be called at any moment, by any number of threads, while any other hook runs. A read
-  holds its range of the disk (see `Node.serialise`), so nobody writes, zeroes or drops those bytes meanwhile; a question for
-  the status holds nothing, and its answer may be out of date when it arrives.
-- `reserve`, `store`, `commit`, `abandon` and `drop` are called by a thread that holds the range of its request, rounded out
-  to `serialise` bytes, alone. Threads that hold other ranges call them at the same time: a driver locks what these share, its
-  tables, by itself, and does not hold that lock while bytes of the disk are read or written.
-- `flush` and `truncate`: a flush may come at any moment, also between `reserve` and `commit`; `truncate` holds the whole
-  disk.
+- Any number of threads may call `map`, `map_columns` and `load` at any moment, while any other hook runs. A read locks its
+  range of the disk (see `Node.serialise`), so no thread writes, zeroes or drops those bytes meanwhile. A status query locks
+  nothing, and its result may be out of date when it returns.
+- The thread that calls `reserve`, `store`, `commit`, `abandon` or `drop` has exclusive use of the range of its request,
+  rounded out to `serialise` bytes. Threads with other ranges call them at the same time. The driver has a lock of its own for
+  the tables that these ranges share, and does not hold it while bytes of the disk are read or written.
+- A `flush` may come at any moment, even between `reserve` and `commit`. A `truncate` has exclusive use of the whole disk.
 
-The requests of a driver are inside the disk, and none is empty: `length` is at least 1 wherever it is a parameter.
-KeyboardInterrupt may strike at the entry of every function and at the return of every call. What is left then must be whole:
-storage that belongs to nobody is allowed, a mapping of storage that belongs to somebody else is not.
+Requests of a driver are inside the disk and not empty: every parameter `length` is at least 1.
+KeyboardInterrupt may strike at the entry of every function and at the return of every call. The image must be consistent
+then: a leaked cluster is allowed, a mapping to a cluster that has another use is not.
 """
 
 from __future__ import annotations
@@ -32,56 +31,55 @@ if TYPE_CHECKING:
     from .extents import Extents, HostFile
     from .request import Child
 
-#: What a disk writes at once.
+#: A disk writes a sector atomically.
 _SECTOR = 512
 #: A question for the status of so many bytes that few rows answer is answered in plain Python, in a fourth of the time.
 _SMALL, _FEW = MIB, 4
 
 
 class Mapping(NamedTuple):
-    """What the first `length` bytes that were asked about are.
+    """The status and location of the first `length` bytes of a range.
 
     ======================  ============================================================================================
     flags                   meaning
     ======================  ============================================================================================
-    0                       this layer does not own them: the layer below answers, or they are zero where there is none
-    ZERO | PRESENT          they read as zero; with an offset, storage is kept for them there
-    DATA | PRESENT          they are stored in `child`; with an offset, they lie there as they read
-    ... | COMPRESSED        stored compressed, without an offset
-    PRESENT                 they lie at an offset of `child` as they read, and the child says whether they are stored or zero:
-                            a flat layout, which keeps no table of what is stored
+    0                       not in this layer: the bytes are those of the layer below, or zeros if there is none
+    ZERO | PRESENT          the bytes read as zero; with an offset, storage is reserved for them there
+    DATA | PRESENT          the bytes are stored in `child`; with an offset, they are stored there as they read
+    ... | COMPRESSED        the bytes are stored compressed; no offset
+    PRESENT                 the bytes are stored at an offset of `child` as they read, and the child knows whether they are
+                            data or zero: a flat range, which no table maps
     ======================  ============================================================================================
 
-    An offset is a promise: the bytes at `offset` of `child` are the bytes of the disk, so a reader may fetch them from there,
-    and where the child has a hole they read as zero (`holes` says so in the status). What is stored in any other way
-    (compressed, encrypted) has no offset, and `FormatNode.load` fetches it; `token` is for `load` alone, so that it need not
-    look the stretch up again."""
+    An offset is a promise: the bytes at `offset` of `child` are the bytes of the disk. A reader may read them there, and
+    where the child has a hole they read as zero (`holes` adds that to the status). Bytes that are stored in another way
+    (compressed, encrypted) have no offset, and `FormatNode.load` reads them; `token` saves it a second lookup."""
 
     flags: int  #: the bits of `status`
-    length: int  #: bytes, 1 to what was asked for
-    offset: int = -1  #: where in `child`, -1: nowhere
-    child: Child | None = None  #: the edge to the child that holds the bytes, or storage for them
-    token: Any = None  #: the driver's own
+    length: int  #: bytes, from 1 to the length of the query
+    offset: int = -1  #: the offset in `child`; -1: none
+    child: Child | None = None  #: the edge to the child that stores the bytes, or has storage reserved for them
+    token: Any = None  #: a value for the driver's own use
 
 
 class Columns(NamedTuple):
-    """What a stretch of the disk is: the rows of `Mapping` as columns, contiguous, equal and contiguous neighbours joined."""
+    """The mapping of a range as columns, a row for each `Mapping`: contiguous, with equal neighbours merged."""
 
     start: Any  #: int64, increasing
     length: Any  #: int64, above 0
     flags: Any  #: uint8
     offset: Any  #: int64, -1: none
-    children: tuple[Child, ...]  #: the children in which the offsets count
-    child: Any = None  #: int32, indexes into `children`; None: all offsets count in the first
+    children: tuple[Child, ...]  #: the children to which the offsets refer
+    child: Any = None  #: int32, indexes into `children`; None: all offsets refer to the first
 
 
 class Reservation:
-    """Storage for a write that no reader can see yet: `length` bytes of the request, from `offset` of the disk on, go to
-    `host` in `child`.
+    """Storage for a write that no reader can see yet: `length` bytes of the request, from `offset` of the disk, go to `host`
+    in `child`.
 
-    Where `new` is true the storage is fresh: the `head` bytes before and the `tail` bytes after the request's own lie in the
-    same clusters, and are filled with what they read as before. `blank`: fresh storage that is known to read as zero, so that
-    zeros need not be written there. `token` is the driver's own.
+    `new`: the storage is newly allocated. The `head` bytes before and the `tail` bytes after the bytes of the request are in
+    the same clusters, and are filled with their previous content. `blank`: the new storage is known to read as zero, so zeros
+    need not be written to it. `token` is a value for the driver's own use.
     """
 
     __slots__ = ("blank", "child", "head", "host", "length", "new", "offset", "tail", "token")
@@ -111,61 +109,62 @@ class Reservation:
 
 
 class To(enum.Enum):
-    """How a stretch reads after `FormatNode.drop`."""
+    """How a range reads after `FormatNode.drop`."""
 
     ZERO = enum.auto()  #: as zero
-    BELOW = enum.auto()  #: as the layer below, or as zero where there is none
-    #: As zero, or as before; the caller needs the bytes no more, and wants the storage back. Never as the layer below,
-    #: whose bytes are older.
+    BELOW = enum.auto()  #: as the layer below, or as zero if there is none
+    #: As zero, or as before: the caller no longer needs the bytes, and wants the storage to be freed. Never as the layer
+    #: below, whose bytes are older.
     ANY = enum.auto()
 
 
 class FormatNode(Format):
-    """A layout of a disk in the child `file` (and in others where the format has them), over the child `backing` where there
-    is one.
+    """A format that maps its disk to the child `file` (and to other children, for some formats), with an optional child
+    `backing` below.
 
-    A format implements a *mapping*, not I/O. Reads, status and copy-on-write all derive from it, here, so that they cannot
-    disagree: `map` for one small request, `map_columns` for a whole stretch (a conformance test holds them equal). To write:
-    `reserve`, then the bytes are stored, then `commit`, or `abandon` where that failed. To zero and to discard: `drop`.
+    A driver implements a *mapping*, not I/O. This class derives reads, status and copy-on-write from it, so they always
+    agree: `map` serves one small request, and `map_columns` a whole range (a conformance test compares the two). A write
+    calls `reserve`, stores the bytes, and calls `commit`, or `abandon` after a failure. Zero requests and discards call
+    `drop`.
     """
 
-    #: The edge to the storage that holds the format's own structures; also among the children.
+    #: The edge to the storage of the format's own structures; it is also one of the children.
     file: Child
 
     # -- the hooks of a driver
 
     def map(self, offset: int, length: int) -> Mapping:
-        """What the byte at `offset` is, and for how many bytes from there, up to `length`, the answer stays the same and
-        contiguous (or for fewer: the caller asks again). Changes nothing. Plain Python: it is the path of small reads. Raises
-        CorruptImage where the tables say what cannot be."""
+        """The status and location of the byte at `offset`, and the number of bytes from there, at most `length`, with the
+        same status and contiguous locations (or a smaller number: the caller then calls again). Changes nothing. Written in
+        plain Python, since small reads call it. Raises CorruptImage for impossible entries of the tables."""
         raise NotImplementedError
 
     def map_columns(self, offset: int, length: int) -> Columns:
-        """The same for the whole stretch, or for as much of it, from its beginning, as `limits.MAX_ROWS` rows tell.
-        `block_runs` makes columns of the entries of a table."""
+        """The same for the whole range, or for its beginning where it has more than `limits.MAX_ROWS` rows. `block_runs`
+        turns the entries of a table into columns."""
         raise NotImplementedError
 
     def load(self, mapping: Mapping, offset: int, view: memoryview) -> None:
-        """Fill `view` with the bytes of the disk from `offset` on, all of which `mapping`, whose flags include DATA, holds;
-        called where it has no offset (otherwise the bytes are read from there). A compressed or encrypted format decodes
-        here. The lock of the tables is not held, nor needed: the range is."""
+        """Fill `view` with the bytes of the disk from `offset`. All of them belong to `mapping`, which has the flag DATA and
+        no offset (bytes with an offset are read there). A compressed or encrypted format decodes here. The caller has locked
+        the range, not the tables; the range is enough."""
         raise self.refuse("read of encoded data")
 
     def reserve(self, offset: int, length: int) -> Reservation:
-        """Storage for the first bytes of a write: at least 1, at most `length`. What the driver changes here (counts, free
-        lists) may be on disk before `commit`; what `map` answers stays. It is the last hook before the bytes are stored that
-        may fail for want of space, or since the tables are corrupt: whatever `commit` will need is there when this returns.
-        After an error nothing is reserved."""
+        """Storage for the first bytes of a write: at least 1 byte, at most `length`. Changes of counts and free lists may
+        reach the disk before `commit`; the result of `map` stays the same. This is the last hook that may fail for lack of
+        space, or because of corrupt tables: everything that `commit` needs is allocated when this returns. After an error
+        nothing is reserved."""
         raise self.refuse("write")
 
     @plain
     def store(self, reservation: Reservation, offset: int, view: memoryview, event: str = "write_aio") -> None:
-        """Write `view` to the storage that was reserved, at the place of byte `offset` of the disk: inside the request, or in
-        the head or tail around it. An encrypting format encodes a copy here and hands it to `super().store`.
+        """Write `view` to the reserved storage, at the location of byte `offset` of the disk, which is in the request or in
+        the head or tail around it. An encrypting format encodes a copy and passes it to `super().store`.
 
-        Where that makes the child longer, zeros follow up to the end of a sector: otherwise a later write of that whole
-        sector could be torn, if the power goes and the new length is lost. `event` is told to the child (see `Node.event`).
-        After an error the storage holds anything, and `abandon` follows."""
+        If the write extends the child, zeros follow up to the end of the sector. Without them, a power cut that loses the new
+        length could tear a later write of that sector. The child receives `event` (see `Node.event`). After an error the
+        content of the storage is undefined, and `abandon` follows."""
         child = reservation.child
         host = reservation.host + offset - reservation.offset
         if child.event is not None:
@@ -176,34 +175,33 @@ class FormatNode(Format):
         child.write(host, view)
 
     def commit(self, reservation: Reservation) -> None:
-        """The bytes are stored: from now on `map` answers with them. Called once for each reservation that was stored in
-        full, also for one that is not `new` (whose mapping stands already). A mapping that points to bytes reaches the disk
-        after them: at the next flush, or at once if the driver flushes in between. After an error, which only a corrupt image
-        is a reason for, the old mapping holds, or the new one."""
+        """The bytes are stored; from now on `map` returns their location. Called once for each reservation that was stored
+        completely, including one that is not `new` (whose mapping exists already). A mapping reaches the disk after the bytes
+        that it points to: at the next flush, or at once if the driver flushes in between. Only a corrupt image is a reason
+        for an error; afterwards either the old or the new mapping is in effect."""
 
     def abandon(self, reservation: Reservation) -> None:
-        """The bytes were not stored, or not all of them: fresh storage is free again, and no reader saw it. Called once, in
-        place of `commit`, also after an interrupt; where the interrupt strikes first, nothing is called, and storage that
-        belongs to nobody is left."""
+        """The bytes were not stored, or not all of them: free new storage, which no reader has seen. Called once instead of
+        `commit`, also after an interrupt. An interrupt that strikes before the call leaves a leaked cluster."""
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
-        """Give up what the stretch holds; from now on it reads as `to` says. The stretch begins and ends on multiples of
-        `limits.zero_alignment` (for ANY `discard_alignment`) or at the end of the disk, and is no longer than the limits say.
-        `keep`: storage that it has stays reserved for later writes, where the format can do so.
+        """Remove the content of a range; from now on it reads as `to` says. The range begins and ends at multiples of
+        `limits.zero_alignment` (for ANY: of `discard_alignment`) or at the end of the disk, and is not longer than the limits
+        allow. `keep`: allocated storage stays reserved for later writes, if the format supports that.
 
-        References go first: storage is free for others only when no table, in memory or on disk, names it. Raises
-        NotSupported, before anything is changed, where the format cannot say that; the request path then writes zeros, or
-        drops a discard. After any other error each block of the stretch reads as before, or as `to` says."""
+        References are removed first: storage becomes free when no table, in memory or on disk, refers to it. Raises
+        NotSupported before any change if the format cannot represent the result; the request path then writes zeros, or
+        ignores the discard. After any other error each block of the range reads as before, or as `to` says."""
         raise self.refuse("discard" if to is To.ANY else "zero")
 
     @property
     def given_back(self) -> int:
-        """How often storage that a mapping named was given back to a child (discarded, cut off), so that it became a hole. A
-        driver that does so counts before each time: an answer for the status that was under way takes no hole of then for
-        what its mapping of before reads as."""
+        """A count of the occasions on which mapped storage became a hole of a child again (by a discard or a truncation). The
+        driver increments it before each of them. A status query compares it before and after: a new hole does not belong to
+        an old mapping."""
         return 0
 
-    # -- what derives from the mapping
+    # -- derived from the mapping
 
     @property
     def backing(self) -> Child | None:
@@ -232,7 +230,7 @@ class FormatNode(Format):
             view = view[length:]
 
     def read_below(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with what the layers below hold; zeros past their end."""
+        """Fill `view` with the bytes of the layers below, and with zeros past their end."""
         backing = self.backing
         inside = 0
         if backing is not None:
@@ -247,37 +245,37 @@ class FormatNode(Format):
         end = offset + len(view)
         at = offset
         while at < end:
-            room = self.reserve(at, end - at)
+            reserved = self.reserve(at, end - at)
             try:
-                part = view[at - offset : at - offset + room.length]
-                if room.new:
-                    self._fill(room, part)
+                part = view[at - offset : at - offset + reserved.length]
+                if reserved.new:
+                    self._fill(reserved, part)
                 else:
-                    self.store(room, at, part)
+                    self.store(reserved, at, part)
             except BaseException:
-                self.abandon(room)
+                self.abandon(reserved)
                 raise
-            self.commit(room)
-            at += room.length
+            self.commit(reserved)
+            at += reserved.length
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        """Whole clusters (`serialise`), whose places are reserved and published as those of a write. Refused before anything
-        is reserved where the file hears of each write, and where the driver encodes what it stores."""
+        """Copy whole clusters (`serialise`), which are reserved and committed like those of a write. Refused, before anything
+        is reserved, if the file observes each write or the driver encodes the bytes that it stores."""
         unit, end = self.serialise or 1, offset + length
         if offset % unit or end % unit or self.file.event is not None or not is_plain(type(self).store):
             raise self.refuse("copy from a file here")
         at = offset
         while at < end:
-            room = self.reserve(at, end - at)
+            reserved = self.reserve(at, end - at)
             try:
-                if room.head or room.tail:
+                if reserved.head or reserved.tail:
                     raise self.refuse("copy of a part of a cluster")
-                room.child.copy_from(room.host, source, source_offset + at - offset, room.length, flags)
+                reserved.child.copy_from(reserved.host, source, source_offset + at - offset, reserved.length, flags)
             except BaseException:
-                self.abandon(room)
+                self.abandon(reserved)
                 raise
-            self.commit(room)
-            at += room.length
+            self.commit(reserved)
+            at += reserved.length
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.drop(offset, length, To.ZERO, keep=not flags & MAY_UNMAP)
@@ -285,29 +283,31 @@ class FormatNode(Format):
     def discard(self, offset: int, length: int) -> None:
         self.drop(offset, length, To.ANY)
 
-    def _fill(self, room: Reservation, part: memoryview) -> None:
-        """Write the request's bytes into fresh storage, and around them what was there before (copy-on-write)."""
-        head, tail = room.head, room.tail
-        before, after = room.offset - head, room.offset + room.length
-        # Storage that is known to be blank need not be filled with zeros.
-        if head and room.blank and self.reads_zero(before, head):
-            head, before = 0, room.offset
-        if tail and room.blank and self.reads_zero(after, min(tail, max(self.size - after, 0))):
+    def _fill(self, reserved: Reservation, part: memoryview) -> None:
+        """Write the bytes of the request to new storage, and around them the previous content (copy-on-write)."""
+        head, tail = reserved.head, reserved.tail
+        before, after = reserved.offset - head, reserved.offset + reserved.length
+        # Storage that is known to read as zero needs no zeros.
+        if head and reserved.blank and self.reads_zero(before, head):
+            head, before = 0, reserved.offset
+        if tail and reserved.blank and self.reads_zero(after, min(tail, max(self.size - after, 0))):
             tail = 0
         if not head and not tail:
-            self.store(room, room.offset, part)
+            self.store(reserved, reserved.offset, part)
             return
-        room.child.tell("cow_read")
-        # One buffer, one write: a reader of the child never finds the cluster half filled.
-        whole = memoryview(bytearray(head + room.length + tail))
+        reserved.child.tell("cow_read")
+        # One buffer, one write: a reader of the child never finds a half-filled cluster.
+        whole = memoryview(bytearray(head + reserved.length + tail))
         if head:
             self.read_into(before, whole[:head])
-        whole[head : head + room.length] = part
-        inside = min(tail, max(self.size - after, 0))  # the last cluster may pass the end of the disk: zeros there
+        whole[head : head + reserved.length] = part
+        inside = min(
+            tail, max(self.size - after, 0)
+        )  # the last cluster may extend past the end of the disk, with zeros
         if inside:
-            self.read_into(after, whole[head + room.length : head + room.length + inside])
-        room.child.tell("write_aio")
-        self.store(room, before, whole, "cow_write")
+            self.read_into(after, whole[head + reserved.length : head + reserved.length + inside])
+        reserved.child.tell("write_aio")
+        self.store(reserved, before, whole, "cow_write")
 
     def extents(self, offset: int, length: int) -> Extents:
         if length <= _SMALL:
@@ -332,7 +332,7 @@ class FormatNode(Format):
         return found if self.given_back == given_back else self._first_extents(offset, length, most, False)
 
     def _first_extents(self, offset: int, length: int, most: int, holes: bool) -> list[Status]:
-        """The same; without `holes` the children are not asked for theirs."""
+        """As `first_extents`; without `holes` the children are not asked for their holes."""
         found: list[Status] = []
         end = offset + length
         while offset < end and len(found) < most:
@@ -343,20 +343,20 @@ class FormatNode(Format):
                 found.append(Status(flags, run))
             else:
                 base = child.node.host_base
-                file, place = (None, -1) if base is None else (base[0], base[1] + host)
+                file, host_offset = (None, -1) if base is None else (base[0], base[1] + host)
                 runs = [(flags, run)] if flags & ZERO else [(flags | DATA, run)]
                 if holes and not flags & ZERO:
                     runs = runs_with_holes(flags, child, host, run, most - len(found))
                 run = 0
                 for told, size in runs:
-                    found.append(Status(told, size, 0, file, place))
+                    found.append(Status(told, size, 0, file, host_offset))
                     run += size
-                    place += size if base is not None else 0
+                    host_offset += size if base is not None else 0
             offset += run
         return found
 
     def _first_below(self, offset: int, length: int, most: int, found: list[Status]) -> None:
-        """Append what the layers below answer for a stretch that this layer does not own, up to `most` rows in all."""
+        """Append the status of a range that is not in this layer, up to `most` rows in total."""
         backing = self.backing
         if backing is None:
             found.append(Status(ZERO, length))
@@ -372,8 +372,8 @@ class FormatNode(Format):
                 offset += run
 
     def reads_zero(self, offset: int, length: int) -> bool:
-        """By the mapping alone: data that lies in a hole counts as data. The request path asks this before it makes a whole
-        cluster zero where a part of one was asked for, and a cluster that stores data stays one."""
+        """From the mapping alone: data in a hole counts as data. The request path asks this before it zeroes a whole cluster
+        for a request that covers a part of it, and a cluster that stores data remains one."""
         end = offset + length
         while offset < end:
             flags, run, host, child, _ = self.map(offset, end - offset)
@@ -393,8 +393,8 @@ class FormatNode(Format):
 
 
 def _extents_of(own: Columns) -> Extents:
-    """The columns of one layer as an answer, whose offsets count in host files. It takes the columns over, and does not check
-    them again."""
+    """The columns of one layer as Extents, whose offsets refer to host files. It takes ownership of the columns, and does not
+    validate them again."""
     from .extents import Extents
     from .numeric import np
 
@@ -407,12 +407,12 @@ def _extents_of(own: Columns) -> Extents:
             offset = np.full(len(start), -1, dtype=np.int64)
         elif base[1]:
             offset = np.where(offset >= 0, offset + base[1], -1)
-        file = (offset >> 63).astype(np.int32)  # 0, the only one, or -1
+        file = (offset >> 63).astype(np.int32)  # 0, the only index, or -1
         files = () if base is None else (base[0],)
         alike = base is None
     else:
         files = tuple(dict.fromkeys(base[0] for base in bases if base is not None))
-        # The last of each is for rows without a child, whose index is -1.
+        # The last item of each is for rows without a child, whose index is -1.
         number = np.array([*(-1 if base is None else files.index(base[0]) for base in bases), -1], np.int32)
         shift = np.array([*(0 if base is None else base[1] for base in bases), 0], np.int64)
         child = np.zeros(len(start), np.int32) if child is None else child
@@ -420,7 +420,7 @@ def _extents_of(own: Columns) -> Extents:
         offset = np.where(file >= 0, offset + shift[child], -1)
         alike = True
     found = Extents(int(start[0]), start, length, flags, np.zeros(len(start), np.int32), file, offset, files)
-    # Rows that only their offset told apart may have lost it.
+    # Rows that differed in their offset alone may be equal now.
     return found.coalesce() if alike else found
 
 
@@ -452,7 +452,7 @@ def _extents_of_few(begin: int, rows: list[Status]) -> Extents:
 
 
 def _nobody_below(own: Extents) -> Extents:
-    """The status of the bottom layer: what it does not own reads as zero, and nobody owns it."""
+    """The status of the bottom layer: bytes that are not in it read as zero, and belong to no layer."""
     from .extents import Extents
     from .numeric import np
 
@@ -461,8 +461,8 @@ def _nobody_below(own: Extents) -> Extents:
 
 
 def _status_below(backing: Child, offset: int, length: int) -> Extents:
-    """What the layers below answer for a stretch of a layer. Past the end of a shorter backing node it reads as zero and is
-    owned by the layer whose end was passed."""
+    """The status of the layers below for a range. Bytes past the end of a shorter backing node read as zero, and belong to
+    the layer whose end they are past."""
     from .extents import Extents
 
     inside = min(max(backing.node.size - offset, 0), length)
@@ -471,5 +471,5 @@ def _status_below(backing: Child, offset: int, length: int) -> Extents:
     below = backing.extents(offset, inside)
     if inside == length or below.end < offset + inside:
         return below
-    # What is added may be like what the layer below ends with.
+    # The added row may equal the last row of the layer below.
     return below.pad_zero(offset + length).coalesce()

@@ -1,7 +1,7 @@
-"""Limits: what a node can take in one request, and what a file may make us allocate.
+"""Limits: the requests that a node accepts, and the memory that a file may use.
 
-Two small records without I/O. `Limits` is declared by drivers and enforced above them by the request path (`request.py`):
-no driver rounds or splits. `Budget` bounds every allocation whose size a file or a peer names.
+Two small records without I/O. Drivers declare `Limits`, and the request path above them (`request.py`) enforces it: no driver
+rounds or splits. `Budget` bounds every allocation whose size comes from a file or a peer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
 
-#: No offset, length or size may pass this: it is what a signed 64-bit file offset can hold.
+#: The largest offset, length or size: the largest signed 64-bit file offset.
 MAX_SIZE = (1 << 63) - 1
 
-#: The largest single transfer the request path passes to a driver that declares no limit of its own.
+#: The largest single transfer to a driver that declares no limit of its own.
 MAX_TRANSFER = 1 * GIB
 
 
-#: The most rows of one answer to a question for extents; whoever asked goes on where the answer ends. It bounds the memory of
-#: every answer (about 40 bytes a row, and a few times that while it is made), whatever an image says.
+#: The most rows of one result of `extents`; the caller continues where the result ends. It bounds the memory of every result
+#: (about 40 bytes a row, and a few times that during the computation), whatever the image contains.
 MAX_ROWS = 1 << 17
 
 
@@ -41,50 +41,50 @@ def align_up(value: int, alignment: int) -> int:
 
 
 class Limits(NamedTuple):
-    """What a node asks of the requests it receives. All in bytes; 0 means "no limit of its own".
+    """The limits of requests to a node. All in bytes; 0 means "no limit of its own".
 
-    A request's offset is a multiple of `request_alignment`, and so is its end, unless it ends exactly at the node's size:
-    the end of a node always counts as aligned. The same holds for the zero and discard alignments.
+    The offset of a request is a multiple of `request_alignment`, and so is its end, unless it is the end of the node, which
+    always counts as aligned. The same holds for the alignments of zero requests and discards.
     """
 
-    #: Reads and writes start and end on multiples of this power of two.
+    #: Reads and writes begin and end at multiples of this power of two.
     request_alignment: int = 1
     #: The largest read or write.
     max_transfer: int = 0
-    #: A hint for callers that may choose: the transfer size that works best.
+    #: A hint for callers that can choose: the most efficient size of a transfer.
     optimal_transfer: int = 0
-    #: `zero` gets whole multiples of this; what is left at head and tail is written.
+    #: `zero` gets whole multiples of this; zeros are written to the rest at head and tail.
     zero_alignment: int = 1
     max_zero: int = 0
-    #: `discard` gets whole multiples of this; what is left at head and tail is kept.
+    #: `discard` gets whole multiples of this; the rest at head and tail is not discarded.
     discard_alignment: int = 1
     max_discard: int = 0
-    #: Whole multiples of this power of two are what a write with COMPRESS can pack; 0: the node packs nothing.
+    #: A write with COMPRESS compresses whole multiples of this power of two; 0: the node does not compress.
     compress_alignment: int = 0
 
 
-#: No chain of backing files is deeper: deeper ones do not fit the stack of Python.
+#: The deepest possible chain of backing files: deeper ones do not fit the stack of Python.
 MAX_CHAIN = 150
 
 
 class _Members(NamedTuple):
-    #: The deepest chain of backing files, at most MAX_CHAIN.
+    #: The number of backing files in the deepest chain, at most MAX_CHAIN.
     chain_depth: int = 64
-    #: Bytes of memory for the tables of the image on top that are cached; an image further down gets its share of as much.
+    #: Bytes of memory for cached tables of the top image; an image further down gets a smaller share.
     cache_bytes: int = 16 * MIB
-    #: Extents of one answer of `Image.extents`, which holds them all at once (about 40 bytes each, twice while it is made).
+    #: The number of extents in one result of `Image.extents` (about 40 bytes each, twice that during the computation).
     rows: int = 1 << 22
-    #: Bytes of memory for tables that stay loaded while the images of the graph are open, of all of them together.
+    #: Bytes of memory for tables that stay loaded, of all open images of the graph together.
     memory: int = 256 * MIB
-    #: Bytes of data that a job (convert, copy) writes of what it reads from the image, at most; None: any number. Zeros that
-    #: are left out, or made without being written, do not count. A small file may read as terabytes.
+    #: The most bytes of data that a job (convert, copy) writes for this image; None: any number. Zeros that are skipped, or
+    #: made without a transfer, do not count. A small file may read as terabytes.
     max_output: int | None = None
 
 
 class Budget(_Members):
-    """Upper bounds on what the images of one graph may cost, before a byte of them is trusted: it belongs to the whole graph,
-    however many files that has. (The lengths that a header names are held against the limits of their format, and against
-    the size of the file, before anything is allocated.) OptionError for values that cannot be."""
+    """Upper bounds on the cost of the images of one graph, checked before their content is trusted. A budget applies to the
+    whole graph, whatever the number of its files. (Lengths in a header are checked against the limits of their format and
+    against the size of the file, before any allocation.) Raises OptionError for impossible values."""
 
     __slots__ = ()
 
@@ -96,14 +96,16 @@ class Budget(_Members):
         made = tuple.__new__(cls, iterable)
         for name, value in zip(cls._fields, made, strict=True):
             if (value is not None or name != "max_output") and (not isinstance(value, int) or value < 0):
-                raise OptionError(f"{name} of a budget is {value!r}, not a number from 0 on")
+                raise OptionError(f"{name} of a budget is {value!r}, not a number of 0 or more")
         if made.chain_depth > MAX_CHAIN:
-            raise OptionError(f"chain_depth is {made.chain_depth}, and no chain is deeper than {MAX_CHAIN} files")
+            raise OptionError(
+                f"chain_depth is {made.chain_depth}, but the deepest possible chain has {MAX_CHAIN} files"
+            )
         return made
 
 
 class Memory:
-    """Counts the memory of the images of one graph against the limit of their budget: `taken` bytes so far."""
+    """The memory that the images of one graph have booked, `taken` bytes so far, against the limit of their budget."""
 
     __slots__ = ("_limit", "taken")
 
@@ -112,13 +114,13 @@ class Memory:
         self.taken = taken
 
     def take(self, count: int, what: str, path: str | None = None) -> None:
-        """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded where the limit leaves less."""
+        """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded if fewer are left."""
         if self.taken + count > self._limit:
             raise LimitExceeded(
-                f"{what} takes {count} bytes of memory, and of {self._limit} for all images of this graph {self.taken} "
+                f"{what} needs {count} bytes of memory, but {self.taken} of {self._limit} bytes for all images of this graph "
                 "are in use",
                 path=path,
-                hint="raise memory in the budget (--limits memory=1G), if these images are trusted",
+                hint="raise memory in the budget (--limits memory=1G) if you trust these images",
             )
         self.taken += count
 

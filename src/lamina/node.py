@@ -1,23 +1,23 @@
-"""The contract of a node: what every storage, format and filter is, and what it may rely on.
+"""The contract of a node: the interface of every storage, format and filter, and the guarantees of the request path.
 
-A disk image is a graph of nodes. *Storage* nodes are where bytes lie; *format* nodes lay a disk out in storage; *filter*
-nodes watch or change what passes. Each node implements the operations below. It never calls another node directly: it
-holds its children as edges (`request.Child`), and the edge is the request path. So a driver may rely on this:
+A disk image is a graph of nodes. *Storage* nodes store bytes; *format* nodes map a disk to storage; *filter* nodes observe or
+change requests. Each node implements the operations below. A node never calls another node directly: it holds its children as
+edges (`request.Child`), and each edge applies the rules of the request path. A driver may rely on these rules:
 
-- every request is inside the node: `0 <= offset`, `offset + length <= size`. Only storage that grows (`growable`) is also
-  handed writes that end past its size, when a format allocates there;
-- no request is empty, and none changes a node that was opened read-only;
-- offset and end are multiples of what the driver declared in `limits`, except that the node's own end (`size`) counts as
-  aligned; and no request is longer than the declared maximum;
-- requests that overlap, rounded out to `serialise` bytes, are ordered: reads share, all others exclude;
-- views are C-contiguous `memoryview`s of format "B"; a driver keeps no reference to one after it returns.
+- Every request is inside the node: `0 <= offset` and `offset + length <= size`. The exception is growable storage
+  (`growable`): it also receives writes past its size, since a format allocates space there.
+- No request is empty, and a node that was opened read-only receives no change.
+- Offset and end are multiples of the alignments in `limits`; the end of the node (`size`) always counts as aligned. No
+  request is longer than the declared maximum.
+- Overlapping requests, rounded out to `serialise` bytes, are ordered: reads share a range, all other requests exclude.
+- Buffers are C-contiguous `memoryview`s of format "B". A driver keeps no reference to a buffer after it returns.
 
-In return it does each request whole or raises a `LaminaError`; after an error the bytes of that request, and no others,
-are undefined. All operations may be called from any number of threads at once. All offsets and lengths are in bytes.
+In return a driver completes each request, or raises a `LaminaError`; after an error the bytes of that request, and no other
+bytes, are undefined. Any number of threads may call all operations at the same time. All offsets and lengths are in bytes.
 
-A read, a write or a zero can also be started and asked for later (`start_read`, ...; the contract is in `pending.py`). By
-default it is done when it is started. Storage that is far away returns a request that goes on by itself, and filters that
-only observe hand that on. Until a request is finished it owns its view, which the driver may keep so long, and its range.
+A caller can also start a read, write or zero request, and wait for it later (`start_read`, ...; the contract is in
+`pending.py`). By default a request completes when it is started. Far storage returns a request that continues by itself, and
+filters that only observe pass it on. A request owns its buffer and its range until it is finished.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from .status import Status
 
 #: Flags of `write`, `zero` and `copy_from`.
-FUA = 1  #: the operation returns only when its bytes are on stable storage
-MAY_UNMAP = 2  #: `zero` may give the storage back
-NO_FALLBACK = 4  #: `zero` and `copy_from` must be quick, or raise NotSupported without touching a byte
-#: `write` stores whole blocks of `limits.compress_alignment` compressed where that is smaller; all else, and everything where
-#: a node cannot compress, is stored as it is: what is read back is the same.
+FUA = 1  #: the operation returns when its bytes are on stable storage
+MAY_UNMAP = 2  #: `zero` may deallocate the storage
+NO_FALLBACK = 4  #: `zero` and `copy_from` must be fast, or raise NotSupported before they change a byte
+#: `write` compresses whole blocks of `limits.compress_alignment` where that makes them smaller. All other bytes, and all
+#: bytes of a node that cannot compress, are stored uncompressed; a reader sees no difference.
 COMPRESS = 8
 
 _serial = itertools.count(1)
@@ -61,45 +61,45 @@ _plain: set[Any] = set()
 
 
 def plain(method: _Method) -> _Method:
-    """Marks a `read_into` or `write` that hands bytes on and does nothing else, so that they may travel another way as well
-    (`Node.copyable`, `Node.copy_from`). The mark is on the method: who overrides it, to count, delay, change or fail, has
-    it no more, and sees every byte."""
+    """Mark a `read_into` or `write` that passes bytes on and does nothing else, so that the bytes may also take another path
+    (`Node.copyable`, `Node.copy_from`). The mark belongs to the method: an override that counts, delays, changes or fails
+    requests has no mark, and sees every byte."""
     _plain.add(method)
     return method
 
 
 def is_plain(method: Callable[..., None]) -> bool:
-    """Whether this `read_into` or `write`, as found in a class, is marked by `plain`."""
+    """Whether this `read_into` or `write`, as found in a class, has the mark of `plain`."""
     return method in _plain
 
 
 class Node(Startable, Reopenable):
-    """One node of the graph. Subclass `StorageNode`, `FilterNode`, `TransformNode` or `FormatNode` rather than this."""
+    """One node of the graph. Derive from `StorageNode`, `FilterNode`, `TransformNode` or `FormatNode` instead of this."""
 
     #: The driver's name in options and in the registry.
     driver: ClassVar[str]
     #: The options that `open` accepts, with types and documentation.
     schema: ClassVar[Schema]
-    #: What the options `detect-zeroes` and `discard` ask of the request path (see `request.py`): writes of zeros become
-    #: `zero` with these flags, None: they do not; discards are passed on.
+    #: The options `detect-zeroes` and `discard`, for the request path (see `request.py`): with flags, writes of zeros become
+    #: `zero` requests with these flags, with None they do not; `discards`: whether discards are passed to the driver.
     zero_detected: int | None = None
     discards: bool = True
-    #: Flags that `write` and `zero` honour themselves; the request path emulates FUA by a flush where it is missing, and
-    #: takes COMPRESS away.
+    #: Flags that `write` and `zero` implement. The request path emulates a missing FUA by a flush, and removes a missing
+    #: COMPRESS.
     supported_flags: int = 0
-    #: Whether a request path may zero a whole block of `limits.zero_alignment` where a part of it was asked for and the rest
-    #: reads as zero: storage and formats do not tell the two apart, a filter that watches requests does.
+    #: Whether the request path may zero a whole block of `limits.zero_alignment` for a request that covers a part of it, if
+    #: the other bytes read as zero. Storage and formats do not tell the two apart; a filter that observes requests does.
     widens_zero: ClassVar[bool] = True
     #: The line of code that opened the graph below this node, as "file:line"; None: `lifecycle` does not close it.
     opened_at: str | None = None
-    #: Its graph: set when the node is opened, or when a root is placed on it or above it.
+    #: Its graph, set when the node is opened, or when a root on it or above it is created.
     graph: Graph | None = None
-    #: Bytes of memory that it keeps for tables as long as it is open, as it booked them (`Opener.book`).
+    #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`).
     kept_bytes = 0
-    #: Whether another process opened it: this one was forked from that.
+    #: Whether another process opened the node, and this process was forked from it.
     foreign: bool = False
     _settled: bool = False
-    #: What to do where a change is refused because the node is read-only.
+    #: The hint of the error for a change of a read-only node.
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
@@ -107,7 +107,7 @@ class Node(Startable, Reopenable):
         self.read_only = read_only
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}
-        #: Weak references to the edges to this node, and to some that were redirected; see `parents`.
+        #: Weak references to the edges to this node; some of these edges may have been redirected. See `parents`.
         self._parents: set[ref[Edge]] = set()
         self.ranges = RangeLock()
         lifecycle.nodes.add(self)
@@ -118,47 +118,48 @@ class Node(Startable, Reopenable):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """The node that `options` (parsed by `schema`) describe; children are opened through `opener`."""
+        """The node that `options` (parsed by `schema`) describe; `opener` opens the children."""
         raise NotImplementedError
 
-    # -- what it is
+    # -- properties
 
     @property
     def size(self) -> int:
-        """The length of the node in bytes, exact, never rounded."""
+        """The exact length of the node in bytes."""
         raise NotImplementedError
 
     @property
     def growable(self) -> bool:
-        """Whether a write past the end makes the node longer (storage for formats)."""
+        """Whether a write past the end extends the node (storage for formats)."""
         return False
 
     @property
     def limits(self) -> Limits:
-        """What requests to this node look like. Asked when an edge to it is made."""
+        """The limits of requests to this node. An edge reads them when it is created."""
         return Limits()
 
     @property
     def serialise(self) -> int:
-        """Granularity in which the request path orders overlapping requests; 0: the driver does not need it."""
+        """The granularity in which the request path orders overlapping requests; 0: the driver needs no order."""
         return 0
 
     @property
     def host_base(self) -> tuple[HostFile, int] | None:
-        """(file, shift): byte `x` of this node is byte `x + shift` of that file; None if there is no such simple answer."""
+        """(file, shift): byte `x` of this node is byte `x + shift` of that file. None if no single shift describes it."""
         return None
 
     @property
     def copyable(self) -> bool:
-        """Whether reading through this node is the same as reading where `extents` says that bytes lie (`file`, `offset`), so
-        that they may be copied from there (`copy_from`) while nobody writes to it. False where this node, or one below it,
-        does anything else about reads: injects faults, counts, delays, verifies, holds newer bytes back."""
+        """Whether a read through this node returns the bytes at the location in `extents` (`file`, `offset`), so that a job
+        may copy them from there (`copy_from`) while nothing writes to the node. False where this node, or a node below it,
+        treats reads in another way: it injects faults, counts, delays, verifies, or holds newer bytes in memory."""
         return is_plain(type(self).read_into) and all(child.node.copyable for child in self.children.values())
 
     @property
     def faithful(self) -> bool:
-        """Whether its disk follows from its driver and its children alone: no other option chooses what is read. Of a filter:
-        whether bytes, offsets, lengths and layers are those of its child. Each class says so itself (see `is_faithful`)."""
+        """Whether its driver and its children alone determine its disk: no other option has an effect on reads. For a filter:
+        whether bytes, offsets, lengths and depths are those of its child. Each class declares this itself (see
+        `is_faithful`)."""
         return False
 
     @property
@@ -168,34 +169,34 @@ class Node(Startable, Reopenable):
 
     @property
     def pipelines(self) -> bool:
-        """Whether a read or write that was started goes on by itself, so that several at once take no longer than one."""
+        """Whether started reads and writes continue by themselves, so that several at once take no longer than one."""
         forwards = type(self).start_read is not self.starts_as.start_read
         return forwards and any(child.node.pipelines for child in self.children.values())
 
     @property
     def held(self) -> bool:
-        """Whether this node, or one below, still holds what only `close` gives back: a descriptor, a connection."""
+        """Whether this node, or a node below it, still has a descriptor or a connection, which only `close` releases."""
         return any(child.node.held for child in self.children.values())
 
     @property
     def allocated(self) -> int | None:
-        """Bytes that it takes up on its device, where it is a file; else None."""
+        """The allocated bytes of its device, if it is a file; otherwise None."""
         return None
 
     @property
     def has_other_writer(self) -> bool:
-        """Whether another program has it open for writing now, as far as that can be told: by its locks, of a file."""
+        """Whether another program has the node open for writing now, as far as the locks of a file show that."""
         return False
 
     @property
     def filename(self) -> str:
-        """How a person would name this node: a path where there is one."""
+        """The name of this node in messages: a path if there is one."""
         for child in self.children.values():
             return child.node.filename
         return self.name
 
     def parents(self) -> list[Edge]:
-        """The edges to this node, of nodes above it and of roots. The node is closed with the last one."""
+        """The edges to this node, from nodes above it and from roots. The node is closed with the last one."""
         return [edge for known in tuple(self._parents) if (edge := known()) is not None and edge.node is self]
 
     def beneath(self) -> Iterator[Node]:
@@ -208,7 +209,7 @@ class Node(Startable, Reopenable):
                     seen.add(id(child.node))
                     line.append(child.node)
 
-    # -- what it does
+    # -- operations
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes at `offset`."""
@@ -220,60 +221,59 @@ class Node(Startable, Reopenable):
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
         """Make the bytes at `offset` equal to those at `source_offset` of the host file `source` (`Extents.files`) without
-        passing them through this process. `flags`: NO_FALLBACK: only by sharing the storage, no byte is copied.
+        reading them into this process. `flags`: NO_FALLBACK: share the storage, and copy no byte.
 
-        Raise NotSupported where that cannot be done, before a byte is touched as far as the system tells in time: the caller
-        reads and writes the whole range instead. Nobody looks at the bytes on the way, so a node that must see what is
-        written refuses."""
+        Raises NotSupported if that is impossible, before a byte changes, as far as the system reports it in time; the caller
+        then reads and writes the whole range. No node sees the bytes, so a node that must see what is written refuses."""
         raise self.refuse("copy from a file")
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        """Make the bytes read as zero, without sending zeros. Raise NotSupported (touching nothing) where that cannot be
-        done quickly: the request path then writes them. `flags`: FUA, MAY_UNMAP, NO_FALLBACK."""
+        """Make the bytes read as zero without a transfer of zeros. Raise NotSupported, before a byte changes, if there is no
+        fast way: the request path then writes zeros. `flags`: FUA, MAY_UNMAP, NO_FALLBACK."""
         raise self.refuse("zero")
 
     def discard(self, offset: int, length: int) -> None:
-        """The caller no longer needs these bytes; the storage may be given back. NotSupported is no failure."""
+        """The caller no longer needs these bytes; the driver may free their storage. NotSupported is not a failure."""
         raise self.refuse("discard")
 
     def flush(self) -> None:
-        """When this returns, everything that was written before it was called is on stable storage."""
+        """Return when all bytes of earlier writes are on stable storage."""
 
     def truncate(self, size: int) -> None:
-        """Make the node `size` bytes long; what is added reads as zero."""
+        """Make the node `size` bytes long; added bytes read as zero."""
         raise self.refuse("truncate")
 
     def extents(self, offset: int, length: int) -> Extents:
-        """The exact status of these bytes: contiguous, covering each byte once, coalesced. Never rounded.
+        """The exact status of these bytes: contiguous, each byte once, coalesced, never rounded.
 
-        An answer begins at `offset` and has at most `limits.MAX_ROWS` rows: it may end before the request does, wherever the
-        node likes, but not before its first byte. The caller asks again from there (`Image.extents` and `jobs.windows`
-        do). A node that lays several answers over one another cuts them where the shortest ends."""
+        A result begins at `offset` and has at most `limits.MAX_ROWS` rows. It may end before the range does, at any byte
+        after the first; the caller continues from there (`Image.extents` and `jobs.windows` do). A node that combines several
+        results cuts them at the end of the shortest one."""
         raise self.refuse("extents")
 
     def reads_zero(self, offset: int, length: int) -> bool:
-        """Whether these bytes are known to read as zero without reading them. May miss, never invents."""
+        """Whether these bytes are known to read as zero, without reading them. False is always allowed."""
         return False
 
     def event(self, name: str) -> None:
-        """The node above is about to do what `name` says (`l2_load`, `write_aio`, ...), so that a test can make it fail
-        right there. Nothing happens unless the driver overrides this (`blkdebug` does)."""
+        """The node above is about to do the step `name` (`l2_load`, `write_aio`, ...); a test can make that step fail. By
+        default nothing happens (`blkdebug` overrides this)."""
 
     def graph_changed(self) -> None:
-        """A node below was exchanged; no request runs. What was derived from the children is derived again."""
+        """An edit replaced a node below; no request runs. The node updates all state that depends on its children."""
 
     def settle(self) -> None:
-        """Write what this node holds back; the first thing that `close` does. After an error the children are closed all the
-        same, but not after an interrupt: what is held back would have no place to go, and `close` is called again."""
+        """Write out buffered data; the first step of `close`. After an error `close` still closes the children. After an
+        interrupt it does not, since the buffered data still needs them; `close` is then called again."""
 
     def close(self) -> None:
-        """Give everything back, children last. Called with no request running; called again only where an interrupt cut it
-        short, and then it does the rest. Storage is closed even if an earlier step fails; the first error is raised."""
+        """Release all resources, children last. No request runs meanwhile. A second call only follows an interrupted one, and
+        completes it. Storage is closed even if an earlier step fails; the first error is raised."""
         first: BaseException | None = None
         if not self._settled:
             try:
                 self.settle()
-            except Exception as error:  # noqa: BLE001 - raised below, when everything was given back
+            except Exception as error:  # noqa: BLE001 - raised below, after the children are closed
                 first = error
             self._settled = True
         for child in self.children.values():
@@ -288,9 +288,9 @@ class Node(Startable, Reopenable):
     # -- after a fork
 
     def after_fork(self) -> None:
-        """Called in a child process, which may read through this node from now on, and change nothing. Its locks are free
-        again, also those that a thread held which only the parent has. (The methods are replaced in the child alone, so that
-        no request asks in which process it runs.)"""
+        """Called in a child process, which may read through this node from now on but change nothing. Its locks become free,
+        including those that a thread of the parent held. (The methods are replaced in the child process alone, so no request
+        checks in which process it runs.)"""
         self.foreign, self.read_only, self.opened_at = True, True, None
         for operation in ("write", "zero", "discard", "flush", "truncate", "copy_from"):
             setattr(self, operation, partial(_refuse_foreign, self, operation))
@@ -298,17 +298,17 @@ class Node(Startable, Reopenable):
         lifecycle.renew_locks(self, set())
 
     def forsake(self) -> None:
-        """What `close` does in a process that only inherited this node: give descriptors back, and nothing else."""
+        """The `close` of a process that inherited this node: close descriptors, and do nothing else."""
         for child in self.children.values():
             child.close()
         self.children = {}
 
     def refuse(self, operation: str) -> NotSupported:
-        """The error that says that this driver cannot do `operation`."""
+        """The error for an operation that this driver does not have."""
         return NotSupported(f"the driver {self.driver} has no {operation}", node=self.name, operation=operation)
 
     def warn(self, text: str, *values: object) -> None:
-        """Log a failure that no request fails for, under `lamina.DRIVER`."""
+        """Log a failure that fails no request, under `lamina.DRIVER`."""
         import logging
 
         logging.getLogger(f"lamina.{self.driver}").warning(text, *values)
@@ -319,16 +319,16 @@ class Node(Startable, Reopenable):
 
 
 class StorageNode(Node):
-    """Where bytes lie. It is its own host file; what is added when it grows reads as zero."""
+    """A node that stores bytes. It is its own host file; bytes that are added when it grows read as zero."""
 
-    #: The path it was opened by, where it is a file: names inside images are relative to its directory.
+    #: The path by which it was opened, if it is a file: names inside images are relative to its directory.
     path: str | None = None
-    #: (device, inode) where it is a file, so that a chain that contains itself is noticed.
+    #: (device, inode) if it is a file; a chain that contains itself is detected by it.
     identity: tuple[int, int] | None = None
-    #: Whether another program, or another machine, does the work: where that takes long, several requests at once take no
+    #: Whether another program or another machine executes the requests. Several concurrent requests to far storage take no
     #: longer than one.
     far: ClassVar[bool] = False
-    #: Whether unflushed writes may be lost with a connection that is made anew: the next `flush` fails, later ones do not.
+    #: Whether a reconnection can lose unflushed writes: the next `flush` then fails, and later ones do not.
     reconnects: bool = False
 
     @property
@@ -336,13 +336,13 @@ class StorageNode(Node):
         return (self, 0)
 
 
-class _OverImage(Node):
-    """What both kinds of filters share: one child, `image`. A filter gives its `driver` and its `options`; where it has no
-    `schema` of its own, one is made of them."""
+class _ImageFilter(Node):
+    """The common part of both kinds of filters: one child, `image`. A filter sets its `driver` and its `options`; these make
+    its schema, unless it has a `schema` of its own."""
 
-    #: The options that it takes besides `image`.
+    #: The options besides `image`.
     options: ClassVar[tuple[Option, ...]] = ()
-    # The edge to the child does what the child cannot.
+    # The edge to the child emulates what the child does not implement.
     supported_flags = FUA
     widens_zero = False
 
@@ -358,7 +358,7 @@ class _OverImage(Node):
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
-        """Opens `image`; the other options become keyword arguments of the class."""
+        """Open `image`; the other options become keyword arguments of the class."""
         rest = {key.replace("-", "_"): value for key, value in options.items() if key != "image"}
         image = opener.child("image", options["image"], grows=True)
         return cls(image, name=opener.name, read_only=opener.read_only, **rest)
@@ -374,10 +374,10 @@ class _OverImage(Node):
         self.reopen_over(self.children.values(), read_only)
 
 
-class FilterNode(_OverImage):
-    """An *observer*: it leaves bytes, offsets and lengths alone. Everything passes to the child `image` unless overridden;
-    an operation that it does not know may pass too, since passing cannot corrupt. (`copy_from` moves bytes that it would
-    not see, and so passes only a filter that leaves `write` as it is.)"""
+class FilterNode(_ImageFilter):
+    """An *observer*: it leaves bytes, offsets and lengths alone. Every operation that it does not override passes to the
+    child `image`. That includes operations that the filter does not know, since a request that passes corrupts nothing.
+    (`copy_from` moves bytes that the filter would not see, so it passes only if the filter does not override `write`.)"""
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(image, name=name, read_only=read_only)
@@ -385,7 +385,7 @@ class FilterNode(_OverImage):
 
     @property
     def limits(self) -> Limits:
-        """The image's; but zeroing passes as it comes, for the edge to the image to align."""
+        """Those of the image, but zero requests pass unaligned: the edge to the image aligns them."""
         limits = self.image.node.limits
         return limits._replace(zero_alignment=limits.request_alignment)
 
@@ -414,8 +414,8 @@ class FilterNode(_OverImage):
         self.image.write(offset, view, flags)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        """Passes only where writes pass unseen. A filter with a `write` of its own would be got round: it refuses, unless it
-        says here too what happens."""
+        """Passes if writes pass unchanged. A filter with a `write` of its own would be bypassed, so it refuses unless it
+        overrides this, too."""
         if not is_plain(type(self).write):
             raise self.refuse("copy from a file")
         self.image.copy_from(offset, source, source_offset, length, flags)
@@ -454,18 +454,18 @@ class FilterNode(_OverImage):
         return self.image.start_zero_runs(offset, length)
 
 
-class TransformNode(_OverImage):
-    """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement: one that
-    passed through unchanged would corrupt data. Only `flush` passes, and the limits are the image's."""
+class TransformNode(_ImageFilter):
+    """A filter that changes bytes, offsets or lengths. It refuses every operation that it does not implement, since a request
+    that passed through unchanged would corrupt data. Only `flush` passes, and the limits are those of the image."""
 
 
 def is_faithful(node: Node) -> bool:
-    """Whether the class of `node` itself says that it is `faithful`."""
+    """Whether the class of `node` itself declares that it is `faithful`."""
     return "faithful" in vars(type(node)) and node.faithful
 
 
 def bounded(found: Extents) -> Extents:
-    """As much of `found` as one answer may hold (see `Node.extents`)."""
+    """The first rows of `found`, as many as one result may have (see `Node.extents`)."""
     most = limits.MAX_ROWS
     return found if len(found) <= most else found.clip(found.begin, int(found.start[most]))
 
@@ -475,9 +475,9 @@ def _refuse_foreign(node: Node, operation: str, *_: object, **__: object) -> NoR
 
 
 def foreign(node: Node, operation: str) -> ReadOnly:
-    """The error for an operation that only the process which opened `node` may do."""
+    """The error for an operation that is reserved to the process which opened `node`."""
     return ReadOnly(
-        "another process opened it, and this one was forked from that: it can only read here",
+        "another process opened it; this process, a fork of that one, can only read it",
         path=node.filename,
         operation=operation,
         hint="open it in this process, after the fork",
@@ -493,7 +493,7 @@ def require_writable(node: Node, operation: str) -> None:
 
 
 def check_size(size: int) -> int:
-    """`size` if a node can be that long, else ValueError."""
+    """`size` if a node can have that length, else ValueError."""
     if not 0 <= size <= MAX_SIZE:
         raise ValueError(f"size {size} is outside 0..{MAX_SIZE}")
     return size

@@ -1,11 +1,11 @@
-"""The request path: the rules that stand between any two nodes, written once.
+"""The request path: the rules between any two nodes, written once.
 
-A `Child` is an edge of the graph: the way in which one node, or a user, reaches another. Every request passes one, and there
-bounds, read-only, alignment (read-modify-write), splitting to limits, fallbacks and the order of overlapping requests are
-settled, so that no driver below has to. What a driver may rely on in turn is said in `node.py`.
+A `Child` is an edge of the graph, through which one node, or a user, calls another node. Every request passes through one.
+The edge checks bounds and permissions, aligns requests (read-modify-write), splits them, emulates missing operations, and
+orders overlapping requests, so that no driver below does any of that. `node.py` lists the guarantees for drivers.
 
-A request whose range is aligned and within the limits goes straight to the driver: that is the fast path, and the first
-lines of each method.
+A request whose range is aligned and within the limits is passed to the driver at once. That is the fast path: the first lines
+of each method.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .extents import Extents, HostFile
     from .status import Status
 
-#: Zeros that are written where a node cannot zero by itself, and the largest buffer used to merge unaligned writes.
+#: Zeros for nodes that cannot zero by themselves, and the largest buffer for the merge of unaligned writes.
 _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
-#: Rises whenever some node becomes shorter; then no edge trusts the size that it knows.
+#: Incremented whenever a node becomes shorter; all edges then read the size of their node again.
 _epoch = 0
 
 
@@ -41,19 +41,19 @@ def consecutive(extents: Callable[[int, int], Extents], offset: int, length: int
 
 
 class Child(Edge):
-    """An edge through which requests pass: the rules. Safe for any number of threads."""
+    """An edge that applies the rules of the request path. Thread-safe."""
 
     __slots__ = ()
 
-    # -- the operations
+    # -- operations
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with the bytes at `offset`; past the end of growable storage they are zeros."""
+        """Fill `view` with the bytes at `offset`, and with zeros past the end of growable storage."""
         node = self.node
         length = len(view)
         end = offset + length
         if offset < 0 or end > self._within or self._seen != _epoch:
-            # The size is asked again only past the end that is known, or after some node was truncated.
+            # The edge reads the size again only for requests past the known end, or after a truncation of any node.
             self._seen, self._within = _epoch, node.size
             if offset < 0 or end > self._within:
                 inside = self._bound(offset, end, "read", grows=self.grows)
@@ -92,7 +92,7 @@ class Child(Edge):
             return
         passed = flags & node.supported_flags
         if not self._order and self.event is None and length <= self._max_transfer:
-            # No order, so no alignment: straight to the driver. (It saves 0.5 us of the 1.5 that this takes twice.)
+            # No order means no alignment: call the driver at once. (The second call would take 0.5 us of 1.5.)
             node.write(offset, view, passed)
         else:
             self._write_ordered(offset, view, passed)
@@ -100,13 +100,13 @@ class Child(Edge):
             node.flush()
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        """Make the bytes at `offset` equal to those at `source_offset` of the host file `source`, inside the system.
-        `flags`: FUA; NO_FALLBACK: only by sharing storage. The caller has asked where the bytes lie (`extents`) and whether
-        copying from there is the same as reading (`Node.copyable`), and sees to it that nobody changes the source meanwhile.
+        """Make the bytes at `offset` equal to those at `source_offset` of the host file `source`, inside the system. `flags`:
+        FUA; NO_FALLBACK: only by sharing storage. The caller knows the location of the bytes (`extents`), knows that a copy
+        from there equals a read (`Node.copyable`), and ensures that nothing changes the source meanwhile.
 
-        Raises NotSupported where it cannot be done; then nothing was done, or a part that writing the whole range puts right.
-        So are ranges that are not aligned (their edges are merged with what is beside them: cut them off, and write them),
-        and nodes which must see what is written: to look for zeros (`detect-zeroes`), or because they hear of each write."""
+        Raises NotSupported if that is impossible; then no byte has changed, or a part of the range has, and a write of the
+        whole range corrects it. It is impossible for unaligned ranges (the caller writes their ends), and for nodes that must
+        see the written bytes: to detect zeros (`detect-zeroes`), or because they observe each write."""
         node = self.node
         end = offset + length
         if node.read_only or self.read_only:
@@ -124,9 +124,9 @@ class Child(Edge):
             node.flush()
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
-        """Make the bytes read as zero. Head and tail that are not aligned are zeroed with their block where the rest of it
-        reads as zero already, else written; what the driver cannot zero is written. With NO_FALLBACK nothing is written:
-        NotSupported is raised before a byte is touched."""
+        """Make the bytes read as zero. An unaligned head or tail is zeroed with its block if the rest of the block reads as
+        zero already, and written otherwise, as are ranges that the driver cannot zero. With NO_FALLBACK nothing is written:
+        NotSupported is raised before a byte changes."""
         node = self.node
         end = offset + length
         if node.read_only or self.read_only:
@@ -136,7 +136,7 @@ class Child(Edge):
         if not length:
             return
         if not node.discards:
-            flags &= ~MAY_UNMAP  # to give storage back is a discard
+            flags &= ~MAY_UNMAP  # deallocation is a discard
         pieces = list(self._blocks(offset, end, self._zero_align))
         if flags & NO_FALLBACK and not all(self._widen(lo, hi) for lo, hi in pieces):
             raise NotSupported("not aligned for a fast zero", node=node.name, operation="zero", offset=offset)
@@ -147,7 +147,7 @@ class Child(Edge):
         try:
             for lo, hi in self._steps(offset, end, self._max_zero):
                 self._ordered(lo, hi, True, self._zero_step, lo, hi, passed)
-                passed &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
+                passed &= ~NO_FALLBACK  # bytes have changed: the rest must succeed
         finally:
             if heard:
                 self.tell("pwritev_done")
@@ -155,7 +155,8 @@ class Child(Edge):
             node.flush()
 
     def discard(self, offset: int, length: int) -> None:
-        """These bytes are no longer needed. Only whole blocks are given back; a driver that cannot is no failure."""
+        """The caller no longer needs these bytes. Only whole blocks are discarded; an unsupported discard is not a
+        failure."""
         node = self.node
         end = offset + length
         if node.read_only or self.read_only:
@@ -173,18 +174,18 @@ class Child(Edge):
             for lo, hi in self._steps(first, last, self._max_discard):
                 self._ordered(lo, hi, True, node.discard, lo, hi - lo)
         except NotSupported:
-            pass  # a discard is advice
+            pass  # a discard is a hint
 
     def flush(self) -> None:
-        """Everything written before this call is on stable storage when it returns."""
+        """Return when all bytes of earlier writes are on stable storage."""
         self.node.flush()
 
     def truncate(self, size: int) -> None:
-        """Make the node `size` bytes long; what is added reads as zero."""
+        """Make the node `size` bytes long; added bytes read as zero."""
         self.require_writable("truncate")
         if not 0 <= size <= MAX_SIZE:
-            raise OutOfRange(f"a size of {size} cannot be", node=self.node.name, operation="truncate")
-        # No request of a node that orders its requests runs beside a change of size; storage minds that itself.
+            raise OutOfRange(f"the size {size} is not possible", node=self.node.name, operation="truncate")
+        # A node that orders its requests has no other request during a change of size; storage has its own protection.
         self.node.ranges.exclusive(0, MAX_SIZE, self._truncate, size)
 
     def _truncate(self, size: int) -> None:
@@ -195,7 +196,7 @@ class Child(Edge):
             _epoch += 1
 
     def extents(self, offset: int, length: int) -> Extents:
-        """The exact status of these bytes, or of as many as one answer holds; see `Node.extents`."""
+        """The exact status of these bytes, or of the first ones, as many as one result holds; see `Node.extents`."""
         if length < 0 or offset < 0 or offset + length > self.node.size:
             self._bound(offset, offset + length, "extents", grows=False)
         if not length:
@@ -205,7 +206,7 @@ class Child(Edge):
         return self.node.extents(offset, length)
 
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
-        """The first of these extents in plain Python; see `Node.first_extents`. `length` is not 0."""
+        """The first of these extents in plain Python; see `Node.first_extents`. `length` is at least 1."""
         if length < 1 or offset < 0 or offset + length > self.node.size:
             self._bound(offset, offset + length, "extents", grows=False)
         return self.node.first_extents(offset, length, most)
@@ -215,14 +216,14 @@ class Child(Edge):
         return consecutive(self.extents, offset, length)
 
     def reads_zero(self, offset: int, length: int) -> bool:
-        """Whether these bytes are known to read as zero. May miss, never invents."""
+        """Whether these bytes are known to read as zero; see `Node.reads_zero`."""
         inside = min(offset + length, self.node.size) - offset
         return inside <= 0 or self.node.reads_zero(offset, inside)
 
-    # -- started now, asked for later (see `pending.py`); what cannot be started is done at once
+    # -- started requests (see `pending.py`); a request that cannot be started completes at once
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
-        """Begin to fill `view` with the bytes at `offset`."""
+        """Start a read of the bytes at `offset` into `view`."""
         end = offset + len(view)
         if not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
             return self.node.start_read(offset, view)
@@ -230,7 +231,7 @@ class Child(Edge):
         return DONE
 
     def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
-        """Begin to make the bytes at `offset` equal to `view`."""
+        """Start a write of `view` at `offset`."""
         node, end = self.node, offset + len(view)
         passed = flags & node.supported_flags
         plain = node.zero_detected is None and not flags & ~passed & FUA and not (node.read_only or self.read_only)
@@ -242,7 +243,7 @@ class Child(Edge):
         return DONE
 
     def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
-        """Begin to make the bytes read as zero."""
+        """Start to make the bytes read as zero."""
         node, end = self.node, offset + length
         asked = flags if node.discards else flags & ~MAY_UNMAP
         passed = asked & (node.supported_flags | ~FUA)
@@ -253,48 +254,48 @@ class Child(Edge):
                 if started is not None:
                     return started
             except NotSupported:
-                pass  # then it is written
+                pass  # `zero` writes zeros
         self.zero(offset, length, flags)
         return DONE
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
-        """Begin to ask which of these bytes are known to read as zero; see `Node.zero_runs`."""
-        self.require_inside(offset, length, "ask for zeros")
+        """Start a query for the parts of the range that are known to read as zero; see `Node.zero_runs`."""
+        self.require_inside(offset, length, "query zeros")
         return self.node.start_zero_runs(offset, length) if length else Done([])
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Which of these bytes are known to read as zero; see `Node.zero_runs`."""
-        self.require_inside(offset, length, "ask for zeros")
+        """The parts of the range that are known to read as zero; see `Node.zero_runs`."""
+        self.require_inside(offset, length, "query zeros")
         return self.node.zero_runs(offset, length) if length else []
 
     def _passes(self, offset: int, end: int, most: int, align: int) -> bool:
-        """Whether a request may go to the driver as it is, without an event that tells of it."""
+        """Whether a request may go to the driver unchanged and without an event."""
         size = self.node.size
         inside = 0 <= offset < end <= size and end - offset <= most and self.event is None
         return inside and offset % align == 0 and (end % align == 0 or end == size)
 
     def _start(self, start: Callable[..., Pending], *arguments: Any) -> Pending | None:
-        """start(*arguments), which holds its range together with others until it is finished, where the node needs an order;
-        None where somebody wants a range exclusively now."""
+        """start(*arguments), a request that shares its range with others until it is finished, if the node needs an order;
+        None if another thread waits for exclusive use of a range."""
         if not self._order:
             return start(*arguments)
         ranges = self.node.ranges
         return start_holding(ranges.start, ranges.finish, start, *arguments)
 
     def require_inside(self, offset: int, length: int, operation: str) -> None:
-        """Raise OutOfRange if these bytes are not all inside the node."""
+        """Raise OutOfRange unless the whole range is inside the node."""
         if length < 0 or offset < 0 or offset + length > self.node.size:
             self._bound(offset, offset + length, operation, grows=False)
 
-    # -- how it is done
+    # -- implementation
 
     def _bound(self, offset: int, end: int, operation: str, *, grows: bool) -> int:
-        """How many bytes of the request lie inside the node; raises OutOfRange if the rest may not be."""
+        """The number of bytes of the request that are inside the node; raises OutOfRange if the others are not allowed."""
         size = self.node.size
         if 0 <= offset <= end <= MAX_SIZE and grows:
             return max(min(end, size) - offset, 0)
         raise OutOfRange(
-            f"the request is not inside the {size} bytes of this node",
+            f"the request is outside the {size} bytes of this node",
             path=self.node.filename,
             operation=operation,
             offset=offset,
@@ -302,8 +303,8 @@ class Child(Edge):
         )
 
     def _steps(self, offset: int, end: int, step: int) -> Iterator[tuple[int, int]]:
-        """The request cut at multiples of `step`. Each step holds its own range, so that requests which wait for one of its
-        bytes, or for the tables of a format, wait for a step and not for the whole."""
+        """The request, cut at multiples of `step`. Each step locks its own range: a request that waits for one of its bytes,
+        or for the tables of a format, waits for one step and not for all of them."""
         while offset < end:
             stop = min(offset - offset % step + step, end)
             yield offset, stop
@@ -312,7 +313,7 @@ class Child(Edge):
                 self.checkpoint()
 
     def _ordered(self, offset: int, end: int, exclusive: bool, work: Callable[..., None], *arguments: Any) -> None:
-        """Call `work(*arguments)` while this request holds [offset, end), as far as the node needs an order."""
+        """Call `work(*arguments)` while this request has [offset, end) locked, if the node needs an order."""
         unit = self._order
         if not unit:
             work(*arguments)
@@ -329,7 +330,7 @@ class Child(Edge):
             at = stop
 
     def _blocks(self, offset: int, end: int, align: int) -> Iterator[tuple[int, int]]:
-        """The request cut at the first and the last multiple of `align` inside it: head, whole blocks, tail."""
+        """The request, cut at the first and the last multiple of `align` inside it: head, whole blocks, tail."""
         first = min(align_up(offset, align), end)
         last = max(align_down(end, align), first)
         if offset < first:
@@ -340,8 +341,8 @@ class Child(Edge):
             yield last, end
 
     def _block_end(self, end: int) -> int:
-        """Where the block around `end` stops: a multiple of the alignment, or the node's own end. Past the end of growing
-        storage only the multiple counts."""
+        """The end of the block around `end`: a multiple of the alignment, or the end of the node. Past the end of growable
+        storage it is always the multiple."""
         up = align_up(end, self._align)
         size = self.node.size
         return size if end <= size < up else up
@@ -352,7 +353,7 @@ class Child(Edge):
             self.node.read_into(offset + at, view[at : at + step])
 
     def _read_block(self, lo: int) -> memoryview:
-        """One aligned block, zeros past the end of the node. Nothing uninitialised is ever in it."""
+        """One aligned block, with zeros past the end of the node."""
         block = memoryview(bytearray(self._align))
         inside = min(self._align, max(self.node.size - lo, 0))
         if inside:
@@ -381,7 +382,7 @@ class Child(Edge):
         if len(view) <= step:
             self.node.write(offset, view, flags)
             return
-        # Cut at multiples of `step`, which is one of 512: no block is in two parts.
+        # Cut at multiples of `step`, a multiple of 512: no block is split.
         at = 0
         while at < len(view):
             stop = min(at + step - (offset + at) % step, len(view))
@@ -399,13 +400,13 @@ class Child(Edge):
         return lo % self._align == 0 and (hi % self._align == 0 or hi == self.node.size)
 
     def _read_edges(self, offset: int, end: int, lo: int, hi: int) -> tuple[memoryview, memoryview]:
-        """What stands before `offset` and behind `end` in their blocks; a block that holds both is read once."""
+        """The bytes before `offset` and after `end` in their blocks; a block that contains both is read once."""
         start = align_down(end, self._align)
         edges = [("head", lo)] if offset > lo else []
         if hi > end:
             edges.append(("tail", start))
         blocks: dict[int, memoryview] = {}
-        # Blocks that touch are read at once, as far as anybody hears.
+        # Adjacent blocks are read with one request, unless the node observes each one.
         for near in [edges] if start <= lo + self._align else [edges[:1], edges[1:]]:
             for name, _ in near:
                 self.tell(f"pwritev_rmw_{name}")
@@ -419,8 +420,8 @@ class Child(Edge):
         return head, tail
 
     def _write_unaligned(self, offset: int, view: memoryview, flags: int) -> None:
-        """Read-modify-write. Both edge blocks are read before anything is written: a read that fails fails the write, and
-        every neighbour stays as it was."""
+        """Read-modify-write. Both edge blocks are read before the first write: a failed read fails the whole write, and every
+        adjacent byte stays unchanged."""
         end = offset + len(view)
         lo, hi = align_down(offset, self._align), self._block_end(end)
         head, tail = self._read_edges(offset, end, lo, hi)
@@ -445,9 +446,10 @@ class Child(Edge):
             self._write_aligned(last, memoryview(b"".join((view[last - offset :], tail))), flags)
 
     def _widen(self, lo: int, hi: int) -> tuple[int, int] | None:
-        """The aligned range to zero for [lo, hi): itself, or its whole block where the rest of that already reads as zero
-        (so that zeroing a corner of an empty cluster stores nothing); None if it must be written. Over a filter the block is
-        that of its requests: a longer one, which the filter merely prefers, would touch bytes that nobody asked it to."""
+        """The aligned range to zero for [lo, hi): the range itself, or its whole block if the rest of the block reads as zero
+        already (zeroing a corner of an empty cluster then allocates nothing); None if zeros must be written. Over a filter
+        the block is that of its requests: a longer block, which the filter only prefers, would change bytes outside the
+        request."""
         size = self.node.size
         unit = self._zero_align if self.node.widens_zero else self._align
         start, stop = align_down(lo, unit), align_up(hi, unit)
@@ -455,7 +457,7 @@ class Child(Edge):
             stop = size
         if start % self._zero_align or (stop % self._zero_align and stop != size):
             return None
-        # Asked of this edge, not of the node: past the end of growing storage all is zero, and the node is not asked.
+        # Ask this edge, not the node: past the end of growable storage all bytes are zero, and the node is not asked.
         if start < lo and not self.reads_zero(start, lo - start):
             return None
         if hi < stop and not self.reads_zero(hi, stop - hi):
@@ -463,7 +465,7 @@ class Child(Edge):
         return start, stop
 
     def _zero_step(self, lo: int, hi: int, flags: int) -> None:
-        """Zero what no driver takes in more than one request. The range is held."""
+        """Zero a range that fits in one request of the driver. The caller has locked the range."""
         for start, stop in self._blocks(lo, hi, self._zero_align):
             wide = self._widen(start, stop)
             if wide is None:
@@ -477,11 +479,11 @@ class Child(Edge):
                     if flags & NO_FALLBACK:
                         raise
                     self._write_zeros(*wide, flags & FUA)
-            flags &= ~NO_FALLBACK  # bytes were touched: from here on it must succeed
+            flags &= ~NO_FALLBACK  # bytes have changed: the rest must succeed
 
     def _write_zeros(self, lo: int, hi: int, flags: int) -> None:
-        # The range is held already: straight to the driver, not through `write`. Cut at multiples of whole blocks: only the
-        # two ends are merged with what is beside them.
+        # The range is locked already, so call the driver and not `write`. The cuts are at whole blocks: only the two ends are
+        # merged with adjacent bytes.
         align = self._align
         step = max(_BOUNCE, align)
         at = lo

@@ -84,7 +84,7 @@ def test_cached_tables_in_holes_take_no_memory(tmp_path: Path) -> None:
 def test_tables_that_are_stored_count_together(tmp_path: Path) -> None:
     top = chain(tmp_path, 5, MIB, cluster_size=512, l1_bytes=512 * KIB, stored=True)
     lamina.open(top, format="qcow2", budget=Budget(memory=5 * 512 * KIB)).close()
-    with pytest.raises(LimitExceeded, match="the L1 table takes 524288 bytes"):
+    with pytest.raises(LimitExceeded, match="the L1 table needs 524288 bytes"):
         lamina.open(top, format="qcow2", budget=Budget(memory=5 * 512 * KIB - 1))
     # Two images at once are two budgets.
     with lamina.open(top, format="qcow2", budget=Budget(memory=5 * 512 * KIB)) as image:
@@ -138,7 +138,7 @@ def test_members_are_enforced_and_can_be_set(tmp_path: Path, capsys: pytest.Capt
     assert main(["io", "-r", "-f", "qcow2", "--limits", "memory=7", "-c", "length", top]) == 1
     assert "raise memory" in capsys.readouterr().err
     for wrong, words in (
-        ("chain-depth=151", "no chain is deeper"),
+        ("chain-depth=151", "the deepest possible chain"),
         ("depth=1", "the limits are chain-depth"),
         ("max-output=1G", "give --max-output"),
         ("memory=-1", "-1"),

@@ -144,7 +144,7 @@ def test_an_edit_shares_the_budget_of_its_graph(tmp_path: Path) -> None:
         with image.edit() as edit:
             edit.overlay(spec)
         again = {**spec, "file": {"filename": str(tmp_path / "another")}}
-        with image.edit() as edit, pytest.raises(LimitExceeded, match="32 are in use"):
+        with image.edit() as edit, pytest.raises(LimitExceeded, match="32 of 32 bytes"):
             edit.overlay(again)
         assert image.read(0, 4) == b"base"
     with lamina.open(top, format="qcow2", budget=Budget(chain_depth=2)) as image:

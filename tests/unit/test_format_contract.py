@@ -52,9 +52,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 #: What each operation of the contract is called with, and a word of its refusal. A new operation needs a row.
 OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "creation_schema": ((), "new images"),
-    "create": ((None, 0, {}), "new images"),
-    "measure": ((0, {}), "measured"),
+    "creation_schema": ((), "creation of images"),
+    "create": ((None, 0, {}), "creation of images"),
+    "measure": ((0, {}), "measurement"),
     "inspect": ((None, {}), "header"),
     "check": ((), "nothing to check"),
     "repair": (("leaks",), "repaired"),
@@ -113,14 +113,14 @@ def test_every_format_of_lamina_keeps_the_contract() -> None:
 
 @pytest.mark.usefixtures("bare")
 def test_a_format_without_new_images_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedFeature, match="bare is not one that new images can have"):
+    with pytest.raises(UnsupportedFeature, match="bare does not support the creation of images"):
         lamina.create(tmp_path / "new", "bare", 512)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("bare")
 def test_a_driver_of_another_contract_is_refused_by_name() -> None:
-    with pytest.raises(OptionError, match="no-format does not keep the contract of a format"):
+    with pytest.raises(OptionError, match="no-format does not derive from"):
         lookup_format("no-format")
     with pytest.raises(OptionError, match="a format is needed"):
         create_driver("memory")
