@@ -24,6 +24,7 @@ LAYERS = [
     {
         "atomic_file",
         "codecs",
+        "crypto",
         "bitmap",
         "detect",
         "extents",
