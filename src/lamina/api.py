@@ -28,19 +28,18 @@ def open(
 ) -> Image:
     """Open a disk image.
 
-    `source` is a path, a name with a prefix (`json:{...}`, `blkdebug::disk.qcow2`; a `Path` is a path, whatever it looks
-    like), or nested options (`{"driver": "blkdebug", "align": 4096, "image": {...}}`). `format` names the driver that lies
-    over a plain path; it is never guessed unless asked for with "probe", since the content of a raw disk belongs to its
-    guest. Images open read-only unless told otherwise, and so does every backing file, always.
+    `source` is a path, a name with a prefix (`json:{...}`, `blkdebug::disk.qcow2`; a `Path` object is always a path), or
+    nested options (`{"driver": "blkdebug", "align": 4096, "image": {...}}`). `format` is the driver for a plain path. The
+    default is an error rather than a guess, since a guest controls the content of a raw disk; "probe" asks for detection.
+    Images are opened read-only by default, and backing files always.
 
-    `references` decides which files may be opened because an image names them. The default is `Policy.default()`: the own
-    folder of the image, without hidden files, unless this site set another one. An image whose format was found with "probe"
-    opens no other file until `references` grants it. Services that open what strangers upload give `Policy.none()`.
-    `budget` bounds what the images may cost. `force_share` reads beside a program that has the image open for
-    writing: what is read may then be inconsistent. `snapshot` keeps all changes in memory (the filter `cow`) and the image as
-    it is: it is opened for reading, whatever `read_only` says, and what was written is gone with the `close`. `graph`: the
-    nodes become part of it (`image.graph`), and options may name the nodes that are there: where a child is expected, the
-    `node-name` of a node stands for that node.
+    `references` decides which files may be opened because an image names them. The default is `Policy.default()`: files in
+    the directory of the image, hidden files excepted, unless this site has another policy. An image whose format was detected
+    opens no other file unless `references` grants it. A service that opens uploads of strangers passes `Policy.none()`.
+    `budget` bounds the cost of the images. `force_share` opens an image that another program has open for writing; reads may
+    then be inconsistent. `snapshot` opens the image read-only, whatever `read_only` says, and keeps all changes in memory
+    (the filter `cow`) until `close` discards them. `graph`: the new nodes become part of that graph (`image.graph`), and
+    options may refer to its nodes: where a child is expected, the `node-name` of a node stands for the node.
 
     Raises a `LaminaError`: OptionError, NotFound, BlockIOError, FormatError, PolicyError, Locked, LimitExceeded.
     """
@@ -62,9 +61,9 @@ def open(
 
 
 def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
-    """The format that the magic in a file says it has: "qcow2", "vmdk", ...; "raw" if there is none.
+    """The format of a file according to its magic: "qcow2", "vmdk", ...; "raw" if there is no magic.
 
-    Raises FormatError if it could be several. A guess is no proof: a guest can write any magic into its raw disk.
+    Raises FormatError if the magic fits several formats. The result is a guess: a guest can write any magic to its raw disk.
     """
     storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
     try:

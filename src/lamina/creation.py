@@ -1,7 +1,7 @@
-"""New images, in files that get their name when they are complete (`atomic_file`): no reader ever sees half an image.
+"""New images, in files that get their name when they are complete (`atomic_file`): no reader ever sees a partial image.
 
-An existing file that cannot be replaced, or a block device, is overwritten in place: the first bytes, which hold the headers
-of all formats, are buffered and written last.
+An existing file that cannot be replaced, or a block device, is overwritten in place: the first bytes, which contain the
+headers of all formats, are buffered and written last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def create_driver(name: str) -> type[Format]:
-    """The format driver `name`, if it makes images; else UnsupportedFeature, or OptionError where `name` is no format."""
+    """The format driver `name`, if it can create images; otherwise UnsupportedFeature, or OptionError if it is not a
+    format."""
     kind = lookup_format(name)
     kind.creation_schema()
     return kind
@@ -40,13 +41,13 @@ def create(
     budget: Budget = DEFAULT_BUDGET,
     **options: Any,
 ) -> None:
-    """Make a new image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
+    """Create an image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
     `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them. `budget` bounds the
     cost of the backing images, which are opened for checks.
 
-    The file appears under its name only when it is whole; a file that is there already is replaced (`AtomicFile` says how),
-    unless another program has it open. The new image is on stable storage when this returns. Raises OptionError,
-    LimitExceeded, Locked, BlockIOError.
+    The file gets its name when it is complete. It replaces an existing file (see `AtomicFile`) unless another program has
+    that file open. The new image is on stable storage when this returns. Raises OptionError, LimitExceeded, Locked,
+    BlockIOError.
     """
     kind = create_driver(format)
     values = kind.creation_schema().parse({**options, **({} if size is None else {"size": size})})
@@ -59,35 +60,35 @@ def create(
 
 
 def new_file(target: str, *, durable: bool = False) -> AtomicFile:
-    """The file of a new image at `target`, a context manager; `open_new` opens it. Meanwhile no other program can open a file
-    that it replaces (or writes in place) as an image. `durable` as for `AtomicFile`."""
+    """The file of a new image at `target`, a context manager; `open_new` opens it. Meanwhile no other program can open, as an
+    image, the file that it replaces or writes in place. `durable` as for `AtomicFile`."""
     return AtomicFile(target, durable=durable, lock=lock_for_writing, tell=lambda text: tell(target, text))
 
 
 def lock_for_writing(fd: int, path: str) -> None:
-    """Take the locks of a writer of images on `fd`, a descriptor of the file at `path`; they last as long as it is open.
-    Raises Locked if another program uses the file."""
-    # Locks belong to what was opened, not to the copy of the descriptor that this node has.
+    """Take the file locks of a writer on `fd`, a descriptor of the file at `path`; they last until it is closed. Raises
+    Locked if another program uses the file."""
+    # File locks belong to the open file description, not to the duplicate descriptor of this node.
     Opener(read_only=False, fd=fd).open({"driver": "file", "filename": path}).close()
 
 
 def tell(path: str, text: str) -> None:
-    """Say something about a new image that is no error: on standard error, unless the log "lamina" goes elsewhere."""
+    """Print a warning about a new image to standard error, unless the log "lamina" has another handler."""
     import logging
 
     logging.getLogger("lamina").warning("%s: %s", printable(path), text)
 
 
 class Unsynced(FilterNode):
-    """Lies over the file of an image that is being made: until it is whole nobody sees it, so that making parts of it
-    durable, one before the other, protects nothing. The file as a whole is made durable, or left to the system."""
+    """A filter over the file of an image that is being created. A flush does nothing: no reader sees the file before it is
+    complete, so the order of its parts on disk does not matter. At the end the file as a whole is flushed, or not."""
 
     driver = "unsynced"
     _allocates = True
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        # A file system writes into blocks that it has allocated in one step faster than it finds one page after the other
-        # a place: on ext4 1.7 GiB take 0.19 s instead of 0.31.
+        # A file system is faster to write into blocks that it has allocated at once than to allocate them page by page: on
+        # ext4 1.7 GiB take 0.19 s instead of 0.31.
         if self._allocates and len(view) >= MIB:
             try:
                 self.image.zero(offset, len(view), NO_FALLBACK)
@@ -103,8 +104,8 @@ class Unsynced(FilterNode):
 
 
 class HeaderLast(Unsynced):
-    """Lies over a file that is written in place: the first bytes are kept in the header of `file`, and are zero in the file
-    until it is whole."""
+    """A filter over a file that is written in place: the first bytes go to the header of `file` in memory, and read as zero
+    in the file itself until it is complete."""
 
     driver = "header-last"
 
@@ -113,7 +114,8 @@ class HeaderLast(Unsynced):
         self._file = file
 
     def begin(self) -> None:
-        """The old content is gone when this returns, also after a power cut: as much of it as could be taken for an image."""
+        """Delete as much of the old content as could be taken for an image. It is gone when this returns, also after a power
+        cut."""
         if self._file.begun:
             return
         self._file.begun = True
@@ -137,7 +139,7 @@ class HeaderLast(Unsynced):
         if offset < HEADER_BYTES:
             count = min(HEADER_BYTES - offset, len(view))
             self._file.header[offset : offset + count] = view[:count]
-            self.image.write(offset, memoryview(bytes(count)))  # so that the file is as long as it would be
+            self.image.write(offset, memoryview(bytes(count)))  # the file gets its full length
             offset, view = offset + count, view[count:]
         if len(view):
             super().write(offset, view, flags)
@@ -174,9 +176,9 @@ class HeaderLast(Unsynced):
 
 
 def open_new(file: AtomicFile) -> Child:
-    """The storage of the image that is being made in `file`, for writing, without syncs. May be opened again once it is
-    closed. Where the image is written in place the old content is kept until the first change."""
-    # The policy is for names inside images: here is none.
+    """The storage of the image that is being created in `file`, for writing, without flushes. It may be opened again after it
+    was closed. If the image is written in place, the old content remains until the first change."""
+    # The policy applies to names inside images, and there are none here.
     opener = Opener(read_only=False, policy=Policy.none(), fd=file.fd)
     storage = opener.child("file", {"driver": "file", "filename": file.path}, grows=True)
     over = HeaderLast(storage, file) if file.in_place else Unsynced(storage)
@@ -184,24 +186,24 @@ def open_new(file: AtomicFile) -> Child:
 
 
 def open_unsynced(path: str) -> Child:
-    """The same of a file at `path` that is no `AtomicFile`: one that stays, under its name, though it is not whole."""
+    """The same for a file at `path` that is not an `AtomicFile`: it keeps its name although it is incomplete."""
     opener = Opener(read_only=False, policy=Policy.none())
     storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
     return Child(Unsynced(storage), "file", grows=True)
 
 
 def begin(storage: Child) -> None:
-    """From here on the storage that `open_new` gave has none of its old content, or on a block device none that could be
+    """Delete the old content of the storage that `open_new` returned, or, on a block device, the part of it that could be
     taken for an image."""
     if isinstance(storage.node, HeaderLast):
         storage.node.begin()
 
 
 def write_image(kind: type[Format], file: AtomicFile, values: Mapping[str, Any]) -> None:
-    """Lay an image out in `file`. `values` as parsed by `kind.creation_schema()`."""
+    """Create an image in `file`. `values` as parsed by `kind.creation_schema()`."""
     storage = open_new(file)
     try:
         kind.create(storage, values["size"], values)
-        begin(storage)  # where nothing was to be written
+        begin(storage)  # for an image without a single write
     finally:
         storage.close()

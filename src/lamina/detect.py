@@ -1,12 +1,12 @@
-"""Which format these bytes are.
+"""Detection of formats by the bytes of a file.
 
-Pure: callers read the first HEAD_BYTES and the last TAIL_BYTES of a file and ask. Every probe looks at fixed places
-only (the text descriptor of VMDK: at its leading lines) and none knows of the others, so order means nothing, and two
-formats in one file are reported as two. Recognising more than is supported is on purpose: a file that *looks* like a
-format must not be taken for raw by accident. Partition tables and file systems are contents of raw disks, not formats.
+The module does no I/O: callers read the first HEAD_BYTES and the last TAIL_BYTES of a file. Every test looks at fixed offsets
+only (for the text descriptor of VMDK: at its first lines) and is independent of the others, so their order has no effect, and
+two formats in one file are reported as two. More formats are detected than supported, so that a file of an unsupported format
+is not taken for raw by accident. Partition tables and file systems are the content of raw disks, not formats.
 
-The signatures are those that the formats' own publications give: the QEMU project's for qcow2 and QED, and the
-descriptions of VMDK, VHD, VHDX (MS-VHDX 2.2.1), VDI, LUKS, UDIF, Bochs redologs and ISO 9660 (ECMA-119).
+The signatures are those of published descriptions: by the QEMU project for qcow2 and QED, and the descriptions of VMDK, VHD,
+VHDX (MS-VHDX 2.2.1), VDI, LUKS, UDIF, Bochs redologs and ISO 9660 (ECMA-119).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import FormatError, OptionError, printable
 
 Buffer = bytes | bytearray | memoryview
 
-#: What a caller reads from the start of a file (fewer bytes if it is shorter), and from its end.
+#: The number of bytes that a caller reads from the start of a file (fewer if it is shorter), and from its end.
 HEAD_BYTES = 64 << 10
 TAIL_BYTES = 1 << 10
 
@@ -26,9 +26,9 @@ _SECTOR = 512
 
 
 class Detection(NamedTuple):
-    """What was recognised. `matches` are formats in alphabetical order; none means that nothing but raw fits.
+    """The result of a detection. `matches` are formats in alphabetical order; if it is empty, only raw is possible.
 
-    `contents` says what lies inside a raw image (now only "iso9660"): for information, it decides nothing.
+    `contents` is the content of a raw image (now only "iso9660"), for information only.
     """
 
     matches: tuple[str, ...]
@@ -37,18 +37,18 @@ class Detection(NamedTuple):
 
     @property
     def format(self) -> str:
-        """The one format that fits, "raw" if none does. Raises FormatError if several do."""
+        """The single matching format, or "raw" if there is none. Raises FormatError if several match."""
         if len(self.matches) > 1:
             raise FormatError(
-                f"these bytes fit several formats: {', '.join(self.matches)}",
+                f"the magic of the file fits several formats: {', '.join(self.matches)}",
                 path=self.path,
-                hint=f"say which one it is, for example -f {self.matches[0]}",
+                hint=f"give the right one, for example -f {self.matches[0]}",
             )
         return self.matches[0] if self.matches else "raw"
 
     @property
     def certain(self) -> bool:
-        """True if exactly one format was recognised; raw never is: anything can be raw."""
+        """Whether exactly one format was detected; never true for raw, since any content can be raw."""
         return len(self.matches) == 1
 
     def supported(self, names: Collection[str]) -> bool:
@@ -57,7 +57,7 @@ class Detection(NamedTuple):
 
 
 class KnownFormat(NamedTuple):
-    """One row of the table: what a format is, and whether `head` and `tail` of a file of `size` bytes look like it."""
+    """One row of the table: a format, and a test whether `head` and `tail` of a file of `size` bytes match it."""
 
     summary: str
     probe: Callable[[bytes, bytes, int | None], bool]
@@ -73,7 +73,7 @@ def _is_qcow(head: bytes, tail: bytes, size: int | None) -> bool:
 
 
 def _is_qcow2(head: bytes, tail: bytes, size: int | None) -> bool:
-    # Also versions that do not exist yet: refused by the driver, with a better message than a guess at raw.
+    # Future versions as well: the driver refuses them, with a better message than a guess at raw would give.
     return head.startswith(b"QFI\xfb") and head[4:8] != b"\0\0\0\1"
 
 
@@ -82,9 +82,9 @@ def _is_vmdk(head: bytes, tail: bytes, size: int | None) -> bool:
 
 
 def _is_vmdk_descriptor(head: bytes) -> bool:
-    """Whether comments and blank lines, if any, lead to what a VMDK text descriptor starts with.
+    """Whether a VMDK text descriptor follows comments and blank lines, if there are any.
 
-    That is the comment "# Disk DescriptorFile", or a version line: other readers are content with the latter.
+    It begins with the comment "# Disk DescriptorFile", or with a version line, which other readers accept as well.
     """
     start = 0
     while start < len(head):
@@ -101,8 +101,8 @@ def _is_vmdk_descriptor(head: bytes) -> bool:
 
 
 def _is_vpc(head: bytes, tail: bytes, size: int | None) -> bool:
-    # The footer is the last sector. Old writers made it a byte short, and a reader of whole sectors finds it where
-    # the last one starts, even if that one is cut off.
+    # The footer is the last sector. Old programs wrote it one byte short; a reader of whole sectors finds it at the start of
+    # the last sector, even if that is incomplete.
     starts = {_SECTOR, _SECTOR - 1}
     if size:
         starts.add((size - 1) % _SECTOR + 1)
@@ -118,11 +118,11 @@ def _is_dmg(head: bytes, tail: bytes, size: int | None) -> bool:
 
 
 def _ends(tail: bytes, magic: bytes, distance: int) -> bool:
-    """Whether `magic` stands `distance` bytes before the end."""
+    """Whether `magic` is found `distance` bytes before the end."""
     return len(tail) >= distance and tail.startswith(magic, len(tail) - distance)
 
 
-#: Every format that is recognised, whether or not there is a driver for it.
+#: Every detected format, with or without a driver.
 FORMATS: dict[str, KnownFormat] = {
     "bochs": KnownFormat("Bochs redolog", _starts(b"Bochs Virtual HD Image")),
     "cloop": KnownFormat("compressed loop device", _starts(b"#!/bin/sh\n#V2.0 Format")),
@@ -142,16 +142,16 @@ _ALIASES = {alias: name for name, row in FORMATS.items() for alias in row.aliase
 
 
 def canonical(name: str) -> str:
-    """The name in FORMATS that `name` means ("vhd" is "vpc"); other names are returned as they are."""
+    """The name in FORMATS for `name` ("vhd" is "vpc"); other names are returned unchanged."""
     return _ALIASES.get(name, name)
 
 
 def detect(head: Buffer, tail: Buffer = b"", size: int | None = None, *, path: str | None = None) -> Detection:
-    """What the file with these first and last bytes is; never raises, whatever they are.
+    """The formats of the file with these first and last bytes; never raises.
 
-    `head` are the first HEAD_BYTES, `tail` the last TAIL_BYTES; of a shorter file, all of it. `size` is the file's
-    size in bytes. Where `size` says that `head` is the whole file, `tail` may be left out; otherwise, without it,
-    formats that end in a footer are not seen. `path` is for messages.
+    `head` are the first HEAD_BYTES and `tail` the last TAIL_BYTES, or the whole of a shorter file. `size` is the size of the
+    file in bytes. If `head` is the whole file, `tail` may be omitted; otherwise formats with a footer are then not detected.
+    `path` is for messages.
     """
     head = bytes(head[:HEAD_BYTES])
     tail = bytes(tail[-TAIL_BYTES:])
@@ -166,30 +166,30 @@ def detect(head: Buffer, tail: Buffer = b"", size: int | None = None, *, path: s
 def check_declared(
     declared: str, head: Buffer, tail: Buffer = b"", size: int | None = None, *, path: str | None = None
 ) -> None:
-    """Raise FormatError if the bytes look like other formats than the `declared` one, and not like it.
+    """Raise FormatError if the bytes look like formats other than the `declared` one, and not like it.
 
-    Anything may be declared raw: whoever says so wants the bytes as they are. Bytes that look like nothing are left to
-    the declared format's driver, which says precisely what is wrong with them.
+    Anything may be declared raw, since the caller then wants the bytes themselves. If the bytes look like no format, the
+    driver of the declared format reports the precise error.
     """
     found = detect(head, tail, size, path=path)
     if canonical(declared) == "raw" or not found.matches or canonical(declared) in found.matches:
         return
     raise FormatError(
-        f"opened as {printable(declared)}, but it looks like {' and '.join(found.matches)}",
+        f"it was opened as {printable(declared)}, but it looks like {' and '.join(found.matches)}",
         path=path,
-        hint=f"if that is what it is, give -f {found.matches[0]}",
+        hint=f"if that is its format, give -f {found.matches[0]}",
     )
 
 
 def refuse_probed_raw(found: Detection, name: str, *, operation: str = "write") -> None:
-    """Raise OptionError if the image `name` counts as raw only because nothing was recognised in it.
+    """Raise OptionError if the format of the image `name` is raw only because no magic was found.
 
-    For whoever is about to change an image in place: its guest may have written, or may now write, another format's
-    header into it. Raises FormatError if several formats fit.
+    Callers use this before they change an image in place: its guest may have written, or may write now, the header of another
+    format. Raises FormatError if several formats match.
     """
     if found.format == "raw":
         raise OptionError(
-            "the format was not given and nothing was recognised",
+            "the format was not given, and no magic was found",
             path=name,
             operation=operation,
             hint="if the image is raw, give -f raw",
@@ -197,9 +197,8 @@ def refuse_probed_raw(found: Detection, name: str, *, operation: str = "write") 
 
 
 def touches_probe(offset: int, length: int, size: int) -> bool:
-    """Whether `length` bytes at `offset` of a file of `size` bytes reach into what `detect` looks at.
+    """Whether `length` bytes at `offset` of a file of `size` bytes overlap the bytes that `detect` examines.
 
-    A write that does may turn a raw image into another format for whoever probes it next; so may any change of the
-    size, which moves the place of a footer.
+    Such a write may change the detected format of a raw image. So may any change of the size, which moves the footer.
     """
     return length > 0 and (offset < HEAD_BYTES or offset + length > size - TAIL_BYTES)

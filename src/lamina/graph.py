@@ -1,7 +1,7 @@
-"""From options to opened nodes: drivers are looked up, children opened, references inside images asked of the policy.
+"""From options to opened nodes: the modules here look up drivers, open children, and check references inside images.
 
-`open_graph` is the one way in. A driver's `open` receives an `Opener`, which opens its children and knows for what use the
-graph is opened; whatever it opened is closed again if a later step fails.
+`open_graph` is the entry point. The `open` of a driver receives an `Opener`, which opens its children and knows the purpose
+of the graph; if a later step fails, everything that was opened is closed again.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from .references import Reference, Trail
 from .request import Child
 from .root import Graph
 
-#: Options that every node takes, besides those of its driver.
+#: Options of every node, besides those of its driver.
 COMMON = ("node-name", "read-only", "force-share", "snapshot", "detect-zeroes", "discard")
 
-#: The roles whose child is storage: without a driver they name a file, and are never probed.
+#: The roles whose child is storage: without a driver their options name a file, and its format is never detected.
 STORAGE_ROLES = ("file", "data-file")
 
 _NODE_NAME = re.compile(r"[A-Za-z][\w.-]{0,254}", re.ASCII)
 
 Spec = Mapping[str, Any] | str
 
-#: Options of storage for all graphs that this program opens, where their own options do not give them: what a command line
-#: says once for all names (`--timeout`, `--connections`). Libraries leave it empty.
+#: Defaults for options of storage in all graphs that this program opens: a command line sets an option once for all names
+#: (`--timeout`, `--connections`). Libraries leave it empty.
 usual: dict[str, Any] = {}
 
 
 class Opener:
-    """How the nodes of one graph are opened. Given to every driver's `open`.
+    """The environment in which the nodes of one graph are opened. The `open` of every driver receives it.
 
     `read_only`: the node is opened for reading. `force_share`: the node takes no file locks and ignores those of others.
-    `probe`: a format that is not given may be detected by its magic. `no_references`: no file that the image names is opened,
-    which suffices to read its tables. `fd`: an open descriptor; the storage duplicates it. `name`: what
-    the user calls the node. `trail`: the images above. `taken`, `unshared`: permissions (see `storage.locks`) that the locks
-    of files use, and keep from others, besides their own; not those of backing nodes. `policy`: what the user granted, None:
-    nothing was said. `probed`: the format that was found by its magic. `budget`: what all images of the graph may cost
-    together. `graph`: what the nodes belong to; options refer to its nodes by their names.
+    `probe`: a missing format may be detected by its magic. `no_references`: files that the image names are not opened, which
+    suffices to read its tables. `fd`: an open descriptor, which the storage duplicates. `name`: the name that the user gave
+    the node. `trail`: the images above. `taken`, `unshared`: permissions (see `storage.locks`) that the file locks take and
+    refuse to other programs, besides their own; not those of backing nodes. `policy`: the grants of the user; None: there are
+    none. `probed`: the format that was detected. `budget`: the limit for the cost of all images of the graph together.
+    `graph`: the graph to which the nodes belong; options refer to its nodes by name.
     """
 
     def __init__(
@@ -76,46 +76,46 @@ class Opener:
         self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []
         self._booked = 0
-        self._top = True  # what this opens is the top of a graph
+        self._top = True  # the next node is the top of a graph
 
     def granted(self) -> Policy:
-        """The policy for names inside the image that is opened: that of the user; else the default, or `none` where the
-        format was only detected. (A guest can write any header into its raw disk.)"""
+        """The policy for names inside the opened image: that of the user; otherwise the default, or `none` if the format was
+        only detected. (A guest can write any header to its raw disk.)"""
         if self.policy is not None:
             return self.policy
         return Policy.default() if self.probed is None else Policy.probed(self.probed)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for cached tables of the image that is opened: less the deeper it lies, so that the sum is bounded."""
+        """Bytes for cached tables of the opened image. Deeper images get less, so the sum is bounded."""
         return self.budget.cache_bytes // (self.trail.depth + 1)
 
     def book(self, count: int, what: str, path: str | None = None) -> None:
-        """Called by a driver before it allocates `count` bytes for `what` (tables, say), which stay allocated as long as the
-        node is open. Raises LimitExceeded where the budget of the graph has less."""
+        """Called by a driver before it allocates `count` bytes for `what` (for example tables), which stay allocated while
+        the node is open. Raises LimitExceeded if the budget of the graph has fewer left."""
         self._memory.take(count, what, path)
         self._booked += count
 
     def _but(self, **changes: Any) -> Opener:
-        """The same, but for these attributes."""
+        """A copy with these attributes changed."""
         other = Opener.__new__(Opener)
         other.__dict__.update(self.__dict__, **changes)
         return other
 
     def for_parts(self, graph: Graph) -> Opener:
-        """The same for nodes that become part of `graph`, whose roots close them."""
+        """A copy for nodes that become part of `graph`, whose roots close them."""
         memory = Memory(self.budget.memory, _kept_bytes(graph))
         return self._but(_top=False, graph=graph, _memory=memory)
 
     def permitting(self, taken: Iterable[int], unshared: Iterable[int]) -> Opener:
-        """The same for the children of this node, whose files use, and keep from others, these permissions as well."""
+        """A copy for the children of this node, whose file locks take and refuse these permissions as well."""
         return self._but(taken=self.taken.union(taken), unshared=self.unshared.union(unshared))
 
     def open(self, spec: Spec, *, storage: bool = False) -> Node:
-        """The node that `spec` describes. `storage`: without a driver it names a file, not an image to be probed."""
+        """The node that `spec` describes. `storage`: without a driver it names a file, and no format is detected."""
         options = dict(parse_name(spec) if isinstance(spec, str) else spec)
         if isinstance(spec, str) and not storage and _names_storage(spec, options):
-            options = {"file": options}  # a bare name says where the image is, not what it is
+            options = {"file": options}  # a bare name is the location of the image, not its format
         if "snapshot" in options and _switch("snapshot", options.pop("snapshot")):
             return self._snapshot(options, storage)
         zero_detected = _choice(options, "detect-zeroes", {"off": None, "on": 0, "unmap": MAY_UNMAP})
@@ -144,7 +144,7 @@ class Opener:
             raise
 
     def _new_name(self, name: object) -> str:
-        """`name` if a node may be called so, and none is."""
+        """`name`, if it is a valid name that no node has."""
         if not (isinstance(name, str) and _NODE_NAME.fullmatch(name)):
             raise OptionError(
                 f"node-name is {shown(name)}, not a name", hint="a letter, then letters, digits, '-', '.' and '_'"
@@ -154,7 +154,7 @@ class Opener:
         return name
 
     def _open_driver(self, options: dict[str, Any]) -> Node:
-        """The node of the driver that `options` name."""
+        """The node of the driver in `options`."""
         name = options.pop("driver")
         if not isinstance(name, str):
             raise OptionError(f"driver is {shown(name)}, not a name")
@@ -167,7 +167,7 @@ class Opener:
         return cast(Node, kind.open(values, self))
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
-        """The node that `options` describe, opened for reading, under a `cow` that keeps all changes to itself."""
+        """The node that `options` describe, opened for reading, under a `cow` filter that keeps all changes in memory."""
         node = self._but(read_only=True, _top=False).open(options, storage=storage)
         cow = registry.lookup("cow", "filter")
         top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
@@ -179,8 +179,8 @@ class Opener:
     def child(
         self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False, storage: bool = False
     ) -> Child:
-        """An edge to a new child, to the node of this graph that `spec` names, or the one that is given. `grows` as in
-        `request.Child`; `read_only` where the child is only ever read; `storage` as in `open`."""
+        """An edge to a child: to a new node, to the node of this graph that `spec` names, or to the given node. `grows` as in
+        `request.Child`; `read_only` if the driver only reads the child; `storage` as in `open`."""
         if isinstance(spec, Child):
             lifecycle.release(spec.node)
             return spec
@@ -188,7 +188,7 @@ class Opener:
             shared = self.graph.edge_to(spec, role, grows=grows, writes=not (self.read_only or read_only))
             if shared is not None:
                 return self.keep(shared)
-        # A descriptor that the policy opened is for the storage of this very image, and for nothing else.
+        # A descriptor that the policy opened is for the storage of this image only.
         fd = self.fd if role == "file" else None
         opener = self._but(read_only=self.read_only or read_only, fd=fd)
         if role == "backing":
@@ -197,39 +197,39 @@ class Opener:
         return self.keep(Child(node, role, grows=grows))
 
     def reference(self, image: Child, reference: Reference, given: Child | Spec | None) -> Child | None:
-        """The child that `reference`, which stands inside the image in the storage `image`, leads to; None where there is
-        none. `given`: what the options of the user say of it: a node, or options that name one, take its place; other
-        options are added to what the image says ({}: nothing was said); None: no such child is wanted.
+        """The child for `reference`, a name inside the image in the storage `image`; None if there is no child. `given`: the
+        user's options for it. A node, or options that name one, replace the name in the image; other options are added to
+        those of the image ({}: there are none); None: the user wants no such child.
 
-        Raises PolicyError where the name is not granted, NotFound, BlockIOError, CorruptImage where the file lies above
-        itself, LimitExceeded, FormatError where the image does not say the format, and what opening it raises."""
+        Raises PolicyError if the name is not granted, NotFound, BlockIOError, CorruptImage if the file is above itself in the
+        chain, LimitExceeded, FormatError if the image does not state the format, and the errors of opening it."""
         return references.follow(self, image, reference, given)
 
     def below(self, trail: Trail, *, read_only: bool, fd: int | None = None) -> Opener:
-        """The same for what lies below the image that is opened. `fd`: its file, open already."""
+        """A copy for the nodes below the opened image. `fd`: the descriptor of their file, if it is open."""
         return self._but(trail=trail, read_only=read_only, fd=fd)
 
     def apart(self) -> Opener:
-        """The same for another image: the lock permissions of this image do not apply to its files."""
+        """A copy for another image: the lock permissions of this image do not apply to its files."""
         return self._but(taken=frozenset(), unshared=frozenset())
 
     def require_depth(self, top: Node) -> None:
-        """Raise LimitExceeded where more images lie below `top` than the budget allows."""
+        """Raise LimitExceeded if more images are below `top` than the budget allows."""
         Trail(self.budget.chain_depth).require_room(references.chain_depth(top), top.filename)
 
     def close(self) -> None:
-        """Close what was opened for a node that then failed to open."""
+        """Close the children of a node that could not be opened."""
         for child in reversed(self._opened):
             self.graph.close(child)
         self._opened.clear()
 
     def keep(self, child: Child) -> Child:
-        """Close this child, too, where the node that it is opened for cannot be opened."""
+        """Register this child to be closed if its node cannot be opened."""
         self._opened.append(child)
         return child
 
     def _probe(self, options: dict[str, Any]) -> Node:
-        """Open what no driver was named for: its format is found by its magic, where that is allowed."""
+        """Open a node without a driver: its format is detected by its magic, if that is allowed."""
         where = options.get("filename") or options.get("file")
         if not self.probe:
             raise _format_missing(where if isinstance(where, str) else None)
@@ -248,12 +248,12 @@ class Opener:
 
 
 def _kept_bytes(graph: Graph) -> int:
-    """Bytes of memory that the nodes of this graph have booked."""
+    """The bytes of memory that the nodes of this graph have booked."""
     return sum(node.kept_bytes for node in graph.nodes.values())
 
 
 def probe(storage: Child) -> detect.Detection:
-    """What lies in `storage`, by its magic: the first and last bytes are read, and nothing is opened."""
+    """Detect the format in `storage` by its magic: read the first and last bytes, and open nothing."""
     size = storage.node.size
     head = bytearray(min(size, detect.HEAD_BYTES))
     tail = bytearray(min(size, detect.TAIL_BYTES))
@@ -277,14 +277,14 @@ def open_graph(
 ) -> Node:
     """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
 
-    `format`: the driver that lies over it, or "probe" to find it by its magic (refused for writing where that finds
-    nothing). It may be left out where the options name a driver. `policy` decides about names inside images; the default
-    is `Policy.default()`, and nothing where the format was found by a probe. `snapshot`: the image is opened for reading,
-    and changes are kept in memory above it. `fd`: a descriptor of the image's file, open already: its storage takes a copy
-    of it, and no file is opened by its name. `graph`: what the nodes become part of. The caller closes the node.
+    `format`: the driver for a plain name, or "probe" to detect it by its magic (refused for writing if no magic is found). It
+    may be omitted if the options name a driver. `policy` decides about names inside images; the default is
+    `Policy.default()`, and `Policy.none()` for a detected format. `snapshot`: the image is opened for reading, and changes
+    are kept in memory above it. `fd`: an open descriptor of the image file; the storage duplicates it, and no file is opened
+    by name. `graph`: the graph of the nodes. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
-    # A plain or prefixed name says where the bytes are; json: and nested options say what the node is.
+    # A plain or prefixed name is the location of the bytes; json: and nested options describe the node.
     named = isinstance(source, str) and not _is_json(source)
     driver = options.get("driver")
     if format is None or format == "probe":
@@ -297,7 +297,7 @@ def open_graph(
     elif registry.entry(driver).name != registry.entry(format).name:
         if registry.entry(driver).kind == "format":
             raise OptionError(
-                f"the options say driver {driver}, and the format is given as {format}", hint="say it once"
+                f"the options name the driver {driver}, but the format is given as {format}", hint="give one of them"
             )
         options = {"driver": format, "file": options}
     opener = Opener(
@@ -314,7 +314,7 @@ def open_graph(
 
 
 def named(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
-    """What users call an image: a path object is a name that means that path, whatever it looks like (`parse_name`)."""
+    """The name of an image as a string; a path object becomes a name for exactly that path (`parse_name`)."""
     return f"file:{os.fspath(source)}" if isinstance(source, os.PathLike) else source
 
 
@@ -330,12 +330,12 @@ def _format_missing(where: str | None) -> OptionError:
     return OptionError(
         "the format is not given, and is not guessed",
         path=where,
-        hint='give it (format="qcow2", driver=..., -f), or ask for a guess with format="probe"',
+        hint='give it (format="qcow2", driver=..., -f), or ask for detection with format="probe"',
     )
 
 
 def _choice(options: dict[str, Any], key: str, meanings: dict[str, Any]) -> Any:
-    """Take a common option out of `options`: what its word means, None where it is absent."""
+    """Remove a common option from `options` and return its meaning; None if it is absent."""
     word = options.pop(key, None)
     if word is not None and not (isinstance(word, str) and word in meanings):
         raise OptionError(f"{key} is {shown(word)}", hint=f"it takes one of {', '.join(meanings)}")

@@ -34,7 +34,7 @@ def info(
     can write any magic into its raw disk. `budget` bounds the images below a filter. `force_share`: take no file locks, and
     ignore those of other programs.
 
-    Raises OptionError, NotFound, BlockIOError, Locked, LimitExceeded, and FormatError where the file has no header of that
+    Raises OptionError, NotFound, BlockIOError, Locked, LimitExceeded, and FormatError if the file has no header of that
     format.
     """
     return _info(_Where(named(source), None if format == "probe" else format, budget, force_share))[0]
@@ -48,9 +48,9 @@ def info_chain(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
 ) -> tuple[ImageInfo, ...]:
-    """What the image is, and what each image below it is, from top to bottom, as far as `references` grants their files; the
-    default is that of `lamina.open`. Raises what `info` does, and PolicyError, LimitExceeded where the chain is longer than
-    `budget.chain_depth`, CorruptImage where it contains itself, FormatError where an image does not say the format below."""
+    """Describe the image and each image below it, from top to bottom. `references` decides which files may be opened; the
+    default is that of `lamina.open`. Raises the errors of `info`, PolicyError, LimitExceeded if the chain is longer than
+    `budget.chain_depth`, CorruptImage if it contains itself, and FormatError if an image does not state the format below."""
     found, host = _info(_Where(named(source), None if format == "probe" else format, budget, force_share))
     chain = [found]
     policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
@@ -58,12 +58,12 @@ def info_chain(
     while found.backing_filename is not None:
         reference = Reference(found.backing_filename, "backing", "backing file", format=found.backing_format)
         if host is None or host.path is None:
-            raise not_in_a_file(reference, found.filename, "look at that file by itself")
+            raise not_in_a_file(reference, found.filename, "run info for that file alone")
         if reference.format is None:
             raise FormatError(
                 f"the format of the backing file {reference.name!r} is not stored in the image, and is never guessed",
                 path=host.path,
-                hint="leave --backing-chain out, or look at that file by itself",
+                hint="omit --backing-chain, or run info for that file alone",
             )
         trail = trail.below(host.identity, host.path)
         file = open_file(reference, host, trail, policy)
@@ -80,17 +80,17 @@ def info_chain(
 def check(
     source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
 ) -> CheckResult:
-    """Compare the structures of an image with one another, and change nothing. Findings are returned, however broken the
-    image is. Only its own file is opened. `source`, `format` and `force_share` as for `info`; while another program writes to
-    the image, the findings may be of no one moment.
+    """Compare the structures of an image with one another without a change. The result contains all findings, however damaged
+    the image is. Only its own file is opened. `source`, `format` and `force_share` as for `info`; while another program
+    writes to the image, the findings may mix several of its states.
 
-    Raises UnsupportedFeature where the format has nothing to check, or the image has a feature that would make every verdict
-    wrong; and what opening raises.
+    Raises UnsupportedFeature if the format has no check, or if the image has a feature that would make every finding wrong;
+    and the errors of opening.
     """
     node = open_graph(named(source), format=format, budget=budget, force_share=force_share, no_references=True)
     try:
         if not isinstance(node, Format):
-            raise UnsupportedFeature(f"the driver {node.driver} has nothing to check", path=node.filename)
+            raise UnsupportedFeature(f"the driver {node.driver} has no check", path=node.filename)
         writers = other_writers(node) if force_share else ()
         return node.check().result(node.filename, node.driver)._replace(other_writers=writers)
     finally:
@@ -106,8 +106,8 @@ def other_writers(top: Node) -> tuple[str, ...]:
 
 
 class _Where:
-    """An image that is to be described. `fd`: its file, opened already; `shown`: how it is called; `from_image`: an image
-    names its format."""
+    """The image to describe. `fd`: the descriptor of its file, if it is open; `shown`: its name in messages; `from_image`:
+    whether another image names its format."""
 
     __slots__ = ("budget", "fd", "force_share", "format", "from_image", "shown", "source")
 
@@ -131,7 +131,7 @@ class _Where:
 
 
 def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
-    """What the image is; and the file that it lies in, closed again, None where it lies in no file."""
+    """The description of the image, and its file, which is closed again; None if it is not in a file."""
     options = dict(parse_name(where.source) if isinstance(where.source, str) else where.source)
     format = where.format
     driver = registry.entry(options["driver"]) if "driver" in options else None
@@ -139,7 +139,10 @@ def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
     file: Any = options
     if driver is not None and driver.kind == "format":
         if format is not None and registry.entry(format).name != driver.name:
-            raise OptionError(f"the options say driver {driver.name}, and the format is given as {format}")
+            raise OptionError(
+                f"the options name the driver {driver.name}, but the format is given as {format}",
+                hint="give one of them",
+            )
         format = driver.name
         if "file" not in options and "filename" in options:
             options["file"] = {"filename": options.pop("filename")}
@@ -159,7 +162,7 @@ def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
 
 
 def _described(storage: Child, format: str, values: Mapping[str, Any], where: _Where) -> ImageInfo:
-    """What the file in `storage` says, as `format`. A format without a driver has a name, and no more."""
+    """The description of the file in `storage` as `format`. A format without a driver has a name only."""
     try:
         kind = lookup_format(format, from_image=where.from_image)
     except UnsupportedFeature as error:
@@ -171,14 +174,14 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
     return found._replace(
         filename=name,
         actual_size=_allocated(storage.node),
-        # What is named inside an image that lies in no file is a path on no machine in particular.
+        # A name inside an image that is not in a file belongs to no known directory.
         full_backing_filename=_beside(name, below) if below is not None and file_of(storage) else below,
         other_writers=other_writers(storage.node) if where.force_share else (),
     )
 
 
 def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
-    """A filter over an image: what can be seen from there."""
+    """The description of a filter over an image: its driver and size."""
     node = open_graph(
         where.source,
         format=where.format or "probe",
@@ -194,14 +197,14 @@ def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
 
 
 def _allocated(node: Node) -> int | None:
-    """What the file beneath takes up, where there is one."""
+    """The allocated bytes of the file beneath, if there is one."""
     while node.children:
         node = next(iter(node.children.values())).node
     return node.allocated
 
 
 def _beside(image: str, name: str) -> str:
-    """`name` as seen from here, where it is a path: relative to the directory of `image`."""
+    """`name` as a path relative to the current directory: an image names it relative to its own."""
     prefix, colon, _ = name.partition(":")
     if colon and "/" not in prefix:
         return name

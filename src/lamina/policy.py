@@ -1,13 +1,13 @@
-"""Policies for references: which files a name inside an image may open.
+"""Policies for references: the files that a name inside an image may open.
 
-The name of a backing file, of a data file or of a parent is untrusted data. It becomes an open
-file only here, in `Policy.open_reference`, and only when the policy that the image was opened with grants it. A policy
-judges names, and nothing else: how much the images may cost is the budget's (`limits.py`), and what an image expects
-behind a name is the reference's (`references.py`, which calls this module for every such name).
+The name of a backing file, of a data file or of a parent is untrusted data. Only `Policy.open_reference` turns it into an
+open file, and only if the policy of the image grants it. A policy decides about names alone: the budget (`limits.py`) bounds
+the cost of the images, and the reference (`references.py`, which calls this module for every such name) says what kind of
+file the image expects.
 
-Base layer; POSIX. Opening is free of races: the name is first resolved to a path without symlinks, that path is
-judged, and then exactly that path is opened, one directory at a time, without following links. Whoever swaps a file or
-directory for a symlink in between makes the open fail, and cannot make it lead elsewhere.
+Base layer; POSIX. Opening has no race: the module resolves a name to a path without symlinks, checks that path, and then
+opens exactly that path, one directory at a time, without following links. If another process replaces a file or directory by
+a symlink in between, the open fails; it cannot lead to another file.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from .errors import (
 
 Kind = Literal["none", "beneath", "listed", "any"]
 
-#: The longest name (bytes, as the file system spells it) that is looked at: PATH_MAX of Linux.
+#: The longest accepted name, in bytes of the file system: PATH_MAX of Linux.
 MAX_NAME = 4096
-#: The longest name (characters) that a message repeats in full: more than qcow2 can hold.
+#: The longest name that a message shows completely, in characters: more than qcow2 can store.
 MAX_SHOWN = 1024
-#: Symlinks followed while one name is resolved; the limit of the Linux kernel.
+#: The most symlinks followed during the resolution of one name; the limit of the Linux kernel.
 MAX_LINKS = 40
 
-#: Where a site sets the default for all its users; see `Policy.default`.
+#: Locations of the default of a site; see `Policy.default`.
 SYSTEM_DEFAULT = "/etc/lamina/references"
 _MAX_SITE_FILE = 64 << 10
 
 _SPELLINGS = "use none, same-dir, beneath:DIRECTORY, list:FILE:FILE... or any"
-# O_PATH needs only the right to search a directory, as an ordinary open of a path does; elsewhere it must be readable.
+# O_PATH needs only the right to search a directory, as an ordinary open does; other systems need the right to read it.
 _DIRECTORY_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class GrantedFile(NamedTuple):
-    """A file that a name inside an image led to: its path without symlinks, and a descriptor for its owner to close."""
+    """A file that a name inside an image refers to: its path without symlinks, and a descriptor, which the owner closes."""
 
     path: str
     fd: int
 
 
 class Policy:
-    """An immutable rule for names found inside images. Made by `none`, `beneath`, `listed`, `any` or `parse`; `default` is
-    the rule where the user gave none.
+    """An immutable rule for names inside images. `none`, `beneath`, `listed`, `any` and `parse` create policies; `default` is
+    the one in effect without an explicit policy.
 
-    May be shared between threads and images. Equal policies compare and hash equal; `str` gives what `parse` takes.
+    Threads and images may share a policy. Equal policies compare and hash equal; `str` returns the notation of `parse`.
     """
 
     __slots__ = ("_directory", "_kind", "_paths", "_probed")
@@ -72,12 +72,12 @@ class Policy:
 
     @classmethod
     def none(cls) -> Policy:
-        """No name found inside an image opens anything. Services that open what strangers upload want this one."""
+        """No name inside an image opens a file. This is the policy for services that open uploads of strangers."""
         return cls("none")
 
     @classmethod
     def probed(cls, format: str) -> Policy:
-        """As `none`, for an image whose `format` the user did not name: Lamina detected it by its magic."""
+        """As `none`, for an image whose `format` Lamina detected by its magic, because the user named none."""
         return cls("none", probed=format)
 
     @classmethod
@@ -85,9 +85,9 @@ class Policy:
         """Regular files below `directory`, at any depth. Symlinks may lead anywhere below it, and nowhere else. `directory`
         is resolved now, not at each use.
 
-        None is the *own folder* of each image that holds a name: the folder in which its file really lies, and the
-        sub-folders of that. Hidden files and folders below it (whose name begins with a dot) are not granted, nor are
-        sub-folders that are symlinks: the images of a home directory reach neither its keys nor what a link leads to.
+        None stands for the *own directory* of each image: the directory of its file without symlinks, and its subdirectories.
+        Hidden files and directories below it (with a leading dot) are not granted, nor are subdirectories that are symlinks:
+        images in a home directory reach neither its keys nor the target of a link.
         """
         return cls("beneath", directory=None if directory is None else os.path.realpath(directory))
 
@@ -100,12 +100,13 @@ class Policy:
 
     @classmethod
     def any(cls) -> Policy:
-        """Every regular file and block device that this process can open: only for images from trusted hands."""
+        """Every regular file and block device that this process can open: only for images from trusted sources."""
         return cls("any")
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        r"""The policy of a command line: `none`, `same-dir` (the own folder), `beneath:DIR`, `list:A:B` or `any`.
+        r"""The policy in the notation of a command line: `none`, `same-dir` (the own directory), `beneath:DIR`, `list:A:B`,
+        `any`.
 
         In a list, `\:` and `\\` stand for a colon and a backslash inside a path. Raises OptionError.
         """
@@ -122,13 +123,13 @@ class Policy:
 
     @classmethod
     def default(cls) -> Policy:
-        """The rule for images whose format was named, where the user gave no policy: what this site sets, else the own
-        folder (`beneath()`).
+        """The policy for images with an explicit format and without an explicit policy: the setting of this site, otherwise
+        the own directory (`beneath()`).
 
-        A site sets it, as `parse` reads it, in the environment variable LAMINA_REFERENCES, in the file
-        `lamina/references` below $XDG_CONFIG_HOME (~/.config), or in /etc/lamina/references; the first that is there
-        counts. Files count only where they belong to this user or to root, and OptionError is raised where others may
-        write to them; a process with more rights than its user (set-user-id) looks at /etc alone.
+        A site sets it, in the notation of `parse`, in the environment variable LAMINA_REFERENCES, in the file
+        `lamina/references` below $XDG_CONFIG_HOME (~/.config), or in /etc/lamina/references; the first that exists is used. A
+        file must belong to this user or to root; if other users may write to it, OptionError is raised. A process with more
+        rights than its user (set-user-id) uses /etc alone.
         """
         plain = os.getuid() == os.geteuid() and os.getgid() == os.getegid()
         text = os.environ.get("LAMINA_REFERENCES") if plain else None
@@ -146,12 +147,12 @@ class Policy:
 
     @property
     def directory(self) -> str | None:
-        """What `beneath` grants, without symlinks; None for the directory of each image, and for the other kinds."""
+        """The directory of `beneath`, without symlinks; None for the own directory of each image, and for other policies."""
         return self._directory
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What `listed` grants, without symlinks, sorted."""
+        """The paths of `listed`, without symlinks, sorted."""
         return self._paths
 
     def __str__(self) -> str:
@@ -176,35 +177,35 @@ class Policy:
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
     ) -> GrantedFile:
-        """Open the file that `name` means, if this policy grants it. The receiver owns and closes `GrantedFile.fd`.
+        """Open the file `name` if this policy grants it. The caller owns and closes `GrantedFile.fd`.
 
-        `name` stands in the image `referrer` (its real path) and is relative to that image's directory. It is a path
-        and nothing else: `json:`, URLs and option strings are refused, `file:` has no meaning. `what` says in messages
-        what the name is for. The file is opened for reading, with `writable` also for writing; this never blocks, and
-        never opens anything but a regular file or, where listed or with `any`, a block device.
+        `name` is a name inside the image `referrer` (its real path), relative to the directory of that image. It is always a
+        path: `json:`, URLs and option strings are refused, and `file:` has no meaning. `what` describes the file in messages.
+        The file is opened for reading, with `writable` also for writing. The open never blocks, and opens nothing but a
+        regular file or, if listed or with `any`, a block device.
 
-        Raises PolicyError if the policy does not grant it, NotFound if it is granted but does not exist, BlockIOError
-        if the system refuses to open it. Whether a file that is not granted exists cannot be told from the error.
+        Raises PolicyError if the policy does not grant it, NotFound if it is granted but does not exist, BlockIOError if the
+        system refuses to open it. The error does not reveal whether a file exists that is not granted.
         """
-        case = _Case(self, name, referrer, what)
-        case.judge_name()
+        check = _Check(self, name, referrer, what)
+        check.check_name()
         try:
-            home = case.home()
+            home = check.home()
             root = self._directory or (_resolve(home)[0] if self._kind == "beneath" else None)
             path, through = _resolve(os.path.join(home, name), root)
         except OSError as error:
-            raise case.refusal("where it leads cannot be told", None) from error
-        case.judge_path(path, root, through)
+            raise check.refusal("its target cannot be determined", None) from error
+        check.check_path(path, root, through)
         try:
-            return GrantedFile(path, case.open(path, os.O_RDWR if writable else os.O_RDONLY))
+            return GrantedFile(path, check.open(path, os.O_RDWR if writable else os.O_RDONLY))
         except OSError as error:
             if isinstance(error, LaminaError):
                 raise
-            raise case.failure(error, path) from error
+            raise check.failure(error, path) from error
 
 
-class _Case:
-    """One name before one policy: what is asked, and the words for saying no."""
+class _Check:
+    """The check of one name against one policy, and the error messages."""
 
     __slots__ = ("name", "policy", "referrer", "what")
 
@@ -219,12 +220,12 @@ class _Case:
         return f'{self.what} "{name}"'
 
     def home(self) -> str:
-        """The folder that the name is relative to."""
+        """The directory to which the name is relative."""
         referrer = self.referrer
         return os.path.dirname(referrer if referrer.startswith("/") else os.path.join(os.getcwd(), referrer))
 
     def grant(self, path: str) -> str:
-        """How to allow this one file, besides what is allowed already: the narrowest grant that would help."""
+        """A hint with the narrowest grant that would allow this file in addition to the present ones."""
         from shlex import quote
 
         if len(path) > MAX_SHOWN:
@@ -238,47 +239,47 @@ class _Case:
 
     def failure(self, error: OSError, path: str) -> LaminaError:
         if error.errno == errno.ELOOP:
-            # `path` had no links when it was judged.
-            return self.refusal("it changed while it was being opened", "try again, if that was meant")
+            # `path` had no links when it was checked.
+            return self.refusal("it changed while it was being opened", "try again if that was intended")
         if error.errno == errno.ENOENT:
             return NotFound(printable(f"{self.title()} does not exist ({path})"), path=self.referrer, operation="open")
         message = printable(f"cannot open {self.title()} ({path})")
         return BlockIOError.from_os(error, message, path=self.referrer, operation="open")
 
-    def judge_name(self) -> None:
-        """Refuse what can be refused without looking at any file."""
+    def check_name(self) -> None:
+        """Refuse names that can be refused without a look at any file."""
         if self.policy.kind == "none":
             hint = self.grant(os.path.join(self.home(), self.name)) if "\0" not in self.name else None
             if self.policy._probed is None:
-                raise self.refusal("no name found inside an image is opened", hint)
+                raise self.refusal("no name inside an image is opened", hint)
             reason = (
-                f"the format of the image, {self.policy._probed}, is only a guess by its first bytes, and a guess opens no "
-                "other files"
+                f"the format of the image, {self.policy._probed}, was only detected by its magic, and a detected format "
+                "opens no other files"
             )
-            named = f"if it is {self.policy._probed}, say so (-f {self.policy._probed})"
+            named = f"if the format is {self.policy._probed}, give it (-f {self.policy._probed})"
             raise self.refusal(reason, f"{named}; {hint}" if hint else named)
         if not self.name:
             raise self.refusal("the name is empty", None)
         if "\0" in self.name:
-            raise self.refusal("the name holds a NUL", None)
+            raise self.refusal("the name contains a NUL", None)
         try:
             length = len(os.fsencode(self.name))
         except UnicodeEncodeError as error:
-            raise self.refusal("the name cannot be spelt in this file system", None) from error
+            raise self.refusal("the name has no form in this file system", None) from error
         if length > MAX_NAME:
             raise self.refusal(f"the name has {length} bytes, above the limit of {MAX_NAME}", None)
         if _looks_like_protocol(self.name):
             raise self.refusal(
-                "a name inside an image is only ever a path, and this looks like a URL or options",
-                "to use it, name that child explicitly when opening; a file of that name is spelt with ./ before it",
+                "a name inside an image is always a path, and this one looks like a URL or options",
+                "to use it, give that child in the options; for a file with that name write ./ before it",
             )
 
-    def judge_path(self, path: str, root: str | None, through: str | None) -> None:
-        """Refuse `path` (absolute, no symlinks in it) unless the policy grants it. `through`: a folder below `root` that the
-        name passes, and that is a symlink."""
+    def check_path(self, path: str, root: str | None, through: str | None) -> None:
+        """Refuse `path` (absolute, without symlinks) unless the policy grants it. `through`: a directory of the name below
+        `root` that is a symlink."""
         kind = self.policy.kind
         if path == "/proc" or path.startswith("/proc/"):
-            # Also what a link of the process itself, such as /dev/stdin, comes to: see _resolve.
+            # A link of the process itself, such as /dev/stdin, leads there as well: see _resolve.
             raise self.refusal("it leads into /proc", None)
         if kind == "listed" and path not in self.policy.paths:
             raise self.refusal("it is not in the list", self.grant(path))
@@ -291,11 +292,11 @@ class _Case:
         if self.policy.directory is not None:
             return
         if through is not None:
-            raise self.refusal(f'it leads through "{through}", and that folder is a symlink', self.grant(path))
+            raise self.refusal(f'it leads through the directory "{through}", which is a symlink', self.grant(path))
         if any(part.startswith(".") for part in below.split("/")):
-            raise self.refusal(f"it is hidden below {root}: a part of its path begins with a dot", self.grant(path))
+            raise self.refusal(f"it is hidden below {root}: a part of its path has a leading dot", self.grant(path))
 
-    def judge_type(self, mode: int, path: str) -> None:
+    def check_type(self, mode: int, path: str) -> None:
         if stat.S_ISREG(mode):
             return
         if stat.S_ISBLK(mode):
@@ -303,13 +304,13 @@ class _Case:
                 return
             raise self.refusal("it is a block device", self.grant(path))
         if stat.S_ISLNK(mode):
-            raise self.refusal("it changed while it was being opened", "try again, if that was meant")
+            raise self.refusal("it changed while it was being opened", "try again if that was intended")
         raise self.refusal(
             f"it is {_TYPES.get(stat.S_IFMT(mode), 'not a file')}, and only regular files are opened", None
         )
 
     def open(self, path: str, access: int) -> int:
-        """A descriptor of exactly `path`: each step from the root refuses symlinks. Raises OSError."""
+        """A descriptor of exactly `path`: every step from the root refuses symlinks. Raises OSError."""
         *parents, last = path.split("/")[1:]
         last = last or "."
         directory = os.open("/", _DIRECTORY_FLAGS)
@@ -318,13 +319,13 @@ class _Case:
                 below = os.open(part, _DIRECTORY_FLAGS, dir_fd=directory)
                 os.close(directory)
                 directory = below
-            # Looked at before it is opened, because opening a device or a FIFO has effects of its own.
-            self.judge_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode, path)
+            # Checked before it is opened, since the open of a device or a FIFO has side effects.
+            self.check_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode, path)
             fd = os.open(last, access | _FILE_FLAGS, dir_fd=directory)
         finally:
             os.close(directory)
         try:
-            self.judge_type(os.fstat(fd).st_mode, path)
+            self.check_type(os.fstat(fd).st_mode, path)
             os.set_blocking(fd, True)
         except BaseException:
             os.close(fd)
@@ -341,7 +342,7 @@ _TYPES = {
 
 
 def _looks_like_protocol(name: str) -> bool:
-    """Whether `name` starts like `nbd:`, `json:` or `https:`; `file:` does not count, it is part of a path here."""
+    """Whether `name` begins like `nbd:`, `json:` or `https:`; `file:` does not count, since it is part of a path here."""
     scheme, colon, _ = name.partition(":")
     if not colon or not scheme.isascii() or not scheme[:1].isalpha() or scheme.lower() == "file":
         return False
@@ -352,10 +353,10 @@ _SCHEME_MARKS = dict.fromkeys(map(ord, "+-._"))
 
 
 def _resolve(path: str, root: str | None = None) -> tuple[str, str | None]:
-    """The absolute `path` with every symlink replaced by what it says, as far as its parts exist; nothing is opened. And the
-    first folder below `root` that is a symlink, None where there is none.
+    """The absolute `path` with every symlink resolved, as far as its parts exist; nothing is opened. Also returns the first
+    directory below `root` that is a symlink, or None.
 
-    Stops at /proc, whose links do not say where they lead. Raises OSError when there are too many links.
+    Stops at /proc, whose links do not contain their targets. Raises OSError for too many links.
     """
     at = ""
     links = 0
@@ -374,7 +375,7 @@ def _resolve(path: str, root: str | None = None) -> tuple[str, str | None]:
         try:
             target = os.readlink(at)
         except OSError:
-            # Not a link, or not there: opening it will say which.
+            # It is not a link, or does not exist: opening it will tell.
             continue
         links += 1
         if links > MAX_LINKS:
@@ -387,14 +388,14 @@ def _resolve(path: str, root: str | None = None) -> tuple[str, str | None]:
 
 
 def _list(paths: Iterable[str]) -> str:
-    """What `parse` takes for a list of these paths."""
+    """The notation of `parse` for a list of these paths."""
     return ":".join(["list", *(path.replace("\\", r"\\").replace(":", r"\:") for path in paths)])
 
 
 def site_files() -> list[str]:
-    """Where `Policy.default` looks for what this site sets, the first that is there counts."""
+    """The locations of the setting of this site; the first that exists is used."""
     home = os.environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(home):  # relative paths are to be ignored: the current folder may be anybody's
+    if not os.path.isabs(home):  # the specification ignores relative paths: any user may own the current directory
         home = os.path.expanduser("~/.config")
     return [os.path.join(home, "lamina", "references"), SYSTEM_DEFAULT]
 
@@ -407,8 +408,8 @@ def _site_policy(text: str, source: str) -> Policy:
 
 
 def _site_file(path: str) -> str | None:
-    """What the file says that sets the default of a site: its first line that is neither blank nor a comment. None where it
-    does not exist, or belongs to another user."""
+    """The setting of a site in a file: its first line that is neither blank nor a comment. None if the file does not exist or
+    belongs to another user."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
@@ -419,7 +420,9 @@ def _site_file(path: str) -> str | None:
             return None
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OptionError(
-                "others may write to this file, so it cannot say what images may open", path=path, hint="chmod go-w it"
+                "other users may write to this file, so it cannot grant files to images",
+                path=path,
+                hint="chmod go-w it",
             )
         lines = os.fsdecode(os.read(fd, _MAX_SITE_FILE)).splitlines()
     finally:
@@ -428,7 +431,7 @@ def _site_file(path: str) -> str | None:
 
 
 def _split_list(text: str) -> list[str]:
-    r"""`text` cut at its colons; `\:` and `\\` are a plain colon and backslash. OptionError for an empty path."""
+    r"""`text` split at its colons; `\:` and `\\` stand for a colon and a backslash. OptionError for an empty path."""
     paths = [""]
     letters = iter(text)
     for letter in letters:
@@ -440,5 +443,5 @@ def _split_list(text: str) -> list[str]:
         else:
             paths[-1] += letter
     if "" in paths:
-        raise OptionError(f'"list:{printable(text)}" holds an empty path', hint=_SPELLINGS)
+        raise OptionError(f'"list:{printable(text)}" contains an empty path', hint=_SPELLINGS)
     return paths

@@ -1,9 +1,9 @@
-"""References: names that stand inside images, and the files that they lead to, resolved in one place.
+"""References: names inside images, and the files that they refer to, resolved in one place.
 
 A backing file, a data file, an extent, a parent: each is an untrusted name with a role, an expected kind of node, and a use
-(read, or read and written). A format says just that, as a `Reference`, and `Opener.reference` gives
-it the edge to the opened node, or the error. The policy judges the name (`policy.py`), the budget bounds how deep a chain
-goes, and options of the user win over what the image says. No format opens a file itself.
+(read, or read and written). A format describes it as a `Reference`, and `Opener.reference` returns the edge to the opened
+node, or raises an error. The policy decides about the name (`policy.py`), the budget bounds the depth of a chain, and options
+of the user have precedence over the content of the image. A format opens no file itself.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Identity = tuple[int, int]
 
 
 class Reference(NamedTuple):
-    """A name that stands inside an image, and what the image wants of it.
+    """A name inside an image, and the child that the image expects.
 
-    `name` is None where the image names nothing; then only the options of the user can bring a node. `role` is the name of
-    the child: "backing", "data-file", "extents.0"; it is also the option by which users name it themselves. `what` is for
-    messages. `kind`: the node that is expected: another image, of the `format` that the image states (None: it states none,
-    and Lamina does not guess), or plain storage. `writable`: the image writes to it, if it is itself open for writing.
+    `name` is None if the image contains no name; then only options of the user can provide a node. `role` is the name of the
+    child ("backing", "data-file", "extents.0"), and of the option by which users provide it. `what` is the description for
+    messages. `kind`: the expected node, either another image, of the `format` that the image states (None: it states none,
+    and Lamina does not guess), or plain storage. `writable`: the image writes to the child, if it is opened for writing.
     """
 
     name: str | None
@@ -44,8 +44,8 @@ class Reference(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """The images that lie above the one which is opened, from the top of the graph: the identity of each one's file (None
-    where it is no file) and its name. Immutable, so siblings share their parents. `limit`: how many may lie above any image
+    """The images above the opened one, from the top of the graph: the identity of the file of each (None if it is not a file)
+    and its name. Immutable, so siblings share their parents. `limit`: the most images above any image
     (`Budget.chain_depth`)."""
 
     limit: int
@@ -53,16 +53,16 @@ class Trail(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """How far below the top it is; 0 is the top itself."""
+        """The depth below the top, which has 0."""
         return len(self.above)
 
     def below(self, identity: Identity | None, name: str) -> Trail:
-        """The trail of what lies directly below the image `name`. Raises LimitExceeded where nothing may."""
+        """The trail of a node directly below the image `name`. Raises LimitExceeded if that is too deep."""
         self.require_room(1, name)
         return Trail(self.limit, (*self.above, (identity, name)))
 
     def require_room(self, levels: int, name: str) -> None:
-        """Raise LimitExceeded where `levels` more levels, below the image `name`, are too many."""
+        """Raise LimitExceeded if `levels` more levels below the image `name` are too many."""
         if len(self.above) + levels > self.limit:
             raise LimitExceeded(
                 f"the backing chain is deeper than the limit of {self.limit} files",
@@ -71,7 +71,7 @@ class Trail(NamedTuple):
             )
 
     def require_new(self, identity: Identity, name: str) -> None:
-        """Raise CorruptImage where the file with this identity, found by `name`, lies above itself."""
+        """Raise CorruptImage if the file with this identity, found by `name`, is above itself."""
         for level, (seen, title) in enumerate(self.above):
             if seen == identity:
                 above = len(self.above) - level
@@ -84,7 +84,7 @@ class Trail(NamedTuple):
 
 
 def follow(opener: Opener, image: Child, reference: Reference, given: Child | Spec | None) -> Child | None:
-    """The edge to what `reference`, a name inside the image in the storage `image`, leads to; see `Opener.reference`."""
+    """The edge to the child for `reference`, a name inside the image in the storage `image`; see `Opener.reference`."""
     if given is None or opener.no_references or (not given and reference.name is None):
         return None
     host = file_of(image)
@@ -93,19 +93,19 @@ def follow(opener: Opener, image: Child, reference: Reference, given: Child | Sp
     if isinstance(given, Child | str) or reference.name is None or _names_a_node(given, reference):
         grows = reference.kind == "storage"
         child = opener.below(trail, read_only=read_only).child(reference.role, given, grows=grows, storage=grows)
-        trail.require_room(chain_depth(child.node), image.node.filename)  # it may have been open already
+        trail.require_room(chain_depth(child.node), image.node.filename)  # the node may have been open before
         return child
     return _by_name(opener, image, host, reference._replace(writable=not read_only), given, trail)
 
 
 def _names_a_node(given: Mapping[str, Any], reference: Reference) -> bool:
-    """Whether the user's options say where the node is, not just more about what the image names."""
+    """Whether the user's options name a node, rather than add to the name in the image."""
     words = ("file", "filename", "image") if reference.kind == "format" else ("driver", "filename")
     return any(word in given for word in words)
 
 
 def file_of(image: Child) -> StorageNode | None:
-    """The file that the storage `image` is, or lies in; None where it is no file."""
+    """The file that contains the storage `image`; None if there is no such file."""
     base = image.node.host_base
     host = base[0] if base else None
     return host if isinstance(host, StorageNode) and host.path is not None and host.identity is not None else None
@@ -134,12 +134,11 @@ def _by_name(
                 path=host.path,
                 hint=_format_hint(opener, host, reference),
             )
-        # An image may ask for a format only: never for a filter, nor for storage of its own choice; and for none of an
-        # installed package.
+        # An image may choose a format only: no filter, no storage, and no driver of an installed package.
         registry.lookup(driver, "format", from_image="driver" not in options)
     found = open_file(reference, host, trail, opener.granted())
     try:
-        shown = os.path.join(os.path.dirname(host.filename), name)  # as a person would name it
+        shown = os.path.join(os.path.dirname(host.filename), name)  # the name in messages
         where = {"driver": "file", "filename": shown}
         below = opener.below(trail, read_only=not reference.writable, fd=found.fd)
         if reference.kind == "storage":
@@ -151,18 +150,18 @@ def _by_name(
         error.path = error.path or found.path
         raise
     finally:
-        os.close(found.fd)  # the storage has a copy
+        os.close(found.fd)  # the storage has a duplicate
 
 
 def not_in_a_file(reference: Reference, image: str, hint: str) -> PolicyError:
-    """The error for a name inside an image that lies in no file, and so in no folder."""
+    """The error for a name inside an image that is not in a file, and so has no directory."""
     text = f"the {reference.what} {reference.name!r} is named inside an image that is not a file"
     return PolicyError(text, path=image, hint=hint)
 
 
 def open_file(reference: Reference, host: StorageNode, trail: Trail, policy: Policy) -> GrantedFile:
-    """The file that the name in the image in the file `host` leads to, opened for its use. `trail`: that of the file, which
-    so cannot lie above itself. The receiver closes the descriptor."""
+    """Open the file of `reference`, a name inside the image in the file `host`, for its use. `trail`: the trail of the new
+    file, which must not be above itself. The caller closes the descriptor."""
     assert host.path is not None
     assert reference.name is not None
     found = policy.open_reference(reference.name, referrer=host.path, what=reference.what, writable=reference.writable)
@@ -176,8 +175,8 @@ def open_file(reference: Reference, host: StorageNode, trail: Trail, policy: Pol
 
 
 def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str:
-    """How to give the format of the file that the image in `host` names without one. The magic of that file is looked at for
-    this text alone, and only where the policy grants the file."""
+    """A hint with the options that give the format of a file which the image in `host` names without a format. Only this hint
+    reads the magic of that file, and only if the policy grants the file."""
     assert host.path is not None
     assert reference.name is not None
     above = opener.trail.above
@@ -191,17 +190,17 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
         granted = opener.granted().open_reference(reference.name, referrer=host.path, what=reference.what)
         found = _magic_of(granted.fd)
     except (OSError, LaminaError):
-        pass  # not granted, or not to be read: whoever names its format will hear of that
+        pass  # the file is not granted or not readable; a user who gives its format sees that error
     else:
         format = found.matches[0] if len(found.matches) == 1 else "FORMAT" if found.matches else "raw"
         if len(found.matches) > 1:
-            why = f"its magic is that of {' and of '.join(found.matches)}: give the right one"
+            why = f"its magic fits {' and '.join(found.matches)}: give the right one"
         elif found.matches and format not in registry.names("format"):
-            return f"its magic is that of {format}, and there is no driver for that yet"
+            return f"its magic is that of {format}, which has no driver yet"
         elif found.matches:
             why = f"if it is {format}, as its magic says"
         else:
-            why = "if it is raw, since it has the magic of no format"
+            why = "if it is raw, since it has no known magic"
     spec = {"driver": driver, "file.filename": top, f"{f'{reference.role}.' * (len(above) + 1)}driver": format}
     from shlex import quote
 
@@ -209,7 +208,7 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
 
 
 def _magic_of(fd: int) -> detect.Detection:
-    """What lies in the file behind the descriptor `fd`, which is closed, by its magic."""
+    """Detect the format of the file with the descriptor `fd`, which is closed, by its magic."""
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
         head = os.pread(fd, detect.HEAD_BYTES, 0)
@@ -220,7 +219,7 @@ def _magic_of(fd: int) -> detect.Detection:
 
 
 def chain_depth(node: Node) -> int:
-    """How many images lie below the top one of the graph `node`, in its longest chain."""
+    """The number of images below the top image of the graph `node`, in its longest chain."""
     deepest, line = 0, [(node, 0)]
     while line:
         at, depth = line.pop()

@@ -1,11 +1,11 @@
 """Drivers by name.
 
-A table from the name of a storage, format or filter to the class that implements it, as text: "module:Class". Nothing
-is imported before it is looked up, so that a command pays only for what it uses. Base layer; storage, formats and
-filters never import one another, they meet through `lookup`.
+A table from the name of a storage, format or filter to the class that implements it, as text: "module:Class". A driver is
+imported when it is looked up, so a command loads only the drivers that it uses. Base layer; storage, formats and filters
+never import one another, and find each other through `lookup`.
 
-Users add drivers with `register`, or by installing a package with an entry point in the group "lamina.drivers" whose
-name is the kind, a dot and the driver's name:
+Users add drivers with `register`, or by installing a package with an entry point in the group "lamina.drivers" whose name is
+the kind, a dot and the name of the driver:
 
     [project.entry-points."lamina.drivers"]
     "filter.slow" = "example.slow:Slow"
@@ -26,12 +26,12 @@ Kind = Literal["storage", "format", "filter"]
 KINDS: tuple[Kind, ...] = ("storage", "format", "filter")
 ENTRY_POINTS = "lamina.drivers"
 
-# Distributions that are not called like the module they bring.
+# Distributions whose name differs from that of their module.
 _DISTRIBUTIONS = {"backports": "backports.zstd", "zlib_ng": "zlib-ng"}
 
 
 class Entry(NamedTuple):
-    """One driver: its name, its kind, where its class is ("module:Class"), one line about it, and its other names."""
+    """One driver: its name, its kind, its class ("module:Class"), a description of one line, and its aliases."""
 
     name: str
     kind: Kind
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
     @property
     def probed(self) -> bool:
-        """Whether `detect` can recognise it in a file."""
+        """Whether `detect` can detect it in a file."""
         return self.name in detect.FORMATS
 
 
@@ -102,12 +102,11 @@ def names(kind: Kind | None = None) -> tuple[str, ...]:
 
 
 def entry(name: str, kind: Kind | None = None, *, from_image: bool = False) -> Entry:
-    """The entry that `name`, or an alias, means; nothing of the driver is imported.
+    """The entry for `name`, which may be an alias; the driver is not imported.
 
-    With `kind`, one of that kind is needed: whoever got `name` out of an image says so, lest the image pick a filter.
-    `from_image`: the name stands in an image. Only Lamina's own drivers answer it: an image never decides which installed
-    package is imported.
-    Raises UnsupportedFeature for a format that is known but has no driver, OptionError for any other name.
+    `kind`: the required kind. A caller that got `name` from an image sets it, so that the image cannot choose a filter.
+    `from_image`: the name comes from an image, so only drivers of Lamina are found: an image cannot choose which installed
+    package is imported. Raises UnsupportedFeature for a known format without a driver, OptionError for any other name.
     """
     found = _entries.get(_aliases.get(name, name))
     if from_image and found is not None and found not in _TABLE:
@@ -122,17 +121,18 @@ def entry(name: str, kind: Kind | None = None, *, from_image: bool = False) -> E
 
 
 def lookup(name: str, kind: Kind | None = None, *, from_image: bool = False) -> type[Any]:
-    """The class of the driver that `name`, or an alias, means; imports it. `from_image` as in `entry`.
+    """Import the class of the driver `name`, which may be an alias. `from_image` as in `entry`.
 
-    Raises what `entry` raises, and UnsupportedFeature if a package that the driver needs is not installed.
+    Raises the errors of `entry`, and UnsupportedFeature if a package that the driver needs is not installed.
     """
     return _load(entry(name, kind, from_image=from_image))
 
 
 def register(name: str, kind: Kind, target: str, summary: str, aliases: tuple[str, ...] = ()) -> Entry:
-    """Add a driver; `target` is "module:Class". Raises OptionError if the name is taken or a value is not well formed.
+    """Add a driver; `target` is "module:Class". Raises OptionError if the name is taken or a value is malformed.
 
-    Registering the same again changes nothing. A driver cannot replace another: names mean the same in a whole process.
+    A second registration with the same values has no effect. A driver cannot replace another one: a name has one meaning in
+    the whole process.
     """
     new = Entry(name, kind, target, summary, tuple(aliases))
     if _entries.get(name) == new:
@@ -144,7 +144,7 @@ def register(name: str, kind: Kind, target: str, summary: str, aliases: tuple[st
         raise OptionError(f'"{printable(target)}" does not name a class', hint="write it as package.module:Class")
     for word in (name, *new.aliases):
         if not word or not word.isprintable() or any(mark in word for mark in " .,:=/"):
-            raise OptionError(f'"{printable(word)}" cannot be the name of a driver')
+            raise OptionError(f'"{printable(word)}" is not a valid name of a driver')
         if word in _entries or word in _aliases:
             raise OptionError(f'there is already a driver with the name "{word}"')
     _entries[name] = new
@@ -180,25 +180,25 @@ def _not_importable(found: Entry, module: str, error: ImportError) -> Unsupporte
 
 
 def _installed(name: str) -> Entry | None:
-    """The driver of that name that an installed package offers, added to the table; None if there is none."""
+    """Add the driver `name` of an installed package to the table; None if no package has one."""
     offers = {(kind, value) for point, value in _installed_points() for kind in KINDS if point == f"{kind}.{name}"}
     if not offers:
         return None
     if len(offers) > 1:
         targets = ", ".join(sorted(target for _, target in offers))
-        raise OptionError(f'several installed packages offer a driver with the name "{printable(name)}": {targets}')
+        raise OptionError(f'several installed packages have a driver with the name "{printable(name)}": {targets}')
     ((kind, target),) = offers
     return register(name, kind, target, "from an installed package")
 
 
 def _installed_points() -> Iterator[tuple[str, str]]:
-    """(name, target) of every entry point of our group. The current directory is no place where packages are installed:
-    Python searches it first after `python -m` and `python -c`, and whoever can write there could offer a driver."""
+    """(name, target) of every entry point of our group. The current directory does not count: Python searches it first after
+    `python -m` and `python -c`, and any user who can write there could add a driver."""
     from importlib.metadata import distributions
 
     seen: set[str] = set()
     for package in distributions(path=_search_path()):
-        # Where a package is found twice the first one counts, as it does for imports.
+        # If a package is found twice, the first one counts, as for imports.
         name = str(package.metadata["Name"]).lower().replace("-", "_")
         if name not in seen:
             seen.add(name)
@@ -206,11 +206,11 @@ def _installed_points() -> Iterator[tuple[str, str]]:
 
 
 def _search_path() -> list[str]:
-    """`sys.path` without the current directory that Python itself put in front of it."""
+    """`sys.path` without the current directory, which Python itself added as its first item."""
     first, *rest = sys.path or [""]
     try:
         here = not sys.flags.safe_path and os.path.samefile(first or ".", ".")
-    except OSError:  # one of them is gone
+    except OSError:  # one of them no longer exists
         here = False
     return [place for place in ([] if here else [first]) + rest if place]
 
@@ -219,7 +219,7 @@ def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:
     known = detect.canonical(name)
     if known in detect.FORMATS and kind in (None, "format"):
         return UnsupportedFeature(
-            f"the format {known} ({detect.FORMATS[known].summary}) is known, but there is no driver for it",
+            f"the format {known} ({detect.FORMATS[known].summary}) has no driver",
             hint=f"formats with a driver: {', '.join(names('format'))}",
         )
     from difflib import get_close_matches

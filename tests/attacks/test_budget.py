@@ -140,7 +140,7 @@ def test_members_are_enforced_and_can_be_set(tmp_path: Path, capsys: pytest.Capt
     for wrong, words in (
         ("chain-depth=151", "the deepest possible chain"),
         ("depth=1", "the limits are chain-depth"),
-        ("max-output=1G", "give --max-output"),
+        ("max-output=1G", "use --max-output"),
         ("memory=-1", "-1"),
         ("memory", "memory"),
     ):

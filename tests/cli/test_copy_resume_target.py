@@ -42,7 +42,7 @@ def breaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             patch.setattr(job, "_BETWEEN", 0.0)
             source = {"driver": "faults", "rules": [{"kind": "read", "nth": 5}], "image": {"driver": "file"}}
             opened = lamina.open(source | {"image": {"driver": "file", "filename": "source.raw"}})
-            patch.setattr("lamina.cli.copy.Image", lambda node: (node.close(), opened)[1])
+            patch.setattr("lamina.cli.copy.Image", lambda node, **_: (node.close(), opened)[1])
             assert main(COMMAND) == 1
 
     return run

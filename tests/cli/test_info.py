@@ -147,7 +147,7 @@ def test_a_chain(qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("policy", "words"), [("none", "no name found"), ("list:top", "not in the list"), ("same-dir", "leads outside")]
+    ("policy", "words"), [("none", "no name inside"), ("list:top", "not in the list"), ("same-dir", "leads outside")]
 )
 def test_a_chain_is_followed_as_far_as_the_policy_grants(
     folder: Path, capsys: pytest.CaptureFixture[str], policy: str, words: str

@@ -35,5 +35,5 @@ def test_requests_outside_the_disk(tmp_path: Path, command: str, said: str) -> N
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT)),
     )
     assert said in done.stdout, done.stderr
-    assert "is not inside the 67108864 bytes" in done.stderr
+    assert "is outside the 67108864 bytes" in done.stderr
     assert "Traceback" not in done.stderr

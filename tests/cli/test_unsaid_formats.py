@@ -70,7 +70,7 @@ def test_what_the_magic_does_not_decide(
     assert "no driver" in complaint(capsys, "map", "-f", "qcow2", "top")
     Path("base").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(MIB) + b"conectix" + bytes(504))
     said = complaint(capsys, "map", "-f", "qcow2", "top")
-    assert "qcow2 and of vpc" in said
+    assert "qcow2 and vpc" in said
     assert "backing.driver=FORMAT" in options_in(said)
     for policy in ("none", "list:elsewhere"):  # nothing is told of files that are not granted
         said = complaint(capsys, "map", "-f", "qcow2", "--references", policy, "top")

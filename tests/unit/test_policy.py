@@ -55,7 +55,7 @@ def test_folders_that_are_links_are_followed_beneath_a_folder_that_was_named(fol
 def test_the_own_folder_does_not_pass_folders_that_are_links(folders: Folders, name: str) -> None:
     (folders.home / "dir").symlink_to("sub")
     (folders.home / "link").symlink_to("dir/base")
-    with pytest.raises(PolicyError, match=r'through ".*/dir"') as caught:
+    with pytest.raises(PolicyError, match=r'through the directory ".*/dir"') as caught:
         folders.read(Policy.beneath(), name.format(home=folders.home))
     assert f"list:{folders.home}/" in str(caught.value)
 

@@ -27,7 +27,7 @@ from .reference_folders import INSIDE, OUTSIDE, Folders
 
 def after(monkeypatch: pytest.MonkeyPatch, method: str, action: Any) -> None:
     """Let `action` happen once, right after the policy's own `method` was satisfied."""
-    original = getattr(policy_module._Case, method)
+    original = getattr(policy_module._Check, method)
     done: list[bool] = []
 
     def wrapper(self: Any, *arguments: Any) -> Any:
@@ -37,10 +37,10 @@ def after(monkeypatch: pytest.MonkeyPatch, method: str, action: Any) -> None:
             action()
         return result
 
-    monkeypatch.setattr(policy_module._Case, method, wrapper)
+    monkeypatch.setattr(policy_module._Check, method, wrapper)
 
 
-@pytest.mark.parametrize("step", ["judge_path", "judge_type"])
+@pytest.mark.parametrize("step", ["check_path", "check_type"])
 def test_a_file_swapped_for_a_link_is_not_followed(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -69,12 +69,12 @@ def test_a_directory_swapped_for_a_link_is_not_followed(
             (folders.outside / "er" / "secret").write_bytes(OUTSIDE)
         first.symlink_to(folders.outside)
 
-    after(monkeypatch, "judge_path", swap)
+    after(monkeypatch, "check_path", swap)
     with pytest.raises(LaminaError):
         folders.read(Policy.beneath(), f"{depth}/secret")
 
 
-@pytest.mark.parametrize("step", ["judge_path", "judge_type"])
+@pytest.mark.parametrize("step", ["check_path", "check_type"])
 def test_a_file_swapped_for_a_fifo_does_not_block(folders: Folders, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def swap() -> None:
         (folders.home / "base").unlink()
@@ -86,7 +86,7 @@ def test_a_file_swapped_for_a_fifo_does_not_block(folders: Folders, monkeypatch:
 
 
 def test_a_file_removed_in_between_is_not_found(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    after(monkeypatch, "judge_type", lambda: (folders.home / "base").unlink())
+    after(monkeypatch, "check_type", lambda: (folders.home / "base").unlink())
     with pytest.raises(NotFound):
         folders.read(Policy.beneath(), "base")
 

@@ -62,7 +62,7 @@ def test_a_default_that_is_wrong_names_its_place(site: Path, monkeypatch: pytest
 def test_a_default_that_others_could_have_written_does_not_count(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site.write_text("any\n")
     site.chmod(0o666)
-    with pytest.raises(OptionError, match="others may write"):
+    with pytest.raises(OptionError, match="other users may write"):
         Policy.default()
     site.unlink()
     os.mkfifo(site)

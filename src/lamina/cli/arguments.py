@@ -1,4 +1,4 @@
-"""What the arguments of several commands have in common: how images are named and opened, and how options are spelt."""
+"""The common arguments of commands: names and options of images, and the notation of values."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ..policy import Policy
     from ..schema import Schema
 
-#: The longest time that an option can say, in seconds: longer ones do not fit what the system waits with.
+#: The longest time in an option, in seconds: the timeouts of the system have no larger values.
 LONGEST = 1_000_000
 #: The most connections to one server.
 MOST_CONNECTIONS = 16
-#: Options of commands that stand for options of all storage which has them.
+#: Options of commands that set an option of all storage that has it.
 _OF_STORAGE = {"timeout": "timeout", "connections": "connections", "reconnect": "reconnect-delay"}
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command. Options may stand anywhere between names; a mistake is an OptionError."""
+    """The parser of one command. Options may stand anywhere between names. Mistakes raise OptionError."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         )
         self._command = command
         self._names: dict[str, str] = {}
-        # What Python reads as a number, and what is one for us, are not the same (5,000 digits, nan, 1_0).
+        # Python accepts numbers that Lamina does not (5,000 digits, nan, 1_0).
         self.register("type", int, _whole)
         self.register("type", float, _seconds)
 
@@ -49,14 +49,14 @@ class Parser(argparse.ArgumentParser):
             message = message.replace(stand_in, name)
         near = self._nearest(message)
         message = message if len(message) <= 1000 else f"{message[:1000]}..."
-        shows = f"lamina {self._command} --help shows how it is used"
+        shows = f"lamina {self._command} --help lists the options"
         raise OptionError(f"{self._command}: {message}", hint=f"did you mean {near}? {shows}" if near else shows)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """What `argv` says. All words behind a `--` are names, whatever they begin with."""
+        """The parsed `argv`. All words after a `--` are names, even with a leading dash."""
         end = argv.index("--") if "--" in argv else len(argv)
         self._refuse_unknown(argv[:end])
-        # The words that only stand for these names cannot be options, nor come from a command line: they begin with NUL.
+        # Stand-ins for these names begin with NUL: no option and no word of a command line does.
         self._names = names = {f"\0{number}\0": word for number, word in enumerate(argv[end + 1 :])}
         options = argv[:end]
         for number, word in enumerate(options):
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         return _told(found) if registry_name == "type" and value is not None else found
 
     def _refuse_unknown(self, words: list[str]) -> None:
-        """Tell of an option that is not there before what is missing for want of it."""
+        """Report an unknown option first: argparse would report a missing argument, which is the consequence."""
         for word in words:
             name = word.partition("=")[0]
             if (
@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}")
 
     def _nearest(self, message: str) -> str | None:
-        """The option, or the value of one, that was probably meant where argparse complains of what is not there."""
+        """The option, or the value of an option, that the user probably meant, for an error message of argparse."""
         import re
         from difflib import get_close_matches
 
@@ -121,36 +121,36 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(*flags, dest=dest, metavar="FMT", help=help)
 
     def add_access(self) -> None:
-        """How images are named and opened."""
-        group = self.add_argument_group("how images are opened")
+        """Add the options that concern the opening of images."""
+        group = self.add_argument_group("opening images")
         group.add_argument(
-            "--image-opts", action="store_true", help="names are options: driver=qcow2,file.filename=disk.qcow2"
+            "--image-opts", action="store_true", help="FILE is a list of options: driver=qcow2,file.filename=disk.qcow2"
         )
         group.add_argument(
-            "-U", "--force-share", action="store_true", help="read beside a program that has the image open for writing"
+            "-U", "--force-share", action="store_true", help="open an image that another program has open for writing"
         )
         self.add_timeout(group)
         self.add_references(group)
 
     def add_timeout(self, group: argparse._ArgumentGroup | None = None) -> None:
-        """How long servers are waited for: the option `timeout` of storage."""
+        """Add --timeout, for the option `timeout` of storage."""
         (group or self).add_argument(
             "--timeout",
             metavar="SECONDS",
             type=_timeout,
-            help="how long a server may make no progress (default: 60, and 600 while it flushes, trims or zeroes; "
-            "0: for ever)",
+            help="seconds without progress after which a server counts as lost (default: 60, and 600 during flush, trim and "
+            "zero requests; 0: no limit)",
         )
 
     def add_connections(self, *flags: str, default: int | None, help: str) -> None:
-        """The option `connections` of storage."""
+        """Add the option `connections` of storage."""
         self.add_argument(*flags, dest="connections", metavar="NUMBER", type=_connections, default=default, help=help)
 
     def add_reconnect(self, *, default: int) -> None:
-        """The option `reconnect-delay` of storage."""
+        """Add --reconnect, for the option `reconnect-delay` of storage."""
         self.add_size(
             "--reconnect", metavar="SECONDS", default=default,
-            help=f"how long to wait for a lost connection to come back (default: {default}); 0: its loss is an error",
+            help=f"time to wait for the reconnection of a lost connection (default: {default}); 0: the loss is an error",
         )  # fmt: skip
 
     def add_references(self, group: argparse._ArgumentGroup | None = None) -> None:
@@ -159,14 +159,14 @@ class Parser(argparse.ArgumentParser):
             "--references",
             metavar="POLICY",
             type=_policy,
-            help="which files may be opened because an image names them: none, same-dir (the default where the format is "
-            "named: the image's own folder, without hidden files), beneath:DIR, list:FILE:FILE..., any",
+            help="the files that may be opened because an image names them: none, same-dir (files in the directory of the "
+            "image, except hidden ones: the default if the format is given), beneath:DIR, list:FILE:FILE..., any",
         )
         self.add_limits(group)
         self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
 
     def add_limits(self, group: argparse._ArgumentGroup | None = None) -> None:
-        """The option that sets the `Budget` of the images that the command opens."""
+        """Add --limits, the `Budget` of the images that the command opens."""
         (group or self).add_argument(
             "--limits",
             metavar="LIMITS",
@@ -177,26 +177,27 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_quiet(self) -> None:
-        self.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+        self.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
     def add_max_output(self) -> None:
         self.add_size(
             "--max-output",
             metavar="SIZE",
-            help="write at most so many bytes of data, and fail where there are more (default: any number); zeros that are "
-            "left out do not count",
+            help="fail if the command would write more than this number of bytes of data (default: no limit); skipped zeros "
+            "do not count",
         )
 
     def add_output(self) -> None:
         self.add_argument(
-            "--output", choices=("human", "json"), default="human", help="for people (default) or programs"
+            "--output", choices=("human", "json"), default="human", help="format of the output (default: human)"
         )
 
     def add_size(self, *flags: str, **settings: Any) -> None:
         self.add_argument(*flags, type=parse_size, **settings)
 
     def add_later(self, *flags: str, metavar: str | None = None, group: Any = None) -> None:
-        """An option that users of the other tools know, and that is refused by name instead of being unknown."""
+        """Add an option of the reference tools that Lamina does not have yet. It is refused by name, not as an unknown
+        one."""
         message = flags[-1] if " " in flags[-1] else None
         names = flags[:-1] if message else flags
         (group or self).add_argument(
@@ -210,7 +211,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Asks for the width of the terminal itself: argparse imports shutil for it, and that three compressors, at once."""
+    """Queries the width of the terminal itself: argparse imports shutil for that, and shutil imports three compressors."""
 
     def __init__(self, prog: str) -> None:
         try:
@@ -228,12 +229,12 @@ class _Later(argparse.Action):
 
 
 def _is_number(word: str) -> bool:
-    """Whether argparse takes `word`, which begins with a dash, for a negative number, and no option."""
+    """Whether argparse takes `word`, which begins with a dash, for a negative number."""
     return word[1:].replace(".", "", 1).isdecimal()
 
 
 def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read` as argparse needs it: it would hide the words of an OptionError behind "invalid ... value"."""
+    """`read` for argparse, which would replace the message of an OptionError by "invalid ... value"."""
 
     def tell(text: str) -> Any:
         try:
@@ -242,7 +243,7 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
             message = f"{error.message}; {error.hint}" if error.hint else error.message
             raise argparse.ArgumentTypeError(message.replace(text, clip(text)) if text else message) from error
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{shown(text)} cannot be read") from error
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a valid value") from error
 
     return tell
 
@@ -254,7 +255,7 @@ def _timeout(text: str) -> float:
 def _connections(text: str) -> int:
     number = parse_size(text)
     if not 1 <= number <= MOST_CONNECTIONS:
-        raise OptionError(f"the number of connections is from 1 to {MOST_CONNECTIONS}")
+        raise OptionError(f"the number of connections must be from 1 to {MOST_CONNECTIONS}")
     return number
 
 
@@ -285,19 +286,17 @@ def _limits(text: str) -> Budget:
     found: dict[str, int] = {}
     for key, value in parse_keyval(text).items():
         if key == "max-output":
-            raise OptionError(
-                "--limits: the limit of what is written is an option of its own", hint="give --max-output"
-            )
+            raise OptionError("--limits: the limit of written bytes has an option of its own", hint="use --max-output")
         if key not in names or not isinstance(value, str):
-            raise OptionError(f"--limits: there is no limit {key}", hint=f"the limits are {', '.join(names)}")
+            raise OptionError(f"--limits: unknown limit {key}", hint=f"the limits are {', '.join(names)}")
         found[key.replace("-", "_")] = parse_size(value)
     if not found:
-        raise OptionError("--limits: no limit is given", hint=f"the limits are {', '.join(names)}")
+        raise OptionError("--limits: the value is empty", hint=f"the limits are {', '.join(names)}")
     return Budget(**found)
 
 
 def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
-    """The options of repeated `-o a=b,c=d`, as text; None if one of them asks for help."""
+    """The options of repeated `-o a=b,c=d`, as text; None if one of them is `help`."""
     if any(asks_for_help(text) for text in texts or ()):
         return None
     found: dict[str, Any] = {}
@@ -310,7 +309,7 @@ def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
 
 
 def print_schema(schema: Schema) -> None:
-    """`-o help`: what can be given, with types and defaults."""
+    """Print the options with types and defaults, for `-o help`."""
     rows = [
         (f"{name}={kind}", f"{doc}{f' (default: {default})' if default else ''}")
         for name, kind, default, doc in schema.help()
@@ -322,7 +321,7 @@ def print_schema(schema: Schema) -> None:
 
 
 def image_source(name: str, args: argparse.Namespace, format: str | None, *, image_opts: bool | None = None) -> Spec:
-    """What `name` on the command line says: itself, or with --image-opts the options that it spells."""
+    """The source for `name` on the command line: the name itself, or with --image-opts the options in it."""
     if not (args.image_opts if image_opts is None else image_opts):
         return name
     if format is not None:
@@ -331,7 +330,7 @@ def image_source(name: str, args: argparse.Namespace, format: str | None, *, ima
 
 
 def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image:
-    """The image that `name` stands for, for reading. Without a format it is found by its magic."""
+    """Open the image `name` for reading. Without a format its format is detected by its magic."""
     from ..api import open
 
     source = image_source(name, args, format)
@@ -348,17 +347,17 @@ def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image
 
 
 def tell_of_writers(top: Node) -> None:
-    """The same as `warn_of_writers`, of the files beneath `top`, which was opened with -U."""
+    """As `warn_of_writers`, for the files beneath `top`, which was opened with -U."""
     from ..inspection import other_writers
 
     warn_of_writers(other_writers(top))
 
 
 def warn_of_writers(names: Iterable[str]) -> None:
-    """Say on standard error that another program has these files open for writing now. What a command reads of them may
-    belong to no one moment."""
+    """Print a warning that another program has these files open for writing. Reads of the command may mix several states of
+    such a file."""
     for name in names:
         sys.stderr.write(
-            f"lamina: warning: {printable(name)}: another program has it open for writing; what is read may mix what it held "
+            f"lamina: warning: {printable(name)}: another program has it open for writing; the output may mix the content "
             "before and after a write\n"
         )
