@@ -320,7 +320,7 @@ class Child(Edge):
             return
         ranges = self.node.ranges
         hold = ranges.exclusive if exclusive else ranges.shared
-        hold(align_down(offset, unit), align_up(end, unit), work, *arguments)
+        hold(offset - offset % unit, end + -end % unit, work, *arguments)
 
     def _copy_pieces(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int) -> None:
         step, at, end = self._max_transfer, offset, offset + length

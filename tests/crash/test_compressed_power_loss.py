@@ -15,8 +15,8 @@ import pytest
 
 from lamina.errors import LaminaError
 from lamina.format_node import Reservation
-from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.formats.qcow2.l2_entry import compressed_range
 from lamina.formats.qcow2.tables import Tables
 from lamina.image import Image
 from lamina.node import COMPRESS
@@ -115,7 +115,7 @@ def room_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def give_up(self: Tables, entry: int) -> None:
         real(self, entry)
-        self._compressed_end = q.compressed_place(entry, self.cluster_bits)[0]
+        self._compressed_end = compressed_range(entry, self.cluster_bits)[0]
 
     monkeypatch.setattr(Tables, "give_up", give_up)
 

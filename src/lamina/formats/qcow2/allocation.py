@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...format_node import Reservation, To
-from . import layout as q
+from .l2_entry import data_cluster, is_compressed, names_clusters, own_cluster
 
 if TYPE_CHECKING:
     from .tables import Tables
@@ -20,25 +20,26 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     bits, cluster_size = tables.cluster_bits, tables.cluster_size
     within = offset & cluster_size - 1
     cluster = offset >> bits
-    per_table = tables.mappings.per_table
+    layout = tables.mappings.layout
+    per_table = layout.per_table
     which, index = divmod(cluster, per_table)
     # No further than the last cluster of this request, and of this L2 table.
     stop = min(index + (within + length - 1 >> bits) + 1, per_table)
     table = tables.own_table(which)
     entries = table.entries
     entry = entries[index]
-    host = entry & q.OFFSET_MASK
-    if host and entry & (q.COPIED | q.COMPRESSED) == q.COPIED:
+    host = own_cluster(entry)
+    if host:
         tables.require_data(host, table, index)
-        if entry & q.ZERO:  # storage is kept for it, with anything in it: filled like a new one
+        if layout.reads_zero(entry):  # storage is kept for it, with anything in it: filled like a new one
             return _fresh(tables, offset, length, host, 1, (which, index, host, 1, False))
         run = 1
-        while index + run < stop and entries[index + run] == entry + run * cluster_size:
+        while index + run < stop and layout.is_run(entry, entries[index + run], run):
             tables.require_data(host + run * cluster_size, table, index + run)
             run += 1
         return Reservation(offset, min(length, run * cluster_size - within), host + within, tables.file)
     run = 1
-    while index + run < stop and entries[index + run] & (q.COPIED | q.COMPRESSED) != q.COPIED:
+    while index + run < stop and not own_cluster(entries[index + run]):
         run += 1
     for at in range(index, index + run) if any(entries[index : index + run]) else ():
         tables.require_droppable(table, at)  # given up when this write is committed; too late to refuse then
@@ -60,7 +61,7 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _al
     table = tables.own_table(which)
     replaced = table.entries[index : index + clusters]
     for at, entry in enumerate(replaced):
-        if entry & q.COMPRESSED or entry & q.OFFSET_MASK != host + (at << tables.cluster_bits):
+        if data_cluster(entry) != host + (at << tables.cluster_bits):
             tables.require_droppable(table, index + at)
         else:
             replaced[at] = 0  # its storage was kept, and is filled now
@@ -80,13 +81,14 @@ def abandon(tables: Tables, _which: int, _index: int, host: int, clusters: int, 
 def drop(tables: Tables, offset: int, length: int, to: To, keep: bool, backed: bool) -> None:
     """As `FormatNode.drop`; `backed`: a layer below would show through where the tables say nothing."""
     flagged = tables.header.version >= 3
-    left = q.ZERO if flagged and to is not To.BELOW else 0
+    layout = tables.mappings.layout
+    left = layout.zeroed() if flagged and to is not To.BELOW else 0
     # Whether a cluster that holds nothing must say that it is zero; else tables that do not exist need not.
     everywhere = flagged and (to is To.ZERO or (to is To.ANY and backed))
     for which, index, entry in tables.entries(offset, length, make=everywhere):
-        if entry & q.COMPRESSED or (entry & q.OFFSET_MASK and not (keep and flagged)):
+        if names_clusters(entry) and (not (keep and flagged) or is_compressed(entry)):
             tables.replace_entry(which, index, left)
-        elif everywhere and not entry & q.ZERO:
-            tables.mappings.set(which, index, entry | q.ZERO)
+        elif everywhere and not layout.reads_zero(entry):
+            tables.mappings.set(which, index, layout.zeroed(entry))
         elif to is To.BELOW and entry:
             tables.mappings.set(which, index, 0)

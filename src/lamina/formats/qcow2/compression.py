@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...errors import CorruptImage
 from ...format_node import Reservation
 from ...limits import KIB, MIB, align_down, align_up
-from . import layout as q
+from .l2_entry import compressed_entry, compressed_range
 
 if TYPE_CHECKING:
     from ...format_node import FormatNode
@@ -77,7 +77,7 @@ class Compression:
         view[:] = memoryview(data)[within : within + len(view)]
 
     def _decompress(self, entry: int) -> bytes:
-        offset, length = q.compressed_place(entry, self._bits)
+        offset, length = compressed_range(entry, self._bits)
         inside = min(length, self._file.node.size - offset)  # the last sector may not be there in full
         try:
             if inside <= 0:
@@ -165,7 +165,7 @@ class Compression:
         with self._placing:
             new = tables.changing(self._reserve, pieces)
             try:
-                offsets = [q.compressed_place(one.entry, self._bits)[0] for one in new]
+                offsets = [compressed_range(one.entry, self._bits)[0] for one in new]
                 start = 0
                 for stop in range(1, len(pieces) + 1):
                     if stop == len(pieces) or offsets[stop] != offsets[stop - 1] + len(pieces[stop - 1][1]):
@@ -186,7 +186,7 @@ class Compression:
                 which, index = divmod(offset >> bits, tables.mappings.per_table)
                 tables.require_droppable(tables.own_table(which), index)
                 host = tables.allocate_compressed(len(data))
-                new.append(NewEntry(which, index, q.compressed_entry(host, len(data), bits)))
+                new.append(NewEntry(which, index, compressed_entry(host, len(data), bits)))
         except BaseException:
             self._abandon(new)
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import layout as q
 from .holes import has_hole
@@ -28,6 +28,11 @@ _STEP = 64 << 10
 _BATCH = 1 << 16
 #: Entries in one sector, which a disk writes at once.
 _SECTOR = 512 // 8
+
+
+def own_entry(l2_offset: int) -> int:
+    """The entry for the L2 table at `l2_offset`, to which it is the only reference."""
+    return l2_offset | q.COPIED
 
 
 class L1Table:
@@ -67,6 +72,20 @@ class L1Table:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def l2_offset(self, index: int) -> int:
+        """Where the L2 table of this entry lies; 0: there is none."""
+        return self.entries[index] & q.OFFSET_MASK
+
+    def owns(self, index: int) -> bool:
+        """Whether this entry is the only reference to its L2 table."""
+        return bool(self.entries[index] & q.COPIED)
+
+    def existing(self, first: int, count: int) -> Any:
+        """Which of `count` L2 tables, from that of the entry `first` on, exist, as a column."""
+        from ...numeric import np
+
+        return offsets_of(np.frombuffer(self.entries, np.uint64, count, 8 * first)) != 0
+
     def l2_clusters(self, bits: int, *, copied: bool) -> Iterator[list[int]]:
         """The clusters (of `1 << bits` bytes) of L2 tables, those of entries with the flag COPIED or of those without; some
         at a time."""
@@ -92,12 +111,6 @@ class L1Table:
         if not any(sector) and has_hole(file, self.offset + 8 * first, sector):
             file.write(self.offset + 8 * first, memoryview(sector))
 
-    def point_to(self, index: int, l2_offset: int) -> None:
-        """From now on this entry names the L2 table at `l2_offset`, which is this table's alone."""
-        # No call, and so no interrupt, inside it.
-        self.changed |= {index}
-        self.entries[index] = l2_offset | q.COPIED
-
     def write(self, file: Child) -> None:
         """Write all of it."""
         file.write(self.offset, memoryview(_big_endian(self.entries)))
@@ -107,6 +120,33 @@ class L1Table:
         for low, high in _runs(sorted(self.changed)):
             file.tell("l1_update")
             file.write(self.offset + 8 * low, memoryview(_big_endian(self.entries[low:high])))
+
+
+# -- columns of entries (uint64)
+
+
+def offsets_of(entries: Any) -> Any:
+    """The offsets of the L2 tables that these entries name; 0: none."""
+    from ...numeric import np
+
+    return entries & np.uint64(q.OFFSET_MASK)
+
+
+def copied_mask(entries: Any) -> Any:
+    """Which of these entries say that their L2 table has one reference."""
+    from ...numeric import np
+
+    return entries & np.uint64(q.COPIED) != 0
+
+
+def reserved_mask(entries: Any) -> Any:
+    """Which of these entries have bits that must be 0."""
+    from ...numeric import np
+
+    return entries & np.uint64(~(q.COPIED | q.OFFSET_MASK) & (1 << 64) - 1) != 0
+
+
+# -- reading and writing
 
 
 def stored_bytes(file: Child, offset: int, count: int) -> int:

@@ -108,7 +108,7 @@ EXT_DATA_FILE: Final = 0x44415441
 #: Size of one entry of the feature name table: type, bit, name.
 FEATURE_NAME_SIZE: Final = 48
 
-# Entries of the L1 table and of L2 tables.
+# Entries of L1 tables, which only `l1_table` reads and makes, and of L2 tables: see `l2_entry`.
 COPIED: Final = 1 << 63  #: the reference count of what is pointed to is exactly one
 COMPRESSED: Final = 1 << 62  #: L2 only
 ZERO: Final = 1  #: L2 only: the cluster reads as zeros
@@ -130,32 +130,6 @@ MAX_SNAPSHOTS: Final = 65536
 MAX_BACKING_NAME: Final = 1023
 MAX_EXTENSIONS: Final = 256
 MAX_HOST_OFFSET: Final = 1 << 56
-
-
-def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(offset, length in bytes) of the compressed data that an L2 entry describes: up to the end of its last sector."""
-    x = 62 - (cluster_bits - 8)
-    offset = entry & ((1 << min(x, 56)) - 1)
-    sectors = ((entry >> x) & ((1 << (cluster_bits - 8)) - 1)) + 1
-    return offset, sectors * 512 - offset % 512
-
-
-def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
-    """The L2 entry for `length` bytes of compressed data at `offset`."""
-    further = (offset + length - 1) // 512 - offset // 512
-    return COMPRESSED | further << 62 - (cluster_bits - 8) | offset
-
-
-def compressed_clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(first, count): the host clusters that the sectors of compressed data touch."""
-    offset, length = compressed_place(entry, cluster_bits)
-    first = offset >> cluster_bits
-    return first, (offset + length - 1 >> cluster_bits) - first + 1
-
-
-def max_compressed_offset(cluster_bits: int) -> int:
-    """Compressed data must end before this."""
-    return 1 << min(62 - (cluster_bits - 8), 56)
 
 
 def l1_entries(size: int, cluster_bits: int) -> int:

@@ -18,14 +18,14 @@ from array import array
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ...block_runs import BlockRuns, following
+from ...block_runs import BlockRuns
 from ...errors import CorruptImage
 from ...format_node import Mapping
-from ...limits import align_up
-from ...status import COMPRESSED, DATA, PRESENT, ZERO
-from . import layout as q
+from ...limits import align_down, align_up
+from ...status import DATA
 from .holes import has_hole
-from .l1_table import L1Table
+from .l1_table import L1Table, own_entry
+from .l2_entry import L2Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,13 +34,7 @@ if TYPE_CHECKING:
     from ...request import Child
     from .header import Header
 
-_STORED, _ZEROED, _COMPRESSED = DATA | PRESENT, ZERO | PRESENT, DATA | PRESENT | COMPRESSED
-# The path of small reads looks these up in one step.
-_OFFSET, _ZERO = q.OFFSET_MASK, q.ZERO
-#: What of an L2 entry must go on, or be alike, for the next cluster to be of the same run.
-_RUN_MASK = q.OFFSET_MASK | q.COMPRESSED | q.ZERO
 _SWAP = sys.byteorder == "little"
-_new = tuple.__new__
 #: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
 _BATCH = 1 << 20
 #: From this size of a table on it pays to ask whether it lies in a hole of the file.
@@ -54,12 +48,13 @@ _STEPS = 1 << 9
 class Table:
     """One L2 table: its entries, where it lies, and what of it is not on disk."""
 
-    __slots__ = ("entries", "high", "low", "new", "offset", "stored")
+    __slots__ = ("entries", "high", "low", "new", "offset", "own", "stored")
 
-    def __init__(self, offset: int, entries: array[int], *, new: bool = False) -> None:
+    def __init__(self, offset: int, entries: array[int], *, new: bool = False, own: bool = True) -> None:
         self.offset = offset
         self.entries = entries
         self.new = new  # nothing on disk points to it
+        self.own = own  # the L1 entry that points to it is the only one: it may be changed in place
         self.stored = new  # the file is known to hold storage for all of it
         self.low, self.high = len(entries), 0  # the entries that are not on disk yet
 
@@ -71,10 +66,10 @@ class Mappings:
         self._file = file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self.per_table = header.cluster_size // 8
-        self._table_bits = header.cluster_bits - 3
-        #: What an L2 entry of a cluster that is neither compressed nor misaligned has none of.
-        self._not_plain = q.COMPRESSED | (q.OFFSET_MASK & header.cluster_size - 1)
+        self.layout = L2Layout(header.cluster_bits)
+        self.per_table = self.layout.per_table
+        self._table_bits = self.layout.index_bits
+        self._map_entry = self.layout.map_one  # asked by every read
         self._writable = writable
         self._blank: array[int] | None = None
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
@@ -105,13 +100,7 @@ class Mappings:
         table = self._tables.get(cluster >> self._table_bits)
         if table is None:
             return None
-        entry = table.entries[cluster & self.per_table - 1]
-        if entry & self._not_plain:
-            return None
-        host = entry & _OFFSET
-        if not host:
-            return _new(Mapping, (_ZEROED if entry & _ZERO else 0, length, -1, None, None))
-        return _new(Mapping, (_ZEROED if entry & _ZERO else _STORED, length, host + within, self._file, None))
+        return self._map_entry(table.entries[cluster & self.per_table - 1], within, length, self._file)
 
     def map(self, offset: int, length: int) -> Mapping:
         """As `FormatNode.map`. The token of a compressed cluster is its L2 entry."""
@@ -122,22 +111,20 @@ class Mappings:
         which, index = cluster >> self._table_bits, cluster & self.per_table - 1
         table = self.table(which)
         if table is None:
-            while which < last >> self._table_bits and not self.l1.entries[which + 1] & q.OFFSET_MASK:
+            while which < last >> self._table_bits and not self.l1.l2_offset(which + 1):
                 which += 1
             run = (which + 1 << self._table_bits + bits) - offset
             return Mapping(0, min(run, length))
-        entry = table.entries[index]
-        if entry & q.COMPRESSED:
-            return Mapping(_COMPRESSED, min(self._cluster_size - within, length), -1, self._file, entry)
-        host = entry & q.OFFSET_MASK
-        if host & self._cluster_size - 1:
-            self._misaligned(host, table, index)
         stop = min(self.per_table, index + last - cluster + 1)
-        step = self._cluster_size if host else 0
-        run = (following(table.entries, index, stop, _RUN_MASK, step) << bits) - within
-        if not host:
-            return Mapping(_ZEROED if entry & q.ZERO else 0, min(run, length))
-        return Mapping(_ZEROED if entry & q.ZERO else _STORED, min(run, length), host + within, self._file)
+        flags, host, clusters = self.layout.run(table.entries, index, stop)
+        run = min((clusters << bits) - within, length)
+        if host >= 0:
+            if host & self._cluster_size - 1:
+                self._misaligned(host, table, index)
+            return Mapping(flags, run, host + within, self._file)
+        if flags & DATA:
+            return Mapping(flags, run, -1, self._file, table.entries[index])
+        return Mapping(flags, run)
 
     def map_columns(self, offset: int, length: int) -> Columns:
         """As `FormatNode.map_columns`. The answer ends early, on a cluster, also where it took many steps: neither memory nor
@@ -150,7 +137,7 @@ class Mappings:
             # Only the clusters that were asked about: entries past the end of the disk mean nothing.
             low, high = max(first - base, 0), min(last + 1 - base, count << table_bits)
             if there:
-                runs.add(*self._status(self._batch(which, count)[low:high]))
+                runs.add_runs(*self.layout.runs(self._batch(which, count)[low:high], self._misaligned), high - low)
             else:
                 runs.add_alike(high - low)
             if runs.full:
@@ -160,12 +147,14 @@ class Mappings:
     def _l1_runs(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
         """(L1 index, number, whether the L2 tables exist) of runs of entries from `first` to `last`: all that do not exist,
         or as many that do as `_batch` reads at once."""
+        if first == last:
+            yield first, 1, bool(self.l1.l2_offset(first))
+            return
         from ...numeric import np
 
         step = max(_BATCH >> self._cluster_bits, 1)
         for begin in range(first, last + 1, _L1_BATCH):
-            pointers = np.frombuffer(self.l1.entries, np.uint64, min(_L1_BATCH, last + 1 - begin), 8 * begin)
-            there = (pointers & np.uint64(q.OFFSET_MASK)) != 0
+            there = self.l1.existing(begin, min(_L1_BATCH, last + 1 - begin))
             edges = np.flatnonzero(there[1:] != there[:-1]) + 1
             for lo, hi in pairwise([0, *edges.tolist(), len(there)]):
                 if there[lo]:
@@ -173,35 +162,20 @@ class Mappings:
                 else:
                     yield begin + lo, hi - lo, False
 
-    def _status(self, entries: Any) -> tuple[Any, Any]:
-        """The flags of consecutive clusters, and where each lies or -1, from their L2 entries."""
-        from ...numeric import np
-
-        compressed = (entries & np.uint64(q.COMPRESSED)) != 0
-        zero = ((entries & np.uint64(q.ZERO)) != 0) & ~compressed
-        host = (entries & np.uint64(q.OFFSET_MASK)).astype(np.int64)
-        host[compressed] = 0
-        if (host & (self._cluster_size - 1)).any():
-            self._misaligned(int(host[np.flatnonzero(host & (self._cluster_size - 1))[0]]))
-        stored = host != 0
-        flags = np.zeros(len(entries), dtype=np.uint8)
-        flags[stored] = _STORED
-        flags[zero] = _ZEROED
-        flags[compressed] = _COMPRESSED
-        host[~stored] = -1
-        return flags, host
-
     def _batch(self, which: int, count: int) -> Any:
-        """The entries of `count` consecutive L2 tables, all of which exist, as one column."""
+        """The entries of `count` consecutive L2 tables, all of which exist, as one column, which is not to be changed."""
         from ...numeric import np
 
-        raw = np.empty((count, self.per_table), dtype=">u8")
+        table = self._tables.get(which)
+        if table is not None and count == 1:
+            return np.frombuffer(table.entries, np.uint64)
+        raw = np.empty((count, self.per_table), np.uint64)
         view = raw.view(np.uint8).reshape(-1).data
         at = 0
         while at < count:
             table = self._tables.get(which + at)
             if table is not None:
-                raw[at] = np.frombuffer(table.entries, dtype=np.uint64)
+                raw[at] = np.frombuffer(table.entries, np.uint64)
                 at += 1
                 continue
             # Tables that lie one after the other are read in one request.
@@ -210,36 +184,38 @@ class Mappings:
             while (
                 at + run < count
                 and which + at + run not in self._tables
-                and self.l1.entries[which + at + run] & q.OFFSET_MASK == offset + run * self._cluster_size
+                and self.l1.l2_offset(which + at + run) == offset + run * self._cluster_size
                 and offset + (run + 1) * self._cluster_size <= self._file.node.size
             ):
                 run += 1
             self._file.tell("l2_load")
             self._file.read_into(offset, view[at << self._cluster_bits : at + run << self._cluster_bits])
+            if _SWAP:
+                raw[at : at + run].byteswap(inplace=True)
             at += run
-        return raw.reshape(-1).astype(np.uint64)
+        return raw.reshape(-1)
 
     def table(self, which: int) -> Table | None:
         """The L2 table of this L1 entry, or None if there is none."""
         table = self._tables.get(which)
         if table is not None:
             return table
-        if not self.l1.entries[which] & q.OFFSET_MASK:
+        if not self.l1.l2_offset(which):
             return None
         self._file.tell("l2_load")
         offset = self._place(which)
         if self._cluster_size >= _LARGE and not self._writable and self._file.reads_zero(offset, self._cluster_size):
             # Tables in holes of the file are one table of zeros: it is only read.
-            self._blank = self._blank or array("Q", (0,)) * self.per_table
+            self._blank = self._blank or self.layout.blank()
             entries = self._blank
         else:
-            entries = _load(self._file, offset, self.per_table)
-        table = Table(offset, entries)
+            entries = self.layout.load(self._file, offset)
+        table = Table(offset, entries, own=self.l1.owns(which))
         self._keep(which, table)
         return table
 
     def _place(self, which: int) -> int:
-        offset = self.l1.entries[which] & q.OFFSET_MASK
+        offset = self.l1.l2_offset(which)
         if offset & self._cluster_size - 1 or offset + self._cluster_size > align_up(
             self._file.node.size, self._cluster_size
         ):
@@ -264,17 +240,18 @@ class Mappings:
     def ensure_stored(self, table: Table) -> None:
         """See to it that the file holds storage for this table, so that writing it cannot fail for want of space."""
         if not table.stored:
-            raw = _big_endian(table.entries)
+            raw = self.layout.to_disk(table.entries)
             if has_hole(self._file, table.offset, raw):
                 self._file.write(table.offset, memoryview(raw))
             table.stored = True
 
     def link_table(self, which: int, table: Table) -> None:
         """From now on `table`, which is new, is the L2 table of this L1 entry."""
+        entry = own_entry(table.offset)
         self._tables[which] = table
         self._dirty |= {which}
         self.l1.changed |= {which}
-        self.l1.entries[which] = table.offset | q.COPIED
+        self.l1.entries[which] = entry
         self._evict()
 
     def set(self, which: int, index: int, entry: int) -> None:
@@ -290,14 +267,13 @@ class Mappings:
     def set_run(self, which: int, index: int, host: int, clusters: int) -> None:
         """Map clusters one after the other to host clusters one after the other, this image's own."""
         table = self._tables[which]
-        first = host | q.COPIED
-        places = array("Q", range(first, first + (clusters << self._cluster_bits), self._cluster_size))
+        entries = self.layout.own_entries(host, clusters)
         self._dirty |= {which}
         if index < table.low:
             table.low = index
         if index + clusters > table.high:
             table.high = index + clusters
-        table.entries[index : index + clusters] = places
+        table.entries[index : index + clusters] = entries
 
     # -- to disk, in the order that the driver decides
 
@@ -307,7 +283,7 @@ class Mappings:
             table = self._tables[which]
             if table.new:
                 self._file.tell("l2_alloc_write")
-                self._file.write(table.offset, memoryview(_big_endian(table.entries)))
+                self._file.write(table.offset, memoryview(self.layout.to_disk(table.entries)))
         if self.l1.new:
             self._file.tell("l1_grow_write_table")
             self.l1.write(self._file)
@@ -319,9 +295,11 @@ class Mappings:
             table = self._tables[which]
             if not table.new and table.low < table.high:
                 # Whole sectors of entries: a sector is what a disk writes at once.
-                low, high = table.low & ~63, min(align_up(table.high, 64), self.per_table)
+                step = self.layout.per_sector
+                low, high = align_down(table.low, step), min(align_up(table.high, step), self.per_table)
                 self._file.tell("l2_update")
-                self._file.write(table.offset + 8 * low, memoryview(_big_endian(table.entries[low:high])))
+                raw = self.layout.to_disk(table.entries[low:high])
+                self._file.write(table.offset + low * self.layout.entry_size, memoryview(raw))
         for which in self._dirty:
             table = self._tables[which]
             if table.new:
@@ -355,18 +333,3 @@ class Mappings:
             clean = [which for which in self._tables if which not in self._dirty and which != but]
             for which in clean[: surplus + self._max_tables // 8]:
                 del self._tables[which]
-
-
-def _load(file: Child, offset: int, count: int) -> array[int]:
-    entries = array("Q", (0,)) * count  # from bytes it would take twice the room
-    file.read_into(offset, memoryview(entries).cast("B"))
-    if _SWAP:
-        entries.byteswap()
-    return entries
-
-
-def _big_endian(entries: array[int] | memoryview[int]) -> bytes:
-    copy = array("Q", entries.tobytes())
-    if _SWAP:
-        copy.byteswap()
-    return copy.tobytes()

@@ -90,7 +90,8 @@ class Refcounts:
 
     @property
     def dirty(self) -> bool:
-        return bool(self._changed)
+        """Whether a count, or what points to a block or table, is not on disk."""
+        return bool(self._changed or self._unlinked or self._moved)
 
     @property
     def links_dirty(self) -> bool:

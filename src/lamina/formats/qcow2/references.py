@@ -21,6 +21,7 @@ from ...errors import LaminaError
 from ...layout import Field, Structure
 from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, UNREADABLE, CheckReport
+from . import l1_table, l2_entry
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class References:
 
     def offset_of(self, entry: int) -> int | None:
         """The byte that an entry points to, if it is inside the file."""
-        offset = entry & q.OFFSET_MASK
+        offset = l2_entry.offset_field(entry)
         return offset if offset < self.size else None
 
     def read(self, offset: int, length: int, what: str) -> tuple[bytearray, list[tuple[int, int]]]:
@@ -252,10 +253,10 @@ class References:
 
     def l1_entries(self, entries: Entries, active: bool, weight: int) -> list[Entries]:
         """What these entries refer to, none of which is 0. Returns the offsets of the L2 tables that are to be walked."""
-        reserved = entries[entries & np.uint64(~(q.COPIED | q.OFFSET_MASK) & (1 << 64) - 1) != 0]
+        reserved = entries[l1_table.reserved_mask(entries)]
         self.each(ERROR, lambda entry: f"L1 entry {entry:#018x} has reserved bits set", reserved, weight)
-        copied = entries & np.uint64(q.COPIED) != 0
-        offsets = entries & np.uint64(q.OFFSET_MASK)
+        copied = l1_table.copied_mask(entries)
+        offsets = l1_table.offsets_of(entries)
         if not active:
             return [self.on_clusters(offsets[self.point(Use(L2_TABLE, weight), offsets, "L2 table")])]
         found = []
@@ -383,23 +384,23 @@ class References:
         places = np.flatnonzero(flat)
         entries = flat[places]
         rows = places // tables.shape[1]
-        packed = entries & np.uint64(q.COMPRESSED) != 0
-        if packed.any():
-            self.compressed(entries[packed], weight)
-            report.compressed_clusters += looks * int(packed.sum())
-            report.fragmented_clusters += looks * int(packed.sum())
-            report.allocated_clusters += looks * int(packed.sum())
-            entries, rows = entries[~packed], rows[~packed]
-        allowed = q.COPIED | q.OFFSET_MASK | q.ZERO
-        reserved = entries[entries & np.uint64(~allowed & (1 << 64) - 1) != 0]
+        compressed = l2_entry.compressed_mask(entries)
+        if compressed.any():
+            self.compressed(entries[compressed], weight)
+            count = looks * int(compressed.sum())
+            report.compressed_clusters += count
+            report.fragmented_clusters += count
+            report.allocated_clusters += count
+            entries, rows = entries[~compressed], rows[~compressed]
+        reserved = entries[l2_entry.reserved_mask(entries)]
         self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} has reserved bits set", reserved, weight)
         if self.header.version < 3:
-            zero = entries[entries & np.uint64(q.ZERO) != 0]
+            zero = entries[l2_entry.zero_mask(entries)]
             self.each(
                 ERROR, lambda entry: f"L2 entry {entry:#018x} has the zero flag, unknown in version 2", zero, weight
             )
-        offsets = entries & np.uint64(q.OFFSET_MASK)
-        copied = entries & np.uint64(q.COPIED) != 0
+        offsets = l2_entry.offsets_of(entries)
+        copied = l2_entry.copied_mask(entries)
         nowhere = offsets == 0
         if nowhere.any():
             stray = entries[nowhere & copied]
@@ -418,14 +419,11 @@ class References:
 
     def compressed(self, entries: Entries, weight: int) -> None:
         """Compressed data counts in every cluster that its sectors touch: at most three."""
-        x = 62 - (self.bits - 8)
-        stray = entries[entries & np.uint64(q.COPIED) != 0]
+        stray = entries[l2_entry.copied_mask(entries)]
         self.each(
             ERROR, lambda entry: f"L2 entry {entry:#018x} of a compressed cluster is marked COPIED", stray, weight
         )
-        start = entries & np.uint64((1 << x) - 1)
-        sectors = (entries >> np.uint64(x) & np.uint64((1 << self.bits - 8) - 1)) + np.uint64(1)
-        end = (start & np.uint64(~511 & (1 << 64) - 1)) + sectors * np.uint64(512)
+        start, end = l2_entry.compressed_ranges(entries, self.bits)
         beyond = end >= np.uint64(self.size + self.cluster)
         self.each(ERROR, lambda at: f"compressed data at {at:#x} passes the end of the file", start[beyond], weight)
         first = (start[~beyond] >> np.uint64(self.bits)).astype(np.int64)

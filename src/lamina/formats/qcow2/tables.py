@@ -10,7 +10,6 @@ An exception may strike at any call (Ctrl-C is one), so entries change first, an
 from __future__ import annotations
 
 import threading
-from array import array
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,7 @@ from ...errors import CorruptImage, LaminaError, LimitExceeded
 from ...limits import align_up
 from . import layout as q
 from .freeing import Freeing
+from .l2_entry import compressed_clusters, data_cluster, is_compressed, max_compressed_offset
 from .mapping import Mappings, Table
 from .refcounts import Refcounts
 
@@ -91,7 +91,8 @@ class Tables:
         """What `work(*arguments)` returns, called with the tables locked. Where they turn out to be corrupt the image is
         marked so. (An interrupt cannot divide `with` and a lock of the interpreter; an `__enter__` of our own it could.)"""
         with self.lock:
-            self.require_outside_changes()
+            if self.changes:
+                self.require_outside_changes()
             self.changes = True
             try:
                 return work(*arguments)
@@ -130,10 +131,11 @@ class Tables:
         """The L2 table of this L1 entry, for changing: made if there is none, copied if it is not this image's alone."""
         mappings = self.mappings
         found = mappings.table(which)
-        if found is not None and mappings.l1.entries[which] & q.COPIED:
-            mappings.ensure_stored(found)
+        if found is not None and found.own:
+            if not found.stored:
+                mappings.ensure_stored(found)
             return found
-        entries = array("Q", bytes(self.cluster_size)) if found is None else found.entries[:]
+        entries = mappings.layout.blank() if found is None else found.entries[:]
         mappings.l1.ensure_stored(self.file, which)
         table = Table(self.allocate_metadata(self.cluster_size), entries, new=True)
         if found is not None:
@@ -149,7 +151,7 @@ class Tables:
         per_table = self.mappings.per_table
         first, last = offset >> self.cluster_bits, offset + length - 1 >> self.cluster_bits
         for which in range(first // per_table, last // per_table + 1):
-            if not make and not self.mappings.l1.entries[which] & q.OFFSET_MASK:
+            if not make and not self.mappings.l1.l2_offset(which):
                 continue
             entries = self.own_table(which).entries
             low, high = max(first - which * per_table, 0), min(last - which * per_table, per_table - 1)
@@ -169,14 +171,15 @@ class Tables:
 
     def give_up(self, entry: int) -> None:
         """The clusters that this L2 entry named, which no table holds any more, lose a reference once that is durable."""
-        if entry & q.COMPRESSED:
-            first, clusters = q.compressed_clusters(entry, self.cluster_bits)
+        host = data_cluster(entry)
+        if host:
+            self._freeing.add(host)
+        elif is_compressed(entry):
+            first, clusters = compressed_clusters(entry, self.cluster_bits)
             # Bytes that something referred to are written again only after their whole cluster was free.
             if first <= self._compressed_end >> self.cluster_bits < first + clusters:
                 self._compressed_end = 0
             self._freeing.add(first << self.cluster_bits, clusters)
-        elif entry & q.OFFSET_MASK:
-            self._freeing.add(entry & q.OFFSET_MASK)
 
     def relieve(self) -> None:
         """Write the tables out if so much waits in memory that it should not become more."""
@@ -211,7 +214,7 @@ class Tables:
             offset = end
         else:
             offset = counts.allocate(1)[0] if host < 0 else host
-        if offset + length > q.max_compressed_offset(bits):
+        if offset + length > max_compressed_offset(bits):
             raise LimitExceeded(
                 "the image file has reached the largest size at which it can hold compressed clusters",
                 path=self.file.node.filename,
@@ -223,7 +226,7 @@ class Tables:
     def abandon_compressed(self, entry: int) -> None:
         """Compressed data that this L2 entry would have named, and no table holds, was not stored."""
         self._compressed_end = 0
-        first, clusters = q.compressed_clusters(entry, self.cluster_bits)
+        first, clusters = compressed_clusters(entry, self.cluster_bits)
         self.refcounts.lower(first << self.cluster_bits, clusters)
 
     def require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
@@ -232,7 +235,7 @@ class Tables:
         if (
             host & self.cluster_size - 1
             or host >= self.file.node.size
-            or host >> self.cluster_bits in self.refcounts.metadata
+            or host >> self.cluster_bits in (self._refcounts or self.refcounts).metadata
         ):
             raise CorruptImage(
                 f"a cluster of data is said to lie at {host:#x}, which holds metadata, is misaligned or outside the file",
@@ -244,12 +247,13 @@ class Tables:
     def require_droppable(self, table: Table, index: int) -> None:
         """The clusters that this entry names could be given up."""
         entry = table.entries[index]
-        if entry & q.COMPRESSED:
-            first, clusters = q.compressed_clusters(entry, self.cluster_bits)
+        host = data_cluster(entry)
+        if host:
+            self.require_data(host, table, index)
+        elif is_compressed(entry):
+            first, clusters = compressed_clusters(entry, self.cluster_bits)
             for cluster in range(first, first + clusters):
                 self.require_data(cluster << self.cluster_bits, table, index)
-        elif entry & q.OFFSET_MASK:
-            self.require_data(entry & q.OFFSET_MASK, table, index)
 
     # -- the size of the disk
 
@@ -297,7 +301,7 @@ class Tables:
     def write_out(self) -> bool:
         """Bring the tables to disk, in the order of `flush`; False if there was nothing to do, and so nothing was flushed."""
         mappings, file = self.mappings, self.file
-        counted = self._refcounts is not None and (self._refcounts.dirty or self._refcounts.links_dirty)
+        counted = self._refcounts is not None and self._refcounts.dirty
         if not (counted or mappings.dirty or self._freeing or self._size_unsure):
             return False
         if not self.writable:
