@@ -131,7 +131,7 @@ class Opener:
             if "driver" not in options and storage:
                 options["driver"] = "file"
             node = inner._open_driver(options) if "driver" in options else inner._probe(options)
-            node.kept_bytes = inner._booked
+            node.kept_bytes, node.memory_limit = inner._booked, self.budget.memory
             node.zero_detected = zero_detected
             node.discards = discards is not False
             node.graph = self.graph
@@ -245,6 +245,14 @@ class Opener:
         kind = registry.lookup(found.format, "format")
         self.probed = found.format
         return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
+
+
+def rebook(node: Node, count: int, what: str) -> None:
+    """Called by a driver before `what` (tables, say), which stays allocated as long as `node` is open, becomes `count` bytes
+    in all. Raises LimitExceeded, and the node keeps what it booked before, where the budget of the graph has less."""
+    others = 0 if node.graph is None else _kept_bytes(node.graph) - node.kept_bytes
+    Memory(node.memory_limit, max(others, 0)).take(count, what, node.filename)
+    node.kept_bytes = count
 
 
 def _kept_bytes(graph: Graph) -> int:

@@ -94,8 +94,8 @@ class Node(Startable, Reopenable):
     opened_at: str | None = None
     #: Its graph, set when the node is opened, or when a root on it or above it is created.
     graph: Graph | None = None
-    #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`).
-    kept_bytes = 0
+    #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`), and the limit for its whole graph.
+    kept_bytes, memory_limit = 0, MAX_SIZE
     #: Whether another process opened the node, and this process was forked from it.
     foreign: bool = False
     _settled: bool = False

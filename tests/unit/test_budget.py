@@ -14,7 +14,7 @@ import lamina
 from lamina import Budget, LimitExceeded, OptionError
 from lamina.cli.main import main
 from lamina.jobs.convert import convert
-from lamina.limits import MAX_CHAIN, MIB
+from lamina.limits import KIB, MAX_CHAIN, MIB
 
 CLUSTER = 4096
 
@@ -163,6 +163,29 @@ def test_what_failed_to_open_costs_nothing(tmp_path: Path) -> None:
             with pytest.raises(lamina.NotFound):
                 edit.set_backing(image.node, {"driver": "qcow2", "file": {"filename": str(broken)}})
         edit.set_backing(image.node, {"driver": "qcow2", "file": {"filename": str(tmp_path / "0.qcow2")}})
+
+
+def test_a_larger_disk_pays_for_its_larger_l1_table(tmp_path: Path) -> None:
+    """With clusters of 512 bytes an L2 table maps 32 KiB: 8 bytes of L1 table for each of these."""
+    path = tmp_path / "disk"
+    lamina.create(path, "qcow2", 32 * KIB, cluster_size=512)
+    with lamina.open(path, format="qcow2", read_only=False, budget=Budget(memory=80)) as image:
+        image.write(0, b"here")
+        image.truncate(9 * 32 * KIB)
+        with pytest.raises(LimitExceeded, match="the L1 table takes 88 bytes of memory, and of 80"):
+            image.truncate(11 * 32 * KIB)
+        assert (image.size, image.read(0, 4)) == (9 * 32 * KIB, b"here")
+        other = {"driver": "qcow2", "file": {"filename": str(tmp_path / "other")}}
+        lamina.create(tmp_path / "other", "qcow2", 2 * 32 * KIB, cluster_size=512)
+        with (
+            image.edit() as edit,
+            pytest.raises(LimitExceeded, match="of 80 for all images of this graph 72 are in use"),
+        ):
+            edit.overlay(other)
+        image.truncate(32 * KIB)
+        image.truncate(10 * 32 * KIB)
+    with lamina.open(path, format="qcow2") as image:
+        assert (image.size, image.read(0, 4)) == (10 * 32 * KIB, b"here")
 
 
 WORDS = {

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import BlockIOError, UnsupportedFeature
 from lamina.formats.qcow2 import layout as q
+from lamina.formats.qcow2 import references
 from lamina.formats.qcow2.check import check
 from lamina.formats.qcow2.header import Header
+from lamina.formats.qcow2.references import References
 from lamina.report import ERROR, LEAK, MAX_FINDINGS, UNREADABLE, CheckReport
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
@@ -263,6 +268,61 @@ def test_a_snapshot_counts_what_it_holds() -> None:
     report = image.check()
     assert told(report) == (0, 0, 2), "leaks must not be told where references may be missing"
     assert {finding.kind for finding in report.findings} == {UNREADABLE}
+
+
+class Walked(References):
+    """Notes for each L2 table how often it was walked, what it counts, and how often as an active one."""
+
+    def __init__(self) -> None:
+        child = Child(Image().storage(), "file")
+        super().__init__(child, Header.read(child))
+        self.walked: dict[int, list[tuple[int, int]]] = defaultdict(list)
+
+    def stored_tables(self, offsets: Any) -> Any:
+        return np.ones(len(offsets), np.bool_)
+
+    def l2_batches(self, offsets: Any) -> Iterator[Any]:
+        yield offsets
+
+    def l2_entries(self, tables: Any, weight: int, looks: int) -> None:
+        for offset in tables.tolist():
+            self.walked[offset].append((weight, looks))
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 40)), st.integers(1, 3), st.booleans()), max_size=6), st.integers(1, 5)
+)
+def test_tables_that_several_l1_tables_name_are_walked_once(
+    found: list[tuple[list[int], int, bool]], most: int
+) -> None:
+    wanted = {}
+    for number in {number for names, _, _ in found for number in names}:
+        times = [(names.count(number), weight, active) for names, weight, active in found]
+        counted = sum(count * weight for count, weight, _ in times)
+        wanted[number * 512] = [(counted, sum(count * weight for count, weight, active in times if active))]
+    walk = Walked()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "_L1_BATCH", most)
+        patch.setattr(references, "_FEWEST", 1)
+        walk.l2_tables([(np.array(names, np.uint64) * 512, weight, active) for names, weight, active in found])
+    assert walk.walked == wanted
+
+
+def test_many_tables_of_several_l1_tables_take_little_more_memory_than_the_l1_tables() -> None:
+    count = 1 << 18
+    active = np.arange(count, dtype=np.uint64)[::-1] * np.uint64(512)
+    found = [(active, 1, True), (active.copy(), 1, False), (active[: count // 2].copy(), 1, False)]
+    walk = Walked()
+    walk.l2_entries = lambda *_: None  # type: ignore[method-assign]
+    tracemalloc.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(references, "_L1_BATCH", 1 << 13)
+            walk.l2_tables(found)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 8 * count * 2.5
 
 
 class Failing(MemoryStorage):

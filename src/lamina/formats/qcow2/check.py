@@ -7,7 +7,6 @@ caches of the driver. After "Host cluster management" of the published specifica
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import UnsupportedFeature
@@ -15,11 +14,9 @@ from ...limits import align_down
 from ...numeric import NDArray, np
 from ...report import ERROR, LEAK, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
 from . import layout as q
-from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use
+from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use, joined, ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
     from ...request import Child
     from .header import Header
 
@@ -139,7 +136,7 @@ class _Comparison:
     def compare(self) -> None:
         """Hold the references that were found against the counts that are stored, window by window."""
         uses = self.found.uses
-        lists = {use: _joined(uses.pop(use)) for use in list(uses)}
+        lists = {use: joined(uses.pop(use)) for use in list(uses)}
         if self.clusters < _WINDOW:
             highest = self.compare_window(0, self.clusters + 1, {use: one for use, one in lists.items() if len(one)})
             self.report.image_end_offset = (highest + 1) << self.bits
@@ -155,7 +152,7 @@ class _Comparison:
                 if len(part):
                     inside[use] = part
             highest = max(highest, self.compare_window(lo, hi, inside))
-        for lo, hi in _ranges(lists.values()):
+        for lo, hi in ranges(lists.values(), _SPARSE):
             rest: dict[Use, Clusters] = {}
             for use, clusters in lists.items():
                 part = clusters[slice(*np.searchsorted(clusters, (lo, hi)))]
@@ -318,24 +315,6 @@ class _Comparison:
                     counts = _decode(raw, self.order)
                     single[group] = counts[clusters[group] % self.block_entries] == 1
             self.copied(use, clusters[known & (single != use.copied)])
-
-
-def _joined(parts: list[Clusters]) -> Clusters:
-    """These arrays, which it empties, one behind the other."""
-    whole = np.empty(sum(map(len, parts)), np.int64)
-    end = len(whole)
-    while parts:
-        part = parts.pop()
-        whole[end - len(part) : end] = part
-        end -= len(part)
-    return whole
-
-
-def _ranges(lists: Collection[Clusters]) -> Iterator[tuple[int, int]]:
-    """Ranges of clusters, ascending, that hold all of these sorted references, at most so many of each list in one (more only
-    where they are to one cluster)."""
-    edges = sorted({edge for one in lists for edge in [*one[::_SPARSE].tolist(), *(one[-1:] + 1).tolist()]})
-    return pairwise(edges)
 
 
 def _count(references: Clusters, clusters: Clusters, weight: int) -> None:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ...errors import LaminaError
 from ...layout import Field, Structure
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Clusters = NDArray[np.int64]
 Entries = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
+_Number = TypeVar("_Number", bound=np.generic)
 
 # What a cluster is used as. One bit each: a cluster with two bits is used twice in ways that exclude each other.
 HEADER: Final = 1
@@ -69,6 +71,8 @@ _MISALIGNED: Final = 1 << 20
 _MANY: Final = 1024
 #: From this size on it pays to ask whether a table lies in a hole of the file before it is read.
 _HOLE: Final = 64 << 10
+#: No fewer offsets of each kind are looked at in one go, whatever number of kinds there is.
+_FEWEST: Final = 1 << 12
 #: Extra data of a snapshot is 24 bytes today. QEMU refuses more than this, and so do we.
 _MAX_EXTRA: Final = 1024
 
@@ -194,8 +198,7 @@ class References:
         return _native(self.read(offset, count * 8, what)[0])
 
     def may_walk(self, length: int, what: str) -> bool:
-        """Whether another `length` bytes of tables may be walked: tables that overlap could make a small file
-        endless."""
+        """Whether another `length` bytes of tables may be walked: tables that overlap could make a small file endless."""
         if length > self.to_walk:
             self.report.add(UNREADABLE, f"{what}: the tables overlap so often that the rest of them is not examined")
             self.to_walk = 0
@@ -207,8 +210,7 @@ class References:
     # -- references
 
     def region(self, kind: int, offset: int, length: int) -> None:
-        """A structure that lies at these bytes. It may end in the cluster that the end of the file cuts, not after
-        it."""
+        """A structure that lies at these bytes. It may end in the cluster that the end of the file cuts, not after it."""
         if not length:
             return
         if offset + length - self.size >= self.cluster:
@@ -218,8 +220,7 @@ class References:
         self.uses[Use(kind)].append(np.arange(offset >> self.bits, last + 1, dtype=np.int64))
 
     def point(self, use: Use, offsets: Entries, what: str) -> Mask:
-        """Entries that each point to one cluster. Those that are misaligned or outside are findings. Which are
-        inside."""
+        """Entries that each point to one cluster. Those that are misaligned or outside are findings. Which are inside."""
         misaligned = offsets & np.uint64(self.cluster - 1) != 0
         inside: Mask = offsets < np.uint64(self.size)
         if misaligned.any():
@@ -312,54 +313,64 @@ class References:
         return [self.l1_table(*place, active=False, weight=weight) for place, weight in l1_tables.items()]
 
     def l2_tables(self, found: list[tuple[Entries, int, bool]]) -> None:
-        """Walk every L2 table once, whatever number of L1 entries point to it."""
-        if len(found) == 1:
-            offsets, weight, is_active = found[0]
+        """Walk every L2 table once, whatever number of L1 entries point to it. `found`, which it empties: the offsets of L2
+        tables, how often each counts, and whether the active L1 table names them."""
+        alike: dict[tuple[int, bool], list[Entries]] = defaultdict(list)
+        while found:
+            offsets, weight, active = found.pop()
+            alike[weight, active].append(offsets)
+        lists = {use: joined(parts) for use, parts in alike.items()}
+        for offsets in lists.values():
             offsets.sort()
-            if not (offsets[1:] == offsets[:-1]).any():
-                for tables in self.l2_batches(self.without_holes(offsets)):
-                    self.l2_entries(tables, weight, int(is_active))
-                return
-        offsets, which = np.unique(np.concatenate([table for table, _, _ in found]), return_inverse=True)
-        active = np.zeros(len(offsets), np.int64)
-        total = np.zeros(len(offsets), np.int64)
-        at = 0
-        for table, weight, is_active in found:
-            times = np.bincount(which[at : at + len(table)], minlength=len(offsets)) * weight
-            total += times
-            if is_active:
-                active += times
-            at += len(table)
-        order = np.lexsort((offsets, active, total))
-        offsets, active, total = offsets[order], active[order], total[order]
-        edges = np.flatnonzero((np.diff(active) != 0) | (np.diff(total) != 0)) + 1
-        for group in np.split(np.arange(len(offsets)), edges):
-            if not len(group):
-                continue
-            looks, weight = int(active[group[0]]), int(total[group[0]])
-            for tables in self.l2_batches(self.without_holes(offsets[group])):
-                self.l2_entries(tables, weight, looks)
+        # In ranges of offsets, so that what is kept of each table beside its offset takes little memory.
+        for low, high in ranges(lists.values(), max(_L1_BATCH // max(len(lists), 1), _FEWEST)):
+            edges = np.array((low, high), np.uint64)
+            parts = {use: one[slice(*np.searchsorted(one, edges))] for use, one in lists.items()}
+            if any(map(len, parts.values())):
+                self.l2_range({use: part for use, part in parts.items() if len(part)})
 
-    def without_holes(self, offsets: Entries) -> Entries:
-        """Those of the tables at these ascending offsets of which some part is stored."""
+    def l2_range(self, lists: dict[tuple[int, bool], Entries]) -> None:
+        """The same for these offsets, ascending in each list, by (how often each counts, whether it is active)."""
+        named = {use: _run_lengths(one) for use, one in lists.items()}
+        offsets = np.unique(np.concatenate([one for one, _ in named.values()]))
+        looks = np.zeros(len(offsets), np.int64)
+        total = np.zeros(len(offsets), np.int64)
+        for (weight, active), (one, times) in named.items():
+            at = np.searchsorted(offsets, one)
+            total[at] += times * weight
+            if active:
+                looks[at] += times * weight
+        stored = self.stored_tables(offsets)
+        offsets, looks, total = offsets[stored], looks[stored], total[stored]
+        order = np.lexsort((offsets, looks, total))
+        offsets, looks, total = offsets[order], looks[order], total[order]
+        edges = np.flatnonzero((np.diff(looks) != 0) | (np.diff(total) != 0)) + 1
+        for group in np.split(np.arange(len(offsets)), edges):
+            if len(group):
+                for tables in self.l2_batches(offsets[group]):
+                    self.l2_entries(tables, int(total[group[0]]), int(looks[group[0]]))
+
+    def stored_tables(self, offsets: Entries) -> Mask:
+        """Of which of the tables at these ascending offsets some part is stored: the others lie in holes of the file."""
         size = self.cluster
         if len(offsets) < _MANY:
             if size < _HOLE:
-                return offsets
-            kept = [not self.storage.reads_zero(at, size) for at in offsets.tolist()]
-            return offsets[np.array(kept, np.bool_)]
+                return np.ones(len(offsets), np.bool_)
+            return np.array([not self.storage.reads_zero(at, size) for at in offsets.tolist()], np.bool_)
         keep = np.zeros(len(offsets), np.bool_)
-        for piece in self.storage.windows(0, self.size):
+        begin, end = int(offsets[0]), min(int(offsets[-1]) + size, self.size)
+        for piece in self.storage.windows(begin, end - begin):
             data = piece.where(zero=False)
             if not len(data):
                 continue
-            low, high = np.searchsorted(offsets, (max(piece.begin - size + 1, 0), piece.end)).tolist()
+            edges = np.array((max(piece.begin - size + 1, 0), piece.end), np.uint64)
+            low, high = np.searchsorted(offsets, edges).tolist()
             for at in range(low, high, _L1_BATCH):
                 starts = offsets[at : min(at + _L1_BATCH, high)].astype(np.int64)
                 row = np.searchsorted(data.start + data.length, starts, "right")
                 first = data.start[np.minimum(row, len(data) - 1)]
                 keep[at : at + len(starts)] |= (row < len(data)) & (first < starts + size)
-        return offsets[keep]
+        return keep
 
     def l2_batches(self, offsets: Entries) -> Iterator[Entries]:
         """The entries of the tables at these ascending offsets, some tables at a time, one to a row. Neighbours are
@@ -457,6 +468,30 @@ class References:
         beyond = entries >= np.uint64(self.size)
         self.each(ERROR, lambda at: f"refcount block at {at:#x} is beyond the end of the file", entries[beyond])
         self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(np.int64))
+
+
+def joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
+    """These arrays, at least one, which it empties, one behind the other."""
+    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
+
+
+def ranges(lists: Collection[NDArray[Any]], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of numbers, ascending, that hold all of these sorted lists, at most `most` of each list in one (more only where
+    they are equal)."""
+    edges = sorted({edge for one in lists for edge in [*one[::most].tolist(), *(one[-1:] + 1).tolist()]})
+    return pairwise(edges)
+
+
+def _run_lengths(values: Entries) -> tuple[Entries, NDArray[np.int64]]:
+    """Each of these sorted values once, and how often it is there. There is at least one."""
+    first = np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))
+    return values[first], np.diff(first, append=len(values))
 
 
 def _native(raw: bytearray) -> Entries:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import LimitExceeded, OptionError
 from ...format_node import To
+from ...graph import rebook
 from ...limits import MIB, align_down, align_up
 from . import layout as q
 
@@ -38,7 +39,7 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
         # What an earlier cut left behind past the end, because it failed, or the power did, half-way, must not be seen.
         covered = len(tables.mappings.l1) << 2 * header.cluster_bits - 3
         _give_back(node, align_up(old, header.cluster_size), min(align_up(size, header.cluster_size), covered))
-        grow_l1(tables, size)
+        grow_l1(tables, size, node)
         _blank(node, header, old, size)
         node.flush()
         tables.set_size(size)
@@ -49,8 +50,9 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
         _give_back(node, align_up(size, header.cluster_size), old)
 
 
-def grow_l1(tables: Tables, size: int) -> None:
-    """Make the L1 table long enough for a disk of `size` bytes: a new one that replaces the old at the next flush."""
+def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
+    """Make the L1 table long enough for a disk of `size` bytes: a new one that replaces the old at the next flush. The memory
+    is booked for `node`, whose budget may refuse it; None: a new image, which is no node yet."""
     header = tables.header
     entries = q.l1_entries(size, header.cluster_bits)
     if entries <= len(tables.mappings.l1):
@@ -61,7 +63,16 @@ def grow_l1(tables: Tables, size: int) -> None:
             path=tables.file.node.filename,
             hint="use a larger cluster_size",
         )
-    tables.changing(tables.grow_l1, entries)
+    if node is None:
+        tables.changing(tables.grow_l1, entries)
+        return
+    before = node.kept_bytes
+    rebook(node, entries * 8, "the L1 table")
+    try:
+        tables.changing(tables.grow_l1, entries)
+    finally:
+        if len(tables.mappings.l1) < entries:  # it failed
+            node.kept_bytes = before
 
 
 def _give_back(node: FormatNode, start: int, end: int) -> None:
