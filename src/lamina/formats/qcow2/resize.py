@@ -67,7 +67,7 @@ def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
         tables.changing(tables.grow_l1, entries)
         return
     before = node.kept_bytes
-    rebook(node, entries * 8, "the L1 table")
+    rebook(node, entries * 8, "a longer L1 table")
     try:
         tables.changing(tables.grow_l1, entries)
     finally:
