@@ -134,8 +134,8 @@ def test_a_backing_file_named_in_an_export_is_not_looked_for(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--list", "disk.raw"], "only servers have a list"),
-        (["--list", "-f", "raw", "nbd://localhost"], "a list is of exports"),
+        (["--list", "disk.raw"], "only NBD servers have"),
+        (["--list", "-f", "raw", "nbd://localhost"], "concern an image"),
         (["--backing-chain", "nbd://localhost"], "give the format"),
         (["nbd://-oRun=x/"], "host"),
         (["nbd+unix:///x?socket=absent"], "absent"),

@@ -130,10 +130,10 @@ def test_without_a_context_it_is_an_image(address: str, capsysbinary: pytest.Cap
     ("arguments", "words"),
     [
         (["--context", "no:such", "{}"], "no:such"),
-        (["--context", "base:allocation", "-s", "5M", "{}"], "ends at 4194304"),
+        (["--context", "base:allocation", "-s", "5M", "{}"], "end of the export at 4194304"),
         (["--totals", "{}"], "needs a metadata context"),
         (["--exact", "--context", "base:allocation", "{}"], "--exact"),
-        (["--context", "base:allocation", "disk.raw"], "this is none"),
+        (["--context", "base:allocation", "disk.raw"], "only NBD exports"),
     ],
 )
 def test_refusals(address: str, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

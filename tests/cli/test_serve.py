@@ -268,7 +268,7 @@ def test_a_bitmap_that_a_node_offers(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (["-k", "s"], "nothing to serve"),
+    (["-k", "s"], "no image is given"),
     (["-k", "s", "none.raw"], "none.raw"),
     (["-k", "s", "-w", "disk.raw"], "raw"),  # a format is never guessed for writing
     (["-k", "s", "-r", "-w", "disk.raw"], "-r and -w"),
@@ -280,7 +280,7 @@ MISTAKES = [
     (["-p", "0", "-b", "0.0.0.0", "-f", "raw", "disk.raw"], "--insecure"),
     (["-p", "70000", "disk.raw"], "70000"),
     (["-k", "s", "--tls", "require", "disk.raw", "-f", "raw"], "certificates"),
-    (["-k", "s", "--export", "name=a", "-f", "raw"], "names no file"),
+    (["-k", "s", "--export", "name=a", "-f", "raw"], "has no file"),
     (["-k", "s", "--export", "file=disk.raw,colour=red"], "colour"),
     (["-k", "s", "--export", "file=disk.raw,writable=maybe"], "writable"),
     (["-k", "s", "--export", "file=disk.raw,format=raw,allow=dns:a"], "--tls-verify-peer"),

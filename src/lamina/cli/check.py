@@ -1,7 +1,7 @@
-"""`lamina check`: compare the structures of an image with one another; read-only.
+"""`lamina check`: compare the structures of an image with one another, without a change.
 
-Exit status: 0 clean, 1 the check could not be done or not be finished, 2 errors, 3 leaked clusters only, 63 the format
-has nothing to check. The lines about the result are those that scripts know.
+Exit status: 0 clean, 1 the check was impossible or incomplete, 2 errors, 3 leaked clusters only, 63 the format has no check.
+Scripts parse the lines with the result.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _EXAMPLES = """
   lamina check disk.qcow2
   lamina check --output=json -f qcow2 disk.qcow2
 
-exit status: 0 clean, 1 not finished, 2 errors, 3 leaks only, 63 the format has nothing to check
+exit status: 0 clean, 1 incomplete, 2 errors, 3 leaks only, 63 the format has no check
 """
 
 NOT_FINISHED, ERRORS, LEAKS, NO_CHECK = 1, 2, 3, 63
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("check", "Check the metadata of an image for errors, without changing it.", _EXAMPLES)
+    parser = Parser("check", "Check the metadata of an image for errors, without a change.", _EXAMPLES)
     parser.add_quiet()
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()

@@ -1,4 +1,4 @@
-"""Where the installed program `lamina` begins, and `python -m lamina`."""
+"""The entry point of the installed program `lamina` and of `python -m lamina`."""
 
 from __future__ import annotations
 

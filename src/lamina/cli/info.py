@@ -1,4 +1,4 @@
-"""`lamina info`: what an image is. Nothing is opened but the file itself, unless --backing-chain asks for more."""
+"""`lamina info`: describe an image. Only its own file is opened, unless --backing-chain is given."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _EXAMPLES = """
   lamina info --output=json -f qcow2 disk.qcow2
   lamina info --backing-chain overlay.qcow2
   lamina info -U disk.qcow2                      while a virtual machine runs on it
-  lamina info nbd://server/disk                  what an NBD server says of an export
-  lamina info --list nbd://server                and of all that it has
+  lamina info nbd://server/disk                  an export of an NBD server
+  lamina info --list nbd://server                all exports of the server
   lamina info -f qcow2 nbd://server/disk         the image inside that export
 """
 
@@ -30,18 +30,18 @@ def main(argv: list[str]) -> int:
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()
     parser.add_argument(
-        "-b", "--backing-chain", action="store_true", help="also show what it is stacked on, as --references grants"
+        "-b", "--backing-chain", action="store_true", help="also show the images below, as --references grants them"
     )
     parser.add_argument("-L", "--list", action="store_true", help="show all exports of the NBD server that FILE names")
     parser.add_argument(
         "--content",
         action="store_const",
         const=True,
-        help="read the ends of NBD exports to tell what they hold (default: of one export, not of a list)",
+        help="detect the content of NBD exports by their first and last bytes (default: of one export, not of a list)",
     )
-    parser.add_argument("--no-content", dest="content", action="store_const", const=False, help="do not")
+    parser.add_argument("--no-content", dest="content", action="store_const", const=False, help="disable --content")
     parser.add_access()
-    parser.add_argument("filename", metavar="FILE", help="the image, or with no format given an NBD export")
+    parser.add_argument("filename", metavar="FILE", help="the image, or, without a format, an NBD export")
     args = parser.parse(argv)
     if args.list or (names_export(args.filename) and args.format is None and not args.image_opts):
         return _show_exports(args)
@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
 def _show_exports(args: Namespace) -> int:
     if args.backing_chain or args.format is not None or args.image_opts:
         raise OptionError(
-            "a chain is of an image, and a list is of exports",
-            hint="give the format of the image (-f) for its chain; give --list only an NBD address",
+            "-f, --image-opts and --backing-chain concern an image, and --list an NBD server",
+            hint="give the format of the image (-f) for its chain; give --list an NBD address alone",
         )
     from .info_nbd import show
 
@@ -103,7 +103,7 @@ def _human(found: ImageInfo) -> str:
 
 
 def _nested(value: Any, level: int) -> Iterator[str]:
-    """Nested values, one a line, indented."""
+    """Nested values, one in each line, indented."""
     rows = value.items() if isinstance(value, dict) else ((f"[{number}]", item) for number, item in enumerate(value))
     for key, item in rows:
         label = f"{'    ' * level}{str(key).replace('-', ' ')}:"

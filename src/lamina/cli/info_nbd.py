@@ -1,4 +1,4 @@
-"""`lamina info` of NBD exports: what a server says of one of them, or of all. The keys of the JSON are those of nbdinfo."""
+"""`lamina info` for NBD exports: one export, or all exports of a server. The keys of the JSON are those of nbdinfo."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def show(name: str, *, every: bool, content: bool, json: bool, timeout: float | None) -> int:
-    """Print what there is to say of the export `name`, or of `every` export of its server, to standard output. Returns the
-    exit status: 1 if the server told of some export that it has, and refused to tell more. Errors as `nbd.inspect`."""
+    """Print the details of the export `name`, or of `every` export of its server, to standard output. Returns the exit
+    status: 1 if the server listed an export and refused its details. Raises the errors of `nbd.inspect`."""
     from ..nbd.inspect import as_dict, inspect
 
     if not names_export(name):
-        raise OptionError("this is no NBD address, and only servers have a list", path=name, hint="nbd://HOST")
+        raise OptionError("only NBD servers have a list of exports", path=name, hint="give an NBD address: nbd://HOST")
     found = inspect(export_target(name), exports=every, content=content, timeout=timeout)
     if json:
         from json import dumps
@@ -63,6 +63,6 @@ def _lines(one: Inspection) -> Iterator[str]:
         if one.block_sizes:
             yield from (f"{name}: {size} ({format_size(size)})" for name, size in one.block_sizes.items())
         else:
-            yield "block sizes: not told by the server"
+            yield "block sizes: not reported by the server"
     if one.error is not None:
         yield f"error: {printable(str(one.error))}"

@@ -1,7 +1,7 @@
-"""`lamina map --context`: what an NBD server says of each byte of an export, in one metadata context or in several at once.
+"""`lamina map --context`: the status of an NBD export in one or several metadata contexts.
 
-Several contexts go in lock-step: a row is a stretch in which none of them changes. Neighbours that say the same are one row,
-however the server cut them.
+A row is a range in which the status of all contexts stays the same. Equal adjacent rows are merged, whatever the boundaries
+of the replies of the server.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .nbd_names import export_target, names_export
 if TYPE_CHECKING:
     from ..nbd.uri import Target
 
-#: (length, what each context says) of one stretch.
+#: (length, the status in each context) of one range.
 Stretch = tuple[int, tuple[int, ...]]
 
-#: The most rows of a map: a server can make up as many as there are bytes. And of its totals.
+#: The most rows of a map, since a server can report as many as there are bytes; and the most rows of its totals.
 MOST_ROWS, MOST_KINDS = 1 << 24, 1 << 16
 
-#: What `--context` takes besides names: all that the server has.
+#: The word for all contexts of the server, instead of names.
 ALL = "all"
 
 
@@ -37,10 +37,11 @@ def show(
     json: bool,
     timeout: float | None,
 ) -> None:
-    """Print the map of the export `name` from `begin` on, `length` bytes (None: to the end), to standard output. OptionError
-    for a name or a window that cannot be; NotSupported for a context that the server does not have; those of the client."""
+    """Print the map of the export `name` from `begin`, `length` bytes long (None: up to the end), to standard output. Raises
+    OptionError for an invalid name or range, NotSupported for a context that the server does not have, and the errors of the
+    client."""
     if not names_export(name):
-        raise OptionError("contexts are of NBD exports, and this is none", path=name, hint="leave --context out")
+        raise OptionError("only NBD exports have metadata contexts", path=name, hint="omit --context")
     target = export_target(name)
     wanted = _chosen(target, contexts, timeout)
     with Client.connect(target, contexts=wanted, request_timeout=timeout) as client:
@@ -49,10 +50,12 @@ def show(
             raise NotSupported(
                 f"the server has no metadata context {printable(missing[0])} for this export",
                 path=str(target),
-                hint="lamina info lists those that it has",
+                hint="lamina info lists the contexts of the export",
             )
         if begin > client.size:
-            raise OptionError(f"the export ends at {client.size}, before the start {begin}", path=str(target))
+            raise OptionError(
+                f"the start offset {begin} is past the end of the export at {client.size}", path=str(target)
+            )
         end = client.size if length is None else min(begin + length, client.size)
         stretches = joined(asked(client, wanted, begin, end))
         if totals:
@@ -73,13 +76,13 @@ def _chosen(target: Target, contexts: Sequence[str], timeout: float | None) -> l
     (one,) = inspect(target, timeout=timeout)
     found = one.details.available if one.details is not None else ()
     if not found:
-        raise NotSupported("the server names no metadata context for this export", path=str(target))
+        raise NotSupported("the server has no metadata context for this export", path=str(target))
     return list(found)
 
 
 def asked(client: Client, contexts: Sequence[str], begin: int, end: int) -> Iterator[Stretch]:
-    """The stretches from `begin` to `end`, each in all `contexts`; where the answer reaches further in one of them, the rest
-    is asked for again together with the others."""
+    """The ranges from `begin` to `end`, each with the status in all `contexts`. If a reply is longer for one context, the
+    rest is queried again together with the others."""
     while begin < end:
         answer = client.block_status(begin, end - begin, contexts=contexts)
         for length, values in lockstep([answer[name] for name in contexts]):
@@ -88,8 +91,8 @@ def asked(client: Client, contexts: Sequence[str], begin: int, end: int) -> Iter
 
 
 def lockstep(columns: Sequence[Sequence[tuple[int, int]]]) -> Iterator[Stretch]:
-    """Several lists of (length, status) from one offset on as one, as far as the shortest goes. It is cut wherever one of
-    them is."""
+    """Several lists of (length, status) from one offset, merged into one, up to the end of the shortest. It has a boundary
+    wherever one of the lists has one."""
     iterators = [iter(column) for column in columns]
     heads = [next(iterator, (0, 0)) for iterator in iterators]
     left = [length for length, _ in heads]
@@ -106,7 +109,7 @@ def lockstep(columns: Sequence[Sequence[tuple[int, int]]]) -> Iterator[Stretch]:
 
 
 def joined(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
-    """The same with neighbours that say the same made one."""
+    """The same with equal adjacent rows merged."""
     held: Stretch | None = None
     rows = 0
     for length, values in stretches:
@@ -117,7 +120,7 @@ def joined(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
             rows += 1
             if rows > MOST_ROWS:
                 hint = "map a part of the export: --start-offset, --max-length"
-                raise LimitExceeded(f"the server tells of more than {MOST_ROWS} stretches", hint=hint)
+                raise LimitExceeded(f"the server reports more than {MOST_ROWS} ranges", hint=hint)
             yield held
         held = (length, values)
     if held is not None:
@@ -125,17 +128,17 @@ def joined(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
 
 
 def summed(stretches: Iterator[Stretch], size: int) -> list[tuple[int, float, tuple[int, ...]]]:
-    """(bytes, percent of `size`, what the contexts say) for each that occurs, in the order of what they say."""
+    """(bytes, percent of `size`, status in each context) for each status that occurs, in the order of the status."""
     found: dict[tuple[int, ...], int] = {}
     for length, values in stretches:
         found[values] = found.get(values, 0) + length
         if len(found) > MOST_KINDS:
-            raise LimitExceeded(f"the server tells of more than {MOST_KINDS} kinds of bytes")
+            raise LimitExceeded(f"the server reports more than {MOST_KINDS} different statuses")
     return [(found[values], 100 * found[values] / size, values) for values in sorted(found)]
 
 
 def meaning(context: str, status: int) -> str | None:
-    """What `status` says in words; None for a context that is not known here."""
+    """A description of `status`; None for an unknown context."""
     if context == wire.BASE_ALLOCATION:
         return _words(status, {wire.STATE_HOLE: "hole", wire.STATE_ZERO: "zero"}) or "data"
     if context.startswith(wire.DIRTY_BITMAP):
@@ -152,13 +155,13 @@ def meaning(context: str, status: int) -> str | None:
 
 
 def _words(status: int, bits: Mapping[int, str]) -> str:
-    """The names of the bits that are set, and the number that is left."""
+    """The names of the set bits, and the remaining number."""
     words = [word for bit, word in bits.items() if status & bit]
     rest = status & ~sum(bits)
     return ",".join([*words, *([f"unknown {rest:#x}"] if rest else [])])
 
 
-# -- for programs
+# -- JSON
 
 
 def _json(stretches: Iterator[Stretch], contexts: Sequence[str], begin: int) -> Iterator[str]:
@@ -179,7 +182,7 @@ def _totals_json(rows: list[tuple[int, float, tuple[int, ...]]], contexts: Seque
 
 
 def _said(contexts: Sequence[str], values: tuple[int, ...]) -> str:
-    """One context as nbdinfo tells it, with type and description; several as an object by their names."""
+    """One context in the notation of nbdinfo, with type and description; several contexts as an object, by name."""
     from json import dumps
 
     told = [
@@ -191,7 +194,7 @@ def _said(contexts: Sequence[str], values: tuple[int, ...]) -> str:
     return '"contexts": {' + ", ".join(f"{dumps(n)}: {{{text}}}" for n, text in zip(contexts, told, strict=True)) + "}"
 
 
-# -- for people
+# -- tables
 
 
 def _table(stretches: Iterator[Stretch], contexts: Sequence[str], begin: int) -> Iterator[str]:
@@ -217,6 +220,6 @@ def _cells(contexts: Sequence[str], values: tuple[int, ...]) -> str:
 
 
 def _row(cells: Sequence[str], contexts: Sequence[str]) -> str:
-    """Cells beneath one another, wide enough for the name of their context."""
+    """The cells of a row, as wide as the names of their contexts."""
     widths = [max(len(printable(name)), 9) for name in contexts]
     return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()

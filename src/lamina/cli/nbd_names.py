@@ -1,4 +1,4 @@
-"""NBD exports on the command line: which names mean one, and which export that is. Imports nothing of NBD until asked."""
+"""NBD exports on the command line: detection and parsing of their names. NBD modules are imported on demand."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SCHEMES = frozenset(("nbd", "nbd+tcp", "nbd+unix", "nbds", "nbds+tcp", "nbds+un
 
 
 def names_export(name: str) -> bool:
-    """Whether `name` is an NBD URI, or one of QEMU's spellings (`nbd:HOST:PORT`). Nothing is looked up."""
+    """Whether `name` is an NBD URI, or has a notation of QEMU (`nbd:HOST:PORT`). Nothing is looked up."""
     scheme, colon, _ = name.partition(":")
     return bool(colon) and scheme.lower() in _SCHEMES
 
 
 def export_target(name: str) -> Target:
-    """The export that `name` means; OptionError if it is not well formed."""
+    """The address of the export `name`; OptionError if it is malformed."""
     from ..nbd.uri import parse
 
     return parse(name)
 
 
 def export_options(name: str, connections: int) -> dict[str, Any]:
-    """The options of the storage node for the export `name`, with so many connections."""
+    """The options of the storage node for the export `name`, with this number of connections."""
     return {**parse_name(name), "connections": connections}

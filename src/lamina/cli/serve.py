@@ -1,4 +1,4 @@
-"""`lamina serve`: images as NBD exports, for as long as somebody wants them."""
+"""`lamina serve`: serve images as NBD exports."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _EXAMPLES = """
   lamina serve -t -k s.sock --folder images                  every image in a folder, by its name
   lamina serve -t -p 10809 -b 0.0.0.0 --tls-certificates /etc/pki/nbd --tls-verify-peer disk.qcow2
 
-When it is ready, one line tells where: for programs --output json, with the URI.
+The server prints one line when it is ready; --output json prints it for programs, with the URI.
 """
 
 #: The longest time limit: ten years.
 _MOST_SECONDS = 10 * 365 * 86400
 
-#: How on and off are spelt in `--export`.
+#: The words for on and off in `--export`.
 _SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
@@ -52,10 +52,10 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     args = parser.parse(argv)
     if not (args.filenames or args.export or args.folder):
-        raise OptionError("nothing to serve is named", hint="lamina serve -k SOCKET disk.qcow2")
+        raise OptionError("no image is given", hint="lamina serve -k SOCKET disk.qcow2")
     _agree(args)
     _log(args.verbose)
-    # The sockets are this very process's; images belong to the one that opens them.
+    # --fork comes first: sockets and images belong to the process that opens them.
     sockets = inherited_sockets()
     ready = fork_to_background() if args.fork else None
     with ExitStack() as closing:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
             else None
         )
         if stats is not None and any(stats.identity in _files(offer.export.image.node) for offer in offers):
-            raise OptionError("the counters would overwrite an image that is served", path=args.stats)
+            raise OptionError("the counters would overwrite a served image", path=args.stats)
         folder = _folder(args)
         mode, context, allow = _tls(args, offers)
         ending.start()
@@ -92,81 +92,89 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser("serve", "Serve images over NBD, by default read-only.", _EXAMPLES)
+    parser = Parser("serve", "Serve images over NBD, read-only by default.", _EXAMPLES)
     where = parser.add_argument_group("where")
-    where.add_argument("-k", "--socket", metavar="PATH", help="a Unix socket, made with mode 0600")
+    where.add_argument("-k", "--socket", metavar="PATH", help="a Unix socket, created with mode 0600")
     where.add_argument("-p", "--port", type=_port, help="a TCP port (default: 10809; 0: any free one)")
     where.add_argument("-b", "--bind", metavar="ADDRESS", help="the address to listen on (default: localhost)")
-    where.add_argument("--insecure", action="store_true", help="let others than this host in without TLS")
+    where.add_argument("--insecure", action="store_true", help="accept clients of other hosts without TLS")
     what = parser.add_argument_group("what")
-    parser.add_format("-f", "--format", dest="format", help="format of the images (default: found by their magic)")
+    parser.add_format("-f", "--format", dest="format", help="format of the images (default: detected)")
     what.add_argument(
-        "-x", "--export-name", metavar="NAME", help="name of the export (default: empty; of several: their files')"
+        "-x", "--export-name", metavar="NAME", help="name of the export (default: empty; of several: the file names)"
     )
-    what.add_argument("-D", "--description", default="", help="a line about the export, for people")
+    what.add_argument("-D", "--description", default="", help="a description of the export, for people")
     what.add_argument("-w", "--writable", action="store_true", help="clients may write")
     what.add_argument("-r", "--read-only", action="store_true", help="clients may not write (the default)")
-    what.add_argument("-s", "--snapshot", action="store_true", help="clients may write; it is forgotten at the end")
-    what.add_argument("-o", "--offset", type=parse_size, default=0, metavar="OFFSET", help="serve from this byte on")
-    what.add_argument("--size", type=parse_size, help="serve so many bytes")
-    what.add_argument("--partition", type=int, metavar="N", help="serve this partition")
     what.add_argument(
-        "-B", "--bitmap", action="append", default=[], metavar="NAME", help="offer this dirty bitmap; repeatable"
+        "-s", "--snapshot", action="store_true", help="clients may write; changes are discarded at the end"
+    )
+    what.add_argument("-o", "--offset", type=parse_size, default=0, metavar="OFFSET", help="first byte of the export")
+    what.add_argument("--size", type=parse_size, help="length of the export (default: up to the end)")
+    what.add_argument("--partition", type=int, metavar="N", help="serve only this partition")
+    what.add_argument(
+        "-B", "--bitmap", action="append", default=[], metavar="NAME", help="export this dirty bitmap; may be repeated"
     )
     what.add_argument(
-        "-A", "--allocation-depth", action="store_true", help="offered anyway; accepted for other tools' sake"
+        "-A", "--allocation-depth", action="store_true", help="accepted for compatibility; the context always exists"
     )
     what.add_argument(
         "--export",
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="one of several exports: name=,file=,format=,description=,writable=,offset=,size=,partition=,tls-only=,allow=",
+        help="an export (repeatable): name=,file=,format=,description=,writable=,offset=,size=,partition=,tls-only=,allow=",
     )
-    what.add_argument("--folder", metavar="DIR", help="every file in DIR is an export")
+    what.add_argument("--folder", metavar="DIR", help="serve every file in DIR as an export")
     how = parser.add_argument_group("how")
-    how.add_argument("-t", "--persistent", action="store_true", help="go on after the last client")
-    how.add_argument("-e", "--shared", type=int, default=100, metavar="N", help="clients at a time (default: 100)")
-    how.add_argument("--fork", action="store_true", help="go to the background when it is ready")
-    how.add_argument("--pid-file", metavar="PATH", help="the process id, while it runs")
+    how.add_argument("-t", "--persistent", action="store_true", help="continue after the last client disconnects")
+    how.add_argument("-e", "--shared", type=int, default=100, metavar="N", help="concurrent clients (default: 100)")
+    how.add_argument("--fork", action="store_true", help="continue in the background when the server is ready")
+    how.add_argument("--pid-file", metavar="PATH", help="write the process id to this file while the server runs")
     how.add_argument(
-        "--cache", default="writeback", metavar="MODE", help="writeback (default), none: around the page cache"
-    )
-    how.add_argument("--discard", default="unmap", metavar="MODE", help="unmap (default) or ignore")
-    how.add_argument("--aio", metavar="MODE", help="accepted; requests come from threads")
-    how.add_argument(
-        "--handshake-limit", type=_seconds, default=10.0, metavar="SECONDS", help="time to negotiate (default: 10)"
+        "--cache", default="writeback", metavar="MODE", help="writeback (default), or none: bypass the page cache"
     )
     how.add_argument(
-        "--idle-limit", type=_seconds, metavar="SECONDS", help="drop clients that send no whole request for so long"
+        "--discard", default="unmap", metavar="MODE", help="discards of clients: unmap (default) or ignore"
+    )
+    how.add_argument("--aio", metavar="MODE", help="accepted for compatibility; threads execute the requests")
+    how.add_argument(
+        "--handshake-limit",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="limit for the handshake (default: 10)",
+    )
+    how.add_argument(
+        "--idle-limit", type=_seconds, metavar="SECONDS", help="disconnect clients without a request for this time"
     )
     how.add_argument(
         "--stall-limit",
         type=_seconds,
         default=60.0,
         metavar="SECONDS",
-        help="drop clients that stop in the middle of a request, or take no reply, for so long (default: 60)",
+        help="disconnect clients that stop in the middle of a request, or do not read replies, for this time (default: 60)",
     )
     how.add_argument(
         "--memory-limit",
         type=parse_size,
         metavar="SIZE",
-        help="memory of all clients together (default: 256M, and 2M for each client)",
+        help="memory for requests of all clients together (default: 256M, and 2M for each client)",
     )
-    how.add_argument("--stats", metavar="PATH", help="write counters there at the end, as JSON")
+    how.add_argument("--stats", metavar="PATH", help="write counters to this file at the end, as JSON")
     how.add_argument("-v", "--verbose", action="store_true", help="log every client")
     tls = parser.add_argument_group("TLS")
     tls.add_argument(
-        "--tls", choices=("off", "allow", "require"), help="default: require, if there are certificates or keys"
+        "--tls", choices=("off", "allow", "require"), help="use of TLS (default: require, with certificates or keys)"
     )
     tls.add_argument(
-        "--tls-certificates", metavar="DIR", help="server-cert.pem, server-key.pem, and ca-cert.pem for clients"
+        "--tls-certificates", metavar="DIR", help="folder with server-cert.pem, server-key.pem and ca-cert.pem"
     )
+    tls.add_argument("--tls-verify-peer", action="store_true", help="clients need a certificate signed by ca-cert.pem")
     tls.add_argument(
-        "--tls-verify-peer", action="store_true", help="clients need a certificate that ca-cert.pem signed"
+        "--tls-allow", action="append", metavar="NAME", help="accept certificates with this name; repeatable"
     )
-    tls.add_argument("--tls-allow", action="append", metavar="NAME", help="only these certificates' names; repeatable")
-    tls.add_argument("--tls-psk-file", metavar="PATH", help="pre-shared keys, USER:HEX a line")
+    tls.add_argument("--tls-psk-file", metavar="PATH", help="file of pre-shared keys, with USER:HEX in each line")
     parser.add_access()
     parser.add_output()
     parser.add_later("-c", "--connect", "attaching a device needs the kernel's client: use nbd-client", metavar="DEV")
@@ -174,44 +182,42 @@ def _parser() -> Parser:
     parser.add_later("-L", "--list", "use lamina info --list URI")
     parser.add_later("--tls-creds", "use --tls-certificates DIR", metavar="ID")
     parser.add_later("--tls-authz", "use --tls-allow NAME", metavar="ID")
-    parser.add_argument("filenames", metavar="FILE", nargs="*", help="the image, or several")
+    parser.add_argument("filenames", metavar="FILE", nargs="*", help="an image; may be repeated")
     return parser
 
 
 def _agree(args: Namespace) -> None:
-    """OptionError for options that are no such thing, would have no effect, or take the force out of another."""
+    """Raise OptionError for options that are invalid, have no effect, or disable another option."""
     if args.cache not in ("writeback", "none", "off"):
-        raise OptionError(f"there is no cache mode {printable(args.cache)} here", hint="use writeback or none")
+        raise OptionError(f"unknown cache mode {printable(args.cache)}", hint="use writeback or none")
     choose(DISCARD_MODES, "discard", args.discard)
     if args.folder and (args.offset or args.size is not None or args.partition is not None or args.bitmap):
-        raise OptionError(
-            "--folder serves whole images, without bitmaps", hint="leave out -o, --size, --partition and -B"
-        )
+        raise OptionError("--folder serves whole images, without bitmaps", hint="omit -o, --size, --partition and -B")
     if args.folder and args.image_opts:
-        raise OptionError("the files of --folder have names, not options", hint="leave out --image-opts")
+        raise OptionError("--folder serves files, not options", hint="omit --image-opts")
     if args.folder and not args.filenames and (args.export_name is not None or args.description):
-        raise OptionError("the exports of --folder have the names of their files", hint="leave out -x and -D")
+        raise OptionError("the exports of --folder have the names of their files", hint="omit -x and -D")
     if args.tls_certificates and args.tls_psk_file:
-        raise OptionError("a TLS server has certificates or pre-shared keys", hint="give one of them")
+        raise OptionError("certificates and pre-shared keys exclude each other", hint="give one of them")
     if args.tls_verify_peer and not args.tls_certificates:
-        raise OptionError("nobody is verified without certificates", hint="add --tls-certificates DIR")
+        raise OptionError("clients cannot be verified without certificates", hint="add --tls-certificates DIR")
     if args.tls_allow and not args.tls_verify_peer:
-        raise OptionError("a list of names needs certificates to read them from", hint="add --tls-verify-peer")
+        raise OptionError("a list of names requires verified certificates", hint="add --tls-verify-peer")
 
 
 def _port(text: str) -> int:
     if len(text) > 5 or not text.isascii() or not text.isdecimal() or int(text) > 65535:
-        raise OptionError(f"{printable(text)} is no port", hint="0 to 65535")
+        raise OptionError(f"{printable(text)} is not a port", hint="give 0 to 65535")
     return int(text)
 
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text) if text.isascii() and "_" not in text else math.nan  # Python reads more than people write
+        seconds = float(text) if text.isascii() and "_" not in text else math.nan  # Python accepts more notations
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _MOST_SECONDS:
-        raise OptionError(f"{printable(text)} is no time limit", hint=f"seconds, above 0, at most {_MOST_SECONDS}")
+        raise OptionError(f"{printable(text)} is not a time limit", hint=f"give seconds up to {_MOST_SECONDS}")
     return seconds
 
 
@@ -221,16 +227,16 @@ def _log(verbose: bool) -> None:
     )
 
 
-# -- what is served
+# -- the exports
 
 
 def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
-    """The exports, opened: what is wrong with an image is known before anybody can connect."""
+    """Open the exports, so that errors of images appear before a client can connect."""
     from ..nbd.server.exports import Offer
 
     several = len(args.filenames) > 1 or bool(args.export)
     if several and (args.export_name is not None or args.description):
-        raise OptionError("-x and -D name one export, and there are several", hint="--export name=...,file=...")
+        raise OptionError("-x and -D describe one export, but there are several", hint="use --export name=...,file=...")
     wanted: list[dict[str, Any]] = []
     for filename in args.filenames:
         name = os.path.basename(filename) if several else args.export_name or ""
@@ -246,7 +252,7 @@ def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
         names = None
         if allow is not None:
             if not args.tls_verify_peer:
-                raise OptionError("allow= needs certificates to read names from", hint="add --tls-verify-peer")
+                raise OptionError("allow= requires verified certificates", hint="add --tls-verify-peer")
             from ..nbd.tls import allow_list
 
             names = allow_list(allow.split(";"))
@@ -260,17 +266,17 @@ def _parsed(text: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(parse_keyval(text))
     for key, value in options.items():
         if key not in known:
-            raise OptionError(f"--export has no {printable(key)}", hint=f"there are {', '.join(known)}")
+            raise OptionError(f"--export has no option {printable(key)}", hint=f"the options are {', '.join(known)}")
         if key in ("writable", "tls-only"):
             if value not in _SWITCHES:
-                raise OptionError(f"{key}={printable(value)} is neither on nor off")
+                raise OptionError(f"{key} is {printable(value)}", hint="it takes on or off")
             options[key] = _SWITCHES[value]
         elif key in ("offset", "size"):
             options[key] = parse_size(value)
         elif key == "partition":
             options[key] = _port(value)
     if "file" not in options:
-        raise OptionError("--export names no file", hint="--export name=NAME,file=FILE")
+        raise OptionError("--export has no file", hint="--export name=NAME,file=FILE")
     return {"name": os.path.basename(options["file"]), **options}
 
 
@@ -301,7 +307,7 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
 
 
 def _window(image: Image, args: Namespace, options: dict[str, Any]) -> None:
-    """Cut the image to the part that is served."""
+    """Restrict the image to the served part."""
     offset, size = options.get("offset", args.offset), options.get("size", args.size)
     partition = options.get("partition", args.partition)
     if partition is not None and (offset or size is not None):
@@ -321,7 +327,7 @@ def _export(image: Image, args: Namespace, options: dict[str, Any]) -> Any:
     for name in args.bitmap:
         if name not in offered:
             hint = f"it has {', '.join(map(printable, offered))}" if offered else "it has none"
-            raise OptionError(f"the image offers no bitmap {printable(name)}", path=image.filename, hint=hint)
+            raise OptionError(f"the image has no bitmap {printable(name)}", path=image.filename, hint=hint)
         bitmaps[name] = offered[name]
     description = options.get("description", "")
     writable = _writable(args, options)
@@ -334,7 +340,7 @@ def _folder(args: Namespace) -> Folder | None:
     if not os.path.isdir(args.folder):
         raise BlockIOError("it is not a folder", errno=errno.ENOTDIR, path=args.folder, operation="serve")
     if args.writable and not args.format:
-        raise OptionError("a format is never guessed for writing", path=args.folder, hint="give it: -f raw, -f qcow2")
+        raise OptionError("writing requires an explicit format", path=args.folder, hint="give it: -f raw, -f qcow2")
     from ..nbd.server.exports import Folder
 
     _format_of_folder(args)
@@ -350,11 +356,11 @@ def _format_of_folder(args: Namespace) -> None:
     from .. import registry
 
     if args.format and registry.entry(args.format).kind != "format":
-        raise OptionError(f"{printable(args.format)} is no format", path=args.folder, hint="-f raw, -f qcow2")
+        raise OptionError(f"{printable(args.format)} is not a format", path=args.folder, hint="give -f raw or -f qcow2")
 
 
 def _open_fd(args: Namespace, path: str, fd: int) -> Image:
-    """The image in an open file of a folder. Its name is a path, whatever it looks like."""
+    """The image in an open file of the folder. Its name is always a path."""
     from ..graph import open_graph
     from ..image import Image
 
@@ -373,14 +379,14 @@ def _open_fd(args: Namespace, path: str, fd: int) -> Image:
 
 
 def _files(node: Node) -> Iterator[tuple[int, int]]:
-    """Device and inode of every file that the graph of `node` uses."""
+    """The device and inode of every file in the graph of `node`."""
     if isinstance(node, StorageNode) and node.identity is not None:
         yield node.identity
     for child in node.children.values():
         yield from _files(child.node)
 
 
-# -- where, and to whom
+# -- addresses and TLS
 
 
 def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
@@ -388,18 +394,18 @@ def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | No
     mode = args.tls or ("require" if credentials else "off")
     if (mode == "off") != (not credentials):
         raise OptionError(
-            "TLS needs certificates or keys, and these are for TLS alone",
-            hint="--tls-certificates DIR, without --tls off",
+            "the TLS mode contradicts the credentials: with certificates or keys TLS is on, without them it is off",
+            hint="give --tls-certificates DIR or --tls-psk-file PATH, or --tls off without them",
         )
     guarded = any(offer.tls_only for offer in offers)
     if mode == "off":
         if guarded:
-            raise OptionError("an export is for TLS alone, and would be seen by nobody", hint="--tls-certificates DIR")
+            raise OptionError("an export requires TLS, which is off", hint="add --tls-certificates DIR")
         return mode, None, None
     if mode == "allow" and args.tls_psk_file and (args.folder or not guarded):
         raise OptionError(
-            "clients need a key, and would be let in without TLS, too",
-            hint="require TLS (--tls require), or say of each export that matters tls-only=on",
+            "clients without a key could connect without TLS",
+            hint="require TLS (--tls require), or set tls-only=on for each export to protect",
         )
     from ..nbd.tls import allow_list, server_context
 
@@ -420,7 +426,7 @@ def _server(
     from ..nbd.wire import PORT
 
     if args.shared < 1:
-        raise OptionError(f"{args.shared} clients cannot be served", hint="-e 1 or more")
+        raise OptionError(f"the number of clients is {args.shared}", hint="give -e 1 or more")
     port = args.port
     if port is None and (args.bind is not None or not (args.socket or sockets)):
         port = PORT
