@@ -35,7 +35,7 @@ from .errors import Closed, LaminaError
 from .pending import Holding
 
 #: How often a thread that waits at a gate looks again, in seconds.
-_LOOK_AGAIN = 0.0005
+_POLL_INTERVAL = 0.0005
 
 _Result = TypeVar("_Result")
 
@@ -103,14 +103,14 @@ class Gate:
             if not wait:
                 return False
             _require_another_thread(holder, "make a request")
-            time.sleep(_LOOK_AGAIN)
+            time.sleep(_POLL_INTERVAL)
             self.inside[token] = user
 
     def drain(self, user: User) -> None:
         """Wait until no request of `user`, which is closing, is inside."""
         while user in (inside := self.inside.copy()).values():
             if not _finish_started(token for token in inside if inside[token] is user):
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(_POLL_INTERVAL)
 
     def require_outside(self, what: str) -> None:
         """Raise LaminaError if the calling thread is inside a request: its signal handler, or a node, is about to wait for
@@ -149,10 +149,10 @@ class Gate:
         while (first := self.holder()) is not holder:
             if first is not None:
                 _require_another_thread(first, "edit, close or resize the image")
-            time.sleep(_LOOK_AGAIN)
+            time.sleep(_POLL_INTERVAL)
         while holder.stops and self.inside:
             if not _finish_started(self.inside.copy()):
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(_POLL_INTERVAL)
 
     def holding(self, holder: Holder, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` while `holder` holds the gate, and return its result."""

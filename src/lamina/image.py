@@ -1,7 +1,7 @@
-"""What users hold: an opened image, read and written by byte, with its exact status.
+"""The user's interface to an opened image: reads and writes by byte, and the exact status.
 
 An `Image` is a root of a graph (see `root.py`). Its operations are requests; it adds only the conveniences of Python: buffers
-of any kind, `bytes` as results, context management, and a file-like view."""
+of any kind, `bytes` as results, context management, and a file object."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .extents import Extents
 
 
-#: Reads of no more bytes than this ask for their memory first, and whether they are inside the disk afterwards.
+#: Reads up to this length allocate their buffer before they check that they are inside the disk.
 _MODEST = 1 << 20
 
 
@@ -30,13 +30,13 @@ class Image:
     """A virtual disk. Offsets and lengths are bytes; sizes are exact. Safe for any number of threads, `close` included.
 
     Errors are `LaminaError`s: OutOfRange for a request outside the disk, ReadOnly, BlockIOError (an OSError with errno) from
-    storage, CorruptImage where a format's tables contradict themselves.
+    storage, CorruptImage for contradictions in the tables of a format.
     """
 
     def __init__(self, node: Node | Root, *, budget: Budget = DEFAULT_BUDGET) -> None:
-        """A user of `node`, which may have other users."""
+        """Create a user of `node`, which may have other users."""
         self._root: Root | None = node if isinstance(node, Root) else Root(node)
-        #: What it was opened within; jobs that read from it keep to its `max_output`.
+        #: The budget of the graph; jobs that read from the image apply its `max_output`.
         self.budget = budget
         self._rows = budget.rows
 
@@ -77,11 +77,11 @@ class Image:
 
     @property
     def alignment(self) -> int:
-        """The request alignment that the top node declares: what `map` rounds to."""
+        """The request alignment of the top node, to which the command `map` rounds."""
         return self.root.node.limits.request_alignment
 
     def read(self, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset`. OutOfRange, before any memory is asked for, where they are not inside the disk."""
+        """The `length` bytes at `offset`. Raises OutOfRange, before it allocates memory, if they are not inside the disk."""
         root = self.root
         if not 0 <= length <= _MODEST:
             root.require_inside(offset, length, "read")
@@ -94,39 +94,39 @@ class Image:
         self.root.read_into(offset, _view(buffer))
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False, compress: bool = False) -> None:
-        """Make the bytes at `offset` equal to `data`; with `fua` on stable storage before it returns. With `compress` whole
-        clusters are stored packed where that is smaller; UnsupportedFeature where the format cannot."""
+        """Make the bytes at `offset` equal to `data`; with `fua` they are on stable storage before it returns. `compress`:
+        store whole clusters compressed where that makes them smaller; UnsupportedFeature if the format cannot compress."""
         flags = FUA if fua else 0
         if compress:
             if not self.root.node.supported_flags & COMPRESS:
-                hint = "write without compressing, or use a format that packs: qcow2"
-                raise UnsupportedFeature("it does not pack what is written", path=self.filename, hint=hint)
+                hint = "write without compression, or use a format with compression: qcow2"
+                raise UnsupportedFeature("it does not compress written data", path=self.filename, hint=hint)
             flags |= COMPRESS
         self.root.write(offset, _view(data), flags)
 
     def zero(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False) -> None:
-        """Make the bytes read as zero. `unmap`: their storage may be given back. `fast`: raise NotSupported, with nothing
-        changed, rather than write zeros."""
+        """Make the bytes read as zero. `unmap`: their storage may be freed. `fast`: raise NotSupported, before any change,
+        instead of writing zeros."""
         flags = (MAY_UNMAP if unmap else 0) | (NO_FALLBACK if fast else 0) | (FUA if fua else 0)
         self.root.zero(offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
-        """The bytes are no longer needed; whole blocks of them may be given back. What they read as then is the format's
-        choice, but never another file's or an older layer's bytes."""
+        """The caller no longer needs these bytes; storage of whole blocks may be freed. The format decides how they read
+        afterwards, but they never read as bytes of another file or of an older layer."""
         self.root.discard(offset, length)
 
     def flush(self) -> None:
-        """Everything written before is on stable storage when this returns."""
+        """Return when all bytes of earlier writes are on stable storage."""
         self.root.flush()
 
     def truncate(self, size: int) -> None:
-        """Change the size of the disk. What is added reads as zero; what is cut off is gone."""
+        """Change the size of the disk. Added bytes read as zero; bytes past the new end are lost."""
         self.root.truncate(size)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Extents:
-        """The exact status of these bytes (to the end by default), as columns; see `lamina.extents.Extents`. Round it with
-        `.align(A)` where a consumer needs a granularity. Raises LimitExceeded where there are more extents than
-        `Budget.rows`: `windows` hands them out piece by piece. Other threads may write between two pieces."""
+        """The exact status of these bytes (up to the end by default), as columns; see `lamina.extents.Extents`. A consumer
+        that needs a granularity rounds them with `.align(A)`. Raises LimitExceeded for more extents than `Budget.rows`;
+        `windows` returns them in parts. Other threads may write between two parts."""
         if length is None:
             length = max(self.size - offset, 0)
         found = self.root.extents(offset, length)
@@ -139,12 +139,12 @@ class Image:
             raise LimitExceeded(
                 f"there are more than {self._rows} extents from {offset} to {found.end}",
                 path=self.filename,
-                hint="ask for shorter stretches (windows() does), or raise rows in the budget",
+                hint="query shorter ranges (windows() does), or raise rows in the budget",
             )
         return found.concat(pieces)
 
     def windows(self, offset: int = 0, length: int | None = None) -> Iterator[Extents]:
-        """What `extents` answers, piece by piece: each takes a few megabytes at most, whatever the image says."""
+        """The result of `extents` in parts of a few megabytes at most, whatever the image contains."""
         yield from self.root.windows(offset, max(self.size - offset, 0) if length is None else length)
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Image:
@@ -172,14 +172,12 @@ class Image:
         return _RawView(self)
 
     def close(self) -> None:
-        """Flush what this image holds back, and give every file back. From any thread: requests that are under way end first,
-        and what they acknowledged is there; those that come now raise Closed. Calling it again does nothing, but for the
-        rest of a `close` that was interrupted. LaminaError where it is called inside a request of this image (by a signal
-        handler, say), or inside this thread's own `with image.edit()`.
+        """Flush buffered data and close all files. Thread-safe. Requests in progress complete first; new requests raise
+        Closed. A second call does nothing, unless it completes an interrupted `close`. Raises LaminaError inside a request of
+        this image (in a signal handler, for example), or inside this thread's own `with image.edit()`.
 
         An image that is not closed is closed when nothing refers to it any more, or at the end of the program, with a
-        ResourceWarning that names the line that opened it. After a fork, closing in the child gives descriptors back and
-        writes nothing."""
+        ResourceWarning that names the line that opened it. After a fork, a close in the child only closes descriptors."""
         root = self._root
         if root is not None:
             try:
@@ -199,7 +197,7 @@ class Image:
 
 
 def _append(pieces: list[Extents], found: Extents) -> None:
-    """Add a piece that begins where the last one ends, with the rows that meet there made one where they are alike."""
+    """Add a part that begins at the end of the last one; if their adjacent rows are equal, they are merged."""
     last = pieces[-1]
     seam, first = int(last.start[-1]), int(found.length[0]) + found.begin
     joined = found.concat([last.clip(seam, last.end), found.clip(found.begin, first)]).coalesce()
@@ -216,8 +214,8 @@ def _view(buffer: Any) -> memoryview:
 
 
 class _RawView(io.RawIOBase):
-    """`Image` as the standard library's raw file: reads stop at the end of the disk, writes past it are refused. `Closed`, of
-    a closed image, is a ValueError."""
+    """`Image` as a raw file of the standard library: reads stop at the end of the disk, writes past it are refused. `Closed`,
+    the error of a closed image, is a ValueError."""
 
     def __init__(self, image: Image) -> None:
         self._of = image
@@ -250,7 +248,7 @@ class _RawView(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes; to the end of the disk if it is negative. No memory is asked for past that end."""
+        """At most `size` bytes; up to the end of the disk if it is negative. Allocates no memory for bytes past the end."""
         room = max(self._image.size - self._at, 0)
         if size is None or size < 0:
             return self.readall()

@@ -36,15 +36,15 @@ T = TypeVar("T")
 
 #: Seconds that exit waits for the requests of daemon threads, and for threads that close graphs.
 _PATIENCE = 10.0
-_LOOK_AGAIN = 0.001
+_POLL_INTERVAL = 0.001
 
 
 class Inherited(Protocol):
-    """A part of the parent that a forked child finds in its memory."""
+    """State of the parent process that a forked child inherits."""
 
     def after_fork(self) -> None:
-        """Called in the child: give up what belongs to the parent. Takes no lock; may be called twice, if a signal
-        interrupts it."""
+        """Called in the child: release the state of the parent. Takes no lock; may be called twice, if a signal interrupts
+        it."""
 
 
 #: All nodes, and all roots of their users.
@@ -56,9 +56,9 @@ connected: WeakSet[Inherited] = WeakSet()
 _guarded: WeakSet[Node] = WeakSet()  # top nodes that this module closes if their users do not
 _forgotten: deque[Node] = deque()  # unreferenced graphs, for a thread to close
 _closers: set[object] = set()  # the threads that close them
-_closing: set[object] = set()  # other threads that close something
+_closing: set[object] = set()  # other threads that close a graph
 _handed_over = False
-_late = False  # whether `_flush_all` was registered behind the thread pools of the standard library
+_late = False  # whether `_flush_all` was registered after the thread pools of the standard library
 
 
 def guard(node: Node, opened_at: str | None = None) -> None:
@@ -71,7 +71,7 @@ def guard(node: Node, opened_at: str | None = None) -> None:
 
 
 def release(node: Node) -> None:
-    """`node` is part of a larger graph from now on, which closes it."""
+    """`node` becomes part of a larger graph, which closes it."""
     node.opened_at = None
     _guarded.discard(node)
 
@@ -90,7 +90,7 @@ def forget(node: Node) -> None:
 
 @contextmanager
 def closing() -> Iterator[None]:
-    """Exit waits for the calling thread, a daemon, as it does for requests."""
+    """Make exit wait for the calling thread, a daemon, as it does for requests."""
     me = object()
     _closing.add(me)
     try:
@@ -100,19 +100,19 @@ def closing() -> Iterator[None]:
 
 
 def before_pools() -> None:
-    """Have graphs flushed before thread pools stop at the end of the program. Called where the first pool is made: what was
-    registered last runs first."""
+    """Make exit flush graphs before thread pools stop. Called before the first pool is created: functions that are registered
+    last run first."""
     global _late
     _late = "concurrent.futures.thread" in sys.modules
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        with suppress(RuntimeError):  # the program is ending: what was registered before runs
+        with suppress(RuntimeError):  # the program is ending: the registered functions run
             register(_flush_all)
 
 
 @contextmanager
 def handing_over() -> Iterator[None]:
-    """A process forked inside becomes the owner of all graphs; its parent leaves them alone from then on."""
+    """A process forked inside this context becomes the owner of all graphs, and its parent no longer uses them."""
     global _handed_over
     _handed_over = True
     try:
@@ -122,7 +122,7 @@ def handing_over() -> Iterator[None]:
 
 
 def handed_over() -> bool:
-    """Whether a process that is forked now becomes the owner."""
+    """Whether a process that is forked now becomes the owner of the graphs."""
     return _handed_over
 
 
@@ -147,7 +147,7 @@ def _close_forgotten() -> None:
             node = _forgotten.popleft()
         except IndexError:
             _closers.discard(me)
-            if not _forgotten:  # asked after this one was crossed out: whoever forgets now starts another
+            if not _forgotten:  # checked after this thread was removed: a later call starts another one
                 return
             _closers.add(me)
             continue
@@ -156,13 +156,13 @@ def _close_forgotten() -> None:
 
 
 def _settle(node: Node, exclusively: Callable[[str, Callable[[], None]], None] | None = None) -> None:
-    """Close it; by default whatever else goes on in its graph."""
+    """Close a graph, by default at the same time as other work in it."""
     try:
         if exclusively is None:
             node.close()
         else:
             exclusively("closes a forgotten image", node.close)
-    except Exception as error:  # noqa: BLE001 - nobody is there to catch it
+    except Exception as error:  # noqa: BLE001 - no caller could catch it
         node.warn("%s was never closed, and what it held back could not be written: %s", node.filename, error)
 
 
@@ -175,7 +175,7 @@ def all_of(things: WeakSet[T]) -> list[T]:
 
 
 def _flush_all() -> None:
-    """The end has begun; other threads and thread pools still run."""
+    """Flush all graphs at the start of exit, while other threads and thread pools still run."""
     for node in [*(root.node for root in all_of(roots)), *all_of(_guarded)]:
         if node.held and not node.read_only:
             try:
@@ -185,7 +185,7 @@ def _flush_all() -> None:
 
 
 def _close_all() -> None:
-    """No thread runs any more, but daemons."""
+    """Close all graphs when no thread but daemons runs any more."""
     deadline = time.monotonic() + _PATIENCE
     open_roots = all_of(roots)
     for root in open_roots:
@@ -195,10 +195,10 @@ def _close_all() -> None:
     ) and time.monotonic() < deadline:
         if _forgotten and not _closers:
             _close_forgotten()
-        time.sleep(_LOOK_AGAIN)
+        time.sleep(_POLL_INTERVAL)
     _flush_all()
     if _closing or any(root.gate.inside for root in open_roots):
-        return  # a descriptor under a request that runs stays open until the process is gone
+        return  # the descriptor of a request in progress stays open until the process has ended
     for node in _from_the_top([node for node in all_of(_guarded) if node.held]):
         where = node.opened_at
         if where is not None and node.held:
@@ -210,7 +210,7 @@ def _close_all() -> None:
 
 
 def _from_the_top(tops: list[Node]) -> list[Node]:
-    """The same nodes, each before those that lie below it: what a node holds back is written to those when it is closed."""
+    """The same nodes, each before the nodes below it, to which its close writes buffered data."""
     ordered: list[Node] = []
     while tops:
         below = {id(node) for top in tops for child in top.children.values() for node in child.node.beneath()}
@@ -257,13 +257,13 @@ def _report(inherited: Inherited, error: Exception) -> None:
 _LOCKS = (_thread.LockType, _thread.RLock, threading.Condition)
 
 
-#: Longer lists hold what a node stores, not the parts that it is made of.
+#: Longer lists contain stored data of a node, not its parts.
 _FEW = 64
 
 
 def renew_locks(thing: Any, seen: set[int]) -> None:
-    """Free the locks that `thing`, a node or a part of one, holds in its attributes: who held them did not come along. Pools
-    of threads are forgotten."""
+    """Free the locks in the attributes of `thing`, a node or a part of one: the threads that held them do not exist in the
+    child. Thread pools are forgotten."""
     seen.add(id(thing))
     slots = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
     for name in {*getattr(thing, "__dict__", ()), *slots}:
@@ -283,7 +283,7 @@ def renew_locks(thing: Any, seen: set[int]) -> None:
 
 
 def _is_part(value: object) -> bool:
-    """Whether it may be a part of one node: other nodes and edges see to themselves."""
+    """Whether it may be a part of one node; other nodes and edges free their own locks."""
     kind = type(value)
     return kind.__module__.startswith("lamina.") and not hasattr(kind, "after_fork") and kind.__name__ != "Child"
 

@@ -1,4 +1,4 @@
-"""What a check of an image found: findings are returned, never raised, however broken the image is."""
+"""The report of a check of an image: its findings, which are never raised as errors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 
 from .results import CheckResult, Finding
 
-#: At most this many findings are kept with their text; all are counted.
+#: The number of findings with a text; the counters include all findings.
 MAX_FINDINGS = 1000
 
-ERROR = "error"  #: the image contradicts itself: data may be wrong, or may be lost by writing
-LEAK = "leak"  #: clusters are counted as allocated, and nothing refers to them; harmless
-UNREADABLE = "unreadable"  #: a part could not be examined
+ERROR = "error"  #: a contradiction: data may be wrong, or a write may destroy data
+LEAK = "leak"  #: clusters are counted as allocated without a reference; harmless
+UNREADABLE = "unreadable"  #: a part could not be checked
 NOTE = "note"  #: correct, but unusual; not counted
 
 
 @dataclass
 class CheckReport:
-    """What a driver collects while it checks an image; users get it as a `CheckResult`, whose fields these are."""
+    """The findings and counters of a check in progress; users get them as a `CheckResult` with the same fields."""
 
     findings: list[Finding] = field(default_factory=list)
     corruptions: int = 0
@@ -34,7 +34,7 @@ class CheckReport:
         return not (self.corruptions or self.leaks or self.check_errors)
 
     def add(self, kind: str, message: str, offset: int | None = None, count: int = 1) -> None:
-        """Count `count` findings of `kind` and keep their text, up to MAX_FINDINGS."""
+        """Count `count` findings of `kind`, and keep their text, up to MAX_FINDINGS."""
         if kind == LEAK:
             self.leaks += count
         elif kind == ERROR:
@@ -45,7 +45,7 @@ class CheckReport:
             self.findings.append(Finding(kind, message, offset))
 
     def result(self, filename: str, format: str) -> CheckResult:
-        """The findings of now, frozen."""
+        """The present findings as an immutable result."""
         return CheckResult(
             filename,
             format,

@@ -1,8 +1,8 @@
-"""Results of the library: frozen, typed records, each with `to_json`.
+"""Results of the library: immutable typed records, each with `to_json`.
 
-This is the shape of all results that users get: a `NamedTuple` whose fields have names and types of Python, and a method
-`to_json` that gives the same as a dict of JSON types under the names that the commands of this field print. The library makes
-results; the command line only formats them. A field that is None was not told, or is nothing that the format has.
+All results for users have this form: a `NamedTuple` with Python names and types, and a method `to_json` that returns the same
+as a dict of JSON types, under the names that the reference tools print. The library creates results; the command line formats
+them. A field is None if its value is unknown, or if the format has no such property.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from typing import Any, NamedTuple
 
 
 class ImageInfo(NamedTuple):
-    """What an image is, as its header says it (`lamina.info`). Sizes are in bytes. Of a format that Lamina has no driver for,
-    only the name and `unsupported` are known."""
+    """A description of an image from its header (`lamina.info`). Sizes are in bytes. For a format without a driver, only the
+    name and `unsupported` are known."""
 
     filename: str = ""
     format: str = ""
-    #: Lamina detected the format by its magic, and the user did not name it: it is a guess.
+    #: Whether Lamina detected the format by its magic, which is a guess, because the user named none.
     format_probed: bool = False
     virtual_size: int | None = None  #: the length of the disk
-    actual_size: int | None = None  #: what the file takes up on its device
+    actual_size: int | None = None  #: the allocated bytes of the file
     cluster_size: int | None = None
-    dirty: bool | None = None  #: it was not closed properly
+    dirty: bool | None = None  #: whether it was not closed properly
     encrypted: bool | None = None
-    backing_filename: str | None = None  #: as it stands in the image
-    full_backing_filename: str | None = None  #: the same as seen from here
+    backing_filename: str | None = None  #: the name in the image
+    full_backing_filename: str | None = None  #: the same relative to the current directory
     backing_format: str | None = None
-    #: All else, as JSON shows it: {"type": "qcow2", "data": {...}}. Not to be changed.
+    #: Other properties in their JSON form: {"type": "qcow2", "data": {...}}. Not to be changed.
     format_specific: Mapping[str, Any] | None = None
-    #: The features that keep this version of Lamina from opening it.
+    #: The features that prevent this version of Lamina from opening it.
     unsupported: tuple[str, ...] = ()
     #: Files beneath that another program had open for writing. (Not in the JSON.)
     other_writers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The same by the names that `qemu-img info --output=json` uses; ours are "format-probed" and "unsupported"."""
+        """The same under the names of `qemu-img info --output=json`, and "format-probed" and "unsupported"."""
         values: dict[str, Any] = {
             "filename": self.filename,
             "format": self.format,
@@ -59,9 +59,9 @@ class ImageInfo(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One result of a check. `kind`: "error" (the image contradicts itself: data may be wrong, or writing may destroy data),
-    "leak" (clusters are counted as allocated, and nothing refers to them), "unreadable" (the check could not read a part) or
-    "note" (correct, but unusual). `offset`: the byte of the image file that the finding concerns."""
+    """One finding of a check. `kind`: "error" (a contradiction: data may be wrong, or a write may destroy data), "leak"
+    (clusters are counted as allocated without a reference), "unreadable" (the check could not read a part) or "note"
+    (correct, but unusual). `offset`: the byte of the image file that the finding concerns."""
 
     kind: str
     message: str
@@ -73,15 +73,15 @@ class Finding(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """What a check of an image found (`lamina.check`). The first findings are kept with their text, all are counted;
-    clusters are what the format allocates by."""
+    """The result of a check of an image (`lamina.check`). The first findings have a text; the counters include all of them.
+    Clusters are the unit of allocation of the format."""
 
     filename: str
     format: str
     findings: tuple[Finding, ...] = ()
     corruptions: int = 0  #: errors
     leaks: int = 0
-    check_errors: int = 0  #: parts that could not be examined
+    check_errors: int = 0  #: parts that could not be checked
     total_clusters: int = 0
     allocated_clusters: int = 0
     fragmented_clusters: int = 0
@@ -91,12 +91,12 @@ class CheckResult(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """Whether all was examined, and nothing is wrong."""
+        """Whether the check was complete and found no error and no leak."""
         return not (self.corruptions or self.leaks or self.check_errors)
 
     def to_json(self) -> dict[str, Any]:
-        """The same by the names that `qemu-img check --output=json` uses, and "findings". Programs that read these expect
-        that counts of nothing are left out."""
+        """The same under the names of `qemu-img check --output=json`, and "findings". Zero counters are omitted, as programs
+        that read this form expect."""
         counts = {
             "corruptions": self.corruptions,
             "leaks": self.leaks,

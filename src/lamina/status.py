@@ -1,19 +1,19 @@
-"""The bits of a status, one piece of it, and one extent: what stretches of a disk are, in plain Python.
+"""The status of ranges of a disk in plain Python: its bits, a range with one status, and one extent.
 
-The bits mean one thing everywhere: in the mapping of a format (`format_node`), in the columns of `extents`, and in what NBD
-and the command line tell. In the base layer, without numpy: the path of small reads uses them.
+The bits have the same meaning everywhere: in the mapping of a format (`format_node`), in the columns of `extents`, in NBD and
+on the command line. Base layer, without numpy, since small reads use it.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple, Protocol
 
-#: DATA: bytes are stored somewhere. ZERO: they read as zeros. PRESENT: a layer owns them, so none below it counts.
-#: COMPRESSED: they are stored compressed (and so at no offset where they could be read as they are).
+#: DATA: the bytes are stored. ZERO: they read as zeros. PRESENT: they belong to a layer, so no layer below it matters.
+#: COMPRESSED: they are stored compressed, and so have no offset.
 #:
-#: ZERO without DATA: no bytes are stored. DATA and ZERO: a layer keeps storage for the stretch, and what it holds there reads
-#: as zeros, since the file has a hole there. Neither: no layer owns the stretch (a mapping alone says so; `extents` adds
-#: ZERO). Who only wants content looks at ZERO; who counts what is stored looks at DATA.
+#: ZERO without DATA: no bytes are stored. DATA and ZERO: a layer has storage for the range, which reads as zeros, since the
+#: file has a hole there. Neither: the range belongs to no layer (only a mapping says so; `extents` adds ZERO). A reader of
+#: content uses ZERO; a reader that counts allocated bytes uses DATA.
 DATA: Final = 1
 ZERO: Final = 2
 PRESENT: Final = 4
@@ -52,10 +52,10 @@ class Extent(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What the first `length` bytes that were asked about are, as a row of `Extents` would say it."""
+    """The status of the first `length` bytes of a range, with the fields of a row of `Extents`."""
 
     flags: int  #: DATA, ZERO, PRESENT, COMPRESSED
     length: int  #: bytes, above 0
-    depth: int = 0  #: the layer that decides, 0 is the top
-    file: HostFile | None = None  #: the file that holds the bytes as they read, or None
-    offset: int = -1  #: where in that file they begin, or -1
+    depth: int = 0  #: the layer to which the bytes belong; 0 is the top
+    file: HostFile | None = None  #: the file that stores the bytes uncompressed, or None
+    offset: int = -1  #: their offset in that file, or -1

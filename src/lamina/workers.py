@@ -1,8 +1,8 @@
-"""Threads that make calls for others: an interrupt may strike whoever uses them, at any step.
+"""Threads that execute calls. An interrupt may strike their users at any step.
 
-Made of queues, locks and threads of C code, each of which does its work in one step. The executors, futures and conditions
-of the standard library are written in Python: an exception between two of their steps (Ctrl-C is one) leaves locks taken,
-and then every executor of the process waits for ever.
+The module uses queues, locks and threads of C code, each of which completes an operation in one step. The executors, futures
+and conditions of the standard library are written in Python: an exception between two of their steps (by Ctrl-C, for example)
+leaves locks held, and then every executor of the process waits for ever.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from .errors import Cancelled
 
 _T = TypeVar("_T")
 
-#: The running worker threads of this process by identifier, each named after its `Workers`: for whoever looks at a process
-#: from outside, since `threading.enumerate` does not tell them.
+#: The running worker threads of this process by identifier, with the names of their `Workers`, for debugging:
+#: `threading.enumerate` does not list them.
 names: dict[int, str] = {}
 
-#: Seconds after which a thread that waits for a task looks whether it is finished.
-_LOOK_AGAIN = 0.1
+#: The interval in seconds at which a thread that waits for a task checks whether it is finished.
+_POLL_INTERVAL = 0.1
 
 
 class Task(Generic[_T]):
-    """A call that is made once. Any thread may wait for it or cancel it; each method can be called again, after an interrupt
-    too.
+    """A call that is executed once. Any thread may wait for it or cancel it; each method can be called again, also after an
+    interrupt.
 
-    `begun`: its worker has it. `finished`: the call has returned or raised, or will not be made.
+    `begun`: a worker has taken it. `finished`: the call has returned or raised, or will not be executed.
     """
 
     __slots__ = ("_arguments", "_call", "_cancelled", "_error", "_value", "_wake", "begun", "finished")
@@ -60,41 +60,42 @@ class Task(Generic[_T]):
         return task
 
     def wait(self) -> BaseException | None:
-        """Wait, and return the error that the call raised, or None: Cancelled if it was cancelled before it began."""
+        """Wait, and return the error of the call or None. The error is Cancelled if the call was cancelled before it
+        began."""
         self._await_end()
         return self._error
 
     def result(self) -> _T:
-        """Wait, and return what the call returned, or raise what it raised."""
+        """Wait, and return the result of the call or raise its error."""
         if (error := self.wait()) is None:
             value: _T = self._value
             return value
         try:
             raise error
         finally:
-            del self, error  # the error's traceback names this frame: it would keep the task, and the task the error
+            del self, error  # the traceback refers to this frame, which would keep the task and its error alive
 
     def cancel(self) -> None:
-        """When this returns the call is not under way, and will not begin."""
-        # Each side says first what it does, then looks at what the other said: one of them sees it, or both.
+        """When this returns, the call is not in progress and will not begin."""
+        # Each thread first records its own step and then reads that of the other: at least one of them sees the other.
         self._cancelled = True
         if self.begun:
             self._await_end()
 
     def _await_end(self) -> None:
         while not self.finished:
-            if self._wake.acquire(timeout=_LOOK_AGAIN):
-                self._wake.release()  # for other threads that wait; where an interrupt keeps it, they look again
+            if self._wake.acquire(timeout=_POLL_INTERVAL):
+                self._wake.release()  # for other waiting threads; if an interrupt prevents it, they poll
 
 
 def run(task: Task[Any]) -> None:
-    """Make the call of `task`, in this thread."""
+    """Execute the call of `task` in this thread."""
     task.begun = True
     try:
         if task._cancelled:
             raise Cancelled("the call was cancelled before it began")
         task._value = task._call(*task._arguments)
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the task raises it
+    except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for the task
         task._error = error
     task._call = task._arguments = None  # type: ignore[assignment]  # buffers, above all
     task.finished = True
@@ -103,9 +104,9 @@ def run(task: Task[Any]) -> None:
 
 
 class Workers:
-    """At most `count` threads, started when they are needed, which end after `close`, or with the program: what they do then
-    is not waited for, so an owner cancels it first. Any number of threads may use them at once. In a forked child they start
-    anew; what was submitted before the fork is not done there."""
+    """At most `count` threads, started on demand, which end after `close` or with the program. The program does not wait for
+    their calls, so the owner cancels them first. Thread-safe. A forked child starts its own threads; it does not execute
+    calls that were submitted before the fork."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name
@@ -114,29 +115,29 @@ class Workers:
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
 
     def submit(self, call: Callable[..., _T], *arguments: Any) -> Task[_T]:
-        """call(*arguments), which is done, under way, or waits for its turn."""
+        """A task for call(*arguments), which is queued, in progress or finished."""
         task: Task[_T] = Task(call, *arguments)
         self.start(task)
         return task
 
     def start(self, task: Task[Any]) -> None:
-        """Hand over a task that its maker has noted already, so that an interrupt cannot leave it to nobody."""
+        """Submit a task that its creator has recorded already, so that an interrupt cannot lose it."""
         if self._process != os.getpid():
             self._started, self._process, self._tasks = 0, os.getpid(), SimpleQueue()
         if self._started < self._count:
             try:
-                # An interrupt before the count is raised makes for one thread too many, which ends with the others.
+                # An interrupt before the counter is incremented makes for one surplus thread, which ends with the others.
                 _thread.start_new_thread(_work, (self._tasks, f"{self._name}_{self._started}"))
                 self._started += 1
-            except RuntimeError:  # the process may have no more of them
+            except RuntimeError:  # the process has reached its limit of threads
                 if not self._started:
                     run(task)
                     return
         self._tasks.put(task)
 
     def map(self, call: Callable[..., _T], items: Iterable[Any]) -> list[_T]:
-        """call(item) for each item, in their order. Raises what the first of those that failed raised, when no call is
-        under way any more."""
+        """call(item) for each item, with the results in the order of the items. Raises the error of the first failed one,
+        when no call is in progress any more."""
         tasks: list[Task[_T]] = []
         try:
             for item in items:
@@ -148,11 +149,11 @@ class Workers:
                 task.cancel()
 
     def close(self) -> None:
-        """Let the threads end, when they have done what was submitted. Waits for nothing. May be called again."""
+        """Let the threads end after the submitted calls. Does not wait. May be called again."""
         self._tasks.put(None)
 
     def __del__(self) -> None:
-        if "_tasks" in self.__dict__:  # else an interrupt struck before `__init__`
+        if "_tasks" in self.__dict__:  # otherwise an interrupt struck before `__init__`
             self.close()
 
 
@@ -164,4 +165,4 @@ def _work(tasks: SimpleQueue[Task[Any] | None], name: str) -> None:
             del task
     finally:
         del names[_thread.get_ident()]
-        tasks.put(None)  # for the next one
+        tasks.put(None)  # for the next thread

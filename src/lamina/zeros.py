@@ -1,17 +1,17 @@
-"""Which bytes of a buffer are zero. The one search for zeros: of the request path, of servers, and of jobs that copy.
+"""The search for zeros in a buffer, for the request path, for servers, and for jobs.
 
-It needs no numpy, whose import takes longer than a small copy, and is no slower than a search with it: buffers are compared
-with zeros by `startswith`, which is one memcmp, and only blocks that may be zero are compared (see `_zero_runs`).
+It needs no numpy, whose import takes longer than a small copy, and is as fast as a search with numpy: `startswith` compares
+buffers with zeros by one memcmp, and only blocks that may be zero are compared (see `_zero_runs`).
 """
 
 from __future__ import annotations
 
-#: Views are compared with so many zeros at a time. (A comparison of two views would go item by item.)
+#: The number of zeros in one comparison. (Python compares two memoryviews item by item.)
 _STEP = 1 << 18
 _ZEROS = bytes(_STEP)
-#: Bytes of each block that are looked at before blocks are compared as a whole, in eighths of its length; and the last one.
-_LOOKS = (1, 2, 3, 4, 5, 6, 7)
-#: Where no more blocks than this begin with a zero byte, their other bytes are not worth a look.
+#: The bytes of each block that are tested before whole blocks are compared, in eighths of its length; and the last byte.
+_SAMPLES = (1, 2, 3, 4, 5, 6, 7)
+#: If at most this number of blocks begin with a zero byte, their other bytes are not tested.
 _FEW = 16
 
 
@@ -29,15 +29,15 @@ def fill_zero(view: memoryview) -> None:
 
 
 def stored_parts(view: memoryview, at: int, granule: int, smallest: int) -> list[tuple[int, int]]:
-    """The parts (start, end) of `view` that are not zero, in order. Zeros count in whole blocks of `granule` bytes on the
-    grid of the disk, where `view` begins at `at`, and in runs of at least `smallest` bytes. Before the first and behind the
-    last such block, all bytes up to the end of the view count as a block; and a run that reaches an end of the view may go
-    on beyond it, so it is long enough. `granule` 0: no zeros are looked for."""
+    """The parts (start, end) of `view` that are not zero, in order. Zeros count as whole blocks of `granule` bytes on the
+    grid of the disk, where `view` begins at `at`, and in runs of at least `smallest` bytes. The bytes before the first and
+    after the last such block count as one block each. A run at an end of the view may continue outside, so it counts as long
+    enough. `granule` 0: there is no search, and no zero part."""
     length = len(view)
     if not granule:
         return [(0, length)] if length else []
     parts: list[tuple[int, int]] = []
-    stored = 0  # where the part begins that is not decided yet
+    stored = 0  # the start of the undecided part
     for lo, hi in _zero_runs(view, at, granule):
         if hi - lo < smallest and lo > 0 and hi < length:
             continue
@@ -50,7 +50,7 @@ def stored_parts(view: memoryview, at: int, granule: int, smallest: int) -> list
 
 
 def between(parts: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """What `parts`, in order, leave of `length` bytes."""
+    """The gaps between `parts`, which are in order, in `length` bytes."""
     rest = []
     at = 0
     for lo, hi in parts:
@@ -79,12 +79,12 @@ def _zero_runs(view: memoryview, start: int, granule: int) -> list[tuple[int, in
         while last < count and not maybe[last]:
             last += 1
         lo, hi = head + first * granule, head + last * granule
-        if hi - lo <= _STEP and zeros(view[lo:hi]):  # the usual case, without a call of ours
+        if hi - lo <= _STEP and zeros(view[lo:hi]):  # the usual case, without a function call
             if runs and runs[-1][1] == lo:
                 lo = runs.pop()[0]
             runs.append((lo, hi))
         elif last - first > 1 or granule > _STEP:
-            # What differs does so early, so that a second look at each block costs little.
+            # Blocks that are not zero differ early, so the second test of each block is cheap.
             step = hi - lo if is_zero(view[lo:hi]) else granule
             for at in range(lo, hi, step):
                 if step > granule or is_zero(view[at : at + step]):
@@ -96,13 +96,13 @@ def _zero_runs(view: memoryview, start: int, granule: int) -> list[tuple[int, in
 
 
 def _may_be_zero(blocks: memoryview, granule: int, count: int) -> bytes:
-    """A byte for each block: not zero where the block is not. Some bytes of all blocks are put together as one large number,
-    whose digits they are: a single operation then looks at all blocks."""
+    """A byte for each block, not zero if the block is not zero. Some bytes of all blocks become the digits of one large
+    number, so that a single operation tests all blocks."""
     found = bytes(blocks[::granule])
     if found.count(0) <= _FEW:
         return found
     digits = int.from_bytes(found, "little")
-    for offset in {granule * eighth // 8 for eighth in _LOOKS} | {granule - 1}:
+    for offset in {granule * eighth // 8 for eighth in _SAMPLES} | {granule - 1}:
         digits |= int.from_bytes(blocks[offset::granule], "little")
     return digits.to_bytes(count, "little")
 
