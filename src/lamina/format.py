@@ -94,6 +94,12 @@ class Format(Node):
         raise cls.refusal("does not support the creation of images", hint="try qcow2 or raw")
 
     @classmethod
+    def options_to_open(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with which `open` opens an image that `create` made with `values`: the secret of an encrypted one. By
+        default none is needed."""
+        return {}
+
+    @classmethod
     def measure(cls, size: int, values: Mapping[str, Any], stored: Iterable[Extents] | None = None) -> Measure:
         """The length of the file of a new image of `size` bytes. `stored` is the status of its source (consecutive extents of
         the whole disk); None: the source is empty. No file is created."""

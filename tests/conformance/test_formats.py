@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lamina.crypto.secret import Secret
 from lamina.testing import FormatConformance
 
 
@@ -108,3 +109,41 @@ class TestQcow2Clusters2MVersion2OverBacking(Qcow2):
     unit = 2 << 20
     size = (2 << 20) + 70_001
     backing = (2 << 20) + 10_000
+
+
+SECRET = Secret(b"conformance")
+
+
+class EncryptedQcow2(Qcow2):
+    """With the LUKS header the image is made of more than 2 MiB."""
+
+    create_options = {"cluster_size": 4096, "encrypt": {"format": "luks", "key-secret": SECRET, "iter-time": 1}}
+    open_options = {"encrypt": {"key-secret": SECRET}}
+    unit = 4096
+
+
+class TestQcow2Encrypted(EncryptedQcow2):
+    pass
+
+
+class TestQcow2EncryptedOddSizeOverLonger(EncryptedQcow2):
+    size = 70_001
+    size_unit = 512
+    backing = 100_000
+
+
+class TestQcow2EncryptedCbc(EncryptedQcow2):
+    create_options = {
+        "cluster_size": 512,
+        "encrypt": {
+            "format": "luks",
+            "key-secret": SECRET,
+            "iter-time": 1,
+            "cipher-alg": "aes-128",
+            "cipher-mode": "cbc",
+            "ivgen-alg": "essiv",
+            "ivgen-hash-alg": "md5",
+        },
+    }
+    unit = 512
+    backing = 30_001

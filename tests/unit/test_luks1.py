@@ -216,5 +216,5 @@ def test_slots_may_take_so_long_and_no_longer() -> None:
 
 
 def test_a_passphrase_takes_as_long_as_was_asked_for() -> None:
-    assert luks1.iterations_in("sha256", 64, 200) > 10 * luks1.iterations_in("sha256", 64, 2)
+    assert luks1.iterations_in("sha256", 64, 200) >= 99 * luks1.iterations_in("sha256", 64, 2)
     assert luks1.iterations_in("sha1", 16, 10**9) == luks1.MAX_ITERATIONS

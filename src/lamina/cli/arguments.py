@@ -69,6 +69,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, key, names.get(value, value))
             elif isinstance(value, list):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
+        if vars(args).get("object"):
+            _name_secrets(args.object)
         said = {name: vars(args).get(dest) for dest, name in _OF_STORAGE.items()}
         if any(value is not None for value in said.values()):
             from ..graph import usual
@@ -163,7 +165,16 @@ class Parser(argparse.ArgumentParser):
             "image, except hidden ones: the default if the format is given), beneath:DIR, list:FILE:FILE..., any",
         )
         self.add_limits(group)
-        self.add_later("--object", "objects are not there yet", metavar="OBJDEF", group=where)
+        self.add_objects(where)
+
+    def add_objects(self, group: argparse._ArgumentGroup | None = None) -> None:
+        """The option that names secrets, for options of images (`encrypt.key-secret`)."""
+        (group or self).add_argument(
+            "--object",
+            metavar="OBJDEF",
+            action="append",
+            help="a passphrase for encrypted images: secret,id=NAME,file=PATH; or fd=NUMBER, env=VARIABLE; format=base64",
+        )
 
     def add_limits(self, group: argparse._ArgumentGroup | None = None) -> None:
         """Add --limits, the `Budget` of the images that the command opens."""
@@ -257,6 +268,21 @@ def _connections(text: str) -> int:
     if not 1 <= number <= MOST_CONNECTIONS:
         raise OptionError(f"the number of connections must be from 1 to {MOST_CONNECTIONS}")
     return number
+
+
+def _name_secrets(objects: Sequence[str]) -> None:
+    from ..crypto.secret import named, parse_object
+
+    named.clear()
+    for text in objects:
+        name, secret, exposed = parse_object(text)
+        if name in named:
+            raise OptionError(f"two objects have the id {shown(name)}", hint="give each its own")
+        named[name] = secret
+        if exposed:
+            sys.stderr.write(
+                f"lamina: the secret {printable(name)} can be read in the list of processes: use file=, fd= or env=\n"
+            )
 
 
 def _policy(text: str) -> Policy:

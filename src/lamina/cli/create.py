@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         "-o", "--options", metavar="NAME=VALUE,...", action="append", help="options of the format; -o help lists them"
     )
     parser.add_limits()
-    parser.add_later("--object", "objects are not there yet", metavar="OBJDEF")
+    parser.add_objects()
     parser.add_argument("filename", metavar="FILE", nargs="?", help="the new image")
     parser.add_argument("size", metavar="SIZE", nargs="?", help="size in bytes, or with a suffix k, M, G, T, P or E")
     args = parser.parse(argv)

@@ -12,6 +12,7 @@ import hmac
 import os
 import time
 import uuid
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -349,15 +350,20 @@ def _diffused(stripes: bytes | bytearray, size: int, hash: str) -> bytes:
 
 def iterations_in(hash: str, key_bytes: int, milliseconds: float) -> int:
     """How many iterations of PBKDF2 take so long here."""
-    count, taken = 1 << 14, 0.0
+    return min(int(_speed(hash, key_bytes) * milliseconds / 1000), MAX_ITERATIONS)
+
+
+@cache
+def _speed(hash: str, key_bytes: int) -> float:
+    """Iterations per second of the CPU, measured once."""
+    count = 1 << 14
     while True:
         begun = time.thread_time()
         hashlib.pbkdf2_hmac(hash, b"passphrase", bytes(32), count, key_bytes)
         taken = time.thread_time() - begun
         if taken >= 0.02 or count >= MAX_ITERATIONS:
-            break
+            return count / max(taken, 1e-6)
         count *= 4
-    return min(int(count * milliseconds / 1000 / taken), MAX_ITERATIONS)
 
 
 def _new_key(settings: Settings) -> bytes:

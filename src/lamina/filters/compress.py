@@ -23,7 +23,7 @@ class Compress(FilterNode):
             raise UnsupportedFeature(
                 f"the driver {image.node.driver} does not support compression",
                 path=image.node.filename,
-                hint="use qcow2 with reference counts of more than one bit",
+                hint="use qcow2 without encryption, with reference counts of more than one bit",
             )
 
     @property

@@ -180,12 +180,12 @@ def convert_to_file(
     how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
     how["max_output"] = max_output
     below: Backing | None = None
-    given = {}
+    given = kind.options_to_open(values)
     with ExitStack() as stack:
         if backing is not None:
             # Names inside the target are relative to its directory; what the user named is opened as such.
             name = os.path.join(os.path.dirname(os.path.realpath(path)), values["backing_file"])
-            given = {"backing": {"driver": backing_format, "file": {"driver": "file", "filename": name}}}
+            given["backing"] = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
             image = stack.enter_context(open_image(given["backing"], references=references, budget=source.budget))
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)

@@ -52,7 +52,7 @@ class Compression:
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
         # With counts of one bit no two can share a cluster: nothing would be saved.
-        self.compresses = header.refcount_bits > 1
+        self.compresses = header.refcount_bits > 1 and not header.crypt_method
         self._kept: dict[int, bytes] = {}  # by L2 entry, the one kept first first
         self._most_kept = max(_KEPT >> self._bits, 2)
         self._keeping = threading.Lock()

@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
     from ...request import Child
 
+_ENCRYPT = Schema(
+    "encrypt",
+    [
+        Option("format", "enum", "luks; the legacy aes is only read", required=True, choices=("luks", "aes")),
+        Option("key-secret", "any", "the passphrase: the id of a secret (--object), or a lamina.Secret"),
+        Option("cipher-alg", "str", "cipher and bits of its key", default="aes-256"),
+        Option("cipher-mode", "enum", "mode of the cipher", default="xts", choices=("xts", "cbc", "ecb")),
+        Option("ivgen-alg", "enum", "source of the IVs", default="plain64", choices=("plain", "plain64", "essiv")),
+        Option("ivgen-hash-alg", "str", "hash of essiv"),
+        Option("hash-alg", "str", "hash of PBKDF2 and of the splitter", default="sha256"),
+        Option("iter-time", "int", "milliseconds that unlocking takes", default=2000, minimum=1, maximum=60_000),
+    ],
+)
 SCHEMA = Schema(
     "qcow2",
     [
@@ -36,6 +49,7 @@ SCHEMA = Schema(
         ),
         Option("backing_file", "str", "the layer below: a path, relative to the new image's directory"),
         Option("backing_fmt", "str", "format of the backing file; never guessed"),
+        Option("encrypt", "dict", "encrypt the data of the guest", items=_ENCRYPT),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
     ],
 )
@@ -53,6 +67,8 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
         )
     if _version(values) == 2 and values["compression_type"] != "zlib":
         raise OptionError("version 2 (compat 0.10) has zlib compression only", path=target, hint="use compat=1.1")
+    if values.get("encrypt") is not None:
+        _prepare_encryption(values["encrypt"], target)
     name = values.get("backing_file")
     if not name:
         if values.get("backing_fmt"):
@@ -73,6 +89,18 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
     if not values.get("backing_unchecked"):
         _check_backing(values, where, target, budget)
     _round_size(values, target)
+
+
+def _prepare_encryption(values: Mapping[str, Any], target: str) -> None:
+    from ...crypto.secret import reveal
+    from .encryption import settings_of
+
+    if values["format"] == "aes":
+        raise OptionError(
+            "new images have no legacy AES encryption: anybody can undo it", path=target, hint="use encrypt.format=luks"
+        )
+    settings_of(values)
+    reveal(values.get("key-secret"))
 
 
 def _is_same_file(first: str, second: str) -> bool:
@@ -171,6 +199,12 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         grow_l1(tables, size)
         tables.flush()
         tables.set_size(size)
+    if values.get("encrypt") is not None:
+        from .encryption import add_luks
+
+        add_luks(tables, values["encrypt"])
+        tables.flush()
+        storage.write(0, memoryview(header.to_bytes()))
     tables.flush()
 
 
@@ -186,8 +220,8 @@ def _version(values: Mapping[str, Any]) -> int:
     return 2 if values["compat"] in ("0.10", "v2") else 3
 
 
-def describe(header: Header) -> ImageInfo:
-    """What `lamina info` says, as far as the header tells; see `Format.inspect`."""
+def describe(storage: Child, header: Header) -> ImageInfo:
+    """What `lamina info` says, as far as the header of the image in `storage` tells; see `Format.inspect`."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.version == 2 else "1.1",
         "compression-type": q.COMPRESSION_TYPES.get(header.compression_type, str(header.compression_type)),
@@ -200,11 +234,16 @@ def describe(header: Header) -> ImageInfo:
         data["extended-l2"] = bool(header.incompatible_features & q.EXTENDED_L2)
         if header.data_file is not None:
             data["data-file"] = header.data_file
+    if header.crypt_method in (1, 2):
+        from .encryption import describe as describe_encryption
+
+        data["encrypt"] = describe_encryption(storage, header)
     if header.nb_snapshots:
         data["snapshots"] = header.nb_snapshots
     return ImageInfo(
         virtual_size=header.size,
         cluster_size=header.cluster_size,
+        encrypted=True if header.crypt_method else None,
         dirty=bool(header.incompatible_features & q.DIRTY),
         backing_filename=header.backing_file,
         backing_format=None if header.backing_file is None else header.backing_format,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...errors import LaminaError, NotSupported
+from ...errors import LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...limits import Limits
 from ...node import COMPRESS
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 _STEP_CLUSTERS = 1 << 15
 
 
+_ENCRYPT = Schema(
+    "encrypt",
+    [
+        Option("format", "enum", "the kind of encryption; the image says it too", choices=("aes", "luks")),
+        Option("key-secret", "any", "the passphrase: the id of a secret (--object), or a lamina.Secret"),
+    ],
+)
+
+
 class Qcow2(FormatNode):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
@@ -39,6 +48,7 @@ class Qcow2(FormatNode):
         [
             Option("file", "node", "where the image lies", required=True),
             Option("backing", "node", "the layer below, instead of the one that the image names"),
+            Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
@@ -77,7 +87,9 @@ class Qcow2(FormatNode):
         header.require_openable(path, writable=not opener.read_only)
         stored = l1_table.stored_bytes(file, header.l1_table_offset, header.l1_size)
         opener.book(stored, "the L1 table", path)
-        node = cls(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
+        kind = cls._kind(header)
+        node = kind(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
+        node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
         if backing is not None:
@@ -87,12 +99,30 @@ class Qcow2(FormatNode):
         return node
 
     @classmethod
+    def _kind(cls, header: Header) -> type[Self]:
+        if not header.crypt_method:
+            return cls
+        from .encryption import EncryptedQcow2
+
+        return EncryptedQcow2  # type: ignore[return-value]
+
+    def unlock(self, given: Options[str, Any] | None, opener: Opener) -> None:
+        """Take the passphrase that the options give; here there is nothing that needs one."""
+        if given:
+            raise OptionError("a passphrase is given, and the image is not encrypted", path=self.filename)
+
+    @classmethod
     def create(cls, storage: Child, size: int, values: Options[str, Any]) -> None:
         _create.create(storage, size, values)
 
     @classmethod
+    def options_to_open(cls, values: Options[str, Any]) -> dict[str, Any]:
+        encrypt = values.get("encrypt")
+        return {} if encrypt is None else {"encrypt": {"key-secret": encrypt["key-secret"]}}
+
+    @classmethod
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
-        return _create.describe(Header.read(storage))
+        return _create.describe(storage, Header.read(storage))
 
     def check(self) -> CheckReport:
         from .check import check

@@ -66,6 +66,15 @@ class Header:
         data = self.extension(q.EXT_DATA_FILE)
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
+    @property
+    def encryption_header(self) -> tuple[int, int] | None:
+        """Where the LUKS header lies, and its length; None where there is none. Not checked."""
+        data = self.extension(q.EXT_ENCRYPTION) if self.crypt_method == 2 else None
+        if data is None or len(data) < q.ENCRYPTION_POINTER.size:
+            return None
+        place = q.ENCRYPTION_POINTER.unpack(data)
+        return place.offset, place.length
+
     def require_openable(self, path: str, *, writable: bool) -> None:
         """Raise UnsupportedFeature or CorruptImage where this image uses a feature that is not implemented, or must be
         repaired before it is written to."""
@@ -87,8 +96,8 @@ class Header:
     def unsupported(self) -> list[str]:
         """The features that this image uses and that this version of Lamina does not have, by name."""
         found = []
-        if self.crypt_method:
-            found.append({1: "AES encryption", 2: "LUKS encryption"}.get(self.crypt_method, "unknown encryption"))
+        if self.crypt_method not in q.CRYPT_METHODS:
+            found.append("unknown encryption")
         if self.nb_snapshots:
             found.append("internal snapshots")
         if self.incompatible_features & q.DATA_FILE:

@@ -29,6 +29,8 @@ AUTOCLEAR = Flags(
     },
 )
 
+CRYPT_METHODS: Final = {0: "none", 1: "aes", 2: "luks"}
+
 HEADER_V2 = Structure(
     "qcow2 header, version 2",
     ">",
@@ -41,7 +43,7 @@ HEADER_V2 = Structure(
         Field("backing_file_size", "u32", "length of that name in bytes, at most 1023", default=0),
         Field("cluster_bits", "u32", "a cluster is 1 << cluster_bits bytes"),
         Field("size", "u64", "size of the virtual disk in bytes"),
-        Field("crypt_method", "u32", "how guest data is encrypted", default=0, values={0: "none", 1: "AES", 2: "LUKS"}),
+        Field("crypt_method", "u32", "how guest data is encrypted", default=0, values=CRYPT_METHODS),
         Field("l1_size", "u32", "entries of the active L1 table"),
         Field("l1_table_offset", "u64", "where the active L1 table starts"),
         Field("refcount_table_offset", "u64", "where the refcount table starts"),
@@ -78,6 +80,16 @@ HEADER_V3 = HEADER_V2.extend(
 
 #: Where the byte compression_type lies, if header_length passes it.
 COMPRESSION_TYPE_OFFSET: Final = 104
+#: What the extension of an encrypted image says.
+ENCRYPTION_POINTER = Structure(
+    "full disk encryption header pointer",
+    ">",
+    [
+        Field("offset", "u64", "where the encryption header starts"),
+        Field("length", "u64", "its length in bytes"),
+    ],
+)
+
 COMPRESSION_TYPES: Final = {0: "zlib", 1: "zstd"}
 
 DIRTY: Final = 1 << 0

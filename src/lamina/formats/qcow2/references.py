@@ -92,11 +92,6 @@ _SNAPSHOT: Final = Structure(
     ],
     doc="Followed by extra data, identifier and name, and padding to a multiple of 8.",
 )
-_LUKS_POINTER: Final = Structure(
-    "encryption header pointer",
-    ">",
-    [Field("offset", "u64", "where the encryption header starts"), Field("length", "u64", "its length in bytes")],
-)
 
 
 class Use(NamedTuple):
@@ -444,10 +439,8 @@ class References:
 
     def encryption(self) -> None:
         """Where a LUKS header is, the clusters that it occupies."""
-        pointer = self.header.extension(q.EXT_ENCRYPTION) or b""
-        if self.header.crypt_method == 2 and len(pointer) >= _LUKS_POINTER.size:
-            place = _LUKS_POINTER.unpack(pointer)
-            self.region(ENCRYPTION, place.offset, place.length)
+        if (place := self.header.encryption_header) is not None:
+            self.region(ENCRYPTION, *place)
 
     # -- reference counts
 

@@ -81,7 +81,11 @@ class Tables:
             first = l1.offset >> bits
             own = range(first, first + -(-len(l1) * 8 >> bits))
             # Entries without COPIED may name one table together: whoever changes it takes a copy.
-            counts.claim(chain([own], l1.l2_clusters(bits, copied=True)), l1.l2_clusters(bits, copied=False))
+            place = self.header.encryption_header  # inside the file and bounded, else the image was not opened
+            encryption = range(0) if place is None else range(place[0] >> bits, -(-sum(place) >> bits))
+            counts.claim(
+                chain([own, encryption], l1.l2_clusters(bits, copied=True)), l1.l2_clusters(bits, copied=False)
+            )
             self._refcounts = counts
         return self._refcounts
 
