@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina import FormatError, UnsupportedFeature
+from lamina import CorruptImage, FormatError, OptionError, UnsupportedFeature
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.header import Header
 from lamina.graph import Opener
@@ -130,11 +130,19 @@ def test_row_55_bitmap_extension_of_a_wrong_length(tmp_path: Path, length: int) 
     survives(path)
 
 
-@pytest.mark.parametrize("method", [1, 2, 3, U32])
-def test_encryption_is_refused(tmp_path: Path, method: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "error", "match"),
+    [
+        (1, OptionError, "no passphrase"),
+        (2, CorruptImage, "encryption header"),
+        (3, UnsupportedFeature, "encryption"),
+        (U32, UnsupportedFeature, "encryption"),
+    ],
+)
+def test_encryption_without_a_key_or_a_header(tmp_path: Path, method: int, error: type[Exception], match: str) -> None:
     pointer = U64.to_bytes(8, "big") * 2
     path = victim(tmp_path).extension(q.EXT_ENCRYPTION, pointer).set(crypt_method=method).save()
-    with pytest.raises(UnsupportedFeature, match="encryption"):
+    with pytest.raises(error, match=match):
         lamina.open(path, format="qcow2")
     survives(path)
     checked(path)

@@ -165,7 +165,7 @@ class Parser(argparse.ArgumentParser):
             "image, except hidden ones: the default if the format is given), beneath:DIR, list:FILE:FILE..., any",
         )
         self.add_limits(group)
-        self.add_objects(where)
+        self.add_objects(group)
 
     def add_objects(self, group: argparse._ArgumentGroup | None = None) -> None:
         """The option that names secrets, for options of images (`encrypt.key-secret`)."""

@@ -14,6 +14,7 @@ from ...schema import Option, Schema
 from . import allocation, l1_table
 from . import create as _create
 from .compression import Compression
+from .encrypted import Encrypted
 from .header import Header
 from .tables import Tables
 
@@ -87,8 +88,8 @@ class Qcow2(FormatNode):
         header.require_openable(path, writable=not opener.read_only)
         stored = l1_table.stored_bytes(file, header.l1_table_offset, header.l1_size)
         opener.book(stored, "the L1 table", path)
-        kind = cls._kind(header)
-        node = kind(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
+        kind: Any = EncryptedQcow2 if header.crypt_method else cls
+        node: Self = kind(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -97,14 +98,6 @@ class Qcow2(FormatNode):
         if not opener.read_only:
             node._clear_autoclear_features()
         return node
-
-    @classmethod
-    def _kind(cls, header: Header) -> type[Self]:
-        if not header.crypt_method:
-            return cls
-        from .encryption import EncryptedQcow2
-
-        return EncryptedQcow2  # type: ignore[return-value]
 
     def unlock(self, given: Options[str, Any] | None, opener: Opener) -> None:
         """Take the passphrase that the options give; here there is nothing that needs one."""
@@ -258,3 +251,7 @@ class Qcow2(FormatNode):
             super().close()
         finally:
             self._compression.close()
+
+
+class EncryptedQcow2(Encrypted, Qcow2):
+    """An image whose guest data is encrypted."""
