@@ -154,7 +154,7 @@ def test_what_could_not_be_written_leaves_the_room_to_others() -> None:
     image = case.open(Child(storage, "file", grows=True), False)
     before = image.read(0, SIZE)
     storage.arm(1, 28, kinds=["write"])
-    with pytest.raises(OSError, match="chosen to fail"):
+    with pytest.raises(OSError, match="selected to fail"):
         image.root.write(30 * KIB, memoryview(b"calm" * KIB), COMPRESS)
     storage.disarm()
     assert image.read(0, 30 * KIB) == before[: 30 * KIB]

@@ -444,7 +444,7 @@ def test_it_notices_an_error_that_is_swallowed(monkeypatch: pytest.MonkeyPatch) 
             return
 
     monkeypatch.setattr(Qcow2, "flush", flush)
-    noticed(allocating, "nobody was told")
+    noticed(allocating, "raised no error")
 
 
 def test_it_notices_a_foreign_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_a_discard_comes_late_and_stays_late() -> None:
     assert letters([state for state in states(work, P3, ".") if state.durable]) == {"a"}
     late = [state for state in states(work, P4, ".") if state.durable]
     assert letters(late) == {"a", "0"}
-    assert any("came late" in line for state in late for line in state.story)
+    assert any("took effect late" in line for state in late for line in state.story)
 
 
 @pytest.mark.parametrize(("flags", "late"), [(0, False), (MAY_UNMAP, True), (MAY_UNMAP | FUA, False)])

@@ -79,7 +79,7 @@ def test_a_failing_loop_tells_its_state(tmp_path: Path) -> None:
     status, said = run(tmp_path, seed="7")
     assert status == 1
     assert "- power loss -" in said
-    assert "was promised: 'a'" in said
+    assert "durable: 'a'" in said
     assert "seed=7" in said
     assert said.count("- power loss -") == 1, "a loop that ended has nothing to tell"
 

@@ -1,4 +1,4 @@
-"""For those who write storage, formats or filters, and for those who test storage code of their own.
+"""Test suites for authors of storage, formats and filters, and tools for tests of any code that stores data.
 
     from lamina.testing import FilterConformance
 
@@ -6,14 +6,14 @@
         def make(self, image):
             return Slow(image)
 
-`StorageConformance`, `FormatConformance` and `FilterConformance` hold a driver to what `lamina.node` promises; `Disk`
-is the flat disk they compare it with. They need hypothesis and are run by pytest (the extra `dev`), which nothing else in
-Lamina imports. For readable failures, let pytest rewrite the assertions in here, before importing it:
+`StorageConformance`, `FormatConformance` and `FilterConformance` test a driver against the contract in `lamina.node`; they
+compare it with the flat disk `Disk`. They need hypothesis and pytest (the extra `dev`), which no other module of Lamina
+imports. For readable failures pytest should rewrite the assertions of these modules; call this before the import:
 `pytest.register_assert_rewrite("lamina.testing")`.
 
-`cut_power` judges every state that a power cut could leave, of any code (docs/testing-your-own.md); `FaultyStorage` fails
-when a test says so; `read_log` and `replay` read what the filter `logwrites` wrote. These need neither. pytest finds the
-fixtures `image`, `faulty` and `power_loss` by itself (`plugin`), which is why this module imports nothing until it is asked.
+`cut_power` checks every state that a power cut could leave, of any code (docs/testing-your-own.md); `FaultyStorage` fails on
+request; `read_log` and `replay` read the logs of the filter `logwrites`. These need neither package. pytest finds the
+fixtures `image`, `faulty` and `power_loss` by itself (`plugin`), so this module imports the others on demand.
 
 This module itself has no assertions: PYTEST_DONT_REWRITE.
 """
@@ -75,5 +75,5 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = found  # next time it is simply there
+    globals()[name] = found  # later lookups find it at once
     return found

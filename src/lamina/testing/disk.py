@@ -1,7 +1,7 @@
-"""What holds for every node, whatever its kind: the laws that the three suites share.
+"""The laws of every node, whatever its kind, which the three suites share.
 
-Each law takes new disks from `opened` and compares them with `model.Disk`. Requests go through the request path, as those
-of every user do.
+Each law takes new disks from `opened` and compares them with `model.Disk`. Requests pass through the request path, like those
+of every user.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..limits import MAX_SIZE
 from ..node import Node
 from .model import Disk, Written, check_disk, check_first_extents, check_status, serial_order
 
-#: The settings of every law. A law is inherited by many classes, which hypothesis would otherwise take for a mistake.
+#: The settings of every law. Many classes inherit a law, which hypothesis would otherwise report as a mistake.
 LAW = settings(
     deadline=None,
     max_examples=12,
@@ -36,7 +36,7 @@ Operation = tuple[str, int, int, int]
 
 
 def spans(size: int, unit: int) -> st.SearchStrategy[tuple[int, int]]:
-    """(offset, length) inside a disk, empty ones too: edges anywhere, and at or beside multiples of `unit`."""
+    """(offset, length) inside a disk, including empty ranges: bounds anywhere, and at or next to multiples of `unit`."""
     near = st.tuples(st.integers(0, size // unit + 1), st.integers(-1, 1)).map(
         lambda pair: min(max(pair[0] * unit + pair[1], 0), size)
     )
@@ -52,13 +52,13 @@ def operations(size: int, unit: int) -> st.SearchStrategy[list[Operation]]:
 
 
 def pattern(length: int, value: int) -> bytes:
-    """`length` bytes, none of them zero, that tell `value` and where in the stretch they are."""
+    """`length` bytes, none of them zero, which depend on `value` and on their position in the range."""
     period = bytes((value + at) % 251 + 1 for at in range(251))
     return (period * (length // 251 + 1))[:length]
 
 
 def refused(kind: type[Exception], operation: Callable[..., Any], *arguments: Any) -> None:
-    """Assert that the call raises `kind`."""
+    """Assert that the call raises an error of the class `kind`."""
     caught: Exception | None = None
     try:
         operation(*arguments)
@@ -69,17 +69,17 @@ def refused(kind: type[Exception], operation: Callable[..., Any], *arguments: An
 
 
 class DiskConformance:
-    """Laws of every node. A subclass for a kind of node says how one is made; see `opened` and `reopened`."""
+    """The laws of every node. A subclass for a kind of node creates the disks; see `opened` and `reopened`."""
 
-    #: Whether what is written can be read again.
+    #: Whether written bytes can be read again.
     keeps = True
     #: Whether `truncate` changes the size.
     resizes = True
-    #: `truncate` takes multiples of so many bytes.
+    #: `truncate` accepts multiples of this number of bytes.
     size_unit = 1
-    #: The unit at whose edges most mistakes are made: a cluster, a page.
+    #: The unit whose boundaries are the most error-prone: a cluster, a page.
     unit = 4096
-    #: Overlapping writes are ordered at least in each block of so many bytes.
+    #: Overlapping writes are ordered at least in each block of this number of bytes.
     atom = 512
 
     def opened(self) -> Node:
@@ -87,7 +87,7 @@ class DiskConformance:
         raise NotImplementedError
 
     def reopened(self, node: Node, *, read_only: bool = False) -> Node:
-        """The same disk, closed and opened again. For what lives only as long as its node: the node itself."""
+        """The same disk, closed and opened again. If its content exists only as long as its node: the node itself."""
         node.read_only = read_only
         return node
 
@@ -100,7 +100,7 @@ class DiskConformance:
         return Disk(image.read(0, image.size), keeps=self.keeps)
 
     def apply(self, image: Image, disk: Disk, operation: Operation) -> Image:
-        """Do it to both; the image to go on with."""
+        """Execute the request on both disks, and return the image to continue with."""
         name, offset, length, value = operation
         if name == "write":
             data = pattern(length, value)
@@ -117,7 +117,7 @@ class DiskConformance:
             try:
                 image.zero(offset, length, unmap=name == "unmap", fast=name == "fast")
             except NotSupported:
-                assert name == "fast", "only a zero that must be fast may be refused"
+                assert name == "fast", "only a fast zero request may be refused"
             else:
                 disk.zero(offset, length)
         return image
@@ -149,7 +149,7 @@ class DiskConformance:
                 offset, length = data.draw(spans(image.size, self.unit))
                 if length and image.root.reads_zero(offset, length):
                     part = content[offset : offset + length]
-                    assert part.count(0) == length, "reads_zero invented zeros"
+                    assert part.count(0) == length, "reads_zero is true for bytes that are not zero"
         finally:
             image.close()
 
@@ -265,7 +265,7 @@ class DiskConformance:
             disk = self.model(image)
             for before in ("unmap", "discard", "zero"):
                 offset, length = data.draw(spans(image.size, self.unit))
-                image.extents()  # whatever could be remembered is
+                image.extents()  # the driver may cache the result
                 self.apply(image, disk, (before, offset, length, 0))
                 offset, length = data.draw(spans(image.size, self.unit).filter(lambda span: span[1] > 0))
                 self.apply(image, disk, ("write", offset, length, 9))
@@ -277,7 +277,7 @@ class DiskConformance:
     # -- threads
 
     def test_overlapping_writes_of_many_threads_have_an_order(self) -> None:
-        """Also among zeroes; over a disk that holds nothing yet, where clusters are made, and over one that is full."""
+        """Also with zero requests; over an empty disk, where clusters are allocated, and over a full one."""
         seed = random.SystemRandom().randrange(1 << 32)
         for turn in range(4):
             with self.image() as image:
@@ -296,7 +296,7 @@ class DiskConformance:
             for number in range(10):
                 offset = rng.randrange(region)
                 length = min(rng.choice((300, 3000, self.unit, 2 * self.unit)), region - offset)
-                # One write is of zeros, if these tell it from what was there.
+                # One write consists of zeros, if these differ from the previous content.
                 value = 0 if full and (thread, number) == (0, 5) else 1 + thread * 10 + number
                 plan.append(Written(thread, offset, length, value))
             plans.append(plan)
@@ -332,13 +332,13 @@ class DiskConformance:
             def read() -> None:
                 for _ in range(20):
                     seen = image.read(offset, length)
-                    assert seen.count(seen[0]) == length, "a read shows parts of two writes"
+                    assert seen.count(seen[0]) == length, "a read returned parts of two writes"
 
             in_threads([partial(write, 1), partial(write, 2), read])
 
 
 def in_threads(works: list[Callable[[], None]], where: str = "") -> None:
-    """Run all of them at once, with threads that take turns as often as can be, and assert that none failed."""
+    """Run all functions in threads of their own, with frequent switches between the threads, and assert that none failed."""
     failures: list[BaseException] = []
     start = threading.Barrier(len(works))
 
@@ -346,7 +346,7 @@ def in_threads(works: list[Callable[[], None]], where: str = "") -> None:
         try:
             start.wait()
             work()
-        except BaseException as error:  # noqa: BLE001 - told in the thread that judges
+        except BaseException as error:  # noqa: BLE001 - reported by the calling thread
             failures.append(error)
 
     workers = [threading.Thread(target=run, args=(work,)) for work in works]
@@ -363,5 +363,5 @@ def in_threads(works: list[Callable[[], None]], where: str = "") -> None:
 
 
 def _rows(extents: Extents) -> list[tuple[Any, ...]]:
-    """The rows without the identity of their files, which are other objects after a reopen."""
+    """The rows without their files, which are other objects after a reopen."""
     return [(*row[:7], row.offset) for row in extents]

@@ -1,8 +1,8 @@
-"""What each sector of a disk may hold after a power cut: what was flushed, or something written since; never anything else.
+"""The legal content of each sector of a disk after a power cut: the flushed content, or content written since the flush.
 
-A workload tells a `DiskHistory` what it does to a disk; the verification of a crash state asks it. Guest data is judged by
-sector: a sector is all old or all new. This is assertion A4 of the power-loss design; A9 (an operation that changes no data
-alters no byte) is the same question about an operation that the history is not told of.
+A workload records its operations in a `DiskHistory`, and the verification of a crash state compares the disk with it. The
+unit is a sector, which is completely old or completely new. This is assertion A4 of the power-loss design; A9 (an operation
+that changes no data alters no byte) is the same check for an operation that is not recorded.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _ZERO = bytes(SECTOR)
 
 
 class DiskHistory:
-    """The contents of a disk over time. Operations are numbered from 0, in the order in which they are told; `moment`
-    counts them. Not thread-safe."""
+    """The content of a disk over time. Operations are numbered from 0 in the order in which they are recorded; `moment` is
+    their number so far. Not thread-safe."""
 
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
-        #: How many operations there were.
+        #: The number of operations so far.
         self.moment = 0
-        # For each sector its values with the moment each came, the first always at 0; False: it may also not have come.
+        # The values of each sector with the moment of each, the first always at 0; False: the change may not have happened.
         self._values: list[list[tuple[int, bytes, bool]]] = []
         self._sizes = [(0, len(content))]
         self._extend(0, content=True)
@@ -30,7 +30,7 @@ class DiskHistory:
         return len(self.content)
 
     def write(self, offset: int, data: bytes) -> int:
-        """The bytes are written; the moment from which that counts: to be found if a flush promised it."""
+        """Record a write. Returns the moment from which its bytes are required, once a flush guarantees them."""
         self.content[offset : offset + len(data)] = data
         return self._changed(offset, len(data))
 
@@ -38,8 +38,8 @@ class DiskHistory:
         return self.write(offset, bytes(length))
 
     def discard(self, offset: int, length: int, *, reads: bytes | None = None) -> int:
-        """The bytes are given up: each sector reads as before or as zero. `reads`: what it reads as now, if that is known;
-        it is only where later writes into a part of a sector start from."""
+        """Record a discard: each sector reads as before or as zero. `reads`: its present content, if that is known, from
+        which later writes of a part of a sector start."""
         for sector in range(offset // SECTOR, -(-(offset + length) // SECTOR)):
             self._values[sector].append((self.moment + 1, _ZERO[: self._length(sector)], False))
         if reads is not None:
@@ -48,36 +48,36 @@ class DiskHistory:
         return self.moment
 
     def resize(self, size: int) -> int:
-        """The disk is `size` bytes long from now on; what is added reads as zero. A multiple of 512 bytes."""
+        """Record the new size `size`, a multiple of 512 bytes; added bytes read as zero."""
         old = len(self.content)
         if old % SECTOR or size % SECTOR:
-            raise ValueError("a disk that is resized has whole sectors")
+            raise ValueError("the size of a resized disk is a multiple of 512 bytes")
         self.moment += 1
         del self.content[size:]
         self.content.extend(bytes(size - len(self.content)))
         for sector in range(old // SECTOR, min(size // SECTOR, len(self._values))):
-            self._values[sector].append((self.moment, _ZERO, True))  # it was there once, and was cut off
+            self._values[sector].append((self.moment, _ZERO, True))  # the sector existed and was removed
         self._extend(self.moment)
         self._sizes.append((self.moment, size))
         return self.moment
 
     def check(self, disk: bytes, begun: int, durable: int) -> None:
-        """Raise AssertionError if `disk` cannot be what a power cut left when all up to moment `begun` had begun and all up
-        to `durable` was flushed. Moments are those that the other methods returned; 0: nothing."""
+        """Raise AssertionError unless `disk` is possible after a power cut, when all operations up to the moment `begun` had
+        begun, and all up to `durable` were flushed. The other methods return the moments; 0 is the beginning."""
         sizes = {size for at, size in self._sizes if durable < at <= begun}
         sizes.add([size for at, size in self._sizes if at <= durable][-1])
-        assert len(disk) in sizes, f"the disk is {len(disk)} bytes long, not one of {sorted(sizes)}"
+        assert len(disk) in sizes, f"the disk is {len(disk)} bytes long, but only {sorted(sizes)} are possible"
         for sector in range(-(-len(disk) // SECTOR)):
             value = disk[sector * SECTOR : (sector + 1) * SECTOR]
             if value not in self.legal(sector, begun, durable):
                 raise AssertionError(
-                    f"sector {sector} (offset {sector * SECTOR}) holds {_shown(value)}; "
-                    f"it may hold {', '.join(map(_shown, self.legal(sector, begun, durable)))} "
+                    f"sector {sector} (offset {sector * SECTOR}) contains {_shown(value)}; "
+                    f"possible are {', '.join(map(_shown, self.legal(sector, begun, durable)))} "
                     f"(begun: {begun}, durable: {durable})"
                 )
 
     def legal(self, sector: int, begun: int, durable: int) -> list[bytes]:
-        """What this sector may hold, the newest first."""
+        """The legal content of this sector, the newest first."""
         found = []
         for at, value, certain in reversed(self._values[sector]):
             if at > begun:
@@ -104,12 +104,12 @@ class DiskHistory:
 
 
 def same_bytes(before: bytes, after: bytes, what: str = "the operation") -> None:
-    """A9: raise AssertionError at the first byte that differs; what was added at the end must be zero."""
+    """A9: raise AssertionError at the first byte that differs; bytes added at the end must be zero."""
     if after[: len(before)] != before:
         at = next((at for at, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(after))
         raise AssertionError(f"{what} changed the disk at {at}: {_shown(before[at:])} became {_shown(after[at:])}")
     if any(after[len(before) :]):
-        raise AssertionError(f"{what} left something in what it added behind {len(before)}")
+        raise AssertionError(f"{what} added bytes after {len(before)} that are not zero")
 
 
 def _shown(value: bytes) -> str:

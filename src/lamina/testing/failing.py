@@ -1,4 +1,4 @@
-"""Fail the Nth: every single request that an operation makes to its storage fails once, and the image must survive it.
+"""Failure of the Nth request: each request of an operation to its storage fails once, and the image must survive that.
 
     def operation(session):
         session.write(4096, b"x" * 8192)
@@ -6,16 +6,16 @@
 
     points = fail_nth(open_mine, operation, content=image_bytes)
 
-For N = 1, 2, ... until the operation succeeds, a fresh copy of the image is opened over storage whose Nth request fails
-(once, or from then on, with each errno), and the operation is run. What is asserted of each such point:
+For N = 1, 2, ... until the operation succeeds, the harness opens a new copy of the image over storage whose Nth request fails
+(once, or from then on, with each errno), and runs the operation. It asserts for each of these points:
 
-- nothing but a `LaminaError` escapes, and the error of the storage is its cause;
-- killed right there, the file passes `check` (leaks are allowed) and holds every byte that was flushed; bytes written since
-  are old or new, never anything else;
-- once the fault is gone, the open image reads as it should, and the same operation succeeds when it is tried again;
-- or the image is closed instead, which gives its storage and every descriptor back, even where closing fails too.
+- the operation raises nothing but a `LaminaError`, whose cause is the error of the storage;
+- if the process were killed at that moment, the file would pass `check` (leaks are allowed) and contain every flushed byte;
+  bytes written since the flush are old or new;
+- after the end of the fault the open image reads correctly, and a repetition of the operation succeeds;
+- if the image is closed instead, it releases its storage and every descriptor, even if closing fails.
 
-A `Session` is the image together with the flat disk that it must equal; operations speak to it.
+A `Session` is the image together with a flat disk that must be equal; operations use it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from ..image import Image
 from ..node import StorageNode
 from ..request import Child
 
-#: The requests that count.
+#: The kinds of requests that can fail.
 KINDS = ("read", "write", "zero", "discard", "truncate", "flush", "extents")
 
-#: Opens the image in this storage; called with `read_only` True to look at what is left of it.
+#: Opens the image in this storage; with `read_only` True to verify its content.
 Opening = Callable[[Child, bool], Image]
 
 _SECTOR = 512
 
 
 class FailingStorage(StorageNode):
-    """Storage in memory that holds `content` and fails one request.
+    """Storage in memory with the content `content`, which fails one request.
 
-    After `arm`, the Nth request (from 1) of one of `kinds` raises BlockIOError(errno), `sticky` all later ones too, until
-    `disarm`. A write that fails with EIO has stored its first half, in whole sectors: it was torn. A discard zeroes. What is
-    stored survives `close`. One thread at a time.
+    After `arm`, the Nth request (from 1) of one of `kinds` raises BlockIOError(errno); with `sticky` all later ones do, until
+    `disarm`. A write that fails with EIO has stored its first half, in whole sectors, like a torn write. A discard zeroes.
+    The content survives `close`. Not thread-safe.
     """
 
     driver = "failing"
@@ -54,11 +54,11 @@ class FailingStorage(StorageNode):
     def __init__(self, content: bytes = b"") -> None:
         super().__init__()
         self.content = bytearray(content)
-        #: Since `arm`: how many requests came, the errors that were raised, and what failed first.
+        #: Since `arm`: the number of requests, the raised errors, and the first failed request.
         self.seen = 0
         self.failed: list[BlockIOError] = []
         self.what = ""
-        #: How often it was closed.
+        #: The number of calls of `close`.
         self.closed = 0
         self._at: int | None = None
         self._errno = _errno.EIO
@@ -129,7 +129,7 @@ class FailingStorage(StorageNode):
         self.seen += 1
         if self.seen == self._at or (self._sticky and self.seen > self._at):
             error = BlockIOError(
-                f"request {self.seen} was chosen to fail", errno=self._errno, node=self.name, operation=kind
+                f"request {self.seen} was selected to fail", errno=self._errno, node=self.name, operation=kind
             )
             if not self.failed:
                 self.what = f"{kind} at {offset}, {length} bytes"
@@ -138,10 +138,10 @@ class FailingStorage(StorageNode):
 
 
 class Session:
-    """An image, opened when it is first needed, and the disk that it must equal. Every request is done to both.
+    """An image, opened when it is first used, and a disk that must be equal. Every request changes both.
 
-    A request that fails leaves each of its bytes old or new; a discard leaves them old or zero. `trace` lists what was
-    done. One thread at a time.
+    A failed request leaves each of its bytes old or new; a discard leaves them old or zero. `trace` lists the requests. Not
+    thread-safe.
     """
 
     def __init__(self, make: Opening, storage: FailingStorage, disk: bytes | None) -> None:
@@ -150,19 +150,19 @@ class Session:
         self.edge = Child(storage, "file", grows=True)
         self.trace: list[str] = []
         self._image: Image | None = None
-        # What the open image may read as: byte by byte as one of these. None: not known, the image is being created.
+        # The possible contents of the open image; each byte equals that of one of them. None: unknown during a creation.
         self._live: list[bytes] | None = None if disk is None else [disk]
-        # What the file may hold, if nothing more is written to it: all of `_live` since the last flush.
+        # The possible contents of the file if nothing more is written: all of `_live` since the last flush.
         self._kept: list[bytes] = [] if disk is None else [disk]
 
     @property
     def image(self) -> Image:
-        """The image. Raises what opening raises."""
+        """The image. Raises the errors of opening it."""
         if self._image is None:
             self.trace.append("open")
             self._image = self._make(self.edge, False)
             if self._live is None:
-                raise AssertionError("the disk that is made is not known: call `created` first")
+                raise AssertionError("the content of the created disk is unknown: call `created` first")
         return self._image
 
     @property
@@ -170,7 +170,7 @@ class Session:
         return self._image is not None
 
     def created(self, disk: bytes) -> None:
-        """The operation has laid an image out anew, which reads as `disk`."""
+        """The operation has created an image that reads as `disk`."""
         self._live = [disk]
         self._kept = [disk]
 
@@ -178,7 +178,7 @@ class Session:
         self.trace.append(f"read {offset} {length}")
         data = self.image.read(offset, length)
         wrong = _illegal(data, self._live or [], offset)
-        assert wrong is None, f"byte {wrong} reads as what nobody wrote there"
+        assert wrong is None, f"byte {wrong} has a value that no request wrote"
         return data
 
     def extents(self, offset: int = 0, length: int | None = None) -> Extents:
@@ -209,7 +209,7 @@ class Session:
         self._kept = list(self._live or [])
 
     def close(self) -> None:
-        """Close the image; the session opens it again when it is needed. What was written is flushed."""
+        """Close the image, which flushes it; the session opens it again for the next request."""
         self.trace.append("close")
         image, self._image = self._image, None
         if image is not None:
@@ -217,20 +217,20 @@ class Session:
             try:
                 image.close()
             except BaseException:
-                self._live = list(self._kept)  # the next to open it finds what the file holds
+                self._live = list(self._kept)  # the next open finds the content of the file
                 raise
             finally:
-                assert self.storage.closed == before + 1, "the storage was not given back"
+                assert self.storage.closed == before + 1, "the image did not close its storage"
             self._kept = list(self._live or [])
 
     def verify(self) -> None:
-        """Read all of the open image and hold it against the disk; each size that it may have is legal."""
+        """Read the whole open image and compare it with the disk, for each of its possible sizes."""
         self._compare(self.image, self._live or [])
 
     def examine(self, check: Callable[[Image], None]) -> None:
-        """What the file holds now, opened by somebody else: `check` is content, and nothing that was flushed is lost."""
+        """Open the file as another process would: `check` finds no error, and no flushed byte is lost."""
         if not self._kept:
-            return  # it was never made
+            return  # it was never created
         copy = FailingStorage(bytes(self.storage.content))
         image = self._make(Child(copy, "file", grows=True), True)
         try:
@@ -241,9 +241,9 @@ class Session:
 
     def _compare(self, image: Image, legal: list[bytes]) -> None:
         sizes = {len(disk) for disk in legal}
-        assert image.size in sizes, f"the disk has {image.size} bytes, not {sorted(sizes)}"
+        assert image.size in sizes, f"the disk has {image.size} bytes, but only {sorted(sizes)} are possible"
         wrong = _illegal(image.read(0, image.size), legal)
-        assert wrong is None, f"byte {wrong} is neither what was flushed nor what was written since"
+        assert wrong is None, f"byte {wrong} is neither its flushed value nor one that was written since"
 
     def _change(self, name: str, changed: Any, method: str, *arguments: Any, **options: Any) -> None:
         self.trace.append(name)
@@ -264,7 +264,7 @@ class Session:
 
 
 class _Either:
-    """A change that may be done or not, as the driver likes."""
+    """A change that the driver may execute or ignore."""
 
     def __init__(self, change: Callable[[bytes], bytes]) -> None:
         self._change = change
@@ -274,7 +274,7 @@ class _Either:
 
 
 def no_corruption(image: Image) -> None:
-    """The default check: where the format has one, it finds no corruption. Leaks are allowed."""
+    """The default check: if the format has a check, it finds no corruption. Leaks are allowed."""
     node = image.node
     if isinstance(node, Format):
         try:
@@ -282,7 +282,7 @@ def no_corruption(image: Image) -> None:
         except UnsupportedFeature:
             return
         assert not report.corruptions, f"corrupt: {report.findings[:5]}"
-        assert not report.check_errors, f"cannot be examined: {report.findings[:5]}"
+        assert not report.check_errors, f"the check is incomplete: {report.findings[:5]}"
 
 
 def fail_nth(
@@ -298,13 +298,13 @@ def fail_nth(
     setup: Callable[[Session], None] | None = None,
     limit: int = 10_000,
 ) -> int:
-    """Run `operation` once for each of its requests to storage, each time letting another one fail, and assert what the
-    module's docstring lists. Returns the number of points: (N, errno, sticky) at which a request failed.
+    """Run `operation` once for each of its requests to storage, with a different one failing each time, and assert the rules
+    in the docstring of the module. Returns the number of points: (N, errno, sticky) at which a request failed.
 
-    `make` opens the image that `content` holds; `content` empty: the operation creates it (`Session.created`). `setup` is
-    done before, and nothing fails in it; without it the opening of the image may fail, too. `absorbed`: kinds of requests
-    whose failure an operation may survive without telling (advice, such as discards). AssertionError says which point, and
-    what had been done. At most `limit` requests are failed for each errno.
+    `make` opens the image in `content`; if `content` is empty, the operation creates the image (`Session.created`). `setup`
+    runs before, without failures; without it the opening of the image may fail as well. `absorbed`: kinds of requests whose
+    failure the operation may ignore (hints, such as discards). An AssertionError names the point and the requests. At most
+    `limit` requests fail for each errno.
     """
     kinds, absorbed = tuple(kinds), tuple(absorbed)
     start = _begin(make, content)
@@ -317,7 +317,7 @@ def fail_nth(
                     break
                 points += 1
             else:
-                raise AssertionError(f"the operation does not come to an end within {limit} requests")
+                raise AssertionError(f"the operation does not end within {limit} requests")
     return points
 
 
@@ -329,7 +329,7 @@ def _begin(make: Opening, content: bytes) -> bytes | None:
 
 
 class _Point:
-    """One point: which request fails, how, and the two ways on from there."""
+    """One point: the request that fails, its error, and the two continuations from there."""
 
     def __init__(
         self,
@@ -350,7 +350,7 @@ class _Point:
         self._nth, self._errno, self._sticky, self._kinds = nth, errno, sticky, kinds
 
     def run(self) -> bool:
-        """Whether there was an Nth request to fail."""
+        """Whether there was an Nth request."""
         descriptors = _descriptors()
         for way in (self._retry, self._close):
             storage = FailingStorage(self._content)
@@ -371,7 +371,7 @@ class _Point:
         return True
 
     def _break(self, session: Session) -> bool:
-        """Run the operation with the fault; whether it was reached."""
+        """Run the operation with the fault. Returns whether the fault occurred."""
         storage = session.storage
         if self._setup is not None:
             self._setup(session)
@@ -380,9 +380,9 @@ class _Point:
         caught = _failure(self._operation, session)
         if caught is None:
             told = not storage.failed or storage.what.split()[0] in self._absorbed
-            assert told, "a request failed, and nobody was told"
+            assert told, "a request failed, but the operation raised no error"
         else:
-            assert storage.failed, f"it fails without a fault: {caught!r}"
+            assert storage.failed, f"the operation fails without a fault: {caught!r}"
             assert _comes_from(caught, storage.failed), f"the error of the storage is not its cause: {caught!r}"
             session.trace.append(f"-- failed: {caught}")
         if not storage.failed:
@@ -391,12 +391,13 @@ class _Point:
         return True
 
     def _retry(self, session: Session) -> None:
-        """Killed there, nothing is lost. Or else the fault is gone: all reads as it should, and the operation succeeds."""
+        """No flushed byte is lost in the file. After the end of the fault the image reads correctly and the operation
+        succeeds."""
         session.examine(self._check)
         session.storage.disarm()
         if session.is_open:
             session.verify()
-        session.trace.append("-- tried again")
+        session.trace.append("-- second attempt")
         self._operation(session)
         session.examine(self._check)
         session.verify()
@@ -404,18 +405,18 @@ class _Point:
         session.examine(self._check)
 
     def _close(self, session: Session) -> None:
-        """The image is closed instead, while the fault lasts if it does."""
+        """The image is closed instead, while a lasting fault continues."""
         if not self._sticky:
             session.storage.disarm()
         if session.is_open:
             caught = _failure(Session.close, session)
-            assert caught is None or self._sticky, f"it cannot be closed, though the fault is gone: {caught!r}"
+            assert caught is None or self._sticky, f"the close fails after the end of the fault: {caught!r}"
         session.storage.disarm()
         session.examine(self._check)
         if not self._content:
             return
-        # Whoever opens it next can do the same with it.
-        session.trace.append("-- opened anew")
+        # The same operation succeeds after the next open.
+        session.trace.append("-- opened again")
         self._operation(session)
         session.verify()
         session.close()
@@ -423,7 +424,7 @@ class _Point:
 
     def _report(self, session: Session, way: str, error: Exception | None) -> str:
         name = _errno.errorcode.get(self._errno, str(self._errno))
-        lasting = "and all after it" if self._sticky else "once"
+        lasting = "and all later ones" if self._sticky else "once"
         lines = [
             f"request {self._nth} fails with {name} {lasting} ({session.storage.what or 'not reached'}), then {way}:",
             f"  {type(error).__name__}: {error}" if error else "",
@@ -433,7 +434,7 @@ class _Point:
 
 
 def _failure(action: Callable[[Session], None], session: Session) -> LaminaError | None:
-    """How `action` fails; all but a LaminaError goes through."""
+    """The LaminaError of `action`, or None; other exceptions pass."""
     try:
         action(session)
     except LaminaError as error:
@@ -465,8 +466,8 @@ def _distinct(disks: list[bytes]) -> list[bytes]:
 
 
 def _illegal(data: bytes, legal: list[bytes], offset: int = 0) -> int | None:
-    """Where `data`, read at `offset`, first holds a byte that none of the `legal` disks has there; past the end of a disk
-    that is shorter than others zeros are legal."""
+    """The offset of the first byte of `data`, read at `offset`, that equals the byte of none of the `legal` disks; past the
+    end of a shorter disk zeros are legal."""
     end = offset + len(data)
     if any(disk[offset:end] == data for disk in legal):
         return None

@@ -1,4 +1,4 @@
-"""A storage in memory that fails when, and how, a test says."""
+"""A storage in memory that fails on request of a test."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ OPERATIONS = ("read", "write", "zero", "discard", "truncate", "flush")
 class _Fault:
     operation: str
     errno: int
-    wait: int  # so many operations pass first
-    left: int  # so many fail then; -1: all
-    partial: int  # of a write, so many bytes reach the storage
+    wait: int  # the number of operations that succeed first
+    left: int  # the number of operations that then fail; -1: all
+    partial: int  # the number of bytes of a failed write that reach the storage
 
 
 class FaultyStorage(Recorder):
-    """A `Recorder` (node, file by `as_file`, `log` of what succeeded) with faults. Errors are `BlockIOError`s, which are
-    `OSError`s with an errno. Safe for any number of threads."""
+    """A `Recorder` (a node, a file by `as_file`, and a `log` of successful operations) with faults. Errors are
+    `BlockIOError`s, which are `OSError`s with an errno. Thread-safe."""
 
     driver = "faulty"
 
     def __init__(self, content: bytes = b"") -> None:
         super().__init__(content)
         self._faults: list[_Fault] = []
-        #: How often each operation was asked for, failures included.
+        #: The number of calls of each operation, including failed ones.
         self.calls = dict.fromkeys(OPERATIONS, 0)
-        #: How many operations failed.
+        #: The number of failed operations.
         self.failures = 0
 
     def fail(
@@ -44,17 +44,17 @@ class FaultyStorage(Recorder):
         times: int | None = 1,
         partial: int = 0,
     ) -> None:
-        """The `nth` call of `operation` from now on fails with `errno`, and with `times` so many in all (None: until
-        `heal`). `partial`: of a write that fails, so many bytes reach the storage first."""
+        """Make the `nth` call of `operation` from now on fail with `errno`, and `times` calls in total (None: all until
+        `heal`). `partial`: the number of bytes of a failed write that reach the storage."""
         if operation not in OPERATIONS or nth < 1:
             raise ValueError(
-                f"no operation {operation!r}, or no {nth}th call: one of {', '.join(OPERATIONS)}, from 1 on"
+                f"there is no operation {operation!r}, or no {nth}th call: use one of {', '.join(OPERATIONS)}, from 1"
             )
         with self._mutex:
             self._faults.append(_Fault(operation, errno, nth - 1, -1 if times is None else times, partial))
 
     def heal(self) -> None:
-        """No fault from now on."""
+        """Remove all faults."""
         with self._mutex:
             self._faults.clear()
 
@@ -79,7 +79,7 @@ class FaultyStorage(Recorder):
         super().note(record)
 
     def _meet(self, operation: str, offset: int, length: int) -> None:
-        """Raise if it is the turn of a fault. Every fault counts the calls for itself; the first due one strikes."""
+        """Raise the error of a fault that is due. Every fault counts the calls; the first one that is due applies."""
         with self._mutex:
             self.calls[operation] += 1
             due = None
@@ -95,14 +95,14 @@ class FaultyStorage(Recorder):
                 return
             self.failures += 1
         place = {} if operation == "flush" else {"offset": offset, "length": length}
-        error = BlockIOError("the test said so", errno=due.errno, node=self.name, operation=operation, **place)
+        error = BlockIOError("a fault of the test", errno=due.errno, node=self.name, operation=operation, **place)
         if operation == "write":
             raise _Partial(due.partial, error)
         raise error
 
 
 class _Partial(Exception):
-    """Never leaves this module: a write that fails after `length` bytes."""
+    """Internal: a write fails after `length` bytes."""
 
     def __init__(self, length: int, error: BlockIOError) -> None:
         self.length = length

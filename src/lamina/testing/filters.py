@@ -1,4 +1,4 @@
-"""The suite for filters that leave bytes alone: everything of `disk`, and that the exact status shows no trace of them."""
+"""The suite for filters that leave bytes alone: all laws of `disk`, and no effect on the exact status."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .model import check_disk
 
 
 class FilterConformance(DiskConformance):
-    """Subclass it, and give `make`. For observers only: a filter that changes bytes, offsets or lengths breaks these laws
-    by design."""
+    """Derive from it and implement `make`. For observers only: filters that change bytes, offsets or lengths violate these
+    laws by design."""
 
     size = 300_001
 
     def make(self, image: Child) -> Node:
-        """The filter over `image`, which lives in memory."""
+        """The filter over `image`, which is in memory."""
         raise NotImplementedError
 
     def opened(self) -> Node:
@@ -56,10 +56,10 @@ class FilterConformance(DiskConformance):
             assert rounded == bare.extents().align(seen.alignment)
             assert not (rounded.start % seen.alignment).any()
             check_disk(seen, disk)
-            assert len({row.depth for row in seen.extents()}) == 1, f"{layers} filters are no layers"
+            assert len({row.depth for row in seen.extents()}) == 1, f"{layers} filters changed the depth"
 
     def apply_bare(self, bare: Image, operation: tuple[str, int, int, int]) -> None:
-        """Do it to the node below, which knows no reopening."""
+        """Call the node below, which cannot be reopened."""
         if operation[0] != "reopen":
             self.apply(bare, self.model(bare), operation)
 

@@ -1,4 +1,4 @@
-"""The suite for formats: everything of `disk`, over storage in memory, and that one mapping answers every question."""
+"""The suite for formats: all laws of `disk`, over storage in memory, and agreement of all results of the mapping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .model import check_disk
 
 
 class KeptMemory(MemoryStorage):
-    """Storage in memory that outlives the nodes over it. `budget`: how many writes still succeed; None: all."""
+    """Storage in memory that outlives the nodes over it. `budget`: the number of writes that still succeed; None: all."""
 
     def __init__(self, size: int = 0) -> None:
         super().__init__(size)
@@ -35,7 +35,7 @@ class KeptMemory(MemoryStorage):
         if self.budget is not None:
             self.budget -= 1
             if self.budget < 0:
-                raise BlockIOError("no space is left, says the test", errno=28, node=self.name)
+                raise BlockIOError("no space is left (a fault of the test)", errno=28, node=self.name)
         super().write(offset, view, flags)
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class KeptMemory(MemoryStorage):
 
 
 class DemandingMemory(KeptMemory):
-    """The same, with limits that no request of a format happens to keep to, and without quick zeroes."""
+    """The same with limits that the requests of no format match by chance, and without fast zero requests."""
 
     @property
     def limits(self) -> Limits:
@@ -54,16 +54,16 @@ class DemandingMemory(KeptMemory):
 
 
 class FormatConformance(DiskConformance):
-    """Subclass it, and say which driver and which geometry. For what is not made from options, override `make`."""
+    """Derive from it and set the driver and the options. Override `make` if the image is not created from options."""
 
     #: The driver's name in the registry.
     driver: ClassVar[str]
-    #: The size that the image is made with, in bytes.
+    #: The size of the disk in bytes.
     size = 300_001
-    #: What `create` and `open` of the driver are given.
+    #: The options for `create` and `open` of the driver.
     create_options: ClassVar[Options[str, Any]] = {}
     open_options: ClassVar[Options[str, Any]] = {}
-    #: The size of the layer below in bytes, None: there is none. Half of it is random bytes.
+    #: The size of the backing disk in bytes; None: there is none. Half of it is random bytes.
     backing: int | None = None
 
     def kind(self) -> type[Format]:
@@ -71,12 +71,12 @@ class FormatConformance(DiskConformance):
         return lookup_format(self.driver)
 
     def make(self, storage: Child) -> None:
-        """Lay a new image out in `storage`, which is empty."""
+        """Create a new image in `storage`, which is empty."""
         kind = self.kind()
         kind.create(storage, self.size, kind.creation_schema().parse({**self.create_options, "size": self.size}))
 
     def over(self, storage: KeptMemory, below: KeptMemory | None, *, read_only: bool = False) -> Node:
-        """The image in `storage`, opened. `storage` and `below` outlive it."""
+        """Open the image in `storage`. `storage` and `below` outlive it."""
         kind = self.kind()
         storage.read_only = read_only
         options: dict[str, Any] = {**self.open_options, "file": Child(storage, "file", grows=True)}
@@ -111,7 +111,7 @@ class FormatConformance(DiskConformance):
         return self.over(storage, below, read_only=read_only)
 
     def check(self, node: Node) -> None:
-        """Nothing in the structures of the image is wrong, as its driver's own check sees it."""
+        """The check of the driver finds no error in the structures of the image."""
         assert isinstance(node, Format)
         try:
             findings = node.check().findings
@@ -147,7 +147,7 @@ class FormatConformance(DiskConformance):
         try:
             disk = self.model(images[0])
             for operation in data.draw(operations(images[0].size, self.unit).filter(lambda ops: len(ops) < 6)):
-                if operation[0] in ("fast", "discard"):  # whether they change anything is the storage's choice
+                if operation[0] in ("fast", "discard"):  # the storage may ignore them
                     continue
                 images = [self.apply(image, disk, operation) for image in images]
             for image in images:
@@ -201,7 +201,7 @@ class FormatConformance(DiskConformance):
                 try:
                     image.write(offset, pattern(length, value))
                 except BlockIOError:
-                    # The bytes of the request are undefined; what they are now they stay.
+                    # The bytes of the failed request are undefined; their present values must stay.
                     disk.write(offset, image.read(offset, length))
                 else:
                     disk.write(offset, pattern(length, value))
@@ -217,7 +217,7 @@ class FormatConformance(DiskConformance):
 
 
 def walk(node: FormatNode, offset: int, length: int) -> list[Row]:
-    """The answer of `map` for a whole stretch, step by step, with rows joined that are alike and contiguous."""
+    """The mapping of a whole range by repeated calls of `map`, with equal and contiguous rows merged."""
     rows: list[Row] = []
     end = offset + length
     while offset < end:

@@ -1,7 +1,7 @@
-"""What an image must be after a power cut, beyond the bytes of its disk: whole, and of use again.
+"""Checks of an image after a power cut, beyond the bytes of its disk: the image is consistent and usable.
 
 The assertions A1, A3 and A6 of the power-loss design, for images of any format that has a `check`. `opened` is always a
-function that gives the image in a crash state anew, open for reading or for writing.
+function that opens a new copy of the image in a crash state, for reading or for writing.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ Opened = Callable[..., Image]
 
 
 class Verdict(NamedTuple):
-    """What another program's check says of an image."""
+    """The result of a check by another program."""
 
     corruptions: int
     leaks: int
 
 
 def check_whole(image: Image, *, repairable: bool = False) -> CheckReport:
-    """A1: the check of the format finds no corruption, and could examine all. Leaks are allowed. `repairable`: the image
-    says itself that it must be repaired first (lazy reference counts), and nothing is asked of its counts."""
+    """A1: the check of the format is complete and finds no corruption. Leaks are allowed. `repairable`: the image declares
+    that it needs a repair first (lazy reference counts), so its counts are not checked."""
     node: Any = image.node
     report: CheckReport = node.check()
     first = "; ".join(finding.message for finding in report.findings[:3])
-    assert not report.check_errors, f"the check failed at {report.check_errors} places: {first}"
+    assert not report.check_errors, f"the check failed for {report.check_errors} parts: {first}"
     assert repairable or not report.corruptions, f"{report.corruptions} corruptions: {first}"
     return report
 
@@ -37,13 +37,13 @@ def check_whole(image: Image, *, repairable: bool = False) -> CheckReport:
 def check_agrees(report: CheckReport, verdict: Verdict) -> None:
     """A3: another program counts the same corruptions and leaks."""
     ours = Verdict(report.corruptions, report.leaks)
-    assert ours == verdict, f"our check found {ours}, the other one {verdict}"
+    assert ours == verdict, f"our check found {ours}, but the other program {verdict}"
 
 
 def check_recovers(opened: Opened) -> None:
-    """A6: the image opens for writing, takes a write at both ends, keeps it over flush and close, and is whole then. What the
-    writes did not touch stays as it was. (Leaks may seem more: what is counted behind the end of the file is none until
-    the file grows over it.)"""
+    """A6: the image opens for writing, accepts a write at both ends, keeps it after a flush and a close, and is consistent
+    then. All other bytes stay unchanged. (The number of leaks may grow: clusters past the end of the file do not count until
+    the file grows over them.)"""
     with opened(read_only=True) as image:
         before = image.read(0, image.size)
     length = min(700, len(before) // 2)
@@ -55,6 +55,4 @@ def check_recovers(opened: Opened) -> None:
         image.flush()
     with opened(read_only=True) as image:
         check_whole(image)
-        assert image.read(0, image.size) == expected, (
-            "after a power cut, a write changed more than it should, or is lost"
-        )
+        assert image.read(0, image.size) == expected, "after a power cut, a write changed other bytes, or is lost"

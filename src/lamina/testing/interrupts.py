@@ -1,8 +1,8 @@
 """Exceptions at every point where a signal could strike: the harness for "an interrupt may come anywhere".
 
-CPython handles signals when a function is entered and when a call of C code returns (and at the end of a loop's round, whose
-body is full of both). `Interrupt` raises KeyboardInterrupt at the N-th such point inside the package, as Ctrl-C would; a test
-counts N up from 0 until its operation runs to the end, and looks each time at what is left.
+CPython handles signals when a function is entered and when a call of C code returns (and at the end of each iteration of a
+loop, whose body contains many such points). `Interrupt` raises KeyboardInterrupt at the N-th point inside the package, like
+Ctrl-C. A test increments N from 0 until its operation completes, and each time checks the state that is left.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _TESTING = os.path.dirname(__file__) + os.sep
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at point number `number`, from 0, of what `run` calls in this thread. Only code of the package
-    counts, what is in `lamina.testing` excepted."""
+    """Raises KeyboardInterrupt at point number `number`, from 0, in the function that `run` calls in this thread. Only code
+    of the package counts, except `lamina.testing`."""
 
     def __init__(self, number: int) -> None:
         self.left = number
-        #: Where the exception was raised: file, line, function, event; None while it was not.
+        #: The location of the exception: file, line, function, event; None before it was raised.
         self.struck: str | None = None
 
     def _look(self, frame: FrameType, event: str, _argument: Any) -> None:
@@ -45,10 +45,10 @@ class Interrupt:
         raise KeyboardInterrupt
 
     def run(self, work: Callable[[], object]) -> bool:
-        """Call `work`; False if it ran to its end before the point was reached. An interrupt that does not come out of `work`
-        is an AssertionError: it was swallowed."""
+        """Call `work`. Returns False if it completed before the point. Raises AssertionError if it completed although the
+        interrupt was raised: the interrupt was swallowed."""
         collecting = gc.isenabled()
-        gc.disable()  # it would run finalizers of other objects at points that differ from run to run
+        gc.disable()  # the finalizers of other objects would run at different points in each run
         sys.setprofile(self._look)
         try:
             work()
@@ -64,8 +64,8 @@ class Interrupt:
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
-    """Whether this runs because an object is given up: errors in there go nowhere, whoever raises them. (A generator that is
-    given up runs once more.)"""
+    """Whether this code runs because an object is deleted: errors there are lost, whatever raises them. (A generator that is
+    deleted runs once more.)"""
     while frame is not None:
         if frame.f_code.co_name in ("__del__", "<genexpr>"):
             return True
@@ -84,7 +84,7 @@ def interrupts(start: int = 0, step: int = 1) -> Iterator[Interrupt]:
         number += step
 
 
-#: Whether the code object of a function counts.
+#: Decides whether a function, given by its code object, counts.
 Counts = Callable[[CodeType], bool]
 
 
@@ -137,19 +137,19 @@ def interrupted_at_opcode(number: int, counts: Counts) -> AbstractContextManager
 
 
 def in_another_thread(work: Callable[[], object], patience: float = 20.0) -> None:
-    """Call `work` there, and raise what it raises. AssertionError if it has not come to its end after `patience` seconds:
-    that thread goes on waiting, and ends with the program."""
+    """Call `work` in another thread, and raise its error. Raises AssertionError if it has not completed after `patience`
+    seconds; that thread continues to wait, and ends with the program."""
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
+        except BaseException as error:  # noqa: BLE001 - raised by the calling thread
             errors.append(error)
 
     thread = threading.Thread(target=call, daemon=True, name="test")
     thread.start()
     thread.join(patience)
-    assert not thread.is_alive(), "it waits for ever"
+    assert not thread.is_alive(), "the call does not end"
     if errors:
         raise errors[0]

@@ -1,6 +1,6 @@
-"""The flat model of a disk, and what the status of a disk must say of bytes that are known.
+"""A flat model of a disk, and the rules for the status of known bytes.
 
-Plain Python over a `bytearray`, slow and obviously right. Nothing here knows a driver.
+Plain Python over a `bytearray`: slow and simple. The module knows no driver.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class Disk:
-    """A disk as a `bytearray`. A byte that was discarded may read as before or as zero until it is written again. With
-    `keeps` False nothing ever changes. Offsets and lengths are bytes. Not thread-safe."""
+    """A disk as a `bytearray`. A discarded byte may read as before or as zero until it is written again. With `keeps` False
+    the content never changes. Offsets and lengths are bytes. Not thread-safe."""
 
     def __init__(self, content: bytes, *, keeps: bool = True) -> None:
         self.bytes = bytearray(content)
@@ -42,14 +42,14 @@ class Disk:
         self._discarded[offset : offset + length] = b"\1" * length
 
     def truncate(self, size: int) -> None:
-        """What is added reads as zero."""
+        """Change the size; added bytes read as zero."""
         del self.bytes[size:], self._discarded[size:]
         added = bytes(size - len(self.bytes))
         self.bytes += added
         self._discarded += added
 
     def wrong(self, offset: int, found: bytes) -> int | None:
-        """Where `found`, read at `offset`, first holds a byte that cannot be; None if it does nowhere."""
+        """The offset of the first impossible byte of `found`, read at `offset`; None if there is none."""
         if self.bytes[offset : offset + len(found)] == found:
             return None
         for at, byte in enumerate(found, offset):
@@ -59,33 +59,33 @@ class Disk:
 
 
 def check_status(found: Extents, begin: int, content: bytes) -> None:
-    """Assert that `found` is a right answer for the bytes from `begin` on, which read as `content`.
+    """Assert that `found` is a correct status of the bytes from `begin`, which read as `content`.
 
-    It covers each byte once, in order, as few extents as can be. Zero reads as zero; what a layer owns without storing it,
-    and what no layer owns, is zero; a host offset leads to the very bytes, and compressed bytes have none.
+    It covers each byte once, in order, in as few extents as possible. Extents with the flag zero read as zero; so do extents
+    of a layer without data, and those of no layer. A host offset leads to the same bytes; compressed extents have none.
     """
     end = begin + len(content)
-    assert (found.begin, found.end) == (begin, end), f"[{begin}, {end}) was asked, {found!r} came back"
+    assert (found.begin, found.end) == (begin, end), f"the query was for [{begin}, {end}), the result is {found!r}"
     assert found.contiguous
-    assert len(found) == len(found.coalesce()), f"equal neighbours: {found!r}"
+    assert len(found) == len(found.coalesce()), f"equal adjacent extents: {found!r}"
     for row in found:
         assert row.length > 0
         part = content[row.start - begin : row.end - begin]
         if row.zero:
-            assert part.count(0) == len(part), f"said to read as zero, and does not: {row}"
+            assert part.count(0) == len(part), f"the extent has the flag zero, but does not read as zero: {row}"
         else:
-            assert row.data, f"neither stored nor zero: {row}"
-            assert row.present, f"stored, and nobody owns it: {row}"
+            assert row.data, f"neither data nor zero: {row}"
+            assert row.present, f"data that belongs to no layer: {row}"
         assert (row.file is None) == (row.offset is None)
         if row.compressed:
             assert row.offset is None
             assert row.data
         elif row.data and row.offset is not None:
-            assert read_host(row.file, row.offset, row.length) == part, f"other bytes lie in the host file: {row}"
+            assert read_host(row.file, row.offset, row.length) == part, f"the host file contains other bytes: {row}"
 
 
 def read_host(file: object, offset: int, length: int) -> bytes:
-    """Bytes of the host file that an extent names: a node of storage."""
+    """The bytes of the host file of an extent, which is a storage node."""
     assert isinstance(file, Node)
     buffer = bytearray(length)
     Child(file, "host", grows=True).read_into(offset, memoryview(buffer))
@@ -93,15 +93,15 @@ def read_host(file: object, offset: int, length: int) -> bytes:
 
 
 def check_first_extents(edge: Child | Root, whole: Extents, most: int) -> None:
-    """Assert that `Node.first_extents`, asked from the beginning of `whole` to its end for `most` rows at a time, says what
-    `whole`, an answer of `Node.extents`, does."""
+    """Assert that `Node.first_extents`, called repeatedly for at most `most` rows over the range of `whole`, agrees with
+    `whole`, a result of `Node.extents`."""
     from ..extents import Extent, Extents
     from ..status import COMPRESSED, DATA, PRESENT, ZERO
 
     rows, at = [], whole.begin
     while at < whole.end:
         few = edge.first_extents(at, whole.end - at, most)
-        assert 1 <= len(few) <= most, f"{len(few)} rows, and at most {most} were asked for"
+        assert 1 <= len(few) <= most, f"{len(few)} rows, but at most {most} were requested"
         for flags, length, depth, file, offset in few:
             assert length > 0
             data, zero, present, compressed = (bool(flags & bit) for bit in (DATA, ZERO, PRESENT, COMPRESSED))
@@ -113,11 +113,11 @@ def check_first_extents(edge: Child | Root, whole: Extents, most: int) -> None:
 
 
 def check_disk(image: Image, disk: Disk) -> bytes:
-    """Assert that all bytes of `image` are those of `disk`, and that its status agrees with them. Returns them."""
+    """Assert that all bytes of `image` equal those of `disk`, and that its status agrees with them. Returns the bytes."""
     assert image.size == len(disk)
     content = image.read(0, image.size)
     wrong = disk.wrong(0, content)
-    assert wrong is None, f"byte {wrong} is {content[wrong]}, and was {disk.bytes[wrong]}"
+    assert wrong is None, f"byte {wrong} is {content[wrong]}, not {disk.bytes[wrong]}"
     status = image.extents()
     check_status(status, 0, content)
     check_first_extents(image.root, status, 3)
@@ -125,7 +125,7 @@ def check_disk(image: Image, disk: Disk) -> bytes:
 
 
 class Written(NamedTuple):
-    """One of many writes that ran at once: every byte of it was `value`, which no other write had."""
+    """One of several concurrent writes: every byte of it has `value`, which no other write has."""
 
     thread: int
     offset: int
@@ -134,18 +134,18 @@ class Written(NamedTuple):
 
 
 def serial_order(writes: Sequence[Written], before: bytes, after: bytes, atom: int) -> str | None:
-    """Why `after` cannot come from `before` by some order of `writes` in each block of `atom` bytes; None if it can.
+    """A reason why no order of `writes` in each block of `atom` bytes turns `before` into `after`; None if one does.
 
-    `writes` lists those of each thread in the order in which that thread did them. Values are not in `before`.
+    `writes` has a list for each thread, in the order of that thread. Values do not occur in `before`.
     """
     for block in range(0, len(before), atom):
         stop = min(block + atom, len(before))
         here = [w for w in writes if w.offset < stop and block < w.offset + w.length]
         if not here:
             if before[block:stop] != after[block:stop]:
-                return f"the block at {block} changed, and nobody wrote to it"
+                return f"the block at {block} changed without a write"
             continue
-        # Between two edges of writes all bytes were covered by the same writes, so all must show the same one.
+        # Between two boundaries of writes the same writes cover all bytes, so all bytes must come from the same one.
         ends = (end for w in here for end in (w.offset, w.offset + w.length))
         edges = sorted({block, stop, *(min(max(end, block), stop) for end in ends)})
         later: dict[Hashable, set[Hashable]] = {w.value: set() for w in here}
@@ -154,9 +154,9 @@ def serial_order(writes: Sequence[Written], before: bytes, after: bytes, atom: i
             part = after[first:second]
             if not over:
                 if part != before[first:second]:
-                    return f"bytes {first} to {second} changed, and nobody wrote to them"
+                    return f"bytes {first} to {second} changed without a write"
             elif part[0] not in over or part.count(part[0]) != len(part):
-                return f"bytes {first} to {second} are of no single write, or of one that is not theirs"
+                return f"bytes {first} to {second} come from several writes, or from a write elsewhere"
             else:
                 for value in over - {part[0]}:
                     later[value].add(part[0])
@@ -164,7 +164,7 @@ def serial_order(writes: Sequence[Written], before: bytes, after: bytes, atom: i
             if first_write.thread == second_write.thread:
                 later[first_write.value].add(second_write.value)
         if _cyclic(later):
-            return f"the block at {block} is the result of no order of its {len(here)} writes"
+            return f"the block at {block} is not the result of any order of its {len(here)} writes"
     return None
 
 

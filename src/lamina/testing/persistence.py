@@ -1,12 +1,12 @@
-"""Which states a power cut can leave, given the ordered records of what reached a storage.
+"""The states that a power cut can leave, computed from the ordered records of a storage.
 
-Pure: no I/O and no pytest. A storage that remembers (`recorder.Recorder`) makes the records, `power_loss` runs a check on
-every state. What was issued before the last completed flush is durable; of what was issued since, the *epoch*, a model
-says what may be there (`Persistence`). Writes that overlap keep their order in every model but P4. A sector is written whole:
-of two writes into one, the later carries the earlier with it.
+No I/O and no pytest: `recorder.Recorder` makes the records, and `power_loss` runs a check on every state. Requests issued
+before the last completed flush are durable. For the requests since then, the *epoch*, a model defines the possible states
+(`Persistence`). Overlapping writes keep their order in every model but P4. A sector is written atomically: of two writes to
+one sector, the later includes the earlier.
 
-Marks say what the code under test knows: `begin(label)`, from here on this may be found; `durable(label)`, from here on it
-must be. A state is judged by the marks that had been made when the power went, so a promise that was made too early is seen.
+Marks record the knowledge of the code under test: from `begin(label)` the effects may be found after a cut; from
+`durable(label)` they must be. A state is checked against the marks before the cut, so a premature guarantee is detected.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-SECTOR = 512  #: bytes that a disk writes as one
+SECTOR = 512  #: the bytes that a disk writes atomically
 
 
 class Persistence(IntEnum):
-    """What a storage may make of an epoch. Each model allows all that the ones before it do."""
+    """The possible effects of a cut on an epoch. Each model includes the previous ones."""
 
     P0 = 0  #: a prefix: the disk writes in order
     P1 = 1  #: any subset
-    P2 = 2  #: and a write may be torn: some of its sectors of 512 bytes are there
-    P3 = 3  #: and the length of the file is lost, or kept, by itself
-    P4 = 4  #: and discards, and zeroes that may unmap, come after what was issued later, until a flush
+    P2 = 2  #: and a write may be torn: only some of its sectors of 512 bytes are stored
+    P3 = 3  #: and the length of the file is lost or kept independently
+    P4 = 4  #: and discards, and zero requests that may unmap, take effect after later requests, until a flush
 
 
 class Bounds(NamedTuple):
-    """How much is tried where everything would be too much."""
+    """Limits of the search where the number of states is too large."""
 
-    exhaustive: int = 8  #: of an epoch of so many records every subset; of a write of so many sectors every subset
-    random: int = 64  #: of a longer one: prefixes, one dropped, one kept, two dropped, and so many random subsets
-    at_cut: int = 1000  #: of more states at one moment, a random choice of so many; 0: all
+    exhaustive: int = 8  #: the most records of an epoch, and sectors of a write, for which every subset is tried
+    random: int = 64  #: for longer ones: prefixes, one or two dropped, one kept, and this number of random subsets
+    at_cut: int = 1000  #: the most states at one moment, chosen at random from more; 0: all
 
 
 DEFAULT_BOUNDS = Bounds()
-#: Where discards that came late are visible after a flush, so many outcomes are followed.
+#: The most outcomes that are followed after a flush where late discards are visible.
 MOST_BASES = 8
-#: Of an epoch in which the file changes its length, so many states are tried with every length.
+#: The number of states, in an epoch that changes the length of the file, that are tried with every length.
 MOST_RESIZED = 512
 
 
 class Record(NamedTuple):
-    """One thing that reached a storage."""
+    """One operation on a storage."""
 
     kind: str  #: write, zero, discard, truncate, flush_start, flush_done; begin, durable (marks)
-    offset: int = 0  #: of a truncate: the new size
+    offset: int = 0  #: for a truncate: the new size
     length: int = 0
     data: bytes = b""
-    fua: bool = False  #: durable once it has returned
-    unmap: bool = False  #: of a zero: it may be done as a discard
-    label: Any = None  #: of a mark; of a flush: which one ends
+    fua: bool = False  #: durable when it has returned
+    unmap: bool = False  #: for a zero request: it may be executed as a discard
+    label: Any = None  #: the label of a mark; for a flush: the number of its start
 
     @property
     def end(self) -> int:
@@ -62,12 +62,12 @@ class Record(NamedTuple):
 
     @property
     def slow(self) -> bool:
-        """Whether it may come after what was issued later."""
+        """Whether it may take effect after later requests."""
         return self.kind == "discard" or (self.kind == "zero" and self.unmap and not self.fua)
 
     @property
     def sectors(self) -> int:
-        """How many sectors it touches."""
+        """The number of sectors that it overlaps."""
         return -(-self.end // SECTOR) - self.offset // SECTOR
 
     def __str__(self) -> str:
@@ -81,24 +81,24 @@ class Record(NamedTuple):
 
 
 class CrashState(NamedTuple):
-    """What one power cut left."""
+    """The state after one power cut."""
 
-    number: int  #: counted from 0; the same log, model, seed and bounds give the same states
+    number: int  #: from 0; the same log, model, seed and bounds give the same states
     content: bytes
-    begun: tuple[Any, ...]  #: labels of what had begun
-    durable: tuple[Any, ...]  #: labels of what had been promised
-    cut: int  #: how many records had been made when the power went
-    story: tuple[str, ...]  #: what became of each record of the epoch
+    begun: tuple[Any, ...]  #: the labels of `begin` marks before the cut
+    durable: tuple[Any, ...]  #: the labels of `durable` marks before the cut
+    cut: int  #: the number of records before the cut
+    story: tuple[str, ...]  #: the outcome of each record of the epoch
 
 
 class _Recipe(NamedTuple):
-    kept: tuple[int, ...]  # places in the epoch, in the order in which they took effect
-    torn: tuple[int, int] | None = None  # (place, mask of the sectors that are there)
-    length: int = -1  # the length that the file has, where it went its own way
+    kept: tuple[int, ...]  # indexes in the epoch, in the order in which they took effect
+    torn: tuple[int, int] | None = None  # (index, mask of the stored sectors)
+    length: int = -1  # the length of the file, if it is independent
 
 
 def apply(content: bytearray, record: Record, mask: int = -1) -> None:
-    """What `record` does to `content`; of a write or zero only the sectors in `mask`."""
+    """Apply `record` to `content`; for a write or a zero request only the sectors in `mask`."""
     if record.kind == "truncate":
         del content[record.offset :]
         content.extend(bytes(record.offset - len(content)))
@@ -132,12 +132,13 @@ def crash_states(
     seed: int = 0,
     bounds: Bounds = DEFAULT_BOUNDS,
 ) -> Iterator[CrashState]:
-    """Every state, each once, that a power cut during `log` can leave on a storage that held `start`, within `bounds`."""
+    """Every state, each once, that a power cut during `log` can leave on storage with the content `start`, within
+    `bounds`."""
     walk = _Walk(start, model, seed, bounds)
     for index, record in enumerate(log):
         kind = record.kind
         if kind == "begin":
-            # What is legal grows with this mark: what was there before it is judged without it.
+            # This mark extends the legal states: the previous records are checked without it.
             yield from walk.cut(index)
             walk.settle()
             walk.begun += (record.label,)
@@ -159,25 +160,25 @@ def crash_states(
 
 
 class _Walk:
-    """Where in the log we are, what is durable there, and what is not."""
+    """The position in the log, the durable content, and the requests that are not durable."""
 
     def __init__(self, start: bytes, model: Persistence, seed: int, bounds: Bounds) -> None:
-        # What is durable; more than one where a discard came late, or in time, and is visible.
+        # The durable content; several if a discard took effect late or early, with a visible difference.
         self.bases: list[tuple[bytes, str]] = [(bytes(start), "")]
-        self.live = bytearray(start)  # everything done
+        self.live = bytearray(start)  # with all requests
         self.model = model
         self.seed = seed
         self.bounds = bounds
         self.epoch: list[Record] = []
         self.effects: list[Record] = []  # the same, in whole sectors
-        self.where: list[int] = []  # their places in the log
-        self.must: set[int] = set()  # places in the epoch of FUA writes that have returned
-        self.in_flight = False  # whether an FUA write may still be on its way
+        self.where: list[int] = []  # their indexes in the log
+        self.must: set[int] = set()  # indexes in the epoch of FUA writes that have returned
+        self.in_flight = False  # whether an FUA write may still be in progress
         self.starts: dict[Any, int] = {}
         self.begun: tuple[Any, ...] = ()
         self.durable: tuple[Any, ...] = ()
-        self.new = 0  # the first record of the epoch that no cut has looked at
-        self.again = True  # whether what was looked at must be looked at again: more is promised now
+        self.new = 0  # the first record of the epoch that no cut has examined
+        self.again = True  # whether examined states must be examined again, since more is guaranteed now
         self.seen: set[tuple[int, int, int]] = set()
         self.number = 0
 
@@ -189,20 +190,20 @@ class _Walk:
         self.in_flight = self.in_flight or record.fua
 
     def _whole(self, record: Record) -> Record:
-        """What it puts on the disk: with what else its first and last sectors hold."""
+        """Its effect on the disk in whole sectors: with the other bytes of its first and last sectors."""
         lo, hi = record.offset - record.offset % SECTOR, min(record.end + -record.end % SECTOR, len(self.live))
         if record.kind not in ("write", "zero") or (lo == record.offset and hi <= record.end):
             return record
         return Record("write", lo, hi - lo, bytes(self.live[lo:hi]), record.fua)
 
     def settle(self) -> None:
-        """Every request made so far has returned."""
+        """All requests so far have returned."""
         if self.in_flight:
             self.must.update(at for at, record in enumerate(self.epoch) if record.fua)
             self.in_flight = False
 
     def flushed(self, label: Any) -> None:
-        """What was issued before that flush began is durable."""
+        """Requests issued before that flush began are durable."""
         began = self.starts.pop(label)
         count = sum(index < began for index in self.where)
         if count:
@@ -212,7 +213,7 @@ class _Walk:
         self.new = max(self.new - count, 0)
 
     def _settled(self, count: int) -> Iterator[tuple[bytes, str]]:
-        """What is durable once the first `count` records are, each content once: the one in order is the first."""
+        """The durable contents after the first `count` records, each once: the first is the one in order."""
         orders = [_Recipe(tuple(range(count)))]
         if self.model >= Persistence.P4:
             orders += self._late(orders[0].kept)
@@ -226,12 +227,13 @@ class _Walk:
                         at for at in recipe.kept if any(other > at for other in recipe.kept[: recipe.kept.index(at)])
                     ]
                     told = [
-                        f"record {self.where[at]}: {self.epoch[at]}: came late, before the last flush" for at in late
+                        f"record {self.where[at]}: {self.epoch[at]}: took effect late, before the last flush"
+                        for at in late
                     ]
                     yield content, "; ".join([note, *told] if note else told)
 
     def cut(self, index: int) -> Iterator[CrashState]:
-        """The states of a power cut before record `index` of the log that no earlier cut gave."""
+        """The states after a power cut before record `index` of the log that no earlier cut produced."""
         if self.again or self.new < len(self.epoch):
             rng = random.Random(f"{self.seed}/{index}")
             legal = [recipe for recipe in self._recipes(rng) if self._legal(recipe.kept)]
@@ -250,20 +252,20 @@ class _Walk:
         self.new, self.again = len(self.epoch), False
 
     def _legal(self, kept: tuple[int, ...]) -> bool:
-        """Whether a cut can leave these: with what returned by then, and, unless all is due, with something new."""
+        """Whether a cut can leave these records: those that have returned, and, unless all are due, a new one."""
         if not self.must.issubset(kept):
             return False
         last = max(kept, default=-1)
         if not self.again and last < self.new:
             return False
-        # An FUA write that something later follows had returned before that was issued.
+        # An FUA write that precedes another request had returned before that request was issued.
         return all(at in kept or at > last for at, record in enumerate(self.epoch) if record.fua)
 
     def _made(self, recipe: _Recipe, base: bytes) -> bytes:
         content = bytearray(base)
         last = -1
         for at in recipe.kept:
-            # What comes late touches no other byte of its sectors.
+            # A late record changes no other byte of its sectors.
             record = self.effects[at] if at > last else self.epoch[at]
             last = max(last, at)
             apply(content, record, recipe.torn[1] if recipe.torn and recipe.torn[0] == at else -1)
@@ -272,7 +274,7 @@ class _Walk:
             content.extend(bytes(recipe.length - len(content)))
         return bytes(content)
 
-    # -- what to try
+    # -- the tried states
 
     def _recipes(self, rng: random.Random) -> Iterator[_Recipe]:
         count = len(self.epoch)
@@ -320,7 +322,7 @@ class _Walk:
                 yield from (_Recipe(kept, (at, mask)) for mask in masks)
 
     def _lengths(self, recipes: list[_Recipe], rng: random.Random) -> Iterator[_Recipe]:
-        """Each length that the file had since the last flush, with the bytes that another moment had."""
+        """Each length of the file since the last flush, with the bytes of another moment."""
         lengths = [len(self.bases[0][0])]
         for record in self.epoch:
             longest = lengths[-1] if record.kind == "discard" else max(lengths[-1], record.end)
@@ -331,7 +333,7 @@ class _Walk:
                 yield from (recipe._replace(length=length) for length in different)
 
     def _late(self, kept: tuple[int, ...]) -> Iterator[_Recipe]:
-        """The same with all discards last, and with each of them."""
+        """The same with all discards last, and with each single discard last."""
         late = tuple(at for at in kept if self.epoch[at].slow)
         for group in dict.fromkeys([late, *((at,) for at in late)]):
             if group and group != kept[-len(group) :]:
@@ -344,7 +346,7 @@ class _Walk:
             fate = "kept" if at in recipe.kept else "lost"
             if recipe.torn and recipe.torn[0] == at and at in recipe.kept:
                 there = [f"{sector}" for sector in range(record.sectors) if recipe.torn[1] >> sector & 1]
-                fate = f"torn, only sectors {' '.join(there)} of {record.sectors}"
+                fate = f"torn, only sectors {' '.join(there)} of {record.sectors} are stored"
             elif fate == "kept" and any(other > at for other in recipe.kept[: recipe.kept.index(at)]):
                 fate = "late"
             lines.append(f"record {self.where[at]}: {record}: {fate}")

@@ -1,8 +1,8 @@
-"""The pytest plugin: fixtures for those who test storage code, their own or a driver of Lamina's.
+"""The pytest plugin: fixtures for tests of code that stores data, including drivers of Lamina.
 
-pytest loads it wherever Lamina is installed (entry point `pytest11`), so it imports nothing but pytest until a test asks
-for one of its fixtures: `image`, `faulty`, `power_loss`. A project's own fixture of the same name takes precedence.
-`LAMINA_SEED` in the environment changes the random part of `power_loss`.
+pytest loads it wherever Lamina is installed (entry point `pytest11`), so it imports nothing but pytest until a test uses one
+of its fixtures: `image`, `faulty`, `power_loss`. A fixture of the project with the same name takes precedence. `LAMINA_SEED`
+in the environment changes the random part of `power_loss`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Iterator[Callable[..., Image]]:
-    """A function that makes a new image in a temporary folder and opens it for writing: `image(size=1 << 20,
-    format="qcow2", **options)`, options as those of `lamina.create`. The images are closed after the test."""
+    """A function that creates an image in a temporary folder and opens it for writing: `image(size=1 << 20, format="qcow2",
+    **options)`, with the options of `lamina.create`. The images are closed after the test."""
     from ..api import open as open_image
     from ..creation import create
 
@@ -44,23 +44,23 @@ def image(tmp_path: Path) -> Iterator[Callable[..., Image]]:
 
 @pytest.fixture
 def faulty() -> FaultyStorage:
-    """An empty storage in memory that fails when the test says: `faulty.fail("write", nth=3)`, `faulty.heal()`. It is a
-    node, and `faulty.as_file()` a file."""
+    """An empty storage in memory that fails on request: `faulty.fail("write", nth=3)`, `faulty.heal()`. It is a node, and
+    `faulty.as_file()` is a file."""
     from .faulty import FaultyStorage
 
     return FaultyStorage()
 
 
 class PowerLoss:
-    """What the fixture `power_loss` gives."""
+    """The value of the fixture `power_loss`."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._at: tuple[Recording, CrashState] | None = None
 
     def __call__(self, workload: Workload, **options: Any) -> Iterator[CrashState]:
-        """Run `workload(storage, marks)`, then give every state that a power cut during it can leave. If the test fails
-        meanwhile, its report tells the state. `options`: start, model, seed, bounds, as of `power_loss.record`."""
+        """Run `workload(storage, marks)`, then yield every state that a power cut during it can leave. The report of a test
+        that fails meanwhile contains the state. `options`: start, model, seed, bounds, as for `power_loss.record`."""
         from .power_loss import record
 
         recording = record(workload, **{"seed": self.seed, **options})
@@ -70,13 +70,13 @@ class PowerLoss:
         self._at = None
 
     def check(self, workload: Workload, verify: Verify, **options: Any) -> int:
-        """As `lamina.testing.cut_power`, with the seed of this run: how many states there were."""
+        """As `lamina.testing.cut_power`, with the seed of this run. Returns the number of states."""
         from .power_loss import cut_power
 
         return cut_power(workload, verify, **{"seed": self.seed, **options})
 
     def report(self) -> str | None:
-        """The state that was given last, if there may be more."""
+        """The last state, if the iteration is not complete."""
         return None if self._at is None else self._at[0].describe(self._at[1])
 
 
@@ -89,7 +89,7 @@ def power_loss() -> PowerLoss:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Tell which state a failing test had before it."""
+    """Add the last state to the report of a failing test."""
     report = yield
     harness = getattr(item, "funcargs", {}).get("power_loss")
     if call.when == "call" and report.failed and isinstance(harness, PowerLoss):

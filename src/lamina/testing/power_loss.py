@@ -1,4 +1,4 @@
-"""The power-loss harness: record what some code does to its storage, then judge every state that a power cut could leave.
+"""The power-loss harness: record the writes of some code to its storage, then check every state that a power cut could leave.
 
     from lamina.testing.power_loss import cut_power
 
@@ -14,8 +14,8 @@
 
     cut_power(workload, verify)
 
-It knows nothing of image formats: `disk_history` and `image_checks` add what images promise. The models are those of
-`persistence`. The workload must do the same each time it runs, or a failure cannot be repeated by its number.
+It knows nothing of image formats: `disk_history` and `image_checks` add the guarantees of images. The models are those of
+`persistence`. The workload must be deterministic, or a failure cannot be repeated by its number.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .persistence import DEFAULT_BOUNDS, Bounds, CrashState, Persistence, Record
 from .recorder import Marks, Recorder
 
 Workload = Callable[[Recorder, Marks], Any]
-#: Given the bytes that the cut left, and the state with the marks of that moment; raises if they may not be.
+#: Checks the bytes after the cut, and the state with the marks of that moment; raises if they are not legal.
 Verify = Callable[[bytes, CrashState], Any]
 
 
 class PowerLossFailure(AssertionError):
-    """A power cut can leave a state that `verify` refuses. The text says which, why, and how to repeat it; the reason is
-    also the cause. `state` is the state, `recording` what it came from."""
+    """A power cut can leave a state that `verify` rejects. The text names the state, the reason and the way to repeat it; the
+    reason is also the cause. `state` is the state, `recording` its recording."""
 
     def __init__(self, recording: Recording, state: CrashState, why: str) -> None:
         super().__init__(f"{why}\n{recording.describe(state)}")
@@ -44,7 +44,7 @@ class PowerLossFailure(AssertionError):
 
 @dataclass(frozen=True)
 class Recording:
-    """What one run of a workload did: `log`, on storage that held `start`; and how its states are made."""
+    """One run of a workload: `log`, on storage with the content `start`; and the parameters of its states."""
 
     start: bytes
     log: tuple[Record, ...]
@@ -57,8 +57,8 @@ class Recording:
         return crash_states(self.start, self.log, model=self.model, seed=self.seed, bounds=self.bounds)
 
     def examine(self, verify: Verify, *, only: int | None = None) -> int:
-        """Judge every state, or only the one of that number; how many there were. Raises PowerLossFailure at the first that
-        `verify` refuses, by an exception or by returning False."""
+        """Check every state, or only the state with the number `only`. Returns the number of states. Raises PowerLossFailure
+        for the first state that `verify` rejects, by an exception or by returning False."""
         count = 0
         for state in self.states():
             if only is not None and state.number != only:
@@ -75,15 +75,15 @@ class Recording:
         return count
 
     def describe(self, state: CrashState) -> str:
-        """What happened in `state`, and how to see it again, in lines for a person."""
+        """A readable description of `state`, and the way to repeat it."""
         recent = [f"record {at}: {record}" for at, record in enumerate(self.log[: state.cut]) if record.kind in _MARKS][
             -4:
         ]
         lines = [
-            f"state {state.number}: the power went before record {state.cut} of {len(self.log)}",
-            f"  had begun: {_last(state.begun)}; was promised: {_last(state.durable)}",
+            f"state {state.number}: the power cut came before record {state.cut} of {len(self.log)}",
+            f"  begun: {_last(state.begun)}; durable: {_last(state.durable)}",
             *(f"  {line}" for line in recent),
-            "  since the last flush:" if state.story else "  nothing had been written since the last flush",
+            "  since the last flush:" if state.story else "  no write since the last flush",
             *(f"    {line}" for line in state.story),
             f"to repeat it: the same workload with seed={self.seed}, model=Persistence.{self.model.name}, "
             f"bounds={self.bounds}, only={state.number}",
@@ -108,7 +108,7 @@ def record(
     seed: int = 0,
     bounds: Bounds = DEFAULT_BOUNDS,
 ) -> Recording:
-    """Run `workload(storage, marks)` once on storage that holds `start`."""
+    """Run `workload(storage, marks)` once on storage with the content `start`."""
     storage = Recorder(start)
     workload(storage, storage.marks)
     return Recording(storage.start, tuple(storage.log), model, seed, bounds)
@@ -124,6 +124,7 @@ def cut_power(
     bounds: Bounds = DEFAULT_BOUNDS,
     only: int | None = None,
 ) -> int:
-    """Run the workload, then `verify(content, state)` every state that a power cut during it can leave. How many states
-    there were; PowerLossFailure for the first that is refused. `only`: the number of a state that failed before."""
+    """Run the workload, then call `verify(content, state)` for every state that a power cut during it can leave. Returns the
+    number of states; raises PowerLossFailure for the first that is rejected. `only`: the number of a state that failed
+    before."""
     return record(workload, start=start, model=model, seed=seed, bounds=bounds).examine(verify, only=only)

@@ -1,4 +1,4 @@
-"""A storage in memory that remembers, in order, all that was done to it: what the power-loss harness records with."""
+"""A storage in memory that records all its operations in order, for the power-loss harness."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 class Marks:
-    """How the code under test says what it knows. Labels may be anything; a state shows them in the order they came."""
+    """The marks that the code under test sets. Labels may be any objects; a state lists them in their order."""
 
     def __init__(self, storage: Recorder) -> None:
         self._storage = storage
 
     def begin(self, label: Any) -> None:
-        """From here on the effects of this may be found after a power cut."""
+        """From now on the effects of this step may be found after a power cut."""
         self._storage.note(Record("begin", label=label))
 
     def durable(self, label: Any) -> None:
-        """From here on the effects of this must be found: say it when a flush has returned."""
+        """From now on the effects of this step must be found after a power cut: call it when a flush has returned."""
         self._storage.note(Record("durable", label=label))
 
 
 class Recorder(StorageNode):
-    """Storage in memory, and the `log` of what reached it. A node like any other; also `read` and `as_file` for code that
-    knows nothing of nodes. Safe for any number of threads: one operation runs at a time, and the log has their order."""
+    """Storage in memory, and the `log` of its operations. A node like any other; also `read` and `as_file` for code that does
+    not use nodes. Thread-safe: operations run one at a time, and the log has their order."""
 
     driver = "recorder"
     supported_flags = FUA
@@ -44,7 +44,7 @@ class Recorder(StorageNode):
         self._mutex = threading.Lock()
 
     def note(self, record: Record) -> None:
-        """Add to the log, and do what `record` says."""
+        """Add `record` to the log and apply it."""
         with self._mutex:
             self.log.append(record)
             if record.kind in ("write", "zero", "discard", "truncate"):
@@ -90,13 +90,13 @@ class Recorder(StorageNode):
         return Extents.single(offset, length, data=True, present=True, file=self, offset=offset)
 
     def as_file(self) -> RecordedFile:
-        """A file over this storage, at its start."""
+        """A file object over this storage, at offset 0."""
         return RecordedFile(self)
 
 
 class RecordedFile(io.RawIOBase):
-    """A `Recorder` as a raw binary file. `flush` does nothing, as that of a raw file; `sync` is the `os.fsync` of it, which
-    has no descriptor to give: let the code under test take a function that syncs its file."""
+    """A `Recorder` as a raw binary file. `flush` does nothing, as for a raw file; `sync` corresponds to `os.fsync`, which
+    needs a descriptor: the code under test must accept a function that syncs its file."""
 
     def __init__(self, storage: Recorder) -> None:
         self.storage = storage
@@ -139,5 +139,5 @@ class RecordedFile(io.RawIOBase):
         return size
 
     def sync(self) -> None:
-        """What was written before is on stable storage when this returns."""
+        """Return when all bytes of earlier writes are on stable storage."""
         self.storage.flush()

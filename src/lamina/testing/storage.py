@@ -1,4 +1,4 @@
-"""The suite for storage: everything of `disk`, and what formats rely on: growing, and offsets that are its own."""
+"""The suite for storage: all laws of `disk`, growth, and host offsets in the node itself."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .model import Disk, check_disk
 
 
 class StorageConformance(DiskConformance):
-    """Subclass it, and give `make`. Override `reopened` where a disk can be closed and opened again."""
+    """Derive from it and implement `make`. Override `reopened` if a disk can be closed and opened again."""
 
     size = 300_001
 
     def make(self, size: int) -> Node:
-        """New storage of `size` bytes that read as zeros, open for writing."""
+        """New storage of `size` bytes that reads as zeros, open for writing."""
         raise NotImplementedError
 
     def opened(self) -> Node:

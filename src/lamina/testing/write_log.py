@@ -1,7 +1,7 @@
-"""Reading and replaying logs of writes in the format of dm-log-writes, whoever wrote them (`filters.logwrites`, QEMU, Linux).
+"""Reading and replaying logs of writes in the format of dm-log-writes, made by `filters.logwrites`, QEMU or Linux.
 
-`read_log` gives the entries, `replay` the disk at any point among them, and `records` hands a log to the power-loss harness:
-then every state is tried in which a power cut could have left the disk that was logged.
+`read_log` returns the entries, `replay` the disk at any point among them, and `records` converts a log for the power-loss
+harness, which then tries every state that a power cut could have left on the logged disk.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Entry(NamedTuple):
 
     number: int
     kind: str  #: write, discard, flush, mark, resize
-    offset: int = 0  #: of a resize: the new size
+    offset: int = 0  #: for a resize: the new size
     length: int = 0
     data: bytes = b""
     fua: bool = False
-    flush: bool = False  #: a write or mark that also stands for a flush before it
-    text: str = ""  #: of a mark
+    flush: bool = False  #: a write or mark that also includes a flush before it
+    text: str = ""  #: for a mark
 
 
 def read_log(path: str | os.PathLike[str]) -> Iterator[Entry]:
-    """The entries of the log at `path`, as many as its superblock counts. FormatError where it is no such log, or ends
-    early; BlockIOError where it cannot be read."""
+    """The entries of the log at `path`, as many as its superblock counts. FormatError if it is not such a log, or is
+    truncated; BlockIOError if it cannot be read."""
     name = os.fspath(path)
     try:
         with open(name, "rb") as file:
@@ -44,11 +44,11 @@ def read_log(path: str | os.PathLike[str]) -> Iterator[Entry]:
             raw = file.read(_SUPER.size)
             if len(raw) < _SUPER.size or _SUPER.unpack(raw)[:2] != (_MAGIC, _VERSION):
                 raise FormatError(
-                    "it is no log of writes, version 1", path=name, hint="the filter logwrites makes them"
+                    "it is not a log of writes, version 1", path=name, hint="the filter logwrites creates such logs"
                 )
             _, _, count, sector = _SUPER.unpack(raw)
             if not 0 < sector <= _LARGEST_SECTOR:
-                raise FormatError(f"its sectors are said to be {sector} bytes long", path=name)
+                raise FormatError(f"the log declares sectors of {sector} bytes", path=name)
             at = sector
             for number in range(count):
                 file.seek(at)
@@ -87,8 +87,9 @@ def _ends(name: str, number: int) -> FormatError:
 
 
 def replay(entries: Iterable[Entry], content: bytes = b"", *, until: str | None = None) -> bytes:
-    """The disk that held `content` when the log began, after these entries; with `until`, up to the first mark of that
-    text. What was discarded reads as zero. A disk whose size is no multiple of the log's sectors may come out longer."""
+    """The content of the disk, `content` at the beginning of the log, after these entries; with `until`, up to the first mark
+    with that text. Discarded bytes read as zero. The result may be longer than a disk whose size is not a multiple of the
+    sectors of the log."""
     disk = bytearray(content)
     for entry in entries:
         if until is not None and entry.kind == "mark" and entry.text == until:
