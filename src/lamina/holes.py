@@ -172,9 +172,9 @@ def _zeros_in(child: Child, own: Columns, which: Any) -> tuple[_Zeros, int, int]
 
     first = np.searchsorted(zero_stop, place, "right")
     count = np.maximum(np.searchsorted(zero_start, stop, "left") - first, 0)
-    # Many rows may lie in one place, with many holes: no more pieces than two answers have.
+    # Many rows may lie in one place, with many holes: no more pieces than two answers have. (A single row has few more.)
     total = np.cumsum(count)
-    if total[-1] > 2 * limits.MAX_ROWS:
+    if len(which) > 1 and total[-1] > 2 * limits.MAX_ROWS:
         enough = int(np.searchsorted(total, 2 * limits.MAX_ROWS, "right"))
         known = min(known, int(which[enough]))
         first, count, total = first[:enough], count[:enough], total[:enough]

@@ -190,6 +190,13 @@ def mapped(rows: list[tuple[int, int, int, int]], units: list[int]) -> tuple[Row
     return Rows(rows, Child(store, "file", grows=True)), store
 
 
+def test_one_row_with_as_many_holes_as_two_answers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_ROWS", 1)
+    monkeypatch.setattr(format_node, "_SMALL", 0)
+    node, _ = mapped([(3 * UNIT, STORED, 0, 0)], [1, 2])  # a hole, known zeros, and the end of the file
+    assert by_byte(pieces_of(node, 0, 3 * UNIT)) == wanted(node)
+
+
 def test_what_became_a_hole_meanwhile_is_not_taken_for_zero() -> None:
     """The cluster was moved, and its old place given back, between the look at the mapping and that at the file."""
     node, store = mapped([(4 * UNIT, STORED, 0, 0)], [0, 0, 0, 0])
