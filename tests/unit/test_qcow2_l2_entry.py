@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina.formats.qcow2 import l2_entry
-from lamina.formats.qcow2.l2_entry import L2Layout
+from lamina.formats.qcow2.l2_entry import InvalidEntry, L2Layout
 from lamina.status import COMPRESSED, DATA, PRESENT, ZERO
 
 PACKAGE = Path(lamina.__file__).parent / "formats" / "qcow2"
@@ -32,10 +32,6 @@ def told(entry: int) -> tuple[int, int]:
     if entry & 1:
         return ZERO | PRESENT, offset or -1
     return (DATA | PRESENT, offset) if offset else (0, -1)
-
-
-def refuse(offset: int) -> NoReturn:
-    raise ValueError(offset)
 
 
 @st.composite
@@ -59,7 +55,7 @@ def test_columns_and_single_entries_say_what_the_bits_say(given_: tuple[L2Layout
     layout, column = given_
     entries, size = column.tolist(), layout.cluster_size
     wanted = [told(entry) for entry in entries]
-    first, flags, offset = layout.runs(column, refuse)
+    first, flags, offset = layout.runs(column, 0, len(column))
     expanded = []
     for at, stop, flag, place in zip(first, [*first[1:], len(entries)], flags, offset, strict=True):
         expanded += [(flag, place + number * size if place >= 0 else -1) for number in range(stop - at)]
@@ -67,7 +63,8 @@ def test_columns_and_single_entries_say_what_the_bits_say(given_: tuple[L2Layout
     goes_on = [one == other if one[1] < 0 else other == (one[0], one[1] + size) for one, other in pairwise(wanted)]
     assert len(first) == 1 + goes_on.count(False), "neighbours that are alike are one run"
     for index in range(len(entries)):
-        flag, place, clusters = layout.run(entries, index, len(entries))
+        flag, place, clusters, entry = layout.run(entries, index, len(entries))
+        assert entry == entries[index]
         assert (flag, place) == wanted[index]
         assert 1 <= clusters <= len(entries) - index
         assert all(goes_on[index : index + clusters - 1])
@@ -89,11 +86,14 @@ def test_columns_and_single_entries_say_what_the_bits_say(given_: tuple[L2Layout
 def test_a_misaligned_offset_is_refused_and_not_mapped(bits: int) -> None:
     layout = L2Layout(bits)
     bad = (5 << bits) + 512
-    with pytest.raises(ValueError, match=str(bad)):
-        layout.runs(np.array([0, 1 << 63 | 1 << bits, 1 << 63 | bad], np.uint64), refuse)
+    entries = [0, 1 << 63 | 1 << bits, 1 << 63 | bad]
+    with pytest.raises(InvalidEntry, match=f"{bad:#x}"):
+        layout.runs(np.array(entries, np.uint64), 0, 3)
+    with pytest.raises(InvalidEntry, match=f"{bad:#x}"):
+        layout.run(entries, 2, 3)
     assert layout.map_one(bad, 0, 1, None) is None  # type: ignore[arg-type]
     packed = np.array([1 << 62 | bad], np.uint64)
-    assert layout.runs(packed, refuse)[1].tolist() == [DATA | PRESENT | COMPRESSED], "these bits mean something else"
+    assert layout.runs(packed, 0, 1)[1].tolist() == [DATA | PRESENT | COMPRESSED], "these bits mean something else"
 
 
 @given(st.integers(9, 21), st.data())
@@ -114,7 +114,7 @@ def test_compressed_data_is_named_up_to_the_end_of_its_last_sector(bits: int, da
 
 def test_a_table_is_a_cluster_and_is_stored_big_endian() -> None:
     layout = L2Layout(9)
-    assert (layout.per_table, layout.per_sector, layout.entry_size) == (64, 64, 8)
+    assert (layout.per_table, layout.per_sector, layout.entry_bits) == (64, 64, 3)
     entries = layout.own_entries(3 << 9, 2)
     assert entries.tolist() == [1 << 63 | 3 << 9, 1 << 63 | 4 << 9]
     assert layout.to_disk(entries) == b"".join(entry.to_bytes(8, "big") for entry in entries)

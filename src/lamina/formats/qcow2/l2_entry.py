@@ -5,17 +5,18 @@ other module looks at the bits of an entry; they pass entries on as numbers.
 
 The first 64 bits of an entry are the same in every image, but for the flag ZERO, and the functions here read them. What
 depends on the image, such as the size of an entry, is a matter of its `L2Layout`. An entry of 16 bytes ("extended L2
-entries") is one number, too: its second half, the bitmap of the subclusters, is its bits from 64 on. `L2Layout` gets a
-subclass for these, and a sequence of such numbers takes the place of the array of `blank`.
+entries") is one number, too: its second half, the bitmap of the subclusters, is its bits from 64 on. A subclass of `L2Layout`
+reads these, and a sequence of such numbers takes the place of the array of `blank`. The status of a disk is told in *units*:
+here these are clusters, and with extended entries subclusters. (`tests/unit/test_qcow2_l2_layouts.py` has such a layout.)
 
-Single entries are read in plain Python (`map_one`, `run`), whole tables as columns of numpy.
+Single entries are read in plain Python (`map_one`, `run`), whole tables as columns of numpy (`runs`).
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...block_runs import following
 from ...format_node import Mapping
@@ -23,8 +24,7 @@ from ...status import COMPRESSED, DATA, PRESENT, ZERO
 from . import layout as q
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from collections.abc import Sequence
 
     from ...request import Child
 
@@ -41,6 +41,10 @@ _ANY_COMPRESSED = 2
 _FLAGS = bytes([0, _ZEROED, _COMPRESSED, 0, _STORED, _ZEROED, 0, 0])
 _SWAP = sys.byteorder == "little"
 _new = tuple.__new__
+
+
+class InvalidEntry(ValueError):
+    """An entry says what cannot be. The text tells what."""
 
 
 # -- one entry
@@ -105,17 +109,24 @@ def _sectors_at(cluster_bits: int) -> int:
 class L2Layout:
     """The entries of the L2 tables of one image: their size, and what depends on it."""
 
-    __slots__ = ("_not_simple", "cluster_bits", "cluster_size", "entry_size", "index_bits", "per_sector", "per_table")
+    __slots__ = ("cluster_bits", "cluster_size", "index_bits", "misaligned", "not_simple", "per_sector", "per_table")
+
+    #: Bytes of an entry, as a power of two.
+    entry_bits: ClassVar[int] = 3
+    #: Units of a cluster, as a power of two.
+    units_bits: ClassVar[int] = 0
 
     def __init__(self, cluster_bits: int) -> None:
         self.cluster_bits = cluster_bits
         self.cluster_size = 1 << cluster_bits
-        self.entry_size = 8  #: bytes of an entry
-        self.index_bits = cluster_bits - 3  #: a table, which is a cluster, has `per_table`, 1 << `index_bits`, entries
+        #: A table, which is a cluster, has `per_table`, 1 << `index_bits`, entries.
+        self.index_bits = cluster_bits - self.entry_bits
         self.per_table = 1 << self.index_bits
-        self.per_sector = q.SECTOR // self.entry_size  #: the entries that a disk writes at once
-        #: What an entry has none of that `map_one` tells: compressed, misaligned.
-        self._not_simple = _FLAG_COMPRESSED | (_OFFSET & self.cluster_size - 1)
+        #: The entries in a sector, which a disk writes at once.
+        self.per_sector = q.SECTOR >> self.entry_bits
+        #: The bits of an offset that does not lie on a cluster, and those that an entry of `map_one` has none of.
+        self.misaligned = _OFFSET & self.cluster_size - 1
+        self.not_simple = _FLAG_COMPRESSED | self.misaligned
 
     # -- entries
 
@@ -162,30 +173,45 @@ class L2Layout:
     def map_one(self, entry: int, within: int, length: int, file: Child) -> Mapping | None:
         """The mapping of `length` bytes from the byte `within` of a cluster on, which end inside it; None if it is compressed
         or misaligned. The path of small reads."""
-        if entry & self._not_simple:
+        if entry & self.not_simple:
             return None
         host = entry & _OFFSET
         if host:
             return _new(Mapping, (_ZEROED if entry & _FLAG_ZERO else _STORED, length, host + within, file, None))
         return _new(Mapping, (_ZEROED if entry & _FLAG_ZERO else 0, length, -1, None, None))
 
-    def run(self, entries: Sequence[int], index: int, stop: int) -> tuple[int, int, int]:
-        """(flags, offset or -1, clusters): what the cluster of the entry number `index` is, and for how many clusters, up to
-        that of the entry `stop`, this goes on and is contiguous. The flags are those of `Mapping`."""
-        entry = entries[index]
+    def run(self, entries: Sequence[int], unit: int, stop: int) -> tuple[int, int, int, int]:
+        """(flags, offset or -1, units, entry): what this unit of the table is, for how many units, up to `stop`, this goes on
+        and is contiguous (or for fewer), and the entry of its cluster. The flags are those of `Mapping`. Raises
+        InvalidEntry."""
+        entry = entries[unit]
         if entry & _FLAG_COMPRESSED:
-            return _COMPRESSED, -1, 1
+            return _COMPRESSED, -1, 1, entry
         host = entry & _OFFSET
-        clusters = following(entries, index, stop, _RUN_MASK, self.cluster_size if host else 0)
+        units = following(entries, unit, stop, _RUN_MASK, self.cluster_size if host else 0)
         if host:
-            return _ZEROED if entry & _FLAG_ZERO else _STORED, host, clusters
-        return _ZEROED if entry & _FLAG_ZERO else 0, -1, clusters
+            if host & self.misaligned:
+                raise self.invalid(host)
+            return _ZEROED if entry & _FLAG_ZERO else _STORED, host, units, entry
+        return _ZEROED if entry & _FLAG_ZERO else 0, -1, units, entry
 
-    def runs(self, entries: Any, refuse: Callable[[int], NoReturn]) -> tuple[Any, Any, Any]:
-        """The same of consecutive clusters as columns (see `BlockRuns.add_runs`): the number of the first cluster of each
-        run, its flags, and its offset or -1. `entries`: uint64. `refuse` is called with an offset that is misaligned."""
+    def invalid(self, host: int) -> InvalidEntry:
+        """The error for an entry that names the host cluster at `host`, which is misaligned."""
+        return InvalidEntry(f"an L2 entry names a cluster at {host:#x}, which is not a multiple of the cluster size")
+
+    def column(self, entries: Any) -> Any:
+        """The entries of a table in memory as a column of words (uint64), which share their memory."""
         from ...numeric import np
 
+        return np.frombuffer(entries, np.uint64)
+
+    def runs(self, words: Any, first: int, stop: int) -> tuple[Any, Any, Any]:
+        """The same of the units from `first` to `stop` as columns (see `BlockRuns.add_runs`): the number of the first unit of
+        each run, counted from `first`, its flags, and its offset or -1. `words`: the entries of consecutive tables, uint64.
+        Raises InvalidEntry."""
+        from ...numeric import np
+
+        entries = words[first:stop]
         known = entries & np.uint64(_RUN_MASK)
         seen = int(np.bitwise_or.reduce(known))
         if not seen:
@@ -194,16 +220,15 @@ class L2Layout:
             known[known >= np.uint64(_FLAG_COMPRESSED)] = _ANY_COMPRESSED
             seen = int(np.bitwise_or.reduce(known))
         known = known.view(np.int64)
-        if seen & _OFFSET & self.cluster_size - 1:
-            offsets = known & (_OFFSET & self.cluster_size - 1)
-            refuse(int(known[offsets.nonzero()[0][0]] & _OFFSET))
+        if seen & self.misaligned:
+            raise self.invalid(int(known[(known & self.misaligned).nonzero()[0][0]] & _OFFSET))
         step = known[1:] - known[:-1]
         goes_on = np.where(known[:-1] >= q.SECTOR, step == self.cluster_size, step == 0)
-        first = np.concatenate((np.zeros(1, np.int64), np.logical_not(goes_on, out=goes_on).nonzero()[0] + 1))
-        known = known[first]
+        heads = np.concatenate((np.zeros(1, np.int64), np.logical_not(goes_on, out=goes_on).nonzero()[0] + 1))
+        known = known[heads]
         has_offset = known >= q.SECTOR
         flags = np.frombuffer(_FLAGS, np.uint8)[(known & 3) + 4 * has_offset]
-        return first, flags, np.where(has_offset, known & _OFFSET, -1)
+        return heads, flags, np.where(has_offset, known & _OFFSET, -1)
 
 
 # -- columns of entries (uint64), for the check

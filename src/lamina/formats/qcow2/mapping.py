@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from array import array
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ...block_runs import BlockRuns
 from ...errors import CorruptImage
@@ -25,7 +25,7 @@ from ...limits import align_down, align_up
 from ...status import DATA
 from .holes import has_hole
 from .l1_table import L1Table, own_entry
-from .l2_entry import L2Layout
+from .l2_entry import InvalidEntry, L2Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +69,9 @@ class Mappings:
         self.layout = L2Layout(header.cluster_bits)
         self.per_table = self.layout.per_table
         self._table_bits = self.layout.index_bits
+        #: The status is told in units, a cluster or a part of one: the bits of a unit, and of the units of a table.
+        self._unit_bits = header.cluster_bits - self.layout.units_bits
+        self._units_bits = self.layout.index_bits + self.layout.units_bits
         self._map_entry = self.layout.map_one  # asked by every read
         self._writable = writable
         self._blank: array[int] | None = None
@@ -104,40 +107,46 @@ class Mappings:
 
     def map(self, offset: int, length: int) -> Mapping:
         """As `FormatNode.map`. The token of a compressed cluster is its L2 entry."""
-        bits = self._cluster_bits
-        cluster = offset >> bits
-        within = offset & self._cluster_size - 1
-        last = offset + length - 1 >> bits  # index of the last cluster asked about
-        which, index = cluster >> self._table_bits, cluster & self.per_table - 1
+        bits, table_bits = self._unit_bits, self._units_bits
+        unit = offset >> bits
+        within = offset & (1 << bits) - 1
+        last = offset + length - 1 >> bits  # the last unit of the request
+        which = unit >> table_bits
         table = self.table(which)
         if table is None:
-            while which < last >> self._table_bits and not self.l1.l2_offset(which + 1):
+            while which < last >> table_bits and not self.l1.l2_offset(which + 1):
                 which += 1
-            run = (which + 1 << self._table_bits + bits) - offset
+            run = (which + 1 << table_bits + bits) - offset
             return Mapping(0, min(run, length))
-        stop = min(self.per_table, index + last - cluster + 1)
-        flags, host, clusters = self.layout.run(table.entries, index, stop)
-        run = min((clusters << bits) - within, length)
+        base = which << table_bits
+        try:
+            flags, host, units, entry = self.layout.run(
+                table.entries, unit - base, min(1 << table_bits, last + 1 - base)
+            )
+        except InvalidEntry as error:
+            raise self._corrupt(error, table.offset) from error
+        run = min((units << bits) - within, length)
         if host >= 0:
-            if host & self._cluster_size - 1:
-                self._misaligned(host, table, index)
             return Mapping(flags, run, host + within, self._file)
         if flags & DATA:
-            return Mapping(flags, run, -1, self._file, table.entries[index])
+            return Mapping(flags, run, -1, self._file, entry)
         return Mapping(flags, run)
 
     def map_columns(self, offset: int, length: int) -> Columns:
         """As `FormatNode.map_columns`. The answer ends early, on a cluster, also where it took many steps: neither memory nor
         time depend on how much the tables of an image say."""
-        bits, table_bits = self._cluster_bits, self._table_bits
+        bits, table_bits = self._unit_bits, self._units_bits
         first, last = offset >> bits, offset + length - 1 >> bits
         runs = BlockRuns(self._file, bits, offset, length)
         for which, count, there in islice(self._l1_runs(first >> table_bits, last >> table_bits), _STEPS):
             base = which << table_bits
-            # Only the clusters that were asked about: entries past the end of the disk mean nothing.
+            # Only the units of the request: entries past the end of the disk mean nothing.
             low, high = max(first - base, 0), min(last + 1 - base, count << table_bits)
             if there:
-                runs.add_runs(*self.layout.runs(self._batch(which, count)[low:high], self._misaligned), high - low)
+                try:
+                    runs.add_runs(*self.layout.runs(self._batch(which, count), low, high), high - low)
+                except InvalidEntry as error:
+                    raise self._corrupt(error) from error
             else:
                 runs.add_alike(high - low)
             if runs.full:
@@ -168,14 +177,14 @@ class Mappings:
 
         table = self._tables.get(which)
         if table is not None and count == 1:
-            return np.frombuffer(table.entries, np.uint64)
-        raw = np.empty((count, self.per_table), np.uint64)
+            return self.layout.column(table.entries)
+        raw = np.empty((count, self._cluster_size // 8), np.uint64)
         view = raw.view(np.uint8).reshape(-1).data
         at = 0
         while at < count:
             table = self._tables.get(which + at)
             if table is not None:
-                raw[at] = np.frombuffer(table.entries, np.uint64)
+                raw[at] = self.layout.column(table.entries)
                 at += 1
                 continue
             # Tables that lie one after the other are read in one request.
@@ -227,13 +236,9 @@ class Mappings:
             )
         return offset
 
-    def _misaligned(self, host: int, table: Table | None = None, index: int = 0) -> NoReturn:
-        raise CorruptImage(
-            f"a cluster is said to lie at {host:#x}, which is not a multiple of the cluster size",
-            path=self._file.node.filename,
-            offset=None if table is None else table.offset + 8 * index,
-            hint="check the image",
-        )
+    def _corrupt(self, error: InvalidEntry, offset: int | None = None) -> CorruptImage:
+        """The error for an invalid entry of the L2 table at `offset`, None: of some table."""
+        return CorruptImage(str(error), path=self._file.node.filename, offset=offset, hint="check the image")
 
     # -- changing: every method may be cut short by an exception at any call; what belongs together changes without one
 
@@ -299,7 +304,7 @@ class Mappings:
                 low, high = align_down(table.low, step), min(align_up(table.high, step), self.per_table)
                 self._file.tell("l2_update")
                 raw = self.layout.to_disk(table.entries[low:high])
-                self._file.write(table.offset + low * self.layout.entry_size, memoryview(raw))
+                self._file.write(table.offset + (low << self.layout.entry_bits), memoryview(raw))
         for which in self._dirty:
             table = self._tables[which]
             if table.new:
