@@ -1,7 +1,7 @@
-"""What writes, zeroes and discards of the guest do to the tables: the hooks of `FormatNode` for data that is not compressed.
+"""The changes that writes, zeroes and discards make to the tables: the hooks of `FormatNode` for uncompressed data.
 
-Each is `work` for `Tables.changing`. A cluster that belongs to this image alone is written over in place. Any other write
-gets new clusters, which `commit` puts in the place of the old ones.
+`Tables.changing` calls each function. A write to a cluster with a reference count of one overwrites it in place. Any other
+write allocates new clusters; `commit` makes the L2 entries point to these instead of the old clusters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     layout = tables.mappings.layout
     per_table = layout.per_table
     which, index = divmod(cluster, per_table)
-    # No further than the last cluster of this request, and of this L2 table.
+    # The last cluster of the request, or of the L2 table.
     stop = min(index + (within + length - 1 >> bits) + 1, per_table)
     table = tables.own_table(which)
     entries = table.entries
@@ -31,7 +31,7 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     host = own_cluster(entry)
     if host:
         tables.require_data(host, table, index)
-        if layout.reads_zero(entry):  # storage is kept for it, with anything in it: filled like a new one
+        if layout.reads_zero(entry):  # it has storage with undefined content, which is filled like a new cluster
             return _fresh(tables, offset, length, host, 1, (which, index, host, 1, False))
         run = 1
         while index + run < stop and layout.is_run(entry, entries[index + run], run):
@@ -42,7 +42,7 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     while index + run < stop and not own_cluster(entries[index + run]):
         run += 1
     for at in range(index, index + run) if any(entries[index : index + run]) else ():
-        tables.require_droppable(table, at)  # given up when this write is committed; too late to refuse then
+        tables.require_droppable(table, at)  # `commit` frees it, and must not fail
     host, run, blank = tables.refcounts.allocate(run)
     reservation = _fresh(tables, offset, length, host, run, (which, index, host, run, True))
     reservation.blank = blank
@@ -64,7 +64,7 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _al
         if data_cluster(entry) != host + (at << tables.cluster_bits):
             tables.require_droppable(table, index + at)
         else:
-            replaced[at] = 0  # its storage was kept, and is filled now
+            replaced[at] = 0  # the write filled the storage that the entry had
     tables.mappings.set_run(which, index, host, clusters)
     for entry in replaced:
         tables.give_up(entry)
@@ -79,11 +79,11 @@ def abandon(tables: Tables, _which: int, _index: int, host: int, clusters: int, 
 
 
 def drop(tables: Tables, offset: int, length: int, to: To, keep: bool, backed: bool) -> None:
-    """As `FormatNode.drop`; `backed`: a layer below would show through where the tables say nothing."""
+    """As `FormatNode.drop`; `backed`: there is a backing node, whose bytes a cluster without an entry shows."""
     flagged = tables.header.version >= 3
     layout = tables.mappings.layout
     left = layout.zeroed() if flagged and to is not To.BELOW else 0
-    # Whether a cluster that holds nothing must say that it is zero; else tables that do not exist need not.
+    # Whether unallocated clusters need the zero flag too. If not, missing tables stay missing.
     everywhere = flagged and (to is To.ZERO or (to is To.ANY and backed))
     for which, index, entry in tables.entries(offset, length, make=everywhere):
         if names_clusters(entry) and (not (keep and flagged) or is_compressed(entry)):

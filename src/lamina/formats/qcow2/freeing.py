@@ -1,7 +1,7 @@
-"""Clusters on their way to being free: what lost a reference waits here until that is durable, then until its discard is.
+"""Clusters that are about to be freed: they wait here until the loss of a reference is durable, then until the discard is.
 
-Only then is its count lowered, so that it can be given out again. A late discard of the file can therefore never hit what is
-stored there next, and a power cut, or an exception at any point, leaks a cluster at worst.
+Their reference counts fall only after that, so that the clusters can be allocated again. A delayed discard can therefore not
+destroy new data, and a power cut, or an exception at any point, leaks a cluster at worst.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 class Freeing:
-    """The clusters of one image that wait. Not thread-safe: the driver holds its lock around every call."""
+    """The waiting clusters of one image. Not thread-safe: the driver holds its lock around every call."""
 
     def __init__(self, file: Child, cluster_bits: int) -> None:
         self._file = file
         self._cluster_bits = cluster_bits
-        # Stretches (host offset, clusters), in the order in which they lost their references.
+        # Runs (host offset, clusters), in the order in which they lost their references.
         self._unlinked: list[tuple[int, int]] = []
         self._discarded: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
-        """How many stretches wait."""
+        """The number of waiting runs."""
         return len(self._unlinked) + len(self._discarded)
 
     @property
     def unlinked(self) -> int:
-        """How many stretches wait for the next flush."""
+        """The number of runs that wait for the next flush."""
         return len(self._unlinked)
 
     def add(self, offset: int, clusters: int = 1) -> None:
-        """A reference to each of these clusters is gone from the tables in memory. Called after it is gone, never before."""
+        """The tables in memory have lost a reference to each of these clusters. Called after the change, never before."""
         waiting = self._unlinked
         if waiting and waiting[-1][0] + (waiting[-1][1] << self._cluster_bits) == offset:
             waiting[-1] = (waiting[-1][0], waiting[-1][1] + clusters)
@@ -41,11 +41,11 @@ class Freeing:
             waiting.append((offset, clusters))
 
     def flushed(self, counts: Refcounts) -> None:
-        """Everything in the tables is on stable storage now, and so are the discards of the time before."""
+        """Called when the tables, and the discards of the previous flush, are on stable storage."""
         while self._discarded:
-            counts.load(*self._discarded[-1])  # whatever can fail comes first, and is tried again by the next flush
-            counts.lower_loaded(*self._discarded.pop())  # no longer waiting before it is lowered: never lowered twice
+            counts.load(*self._discarded[-1])  # may fail; the next flush tries again
+            counts.lower_loaded(*self._discarded.pop())  # removed from the list first, so that no count falls twice
         self._discarded, self._unlinked = self._unlinked, []
-        for offset, clusters in counts.last_references(self._discarded):  # others are still in use
+        for offset, clusters in counts.last_references(self._discarded):  # the other clusters are still in use
             inside = max(self._file.size - offset, 0)
             self._file.discard(offset, min(clusters << self._cluster_bits, inside))

@@ -1,9 +1,9 @@
-"""An L1 table: its entries, each of which names an L2 table, and where it lies in the file.
+"""L1 tables: their entries, which point to L2 tables, and their offsets in the file.
 
-The active table of an image is one, and each snapshot has its own. After "Cluster mapping" of the published specification.
+An image has an active L1 table, and one for each snapshot. After "Cluster mapping" of the published specification.
 
-A header can name an L1 table of 32 MiB in a file of a few KiB: all of it a hole. Such a table is kept in pages that the
-system provides when they are touched, and only the parts that the file stores are read into them.
+The header of a file of a few KiB can describe an L1 table of 32 MiB that is one hole. Memory for such a table is mapped
+anonymously, so that only the pages of the stored parts are allocated.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ if TYPE_CHECKING:
     from ...request import Child
 
 _SWAP = sys.byteorder == "little"
-#: From this size on it pays to ask where the holes of a table are, and in pieces of so many bytes.
+#: The size from which on a query for the holes of a table pays off, and the length of each query.
 _SMALLEST = 256 << 10
 _STEP = 64 << 10
-#: Entries that are looked at in one go where all of them are.
+#: The number of entries in one batch of a walk over all entries.
 _BATCH = 1 << 16
 #: Entries in one sector, which a disk writes at once.
 _SECTOR = 512 // 8
 
 
 def own_entry(l2_offset: int) -> int:
-    """The entry for the L2 table at `l2_offset`, to which it is the only reference."""
+    """The entry that points to the L2 table at `l2_offset`, as the only reference to it."""
     return l2_offset | q.COPIED
 
 
 class L1Table:
-    """One L1 table in memory, which `write` or `write_changed` bring to the disk. Not thread-safe."""
+    """One L1 table in memory; `write` and `write_changed` write it to the disk. Not thread-safe."""
 
     __slots__ = ("changed", "entries", "new", "offset", "published")
 
     def __init__(self, offset: int, entries: array[int] | memoryview[int], *, new: bool = False) -> None:
-        #: Where it lies in the file, in bytes.
+        #: Its offset in the file, in bytes.
         self.offset = offset
         self.entries = entries
-        #: Nothing on the disk can point to it yet.
+        #: Nothing on the disk points to it yet.
         self.new = new
-        #: What points to it on the disk does so for certain.
+        #: The pointer to it on the disk is durable.
         self.published = not new
-        #: Indexes of entries that are not on the disk.
+        #: Indexes of entries that are not on the disk yet.
         self.changed: set[int] = set()
 
     @classmethod
     def load(cls, file: Child, offset: int, count: int) -> L1Table:
-        """The table of `count` entries at this byte of `file`, which holds all of it."""
+        """The table of `count` entries at `offset` of `file`, which contains all of it."""
         if count * 8 < _SMALLEST or stored_bytes(file, offset, count) == count * 8:
             entries = array("Q", (0,)) * count
             _read(file, offset, entries)
             return cls(offset, entries)
         from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-        # Private: a child of this process has its own.
+        # Private: a forked process gets its own copy.
         view = memoryview(mmap(-1, count * 8, flags=MAP_PRIVATE | MAP_ANONYMOUS)).cast("Q")
         for start, stop in _stored(file, offset, count * 8):
             part = array("Q", (0,)) * (stop - start >> 3)
@@ -73,7 +73,7 @@ class L1Table:
         return len(self.entries)
 
     def l2_offset(self, index: int) -> int:
-        """Where the L2 table of this entry lies; 0: there is none."""
+        """The offset of the L2 table to which this entry points; 0: there is none."""
         return self.entries[index] & q.OFFSET_MASK
 
     def owns(self, index: int) -> bool:
@@ -87,23 +87,23 @@ class L1Table:
         return offsets_of(np.frombuffer(self.entries, np.uint64, count, 8 * first)) != 0
 
     def l2_clusters(self, bits: int, *, copied: bool) -> Iterator[list[int]]:
-        """The clusters (of `1 << bits` bytes) of L2 tables, those of entries with the flag COPIED or of those without; some
-        at a time."""
+        """The clusters (of `1 << bits` bytes) of L2 tables, in batches: those of entries with the flag COPIED, or of those
+        without."""
         mask, both, flag = q.OFFSET_MASK, q.COPIED | q.OFFSET_MASK, q.COPIED if copied else 0
         for at in range(0, len(self.entries), _BATCH):
             part = self.entries[at : at + _BATCH]
             yield [(e & mask) >> bits for e in part if e & q.COPIED == flag and e & both != flag]
 
     def grown(self, offset: int, count: int) -> L1Table:
-        """A copy of `count` entries for another place; further entries name nothing."""
+        """A copy for another offset, extended to `count` entries with entries that point to nothing."""
         entries = array("Q", self.entries.tobytes())
         entries.frombytes(bytes(8 * (count - len(entries))))
         return L1Table(offset, entries, new=True)
 
-    # -- changing, and to the disk
+    # -- changes and writes
 
     def ensure_stored(self, file: Child, index: int) -> None:
-        """See to it that the file holds storage for this entry, so that writing it cannot fail for want of space."""
+        """Make sure that the file has storage for this entry, so that writing it cannot fail with ENOSPC."""
         if self.new:
             return
         first = index - index % _SECTOR
@@ -116,7 +116,7 @@ class L1Table:
         file.write(self.offset, memoryview(_big_endian(self.entries)))
 
     def write_changed(self, file: Child) -> None:
-        """Write the entries that changed. They stay noted as changed: the caller knows when they are durable."""
+        """Write the changed entries. They stay in `changed` until the caller knows that they are durable."""
         for low, high in _runs(sorted(self.changed)):
             file.tell("l1_update")
             file.write(self.offset + 8 * low, memoryview(_big_endian(self.entries[low:high])))
@@ -126,14 +126,14 @@ class L1Table:
 
 
 def offsets_of(entries: Any) -> Any:
-    """The offsets of the L2 tables that these entries name; 0: none."""
+    """The offsets of the L2 tables to which these entries point; 0: none."""
     from ...numeric import np
 
     return entries & np.uint64(q.OFFSET_MASK)
 
 
 def copied_mask(entries: Any) -> Any:
-    """Which of these entries say that their L2 table has one reference."""
+    """Which of these entries have the flag COPIED: their L2 table has one reference."""
     from ...numeric import np
 
     return entries & np.uint64(q.COPIED) != 0
@@ -150,7 +150,7 @@ def reserved_mask(entries: Any) -> Any:
 
 
 def stored_bytes(file: Child, offset: int, count: int) -> int:
-    """How many bytes of this table of `count` entries must be read: those that are not known to be zeros."""
+    """The number of bytes of this table of `count` entries that are not known to be zero, and must be read."""
     return sum(stop - start for start, stop in _stored(file, offset, 8 * count))
 
 
@@ -161,7 +161,7 @@ def _read(file: Child, offset: int, entries: array[int]) -> None:
 
 
 def _stored(file: Child, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """The parts [start, stop) that are not known to be zeros. Small tables are one part."""
+    """The parts [start, stop) that are not known to be zero. A small table is one part."""
     if length < _SMALLEST:
         yield offset, offset + length
         return

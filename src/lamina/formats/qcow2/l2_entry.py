@@ -1,15 +1,15 @@
-"""Entries of L2 tables: what an entry says of its cluster of the disk, and how an entry is made.
+"""Entries of L2 tables: decoding and encoding.
 
-After "Cluster mapping" of the published specification. Mappings, writes, compression and the check ask this module, and no
-other module looks at the bits of an entry; they pass entries on as numbers.
+After "Cluster mapping" of the published specification. This is the only module that uses the bits of an L2 entry; mappings,
+writes, compression and the check call it, and treat entries as opaque numbers.
 
-The first 64 bits of an entry are the same in every image, but for the flag ZERO, and the functions here read them. What
-depends on the image, such as the size of an entry, is a matter of its `L2Layout`. An entry of 16 bytes ("extended L2
-entries") is one number, too: its second half, the bitmap of the subclusters, is its bits from 64 on. A subclass of `L2Layout`
-reads these, and a sequence of such numbers takes the place of the array of `blank`. The status of a disk is told in *units*:
-here these are clusters, and with extended entries subclusters. (`tests/unit/test_qcow2_l2_layouts.py` has such a layout.)
+The functions decode the first 64 bits of an entry, which have the same format in every image, except for the flag ZERO. An
+`L2Layout` decodes what differs between images: the size of an entry, and ZERO. An entry of 16 bytes ("extended L2 entries")
+is a number of 128 bits, whose upper half is the subcluster bitmap; a subclass of `L2Layout` decodes it, and replaces the
+arrays of `blank` and `load` by sequences of such numbers. The status of a disk is reported in *units*: clusters here,
+subclusters in that subclass. (`tests/unit/test_qcow2_l2_layouts.py` contains one.)
 
-Single entries are read in plain Python (`map_one`, `run`), whole tables as columns of numpy (`runs`).
+Plain Python decodes single entries (`map_one`, `run`), numpy decodes columns of whole tables (`runs`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
     from ...request import Child
 
 _STORED, _ZEROED, _COMPRESSED = DATA | PRESENT, ZERO | PRESENT, DATA | PRESENT | COMPRESSED
-# The path of small reads looks these up in one step.
+# Module globals, since small reads look them up.
 _OFFSET, _FLAG_ZERO, _FLAG_COMPRESSED, _FLAG_COPIED = q.OFFSET_MASK, q.ZERO, q.COMPRESSED, q.COPIED
 _NAMES = _OFFSET | _FLAG_COMPRESSED
 _OWN = _FLAG_COPIED | _FLAG_COMPRESSED
-#: What must go on, or be alike, for the next cluster to be of the same run.
+#: The bits in which a cluster and its successor must agree, the offset apart, to belong to one run.
 _RUN_MASK = _OFFSET | _FLAG_COMPRESSED | _FLAG_ZERO
-#: In the columns of `runs` it stands for an entry of a compressed cluster, whose other bits do not matter there.
+#: `runs` replaces each entry of a compressed cluster by this value.
 _ANY_COMPRESSED = 2
-#: The flags of a cluster by what `runs` knows of its entry: the bits ZERO and `_ANY_COMPRESSED`, and 4 if it has an offset.
+#: The status flags of a cluster by the bits ZERO and `_ANY_COMPRESSED` of its entry in `runs`, plus 4 if it has an offset.
 _FLAGS = bytes([0, _ZEROED, _COMPRESSED, 0, _STORED, _ZEROED, 0, 0])
 _SWAP = sys.byteorder == "little"
 _new = tuple.__new__
 
 
 class InvalidEntry(ValueError):
-    """An entry says what cannot be. The text tells what."""
+    """The entry violates the specification; the text says how."""
 
 
 # -- one entry
@@ -56,22 +56,22 @@ def is_compressed(entry: int) -> bool:
 
 
 def data_cluster(entry: int) -> int:
-    """The offset of the host cluster that holds the data uncompressed, or is kept for it; 0: there is none."""
+    """The offset of the host cluster that stores the data uncompressed, or is allocated for it; 0: there is none."""
     return 0 if entry & _FLAG_COMPRESSED else entry & _OFFSET
 
 
 def own_cluster(entry: int) -> int:
-    """The same, where that cluster has one reference, this one, and may be written in place; else 0."""
+    """The same, if the reference count of that cluster is one, so that it may be overwritten in place; else 0."""
     return entry & _OFFSET if entry & _OWN == _FLAG_COPIED else 0
 
 
 def names_clusters(entry: int) -> bool:
-    """Whether a host cluster counts this entry among its references, whatever is stored there."""
+    """Whether this entry is a reference to host clusters: to data, to compressed data, or to allocated storage."""
     return entry & _NAMES != 0
 
 
 def own_entry(host: int) -> int:
-    """The entry for the host cluster at `host`, to which it is the only reference."""
+    """The entry that points to the host cluster at `host`, as the only reference to it."""
     return host | _FLAG_COPIED
 
 
@@ -82,7 +82,7 @@ def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
 
 
 def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(offset, length) of the compressed data that an entry names: up to the end of its last sector."""
+    """(offset, length) of the compressed data to which an entry points: up to the end of its last sector."""
     at = _sectors_at(cluster_bits)
     offset = entry & max_compressed_offset(cluster_bits) - 1
     sectors = (entry >> at & (1 << 62 - at) - 1) + 1
@@ -90,89 +90,89 @@ def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
 
 
 def compressed_clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """(first, count): the host clusters that the sectors of the compressed data touch."""
+    """(first, count) of the host clusters that the sectors of the compressed data overlap."""
     offset, length = compressed_range(entry, cluster_bits)
     first = offset >> cluster_bits
     return first, (offset + length - 1 >> cluster_bits) - first + 1
 
 
 def max_compressed_offset(cluster_bits: int) -> int:
-    """Compressed data must end before this."""
+    """The offset before which compressed data must end."""
     return 1 << min(_sectors_at(cluster_bits), 56)
 
 
 def _sectors_at(cluster_bits: int) -> int:
-    """The bit at which the number of further sectors begins."""
+    """The lowest bit of the field with the number of additional sectors."""
     return 62 - (cluster_bits - 8)
 
 
 class L2Layout:
-    """The entries of the L2 tables of one image: their size, and what depends on it."""
+    """The layout of the L2 entries of one image: their size, and everything that depends on it."""
 
     __slots__ = ("cluster_bits", "cluster_size", "index_bits", "misaligned", "not_simple", "per_sector", "per_table")
 
-    #: Bytes of an entry, as a power of two.
+    #: The size of an entry is 1 << `entry_bits` bytes.
     entry_bits: ClassVar[int] = 3
-    #: Units of a cluster, as a power of two.
+    #: A cluster consists of 1 << `units_bits` units.
     units_bits: ClassVar[int] = 0
 
     def __init__(self, cluster_bits: int) -> None:
         self.cluster_bits = cluster_bits
         self.cluster_size = 1 << cluster_bits
-        #: A table, which is a cluster, has `per_table`, 1 << `index_bits`, entries.
+        #: A table, which is one cluster, has `per_table` == 1 << `index_bits` entries.
         self.index_bits = cluster_bits - self.entry_bits
         self.per_table = 1 << self.index_bits
-        #: The entries in a sector, which a disk writes at once.
+        #: The number of entries in a sector, which disks write atomically.
         self.per_sector = q.SECTOR >> self.entry_bits
-        #: The bits of an offset that does not lie on a cluster, and those that an entry of `map_one` has none of.
+        #: The bits of an offset that are zero at a cluster boundary, and the bits that exclude an entry from `map_one`.
         self.misaligned = _OFFSET & self.cluster_size - 1
         self.not_simple = _FLAG_COMPRESSED | self.misaligned
 
     # -- entries
 
     def reads_zero(self, entry: int) -> bool:
-        """Whether the cluster reads as zero by a flag (storage may be kept for it). Not for compressed clusters."""
+        """Whether the flags of the entry make the cluster read as zero, with or without storage. Not for compressed ones."""
         return bool(entry & _FLAG_ZERO)
 
     def zeroed(self, entry: int = 0) -> int:
-        """The entry by which the cluster reads as zero, with the storage that `entry` names kept."""
+        """The entry of a cluster that reads as zero and keeps the storage to which `entry` points."""
         return entry | _FLAG_ZERO
 
     def is_run(self, first: int, entry: int, clusters: int) -> bool:
-        """Whether `entry` is as `first`, of an uncompressed cluster, but for its host cluster, which lies so many behind."""
+        """Whether `entry` equals `first`, an entry of an uncompressed cluster, with the offset `clusters` clusters higher."""
         return entry == first + clusters * self.cluster_size
 
     # -- tables
 
     def blank(self) -> array[int]:
-        """The entries of a table that says nothing."""
+        """The entries of an empty table."""
         return array("Q", (0,)) * self.per_table
 
     def load(self, file: Child, offset: int) -> array[int]:
         """The entries of the table at `offset` of `file`."""
-        entries = self.blank()  # from bytes it would take twice the memory
+        entries = self.blank()  # an array made from bytes takes twice the memory
         file.read_into(offset, memoryview(entries).cast("B"))
         if _SWAP:
             entries.byteswap()
         return entries
 
     def to_disk(self, entries: array[int]) -> bytes:
-        """These entries as they are stored."""
+        """The entries in the byte order of the file."""
         copy = entries[:]
         if _SWAP:
             copy.byteswap()
         return copy.tobytes()
 
     def own_entries(self, host: int, clusters: int) -> array[int]:
-        """The entries for so many host clusters from `host` on, each with one reference."""
+        """The entries that point to consecutive host clusters from `host` on, as the only references to them."""
         first = host | _FLAG_COPIED
         return array("Q", range(first, first + (clusters << self.cluster_bits), self.cluster_size))
 
-    # -- what a table says of clusters
+    # -- status
 
     def map_one(self, entry: int, within: int, length: int, file: Child) -> Mapping | None:
-        """The mapping of `length` bytes from the byte `within` of a cluster on, which end inside it; None if it is compressed
-        or misaligned. The path of small reads."""
+        """The mapping of `length` bytes of a cluster, from its byte `within` on; None if it is compressed or misaligned, or
+        needs more than one row. Called for each small read."""
         if entry & self.not_simple:
             return None
         host = entry & _OFFSET
@@ -181,9 +181,9 @@ class L2Layout:
         return _new(Mapping, (_ZEROED if entry & _FLAG_ZERO else 0, length, -1, None, None))
 
     def run(self, entries: Sequence[int], unit: int, stop: int) -> tuple[int, int, int, int]:
-        """(flags, offset or -1, units, entry): what this unit of the table is, for how many units, up to `stop`, this goes on
-        and is contiguous (or for fewer), and the entry of its cluster. The flags are those of `Mapping`. Raises
-        InvalidEntry."""
+        """(flags, offset or -1, units, entry) of the run that begins with this unit of a table: the flags of `Mapping`, the
+        host offset, the number of contiguous units with this status, up to `stop` (or fewer), and the entry of the first
+        cluster. Raises InvalidEntry."""
         entry = entries[unit]
         if entry & _FLAG_COMPRESSED:
             return _COMPRESSED, -1, 1, entry
@@ -196,19 +196,19 @@ class L2Layout:
         return _ZEROED if entry & _FLAG_ZERO else 0, -1, units, entry
 
     def invalid(self, host: int) -> InvalidEntry:
-        """The error for an entry that names the host cluster at `host`, which is misaligned."""
-        return InvalidEntry(f"an L2 entry names a cluster at {host:#x}, which is not a multiple of the cluster size")
+        """The error for an entry that points to `host`, which is misaligned."""
+        return InvalidEntry(f"an L2 entry points to {host:#x}, which is not a multiple of the cluster size")
 
     def column(self, entries: Any) -> Any:
-        """The entries of a table in memory as a column of words (uint64), which share their memory."""
+        """The entries of a table in memory as a column of 64-bit words (uint64) that shares their memory."""
         from ...numeric import np
 
         return np.frombuffer(entries, np.uint64)
 
     def runs(self, words: Any, first: int, stop: int) -> tuple[Any, Any, Any]:
-        """The same of the units from `first` to `stop` as columns (see `BlockRuns.add_runs`): the number of the first unit of
-        each run, counted from `first`, its flags, and its offset or -1. `words`: the entries of consecutive tables, uint64.
-        Raises InvalidEntry."""
+        """All runs of the units from `first` to `stop`, as columns (see `BlockRuns.add_runs`): the number of the first unit
+        of each run, counted from `first`, its flags, and its offset or -1. `words`: the entries of consecutive tables
+        (uint64). Raises InvalidEntry."""
         from ...numeric import np
 
         entries = words[first:stop]
@@ -235,22 +235,22 @@ class L2Layout:
 
 
 def offset_field(entry: int) -> int:
-    """The offset in an entry of any table, without the flags."""
+    """The offset in an entry of an L1 or L2 table, without the flags."""
     return entry & _OFFSET
 
 
 def compressed_mask(entries: Any) -> Any:
-    """Which of these entries are those of compressed clusters."""
+    """Which of these entries belong to compressed clusters."""
     return _any(entries, _FLAG_COMPRESSED)
 
 
 def copied_mask(entries: Any) -> Any:
-    """Which of these entries say that their cluster has one reference."""
+    """Which of these entries have the flag COPIED: their cluster has one reference."""
     return _any(entries, _FLAG_COPIED)
 
 
 def zero_mask(entries: Any) -> Any:
-    """Which of these entries, of uncompressed clusters, say that it reads as zero."""
+    """Which of these entries, of uncompressed clusters, have the flag ZERO."""
     return _any(entries, _FLAG_ZERO)
 
 
@@ -260,15 +260,15 @@ def reserved_mask(entries: Any) -> Any:
 
 
 def offsets_of(entries: Any) -> Any:
-    """The offsets (uint64) that these entries, of uncompressed clusters, name; 0: none."""
+    """The offsets (uint64) to which these entries, of uncompressed clusters, point; 0: none."""
     from ...numeric import np
 
     return entries & np.uint64(_OFFSET)
 
 
 def compressed_ranges(entries: Any, cluster_bits: int) -> tuple[Any, Any]:
-    """Begin and end (uint64) of the sectors that these entries of compressed clusters name. Bits from 56 on of the begin,
-    which must be 0, count."""
+    """Begin and end (uint64) of the sectors to which these entries of compressed clusters point. The begin includes bits
+    from 56 on, which must be 0."""
     from ...numeric import np
 
     at = _sectors_at(cluster_bits)

@@ -1,14 +1,14 @@
-"""Cluster mapping: the L1 and L2 tables of an image, and what they say about a stretch of the disk.
+"""Cluster mapping: the L1 and L2 tables of an image.
 
-Tables are cached and changed in memory; when they reach the disk is the driver's decision (see `driver.Qcow2.flush`):
+Tables are cached and changed in memory. The owner of the tables decides when they are written (see `Tables.flush`):
 
-1. `write_tables`: whole new L2 tables, which nothing points to yet;
-2. `write_links`, after a flush: entries of tables that are in place, the L1 entries of the new ones.
+1. `write_tables`: whole new L2 tables, to which nothing on disk points yet;
+2. `write_links`, after a flush: changed entries of older tables, and the L1 entries of the new tables.
 
-A new table has its place written before it is used, and a table on disk is written once before it is first changed where it
-may lie in a hole, so that a flush only writes over what the file system has found room for already (see `refcounts`).
+Storage for a new table is written before the table is used, and a table in a hole of the file is written once before its
+first change. A flush therefore writes only to storage that the file system has already allocated (see `refcounts`).
 
-`map` answers for one small request in plain Python, `map_columns` for a whole stretch in numpy; both read the same entries.
+`map` looks up a small range in plain Python, `map_columns` a large one in numpy; both decode the same entries.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from .header import Header
 
 _SWAP = sys.byteorder == "little"
-#: Bytes of L2 tables that `map_columns` looks at in one go: it bounds the memory for what is not part of the answer.
+#: Bytes of L2 tables that `map_columns` reads in one batch.
 _BATCH = 1 << 20
-#: From this size of a table on it pays to ask whether it lies in a hole of the file.
+#: The table size from which on a query for a hole in the file pays off.
 _LARGE = 256 << 10
-#: L1 entries that it looks at in one go.
+#: L1 entries that it reads in one batch.
 _L1_BATCH = 1 << 16
-#: Batches, and runs of tables that do not exist, that one answer looks at: half a second of work, and much of a disk.
+#: The most batches, and runs of missing tables, in one result: half a second of work.
 _STEPS = 1 << 9
 
 
 class Table:
-    """One L2 table: its entries, where it lies, and what of it is not on disk."""
+    """One L2 table: its entries, its offset in the file, and the part that is not on disk."""
 
     __slots__ = ("entries", "high", "low", "new", "offset", "own", "stored")
 
@@ -54,8 +54,8 @@ class Table:
         self.offset = offset
         self.entries = entries
         self.new = new  # nothing on disk points to it
-        self.own = own  # the L1 entry that points to it is the only one: it may be changed in place
-        self.stored = new  # the file is known to hold storage for all of it
+        self.own = own  # its reference count is one: it may be changed in place
+        self.stored = new  # the file is known to have storage for all of it
         self.low, self.high = len(entries), 0  # the entries that are not on disk yet
 
 
@@ -69,16 +69,16 @@ class Mappings:
         self.layout = L2Layout(header.cluster_bits)
         self.per_table = self.layout.per_table
         self._table_bits = self.layout.index_bits
-        #: The status is told in units, a cluster or a part of one: the bits of a unit, and of the units of a table.
+        #: A unit of the status is 1 << `_unit_bits` bytes, and a table describes 1 << `_units_bits` units.
         self._unit_bits = header.cluster_bits - self.layout.units_bits
         self._units_bits = self.layout.index_bits + self.layout.units_bits
-        self._map_entry = self.layout.map_one  # asked by every read
+        self._map_entry = self.layout.map_one  # called for every read
         self._writable = writable
         self._blank: array[int] | None = None
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
         self._tables: dict[int, Table] = {}  # by L1 index, the first loaded first
         self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk
-        #: The active L1 table. Another one takes its place at the next flush.
+        #: The active L1 table. A resize replaces it, which takes effect at the next flush.
         self.l1 = L1Table.load(file, header.l1_table_offset, header.l1_size)
 
     @property
@@ -87,15 +87,15 @@ class Mappings:
 
     @property
     def pressure(self) -> bool:
-        """Whether so much waits in memory that it should be written out."""
+        """Whether so many changed tables are in memory that they should be written."""
         return len(self._dirty) > self._max_tables // 2
 
     # -- reading
 
     def map_one(self, offset: int, length: int) -> Mapping | None:
-        """The answer for a request inside one cluster that is not compressed and whose table is at hand; else None. Needs no
-        lock: it looks once at a table and once at an entry, and the request path keeps others from this cluster. A small
-        read takes 0.5 us less by it."""
+        """The mapping of a range inside one uncompressed cluster whose L2 table is cached; else None. Needs no lock: it reads
+        one table and one entry once, and the range lock of the request excludes changes of this cluster. It saves 0.5 us of
+        a small read."""
         within = offset & self._cluster_size - 1
         if within + length > self._cluster_size:
             return None
@@ -133,14 +133,14 @@ class Mappings:
         return Mapping(flags, run)
 
     def map_columns(self, offset: int, length: int) -> Columns:
-        """As `FormatNode.map_columns`. The answer ends early, on a cluster, also where it took many steps: neither memory nor
-        time depend on how much the tables of an image say."""
+        """As `FormatNode.map_columns`. The result also ends early, at a cluster boundary, after many batches: the contents of
+        the tables do not affect the maximum of memory and time."""
         bits, table_bits = self._unit_bits, self._units_bits
         first, last = offset >> bits, offset + length - 1 >> bits
         runs = BlockRuns(self._file, bits, offset, length)
         for which, count, there in islice(self._l1_runs(first >> table_bits, last >> table_bits), _STEPS):
             base = which << table_bits
-            # Only the units of the request: entries past the end of the disk mean nothing.
+            # Only the units of the request: entries past the end of the disk have no meaning.
             low, high = max(first - base, 0), min(last + 1 - base, count << table_bits)
             if there:
                 try:
@@ -154,8 +154,8 @@ class Mappings:
         return runs.columns()
 
     def _l1_runs(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
-        """(L1 index, number, whether the L2 tables exist) of runs of entries from `first` to `last`: all that do not exist,
-        or as many that do as `_batch` reads at once."""
+        """(L1 index, count, whether the L2 tables exist) of runs of L1 entries from `first` to `last`: runs of missing
+        tables, and runs of existing tables that `_batch` reads at once."""
         if first == last:
             yield first, 1, bool(self.l1.l2_offset(first))
             return
@@ -172,7 +172,7 @@ class Mappings:
                     yield begin + lo, hi - lo, False
 
     def _batch(self, which: int, count: int) -> Any:
-        """The entries of `count` consecutive L2 tables, all of which exist, as one column, which is not to be changed."""
+        """The entries of `count` consecutive L2 tables, all of which exist, as one column, which the caller only reads."""
         from ...numeric import np
 
         table = self._tables.get(which)
@@ -187,8 +187,8 @@ class Mappings:
                 raw[at] = self.layout.column(table.entries)
                 at += 1
                 continue
-            # Tables that lie one after the other are read in one request.
-            offset = self._place(which + at)
+            # Adjacent tables are read in one request.
+            offset = self._table_offset(which + at)
             run = 1
             while (
                 at + run < count
@@ -205,16 +205,16 @@ class Mappings:
         return raw.reshape(-1)
 
     def table(self, which: int) -> Table | None:
-        """The L2 table of this L1 entry, or None if there is none."""
+        """The L2 table to which this L1 entry points; None if there is none."""
         table = self._tables.get(which)
         if table is not None:
             return table
         if not self.l1.l2_offset(which):
             return None
         self._file.tell("l2_load")
-        offset = self._place(which)
+        offset = self._table_offset(which)
         if self._cluster_size >= _LARGE and not self._writable and self._file.reads_zero(offset, self._cluster_size):
-            # Tables in holes of the file are one table of zeros: it is only read.
+            # All tables in holes of a read-only image share one array of zeros.
             self._blank = self._blank or self.layout.blank()
             entries = self._blank
         else:
@@ -223,13 +223,14 @@ class Mappings:
         self._keep(which, table)
         return table
 
-    def _place(self, which: int) -> int:
+    def _table_offset(self, which: int) -> int:
+        """The offset of an existing L2 table. Raises CorruptImage if it is misaligned or outside the file."""
         offset = self.l1.l2_offset(which)
         if offset & self._cluster_size - 1 or offset + self._cluster_size > align_up(
             self._file.node.size, self._cluster_size
         ):
             raise CorruptImage(
-                f"L2 table {which} is said to lie at {offset:#x}, which cannot be",
+                f"the offset {offset:#x} of L2 table {which} is misaligned or outside the file",
                 path=self._file.node.filename,
                 offset=self.l1.offset + 8 * which,
                 hint="check the image",
@@ -237,13 +238,13 @@ class Mappings:
         return offset
 
     def _corrupt(self, error: InvalidEntry, offset: int | None = None) -> CorruptImage:
-        """The error for an invalid entry of the L2 table at `offset`, None: of some table."""
+        """The error for an invalid entry of the L2 table at `offset`; None: the table is not known."""
         return CorruptImage(str(error), path=self._file.node.filename, offset=offset, hint="check the image")
 
-    # -- changing: every method may be cut short by an exception at any call; what belongs together changes without one
+    # -- changes: an exception may interrupt a method at any call, so related statements contain no calls
 
     def ensure_stored(self, table: Table) -> None:
-        """See to it that the file holds storage for this table, so that writing it cannot fail for want of space."""
+        """Make sure that the file has storage for this table, so that writing it cannot fail with ENOSPC."""
         if not table.stored:
             raw = self.layout.to_disk(table.entries)
             if has_hole(self._file, table.offset, raw):
@@ -251,7 +252,7 @@ class Mappings:
             table.stored = True
 
     def link_table(self, which: int, table: Table) -> None:
-        """From now on `table`, which is new, is the L2 table of this L1 entry."""
+        """Make this L1 entry point to `table`, which is new."""
         entry = own_entry(table.offset)
         self._tables[which] = table
         self._dirty |= {which}
@@ -260,7 +261,7 @@ class Mappings:
         self._evict()
 
     def set(self, which: int, index: int, entry: int) -> None:
-        """Change one entry of a table that is in memory."""
+        """Change one entry of a cached table."""
         table = self._tables[which]
         self._dirty |= {which}
         if index < table.low:
@@ -270,7 +271,7 @@ class Mappings:
         table.entries[index] = entry
 
     def set_run(self, which: int, index: int, host: int, clusters: int) -> None:
-        """Map clusters one after the other to host clusters one after the other, this image's own."""
+        """Map consecutive clusters to consecutive host clusters with a reference count of one."""
         table = self._tables[which]
         entries = self.layout.own_entries(host, clusters)
         self._dirty |= {which}
@@ -280,10 +281,10 @@ class Mappings:
             table.high = index + clusters
         table.entries[index : index + clusters] = entries
 
-    # -- to disk, in the order that the driver decides
+    # -- writes, in the order of `Tables.flush`
 
     def write_tables(self) -> None:
-        """Write what nothing on disk points to: new L2 tables, and an L1 table that moved."""
+        """Write what nothing on disk points to yet: new L2 tables, and a new L1 table."""
         for which in sorted(self._dirty):
             table = self._tables[which]
             if table.new:
@@ -294,12 +295,12 @@ class Mappings:
             self.l1.write(self._file)
 
     def write_links(self) -> None:
-        """Publish: entries of the tables in place, then L1 entries. Everything they point to is durable. Where this fails,
-        or the flush after it, new tables are taken for published: from then on they change only here."""
+        """Write changed entries of older L2 tables, then L1 entries. Everything to which they point is durable. If this, or
+        the flush after it, fails, new tables count as published: from then on only this method writes them."""
         for which in sorted(self._dirty):
             table = self._tables[which]
             if not table.new and table.low < table.high:
-                # Whole sectors of entries: a sector is what a disk writes at once.
+                # Whole sectors, which disks write atomically.
                 step = self.layout.per_sector
                 low, high = align_down(table.low, step), min(align_up(table.high, step), self.per_table)
                 self._file.tell("l2_update")
@@ -316,7 +317,7 @@ class Mappings:
             self.l1.write_changed(self._file)
 
     def written(self) -> None:
-        """Everything is on disk."""
+        """Called when everything is on disk."""
         for which in self._dirty:
             table = self._tables[which]
             table.low, table.high = self.per_table, 0
@@ -331,8 +332,8 @@ class Mappings:
             self._evict(which)
 
     def _evict(self, but: int = -1) -> None:
-        """Forget the oldest clean tables when there are too many; dirty ones wait for the driver. The table `but` stays: its
-        user is about to change it."""
+        """Evict the oldest clean tables if there are too many. Changed tables stay until they are written, and the table
+        `but` stays since the caller is about to change it."""
         surplus = len(self._tables) - self._max_tables
         if surplus > 0:
             clean = [which for which in self._tables if which not in self._dirty and which != but]
