@@ -163,6 +163,26 @@ def nbdcopy(server: Server, target: Path | None, options: Sequence[str] = ()) ->
     return Figures(seconds, server.cpu() - before, server.peak())
 
 
+def qemu_img(server: Server, command: str, target: Path) -> Figures:
+    """The system's qemu-img as a client: `command` is "map", or "convert" to a file. The time is the client's, the rest the
+    server's."""
+    peer = peers.system()
+    if peer is None:
+        raise Failed("qemu-img is not there: install qemu-utils")
+    words = [peer.qemu_img, command, "-f", "raw"]
+    words += ["--output=json", server.uri] if command == "map" else ["-O", "raw", server.uri, str(target)]
+    server.forget_peak()
+    before = server.cpu()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # A server that does not answer is a row, and not the end of the table.
+            found = run_once(["timeout", "-s", "KILL", "120", *words], Path(folder, "stdout"))
+            server.check()
+    finally:
+        target.unlink(missing_ok=True)
+    return Figures(found.wall, server.cpu() - before, server.peak())
+
+
 def nbdcopies() -> dict[str, list[str]]:
     """By name and version, those that are here: the system's first."""
     found = {}
@@ -228,6 +248,19 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
     work = requests(f"4 KiB random reads of a {count >> 14} GiB qcow2", "randread", 16, Promise(QEMU, 1.3))
     make = partial(_qcow2, count=count, sharing=sharing)
     yield Session([work], "qcow2", make, form="qcow2", leave_out=[NBDKIT])
+
+    extents = 1 << 12 if small else 1 << 16
+    asking = [
+        Work(
+            f"nbd: qemu-img {command} of {extents:,} extents",
+            "s",
+            partial(qemu_img, command=command, target=target),
+            [Promise(QEMU, 1.0)],
+        )
+        for command in ("map", "convert")
+    ]
+    make = partial(_qcow2, count=extents, sharing=512, every=2, bits=12)
+    yield Session(asking, "qcow2", make, form="qcow2", leave_out=[NBDKIT])
 
     # fio's engine lets no URI name certificates. One connection, as fio has.
     options = ("--connections=1", "--requests=16", "--request-size=262144")
@@ -301,9 +334,9 @@ def _sparse(path: Path, size: int) -> None:
             file.write(os.urandom(MIB))
 
 
-def _qcow2(path: Path, count: int, sharing: int) -> None:
-    """All clusters have data, which is stored."""
-    options = ["--count", str(count), "--sharing", str(sharing), "--every", "1"]
+def _qcow2(path: Path, count: int, sharing: int, every: int = 1, bits: int = 16) -> None:
+    """One cluster in `every` has data, which is stored."""
+    options = ["--count", str(count), "--sharing", str(sharing), "--every", str(every), "--cluster-bits", str(bits)]
     command = [sys.executable, "-m", "benchmarks.images", "alternating", *options, str(path)]
     subprocess.run(command, check=True, cwd=peers.ROOT)
 

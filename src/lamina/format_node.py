@@ -195,6 +195,10 @@ class FormatNode(Format):
         raise self.refuse("discard" if to is To.ANY else "zero")
 
     @property
+    def immutable(self) -> bool:
+        return self.read_only and all(child.node.immutable for child in self.children.values())
+
+    @property
     def given_back(self) -> int:
         """A count of the occasions on which mapped storage became a hole of a child again (by a discard or a truncation). The
         driver increments it before each of them. A status query compares it before and after: a new hole does not belong to

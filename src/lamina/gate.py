@@ -63,13 +63,16 @@ class Gate:
     """See above. A thread calls `release` twice after `take`, whether or not `take` succeeded. `release` is a C function: an
     interrupt is raised before or after it, never inside, even if a second interrupt follows directly."""
 
-    __slots__ = ("_line", "holders", "inside", "release")
+    __slots__ = ("_line", "changes", "holders", "inside", "release")
 
     def __init__(self) -> None:
         #: The requests that are inside: token -> owner of the request.
         self.inside: dict[object, User] = {}
         #: The threads that hold the gate or wait for it. Usually empty: the only check of a request.
         self.holders: set[Holder] = set()
+        #: How often a thread stopped the requests: what was true of the graph holds while this number stays and no thread
+        #: holds the gate.
+        self.changes = 0
         #: Release the gate, or withdraw from the queue for it.
         self.release: Callable[[Holder], None] = self.holders.discard
         #: The same threads in the order of arrival, and some that have withdrawn.
@@ -153,6 +156,8 @@ class Gate:
         while holder.stops and self.inside:
             if not _finish_started(self.inside.copy()):
                 time.sleep(_POLL_INTERVAL)
+        if holder.stops:
+            self.changes += 1  # by the one thread that holds the gate, before it changes anything
 
     def holding(self, holder: Holder, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` while `holder` holds the gate, and return its result."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import LaminaError
-from .status import Status
+from .status import Status, rows_of
 
 if TYPE_CHECKING:
     from .extents import Extents
@@ -107,11 +107,7 @@ class Startable:
 
         It is the path of small questions, such as those of an NBD client that asks for one extent at a time: a node that can
         answer in plain Python overrides it beside `extents`. A class that overrides `extents` alone has this one."""
-        found = self.extents(offset, length)
-        files = (*found.files, None)  # index -1 finds the None
-        columns = (found.flags, found.length, found.depth, found.file, found.offset)
-        rows = zip(*(column[:most].tolist() for column in columns), strict=True)
-        return [Status(flags, size, depth, files[file], host) for flags, size, depth, file, host in rows]
+        return rows_of(self.extents(offset, length), most)
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """(length, whether it is known to read as zero) of runs of bytes from `offset` on: what `extents` says of zeros, told

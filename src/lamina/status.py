@@ -6,7 +6,10 @@ on the command line. Base layer, without numpy, since small reads use it.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from .extents import Extents
 
 #: DATA: the bytes are stored. ZERO: they read as zeros. PRESENT: they belong to a layer, so no layer below it matters.
 #: COMPRESSED: they are stored compressed, and so have no offset.
@@ -59,3 +62,11 @@ class Status(NamedTuple):
     depth: int = 0  #: the layer to which the bytes belong; 0 is the top
     file: HostFile | None = None  #: the file that stores the bytes uncompressed, or None
     offset: int = -1  #: their offset in that file, or -1
+
+
+def rows_of(found: Extents, most: int) -> list[Status]:
+    """The first `most` rows of `found`, in plain Python."""
+    files = (*found.files, None)  # index -1 finds the None
+    columns = (found.flags, found.length, found.depth, found.file, found.offset)
+    rows = zip(*(column[:most].tolist() for column in columns), strict=True)
+    return [Status(flags, size, depth, files[file], host) for flags, size, depth, file, host in rows]

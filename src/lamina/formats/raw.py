@@ -97,6 +97,10 @@ class Raw(Format):
         return not self._offset and self._window is None
 
     @property
+    def immutable(self) -> bool:
+        return self.read_only and self.file.node.immutable
+
+    @property
     def limits(self) -> Limits:
         """The storage's, as far as the window keeps them aligned."""
         return shifted_limits(self.file.node.limits, self._offset)

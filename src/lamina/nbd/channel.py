@@ -244,7 +244,7 @@ class PlainChannel:
                     if self.watch is None:
                         raise
                     sent = 0
-                if sent != sum(map(len, buffers)):
+                if sent != (len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))):
                     self._send_rest(buffers, sent)
             except LaminaError:
                 raise

