@@ -163,13 +163,6 @@ class Node(Startable, Reopenable):
         return False
 
     @property
-    def immutable(self) -> bool:
-        """Whether no request to this node or to one below changes what `extents` answers, and asking has no effect (on a
-        counter, on an injected fault). An edit, a reopening and a truncation, which stop all requests of the graph, may
-        change it; another program may fill or punch a hole of a file. Each class says so itself."""
-        return False
-
-    @property
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         """The dirty bitmaps of this node by name. A filter that leaves bytes and offsets alone has those of its child."""
         return {}

@@ -22,6 +22,13 @@ class Reopenable:
         def flush(self) -> None: ...
         def refuse(self, operation: str) -> NotSupported: ...
 
+    @property
+    def immutable(self) -> bool:
+        """Whether no request to this node or to one below changes what `extents` answers, and asking has no effect (on a
+        counter, on an injected fault). An edit, a reopening and a truncation, which stop all requests of the graph, may
+        change it; another program may fill or punch a hole of a file. Each class says so itself."""
+        return False
+
     def reopen(self, read_only: bool) -> None:
         """Make this node, which is writable or read-only, the other, without closing it. No request runs meanwhile. An
         exception leaves the node as it was: NotSupported from a driver without `reopen`; ReadOnly, Locked, CorruptImage or

@@ -1,8 +1,7 @@
 """The driver `file`: a regular file or a block device, accessed with positioned reads and writes.
 
 Each operation is a system call with an explicit offset, so the driver is thread-safe. SEEK_DATA and SEEK_HOLE find holes;
-fallocate zeroes and discards. With `cache.direct` requests bypass the page cache through aligned buffers
-(`DirectFileStorage`).
+fallocate zeroes and discards. With `cache.direct` requests bypass the page cache (`DirectFileStorage`).
 """
 
 from __future__ import annotations
@@ -225,8 +224,7 @@ class FileStorage(StorageNode):
         """fdatasync: flush the bytes and the metadata that are needed to read them (including the length of the file).
 
         After a failed flush every flush fails until the file is opened again: the kernel reports a write-back error once and
-        then marks the pages as clean, so a later fdatasync would succeed although bytes were lost.
-        """
+        then marks the pages as clean, so a later fdatasync would succeed although bytes were lost."""
         if self.read_only:
             return
         if self._fd < 0:
