@@ -144,7 +144,7 @@ def test_row_49_iotest_060_data_over_metadata(tmp_path: Path, target: str, flags
     """What would be overwritten as guest data is metadata: corruption set 58 (b)."""
     found = victim(tmp_path)
     found.put(found.l2(1), flags | place_of(found, target))
-    writing_is_refused(found, CLUSTER, match="lie at")
+    writing_is_refused(found, CLUSTER, match="points to")
 
 
 @pytest.mark.parametrize("target", ["l1", "l2", "reftable", "refblock"])

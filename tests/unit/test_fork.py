@@ -190,7 +190,7 @@ def test_locks_that_threads_of_the_parent_hold(tmp_path: Path, path: Path) -> No
     with Image(Cow(Child(storage, "image"))) as image:
         node: Any = storage
         file: Any = node.children["file"].node
-        locks = [node.tables.lock, node._compression._keeping, node._compression._placing, file._growing]
+        locks = [node.tables.lock, node._compression._cache_lock, node._compression._allocating, file._growing]
         locks += [image.node._mutex, image.node._changed._mutex]  # type: ignore[attr-defined]
         ready, over = threading.Event(), threading.Event()
 

@@ -1,8 +1,8 @@
-"""A set of clusters that takes eight bytes for each: where the metadata of an image lies.
+"""A set of clusters that takes eight bytes per element: the metadata clusters of an image.
 
-An L1 table of 32 MiB names four million L2 tables, and a `set` of Python takes a hundred bytes for each of them. Here the
-indexes lie in sorted arrays of moderate length. A small table of bytes beside them answers most questions for clusters that
-are not in the set, which every write asks, without a search.
+An L1 table of 32 MiB points to four million L2 tables, and a Python `set` takes a hundred bytes per element. `ClusterSet`
+keeps the cluster indexes in sorted arrays of moderate length. Every write tests whether its clusters are in the set; a filter
+of one byte per hash value rules out most clusters that are not, without a search.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-#: The longest array. Adding a cluster moves half of one.
+#: The longest array. An insertion moves half of it on average.
 _LONGEST = 1 << 13
-#: So many clusters are sorted at a time, as numbers of Python.
+#: The number of clusters that are sorted at a time, as Python integers.
 _BATCH = 1 << 15
-#: So many that were added are kept apart before they are sorted in.
+#: The number of added clusters that are kept in a `set` before they are moved to the arrays.
 _RECENT = 1 << 10
 
 
 class ClusterSet:
-    """Clusters, by their indexes in the file. Not thread-safe, but an exception at any point leaves a set that holds every
-    cluster that it held, and none that was not being added."""
+    """A set of cluster indexes. Not thread-safe. After an exception at any point it still contains all of its clusters, and
+    possibly some of those that were being added."""
 
     __slots__ = ("_arrays", "_lows", "_mask", "_seen", "recent")
 
     def __init__(self, arrays: Iterable[array[int]] = ()) -> None:
-        """`arrays`: ascending, and each begins behind the end of the one before, as `merge` makes them."""
+        """`arrays`: sorted arrays that follow one another, as `merge` returns them."""
         self._arrays = list(arrays) or [array("Q")]
-        self._lows = [0, *(one[0] for one in self._arrays[1:])]  # nothing in an array is smaller than this
-        #: Clusters that were added last. Code that may not call anything adds to it: `clusters.recent |= {index}`.
+        self._lows = [0, *(one[0] for one in self._arrays[1:])]  # lower bounds of the arrays
+        #: Clusters that were added recently. Code that must not contain calls adds to it: `clusters.recent |= {index}`.
         self.recent: set[int] = set()
         self._remember(sum(map(len, self._arrays)))
 
@@ -52,7 +52,7 @@ class ClusterSet:
         return at < len(found) and found[at] == cluster
 
     def first_of(self, start: int, stop: int) -> int:
-        """The first cluster of [start, stop) that is in the set, or -1."""
+        """The lowest cluster of [start, stop) that is in the set, or -1."""
         recent = -1 if self.recent.isdisjoint(range(start, stop)) else min(self.recent.intersection(range(start, stop)))
         which = bisect_right(self._lows, start) - 1
         while which < len(self._arrays) and self._lows[which] < stop:
@@ -66,13 +66,13 @@ class ClusterSet:
         return recent
 
     def add(self, first: int, count: int = 1) -> None:
-        """Add `count` clusters from `first` on."""
+        """Add `count` consecutive clusters from `first` on."""
         self.recent.update(range(first, first + count))
         if len(self.recent) > _RECENT:
             self._sort_in()
 
     def discard(self, cluster: int) -> None:
-        """Take this cluster out, if it is in the set."""
+        """Remove this cluster if it is in the set."""
         if cluster in self.recent:
             self.recent -= {cluster}
         if self._seen[cluster & self._mask]:
@@ -82,7 +82,7 @@ class ClusterSet:
                 del found[at]
 
     def _sort_in(self) -> None:
-        """Move what is recent into the arrays: it is in both for a while, which does no harm."""
+        """Move the recent clusters to the arrays. During the move a cluster is in both, which is harmless."""
         for cluster in self.recent:
             which = bisect_right(self._lows, cluster) - 1
             found = self._arrays[which]
@@ -107,8 +107,8 @@ class ClusterSet:
         self._arrays, self._lows = arrays, lows
 
     def _remember(self, count: int) -> None:
-        """Make the table of bytes anew, twice as long as the number of clusters at least: a byte that is 0 says that no
-        cluster with these last bits is in the arrays. (What was discarded leaves its byte behind.)"""
+        """Build the filter again, with at least two bytes per cluster. If the byte for the low bits of a cluster is 0, the
+        cluster is not in the arrays. (Discarded clusters leave their bytes behind.)"""
         size = 1 << max(2 * count - 1, 1023).bit_length()
         seen, mask = bytearray(size), size - 1
         for found in self._arrays:
@@ -118,8 +118,8 @@ class ClusterSet:
 
 
 def sorted_arrays(batches: Iterable[Collection[int]], *, repeated: bool = False) -> list[array[int]]:
-    """The clusters of all these batches in sorted arrays of moderate length, for `merge`. `repeated`: a cluster may be there
-    twice, and is kept once in each array."""
+    """The clusters of all batches in sorted arrays of moderate length, for `merge`. `repeated`: the batches may contain
+    duplicates; each array contains a cluster once."""
     found: list[array[int]] = []
     waiting: list[int] = []
     for batch in batches:
@@ -137,11 +137,11 @@ def _sorted(clusters: list[int], repeated: bool) -> array[int]:
 
 
 def merge(arrays: list[array[int]], *, repeated: bool = False) -> list[array[int]]:
-    """The contents of these sorted arrays, which it empties, as arrays that follow one another. A cluster that is there twice
-    is a ValueError, or, if it may be `repeated`, kept once. The memory needed is that of the result and a little more."""
+    """The contents of these sorted arrays as sorted arrays that follow one another; the given arrays are emptied. Duplicates
+    raise ValueError, or are dropped if `repeated`. The function needs little more memory than its result."""
     merged: list[array[int]] = []
     while arrays := [one for one in arrays if one]:
-        # From the end, where an array becomes shorter at no cost: everything from the highest of these elements on.
+        # From the end, since removing the end of an array costs nothing: all elements from `bound` on.
         step = max(_LONGEST // len(arrays), 1)
         bound = max(one[max(len(one) - step, 0)] for one in arrays)
         taken: list[int] = []
@@ -160,7 +160,7 @@ def merge(arrays: list[array[int]], *, repeated: bool = False) -> list[array[int
 
 
 def join(arrays: list[array[int]]) -> array[int]:
-    """These arrays, which it empties, one behind the other."""
+    """The concatenation of these arrays; the list is emptied."""
     whole = array("Q")
     arrays.reverse()
     while arrays:

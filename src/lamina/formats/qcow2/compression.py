@@ -1,12 +1,12 @@
-"""Compressed clusters: how they are read, and how clusters are stored compressed.
+"""Compressed clusters: reading and writing.
 
-After "Compressed Clusters Descriptor" of the published specification. Compressed data begins at any byte and is described
-up to the end of its last sector; the host clusters that its sectors touch count it once each, and others may lie in the same
-ones.
+After "Compressed Clusters Descriptor" of the published specification. Compressed data begins at any byte, and its descriptor
+covers the sectors up to its last one. Each host cluster that these sectors overlap counts one reference for it; the data of
+several clusters may share a host cluster.
 
-Compressed data is laid end to end. The first free byte of the cluster that was last begun is known only as long as the node
-is open, and forgotten as soon as anything in that cluster is given up: bytes that something referred to are written again
-only after their whole cluster was free.
+Compressed data is written end to end. The first free byte of the last host cluster is known only while the node is open, and
+is forgotten when any data in that host cluster is freed: bytes to which an entry pointed are reused only after their whole
+host cluster was free.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from ...workers import Workers
     from .tables import Tables
 
-#: Clusters that small reads decompressed last are kept, up to so many bytes.
-_KEPT = MIB
-#: What is compressed and placed at once, and what one thread compresses at least.
+#: The size of the cache of clusters that small reads decompressed, in bytes.
+_CACHE = MIB
+#: The bytes that are compressed and allocated at once, and the least that a thread compresses.
 _BATCH, _SHARE = 4 * MIB, 128 * KIB
-#: More threads than this found the file or the tables in their way.
+#: More threads than this wait for the file or the tables.
 _MOST_THREADS = 8
 
 
 class NewEntry(NamedTuple):
-    """The L2 entry of one compressed cluster that is not published yet, and which entry of the tables it will be."""
+    """The L2 entry of a compressed cluster that no table contains yet, and its indexes in the tables."""
 
     l1_index: int
     l2_index: int
@@ -51,34 +51,34 @@ class Compression:
         self._tables, self._file = tables, tables.file
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
-        # With counts of one bit no two can share a cluster: nothing would be saved.
+        # With refcounts of one bit no two clusters can share a host cluster, so compression would save nothing.
         self.compresses = header.refcount_bits > 1 and not header.crypt_method
-        self._kept: dict[int, bytes] = {}  # by L2 entry, the one kept first first
-        self._most_kept = max(_KEPT >> self._bits, 2)
-        self._keeping = threading.Lock()
-        # Held from the choice of a place until it is published: the end of one piece and the beginning of the next lie in
-        # one sector, and a piece at the end of the file is written up to the end of its last.
-        self._placing = threading.Lock()
+        self._cache: dict[int, bytes] = {}  # by L2 entry, the oldest first
+        self._max_cached = max(_CACHE >> self._bits, 2)
+        self._cache_lock = threading.Lock()
+        # Held from the allocation of storage until the L2 entries point to it: the end of one cluster's data and the
+        # beginning of the next share a sector, and data at the end of the file is padded to a whole sector.
+        self._allocating = threading.Lock()
         self._workers: Workers | None = None
 
     # -- reading
 
     def read_into(self, entry: int, within: int, view: memoryview) -> None:
-        """Fill `view` with what the cluster of this L2 entry holds from its byte `within` on. CorruptImage if it cannot be
-        decompressed."""
-        data = self._kept.get(entry)
+        """Fill `view` with the data of the cluster with this L2 entry, from its byte `within` on. CorruptImage if it cannot
+        be decompressed."""
+        data = self._cache.get(entry)
         if data is None:
             data = self._decompress(entry)
-            if len(view) < self._cluster_size:  # the next read is likely to want the rest
-                with self._keeping:
-                    self._kept[entry] = data
-                    while len(self._kept) > self._most_kept:
-                        del self._kept[next(iter(self._kept))]
+            if len(view) < self._cluster_size:  # the next read probably needs the rest
+                with self._cache_lock:
+                    self._cache[entry] = data
+                    while len(self._cache) > self._max_cached:
+                        del self._cache[next(iter(self._cache))]
         view[:] = memoryview(data)[within : within + len(view)]
 
     def _decompress(self, entry: int) -> bytes:
         offset, length = compressed_range(entry, self._bits)
-        inside = min(length, self._file.node.size - offset)  # the last sector may not be there in full
+        inside = min(length, self._file.node.size - offset)  # the file may end inside the last sector
         try:
             if inside <= 0:
                 raise CorruptImage("it begins past the end of the file")
@@ -107,8 +107,8 @@ class Compression:
     # -- writing
 
     def write(self, node: FormatNode, offset: int, view: memoryview) -> None:
-        """Store whole clusters of the disk of `node` compressed, also the last one, which may be short. What does not shrink,
-        and parts of clusters, are written as any write is. Nothing is written over: a cluster gets new storage."""
+        """Store whole clusters of the disk of `node` compressed, including a short last cluster. Parts of clusters, and
+        clusters that do not shrink, are written uncompressed. Compressed clusters always get new storage."""
         size = self._cluster_size
         end = offset + len(view)
         first = align_up(offset, size)
@@ -129,13 +129,13 @@ class Compression:
         for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
             pieces = list(group)
             if shrinks:
-                self._place_all(node, [(offset + at, data) for at, data in pieces])
+                self._store_all(node, [(offset + at, data) for at, data in pieces])
             else:
                 first, last = pieces[0][0], pieces[-1][0]
                 node.write(offset + first, view[first : last + size])
 
     def _compress_all(self, view: memoryview) -> list[bytes]:
-        """Each cluster of `view` compressed; of much, each thread compresses a share."""
+        """Each cluster of `view`, compressed; several threads share a long buffer."""
         threads = min(os.cpu_count() or 1, _MOST_THREADS, len(view) // _SHARE)
         if threads < 2:
             return self._compress(view)
@@ -152,17 +152,17 @@ class Compression:
         return found
 
     def _compressors(self) -> Workers:
-        with self._keeping:
+        with self._cache_lock:
             if self._workers is None:
                 from ...workers import Workers
 
                 self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
             return self._workers
 
-    def _place_all(self, node: FormatNode, pieces: list[tuple[int, bytes]]) -> None:
-        """Reserve, write, commit: compressed data is on its way before any mapping names it."""
+    def _store_all(self, node: FormatNode, pieces: list[tuple[int, bytes]]) -> None:
+        """Reserve, write, commit: the data is written before an L2 entry points to it."""
         tables = self._tables
-        with self._placing:
+        with self._allocating:
             new = tables.changing(self._reserve, pieces)
             try:
                 offsets = [compressed_range(one.entry, self._bits)[0] for one in new]
@@ -199,9 +199,9 @@ class Compression:
     def _commit(self, new: list[NewEntry]) -> None:
         tables = self._tables
         for which, index, entry in new:
-            # An entry like this one may have named something else, long ago.
-            with self._keeping:
-                self._kept.pop(entry, None)
+            # An equal entry may have pointed to other data before.
+            with self._cache_lock:
+                self._cache.pop(entry, None)
             tables.own_table(which)
             tables.replace_entry(which, index, entry)
         if tables.mappings.pressure:

@@ -1,7 +1,7 @@
-"""Refcount blocks: a cluster of counts in memory, and which of its bytes are not on disk.
+"""Refcount blocks: a cluster of refcounts in memory, and the range of its bytes that is not on disk.
 
-After "Host cluster management" of the published specification: `refcount_bits` a count, big-endian, and below 8 bits the
-lowest bits of a byte first.
+After "Host cluster management" of the published specification: a count has `refcount_bits` bits, big-endian; counts of less
+than 8 bits begin with the lowest bits of a byte.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
 class WideBlock:
-    """A refcount block of 8, 16, 32 or 64 bits a count, in the order of this machine."""
+    """A refcount block with 8, 16, 32 or 64 bits per count, in native byte order."""
 
     __slots__ = ("counts", "high", "low", "stored")
 
@@ -29,7 +29,7 @@ class WideBlock:
         return self.counts[index]
 
     def fill(self, index: int, length: int, count: int) -> None:
-        """Set `length` counts from `index` on. They are noted as changed before they are."""
+        """Set `length` counts from `index` on. They are marked as changed first."""
         width = self.counts.itemsize
         counts = array(self.counts.typecode, (count,)) * length
         self.low = min(self.low, index * width)
@@ -37,12 +37,12 @@ class WideBlock:
         self.counts[index : index + length] = counts
 
     def free_run(self, index: int, length: int) -> int:
-        """How many counts from `index` on are 0, up to `length`."""
+        """The number of counts from `index` on that are 0, up to `length`."""
         part = self.counts[index : index + length]
         return next((at for at, count in enumerate(part) if count), len(part)) if any(part) else len(part)
 
     def find_free(self, start: int) -> int:
-        """The first index from `start` whose count is 0, or -1."""
+        """The first index from `start` on whose count is 0, or -1."""
         try:
             return self.counts.index(0, start)
         except ValueError:
@@ -57,7 +57,7 @@ class WideBlock:
 
 
 class NarrowBlock:
-    """A refcount block of 1, 2 or 4 bits a count; the lowest bits of a byte come first."""
+    """A refcount block with 1, 2 or 4 bits per count, beginning with the lowest bits of each byte."""
 
     __slots__ = ("_bits", "_has_free", "_per_byte", "bytes", "high", "low", "stored")
 
@@ -76,7 +76,7 @@ class NarrowBlock:
         return self.bytes[byte] >> at * self._bits & (1 << self._bits) - 1
 
     def fill(self, index: int, length: int, count: int) -> None:
-        """Set `length` counts from `index` on. They are noted as changed before they are."""
+        """Set `length` counts from `index` on. They are marked as changed first."""
         self.low = min(self.low, index // self._per_byte)
         self.high = max(self.high, (index + length - 1) // self._per_byte + 1)
         mask = (1 << self._bits) - 1
@@ -85,12 +85,12 @@ class NarrowBlock:
             self.bytes[byte] = self.bytes[byte] & ~(mask << at * self._bits) | count << at * self._bits
 
     def free_run(self, index: int, length: int) -> int:
-        """How many counts from `index` on are 0, up to `length`."""
+        """The number of counts from `index` on that are 0, up to `length`."""
         stop = min(index + length, len(self.bytes) * self._per_byte)
         return next((at for at in range(index, stop) if self.get(at)), stop) - index
 
     def find_free(self, start: int) -> int:
-        """The first index from `start` whose count is 0, or -1."""
+        """The first index from `start` on whose count is 0, or -1."""
         per_byte = self._per_byte
         while start % per_byte:
             if not self.get(start):
@@ -112,5 +112,5 @@ Block = WideBlock | NarrowBlock
 
 
 def make_block(raw: bytearray, refcount_bits: int) -> Block:
-    """The block with these bytes, none of which is taken for changed."""
+    """The block with these bytes, unchanged."""
     return WideBlock(raw, refcount_bits) if refcount_bits >= 8 else NarrowBlock(raw, refcount_bits)

@@ -1,10 +1,12 @@
-"""All tables of one image and their one owner: mappings, reference counts, what waits to be freed, and the order of writes.
+"""The owner of all tables of an image: mappings, refcounts, the clusters that are about to be freed, and the order of writes.
 
-Whatever changes an image does it here, inside `Tables.changing`: requests of the guest (`allocation`, `compression`),
-`resize` and `create`. Changes stay in memory until `flush`, or until too much waits, and reach the disk in an order that
-leaves the image whole wherever the power is cut (see `flush`). Bytes of the guest are read and written without the lock.
+All changes of an image are made by functions that `Tables.changing` calls: for requests of the guest (`allocation` and
+`compression`), for `resize` and for `create`. Changes stay in memory until `flush`, or until there are too many, and reach
+the disk in an order that keeps the image consistent after a power cut at any point (see `flush`). The lock of the tables is
+not held while guest data is read or written.
 
-An exception may strike at any call (Ctrl-C is one), so entries change first, and what they named is queued to be freed after.
+An exception such as KeyboardInterrupt may be raised at any call. Therefore entries change first, and the clusters to which
+they pointed are queued to be freed afterwards.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ if TYPE_CHECKING:
     from .header import Header
 
 _Result = TypeVar("_Result")
-#: Stretches that wait to be freed before the tables are written out early.
+#: The number of runs waiting to be freed from which on the tables are written early.
 _MAX_UNLINKED = 4096
 
 
 class Tables:
     """The tables of the image in `file`, whose checked header is `header`.
 
-    Any number of threads may call `changing`, `flush` and `settle`. All other methods are for `work` that `changing` calls
-    (the thread holds the lock, and nothing else is being changed), or for an image that no other thread uses.
+    Any number of threads may call `changing`, `flush` and `settle`. All other methods are for functions that `changing` calls
+    (with the lock held, and no other change in progress), or for an image that no other thread uses.
     """
 
     def __init__(
@@ -48,39 +50,39 @@ class Tables:
         writable: bool,
         on_corrupt: Callable[[], None] = lambda: None,
     ) -> None:
-        """`cache_bytes`: for L2 tables, and for refcount blocks, half each. `on_corrupt` is called before the image is marked
-        corrupt, which is when its writers have to stop."""
+        """`cache_bytes`: half for L2 tables, half for refcount blocks. `on_corrupt` is called before the image is marked
+        corrupt; writes must stop from then on."""
         self.file = file
         self.header = header
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
-        #: Around all tables, in memory and on their way to the disk; never held while bytes of the guest are read or written.
-        #: Whoever holds it to read them asks `require_outside_changes` first.
+        #: Protects all tables, also while they are written; never held while guest data is read or written. A thread that
+        #: takes it to read the tables calls `require_outside_changes` first.
         self.lock = threading.RLock()
         self.mappings = Mappings(file, header, cache_bytes // 2, writable=writable)
-        #: False for an image that is open to be read, and from the moment on when its tables were found to be corrupt.
+        #: False for a read-only image, and after its tables were found corrupt.
         self.writable = writable
-        #: Whether the thread that holds the lock is in the middle of changing the tables.
+        #: Whether the thread with the lock is changing the tables.
         self.changes = False
         self.given_back = 0
         self._cache_bytes = cache_bytes
         self._on_corrupt = on_corrupt
         self._refcounts: Refcounts | None = None
         self._freeing = Freeing(file, header.cluster_bits)
-        # The header on disk may say another size than the one in memory: a change of it was cut short.
+        # An interrupted change of the size: the header on disk and the one in memory may differ.
         self._size_unsure = False
-        # Where compressed data was placed last, its end; on a cluster boundary: no space is left behind it.
+        # The end of the last compressed data; at a cluster boundary there is no free space after it.
         self._compressed_end = 0
 
     @property
     def refcounts(self) -> Refcounts:
-        """The reference counts, loaded at the first change: reading needs none."""
+        """The refcounts, loaded for the first change; reads do not need them."""
         if self._refcounts is None:
             counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
             l1, bits = self.mappings.l1, self.cluster_bits
             first = l1.offset >> bits
             own = range(first, first + -(-len(l1) * 8 >> bits))
-            # Entries without COPIED may name one table together: whoever changes it takes a copy.
+            # Several entries without COPIED may point to one table, which is copied before a change.
             place = self.header.encryption_header  # inside the file and bounded, else the image was not opened
             encryption = range(0) if place is None else range(place[0] >> bits, -(-sum(place) >> bits))
             counts.claim(
@@ -89,11 +91,12 @@ class Tables:
             self._refcounts = counts
         return self._refcounts
 
-    # -- the one change at a time
+    # -- one change at a time
 
     def changing(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What `work(*arguments)` returns, called with the tables locked. Where they turn out to be corrupt the image is
-        marked so. (An interrupt cannot divide `with` and a lock of the interpreter; an `__enter__` of our own it could.)"""
+        """Call `work(*arguments)` with the tables locked, and return its result. If it raises CorruptImage, the image is
+        marked corrupt. (No interrupt can separate `with` from acquiring a lock of the interpreter; with an `__enter__` in
+        Python it could.)"""
         with self.lock:
             if self.changes:
                 self.require_outside_changes()
@@ -108,8 +111,8 @@ class Tables:
                 self.changes = False
 
     def require_outside_changes(self) -> None:
-        """Raise LaminaError where this thread, which holds the lock, is changing the tables already: a signal handler or a
-        finalizer asks for something. It would find half a change, and make it a wrong one."""
+        """Raise LaminaError if this thread, which has the lock, is already changing the tables: the caller is a signal
+        handler or a finalizer, and would see, and continue from, an incomplete change."""
         if self.changes:
             raise LaminaError(
                 "this thread is inside a request of this image, and cannot make another before that is done",
@@ -118,7 +121,7 @@ class Tables:
             )
 
     def _mark_corrupt(self) -> None:
-        """Say in the header that the image is corrupt, so that no other program writes to it, and stop writing ourselves."""
+        """Mark the image corrupt in its header, so that no program writes to it, and stop writing."""
         self.writable = False
         self._on_corrupt()
         if self.header.version >= 3:
@@ -127,12 +130,12 @@ class Tables:
                 self.header.store(self.file, "incompatible_features")
             except LaminaError as error:
                 path = self.file.node.filename
-                raise CorruptImage("the image is corrupt, and cannot be marked so", path=path) from error
+                raise CorruptImage("the image is corrupt, and marking it corrupt failed", path=path) from error
 
     # -- L2 tables and their entries
 
     def own_table(self, which: int) -> Table:
-        """The L2 table of this L1 entry, for changing: made if there is none, copied if it is not this image's alone."""
+        """The L2 table of this L1 entry, for a change: a new one if there is none, a copy if others refer to it."""
         mappings = self.mappings
         found = mappings.table(which)
         if found is not None and found.own:
@@ -150,8 +153,8 @@ class Tables:
         return table
 
     def entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
-        """(L1 index, L2 index, entry) of each cluster of this aligned stretch; without `make`, tables that do not exist are
-        passed over. Between two tables changes are written out if too much waits in memory."""
+        """(L1 index, L2 index, entry) of each cluster of this aligned range. Missing tables are created, or skipped without
+        `make`. Between two tables, changes are written if there are too many in memory."""
         per_table = self.mappings.per_table
         first, last = offset >> self.cluster_bits, offset + length - 1 >> self.cluster_bits
         for which in range(first // per_table, last // per_table + 1):
@@ -164,8 +167,8 @@ class Tables:
             self.relieve()
 
     def replace_entry(self, which: int, index: int, entry: int) -> None:
-        """Put `entry` in the place of one that names clusters: those lose a reference. In this order: cut short in between, a
-        cluster leaks; the other way round it could be given out while the old entry still names it."""
+        """Replace an entry that points to clusters, which lose a reference. The entry changes first: an interrupt in between
+        leaks a cluster. In the other order the cluster could be allocated again while the old entry points to it."""
         table = self.mappings.table(which)
         assert table is not None, "made by `own_table`"
         self.require_droppable(table, index)
@@ -174,27 +177,28 @@ class Tables:
         self.give_up(old)
 
     def give_up(self, entry: int) -> None:
-        """The clusters that this L2 entry named, which no table holds any more, lose a reference once that is durable."""
+        """Queue the loss of a reference to the clusters of this L2 entry, which no table contains any more."""
         host = data_cluster(entry)
         if host:
             self._freeing.add(host)
         elif is_compressed(entry):
             first, clusters = compressed_clusters(entry, self.cluster_bits)
-            # Bytes that something referred to are written again only after their whole cluster was free.
+            # Bytes to which an entry pointed are reused only after their whole cluster was free.
             if first <= self._compressed_end >> self.cluster_bits < first + clusters:
                 self._compressed_end = 0
             self._freeing.add(first << self.cluster_bits, clusters)
 
     def relieve(self) -> None:
-        """Write the tables out if so much waits in memory that it should not become more."""
+        """Write the tables if there are too many changes in memory."""
         if self.mappings.pressure or self._freeing.unlinked > _MAX_UNLINKED:
             self.write_out()
 
     # -- clusters
 
     def allocate_metadata(self, size: int) -> int:
-        """Where a new table of `size` bytes lies. Zeros are written there at once, though the table itself is written later,
-        before anything points to it: then, when the request that needs it has succeeded, the file holds storage for it."""
+        """Allocate clusters for a new table of `size` bytes, and return their offset. Zeros are written at once, so that the
+        file has storage for the table when the request succeeds; the table itself is written before anything points to
+        it."""
         counts, clusters = self.refcounts, size >> self.cluster_bits
         offset, _, _ = counts.allocate(clusters, whole=clusters > 1)
         try:
@@ -206,12 +210,12 @@ class Tables:
         return offset
 
     def allocate_compressed(self, length: int) -> int:
-        """Where the next `length` bytes of compressed data go, less than a cluster: behind the last ones as far as possible.
-        Each cluster that they touch counts them from now on."""
+        """Allocate `length` bytes, less than a cluster, for compressed data, and return their offset: directly after the last
+        compressed data if possible. The refcount of each cluster that they overlap rises."""
         counts, bits = self.refcounts, self.cluster_bits
         end, self._compressed_end = self._compressed_end, 0
         begun, free = end >> bits, -end & self.cluster_size - 1
-        if begun in counts.metadata:  # nobody's but in a corrupt image
+        if begun in counts.metadata:  # only in a corrupt image
             free = 0
         host = counts.allocate(1)[0] if length > free else -1
         if free and (host < 0 or host == end + free) and counts.share(begun):
@@ -220,7 +224,7 @@ class Tables:
             offset = counts.allocate(1)[0] if host < 0 else host
         if offset + length > max_compressed_offset(bits):
             raise LimitExceeded(
-                "the image file has reached the largest size at which it can hold compressed clusters",
+                "the image file has reached the maximum size for compressed clusters",
                 path=self.file.node.filename,
                 hint="write without compression",
             )
@@ -228,28 +232,28 @@ class Tables:
         return offset
 
     def abandon_compressed(self, entry: int) -> None:
-        """Compressed data that this L2 entry would have named, and no table holds, was not stored."""
+        """Free the storage of compressed data that was not written. No table contains this L2 entry for it."""
         self._compressed_end = 0
         first, clusters = compressed_clusters(entry, self.cluster_bits)
         self.refcounts.lower(first << self.cluster_bits, clusters)
 
     def require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
-        """A cluster that an L2 entry names as data is aligned, inside the file, and holds no metadata: else writing would
-        destroy the image, or make its file as long as the entry says."""
+        """Raise CorruptImage unless the data cluster of an L2 entry is aligned, inside the file, and contains no metadata: a
+        write would destroy the image, or make the file as long as the entry says."""
         if (
             host & self.cluster_size - 1
             or host >= self.file.node.size
             or host >> self.cluster_bits in (self._refcounts or self.refcounts).metadata
         ):
             raise CorruptImage(
-                f"a cluster of data is said to lie at {host:#x}, which holds metadata, is misaligned or outside the file",
+                f"an L2 entry points to {host:#x} for data: that is metadata, misaligned or outside the file",
                 path=self.file.node.filename,
                 offset=None if table is None else table.offset + 8 * index,
                 hint="check the image; nothing was written",
             )
 
     def require_droppable(self, table: Table, index: int) -> None:
-        """The clusters that this entry names could be given up."""
+        """Raise CorruptImage unless the clusters of this entry can be freed."""
         entry = table.entries[index]
         host = data_cluster(entry)
         if host:
@@ -262,7 +266,7 @@ class Tables:
     # -- the size of the disk
 
     def grow_l1(self, entries: int) -> None:
-        """Make the L1 table `entries` long: a copy elsewhere, which takes its place at the next flush."""
+        """Extend the L1 table to `entries` entries: a copy at another offset, which replaces it at the next flush."""
         old = self.mappings.l1
         clusters = align_up(len(old) * 8, self.cluster_size) >> self.cluster_bits
         self.file.tell("l1_grow_alloc_table")
@@ -272,11 +276,9 @@ class Tables:
             self._freeing.add(old.offset, clusters)
 
     def set_size(self, size: int) -> None:
-        """Say in the header that the disk has `size` bytes."""
+        """Store the size of the disk in the header."""
         old = self.header.size
-        self._size_unsure = (
-            True  # until it is stored: cut short in between, the next flush stores the size that it finds
-        )
+        self._size_unsure = True  # if this is interrupted, the next flush stores the size that is in memory
         self.header.size = size
         try:
             self.header.store(self.file, "size")
@@ -290,15 +292,15 @@ class Tables:
     def flush(self) -> None:
         """Everything written before this call is on stable storage when it returns.
 
-        The order, each step behind a flush of the file: (1) guest data, counts that rose, and tables that nothing points to
-        yet; (2) pointers to new refcount blocks; (3) mappings: L2 entries, L1 entries. Only then do counts fall. Cut
-        anywhere, a cluster may be counted and not used (a leak), never used and not counted.
+        The order, with a flush of the file after each step: (1) guest data, refcounts that rose, and tables to which
+        nothing points yet; (2) pointers to new refcount blocks; (3) L2 entries, then L1 entries. Refcounts fall only after
+        that. After a power cut a cluster may be counted and unused (a leak), but never used and uncounted.
         """
         self.changing(self._flush)
 
     def _flush(self) -> None:
         file = self.file
-        heard = file.event is not None  # asked here: a flush that finds nothing to do takes 1.3 us
+        heard = file.event is not None  # checked here, since a flush without changes takes only 1.3 us
         if heard:
             file.tell("flush_to_os")
         if not self.write_out():
@@ -307,14 +309,14 @@ class Tables:
             file.flush()
 
     def write_out(self) -> bool:
-        """Bring the tables to disk, in the order of `flush`; False if there was nothing to do, and so nothing was flushed."""
+        """Write the tables, in the order of `flush`; False if there were no changes, and therefore no flush."""
         mappings, file = self.mappings, self.file
         counted = self._refcounts is not None and self._refcounts.dirty
         if not (counted or mappings.dirty or self._freeing or self._size_unsure):
             return False
         if not self.writable:
             raise CorruptImage(
-                "the image was found corrupt since it was last flushed: what was changed since then is lost",
+                "the image was found corrupt: changes since the last flush are lost",
                 path=file.node.filename,
                 operation="flush",
                 hint="check the image",
@@ -340,12 +342,12 @@ class Tables:
             self.header.store(file, "size")
             file.flush()
             self._size_unsure = False
-        self.given_back += 1  # before storage becomes a hole; see `FormatNode.given_back`
+        self.given_back += 1  # before the file gets a hole; see `FormatNode.given_back`
         self._freeing.flushed(counts)
         return True
 
     def settle(self) -> None:
-        """Bring everything to disk at the end: what is free is counted as free."""
+        """Write everything before the image is closed, so that free clusters have the count 0."""
         if self.writable:
             self.changing(self._settle)
 
