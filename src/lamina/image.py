@@ -169,7 +169,7 @@ class Image:
     def as_file(self) -> io.RawIOBase:
         """A seekable raw file over this image, with a position of its own. Closing it leaves the image open. Once either is
         closed, its operations raise ValueError."""
-        return _RawView(self)
+        return _RawFile(self)
 
     def close(self) -> None:
         """Flush buffered data and close all files. Thread-safe. Requests in progress complete first; new requests raise
@@ -213,7 +213,7 @@ def _view(buffer: Any) -> memoryview:
     return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
 
 
-class _RawView(io.RawIOBase):
+class _RawFile(io.RawIOBase):
     """`Image` as a raw file of the standard library: reads stop at the end of the disk, writes past it are refused. `Closed`,
     the error of a closed image, is a ValueError."""
 
@@ -249,10 +249,10 @@ class _RawView(io.RawIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """At most `size` bytes; up to the end of the disk if it is negative. Allocates no memory for bytes past the end."""
-        room = max(self._image.size - self._at, 0)
+        left = max(self._image.size - self._at, 0)
         if size is None or size < 0:
             return self.readall()
-        return super().read(min(size, room)) or b""
+        return super().read(min(size, left)) or b""
 
     def readinto(self, buffer: Any) -> int:
         image, view = self._image, _view(buffer)

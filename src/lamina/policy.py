@@ -135,10 +135,10 @@ class Policy:
         text = os.environ.get("LAMINA_REFERENCES") if plain else None
         if text:
             return _site_policy(text, "LAMINA_REFERENCES")
-        for place in site_files() if plain else [SYSTEM_DEFAULT]:
-            text = _site_file(place)
+        for path in site_files() if plain else [SYSTEM_DEFAULT]:
+            text = _site_file(path)
             if text is not None:
-                return _site_policy(text, place)
+                return _site_policy(text, path)
         return cls.beneath()
 
     @property

@@ -212,7 +212,7 @@ def _search_path() -> list[str]:
         here = not sys.flags.safe_path and os.path.samefile(first or ".", ".")
     except OSError:  # one of them no longer exists
         here = False
-    return [place for place in ([] if here else [first]) + rest if place]
+    return [path for path in ([] if here else [first]) + rest if path]
 
 
 def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:

@@ -75,8 +75,8 @@ class Graph:
             if edge.writes or (writes and not edge.is_root):
                 user = "an image, an export or a job" if edge.is_root else "another node"
                 raise OptionError(
-                    f"{user} {'writes to' if edge.writes else 'reads'} this node, and the new one would "
-                    f"{'write to' if writes else 'read'} it beside that",
+                    f"{user} {'writes to' if edge.writes else 'reads'} this node, which excludes a second node that "
+                    f"{'writes to' if writes else 'reads'} it",
                     node=name,
                     hint="close that one first, or put the new node between them with an edit",
                 )

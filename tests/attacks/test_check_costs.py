@@ -51,7 +51,7 @@ def entries(found: Victim, at: int, values: list[int]) -> None:
 
 def test_tables_that_lie_across_clusters(tmp_path: Path) -> None:
     """Thousands of L2 tables of 2 MiB over the same 4 MiB, each 512 bytes further than the one before."""
-    path = tmp_path / "crooked"
+    path = tmp_path / "damaged"
     found, end = image(path, 64 * KIB, 2 * MIB)
     end = -(-end // (2 * MIB)) * 2 * MIB
     entries(found, found.l1(), [end + 512 * (index + 1) for index in range(4095)])

@@ -13,10 +13,10 @@ import pytest
 
 from lamina.limits import KIB, MIB
 from tests.conftest import NbdTools
-from tests.interop.test_nbd_server_peers import DISKS, TRANSPORTS, House, house, pattern
+from tests.interop.test_nbd_server_peers import DISKS, TRANSPORTS, ServedDisks, pattern, served
 from tests.nbd_load import SIZE, Disk
 
-__all__ = ["house"]  # the fixture
+__all__ = ["served"]  # the fixture
 
 CONTEXTS = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b0", "lamina:exact"]
 
@@ -60,8 +60,10 @@ def context_rows(disk: Disk, context: str) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", DISKS)
-def test_nbdinfo_json(house: House, libnbd: NbdTools, nbd_tools_new: NbdTools, name: str, transport: str) -> None:
-    disk, uri = house.disks[name], house.uri(name, transport)
+def test_nbdinfo_json(
+    served: ServedDisks, libnbd: NbdTools, nbd_tools_new: NbdTools, name: str, transport: str
+) -> None:
+    disk, uri = served.disks[name], served.uri(name, transport)
     told = json.loads(libnbd.run("nbdinfo", "--json", uri).stdout)
     assert (told["protocol"], told["TLS"], told["structured"]) == ("newstyle-fixed", False, True)
     (export,) = told["exports"]
@@ -95,8 +97,8 @@ def test_nbdinfo_json(house: House, libnbd: NbdTools, nbd_tools_new: NbdTools, n
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("name", DISKS)
-def test_nbdinfo_map(house: House, libnbd: NbdTools, name: str, context: str) -> None:
-    disk, uri = house.disks[name], house.uri(name)
+def test_nbdinfo_map(served: ServedDisks, libnbd: NbdTools, name: str, context: str) -> None:
+    disk, uri = served.disks[name], served.uri(name)
     rows = json.loads(libnbd.run("nbdinfo", "--json", f"--map={context}", uri).stdout)
     assert joined([(row["offset"], row["length"], row["type"]) for row in rows]) == context_rows(disk, context)
     totals = json.loads(libnbd.run("nbdinfo", "--json", "--totals", f"--map={context}", uri).stdout)
@@ -105,19 +107,19 @@ def test_nbdinfo_map(house: House, libnbd: NbdTools, name: str, context: str) ->
         assert not [row for row in rows if row["length"] % disk.minimum]
 
 
-def test_nbdinfo_list(house: House, libnbd: NbdTools) -> None:
+def test_nbdinfo_list(served: ServedDisks, libnbd: NbdTools) -> None:
     for transport in TRANSPORTS:
-        told = json.loads(libnbd.run("nbdinfo", "--list", "--json", house.uri("", transport)).stdout)
+        told = json.loads(libnbd.run("nbdinfo", "--list", "--json", served.uri("", transport)).stdout)
         listed = [(one["export-name"], one["description"], one["export-size"]) for one in told["exports"]]
-        assert listed == [(name, f"the {name} disk", len(disk.seen())) for name, disk in house.disks.items()]
+        assert listed == [(name, f"the {name} disk", len(disk.seen())) for name, disk in served.disks.items()]
 
 
-def test_nbdinfo_can_and_is(house: House, libnbd: NbdTools, nbd_tools_new: NbdTools) -> None:
+def test_nbdinfo_can_and_is(served: ServedDisks, libnbd: NbdTools, nbd_tools_new: NbdTools) -> None:
     can = ["cache", "connect", "df", "fast-zero", "flush", "fua", "multi-conn", "read", "structured-reply", "trim"]
     can += ["write", "zero"]
     if libnbd is nbd_tools_new:
         can.append("extended-headers")
-    uri = house.uri("qcow2")
+    uri = served.uri("qcow2")
     for what in can:
         libnbd.run("nbdinfo", "--can", what, uri)
     for what in ("read-only", "rotational", "tls"):
@@ -129,9 +131,9 @@ def test_nbdinfo_can_and_is(house: House, libnbd: NbdTools, nbd_tools_new: NbdTo
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", DISKS)
-def test_nbdcopy_from(house: House, libnbd: NbdTools, name: str, transport: str, tmp_path: Path) -> None:
-    disk, copy = house.disks[name], tmp_path / "copy"
-    done = libnbd.run("nbdcopy", "--connections=4", "--threads=4", house.uri(name, transport), copy)
+def test_nbdcopy_from(served: ServedDisks, libnbd: NbdTools, name: str, transport: str, tmp_path: Path) -> None:
+    disk, copy = served.disks[name], tmp_path / "copy"
+    done = libnbd.run("nbdcopy", "--connections=4", "--threads=4", served.uri(name, transport), copy)
     assert not done.stderr
     assert copy.read_bytes() == disk.seen()
     if name != "odd":
@@ -140,18 +142,18 @@ def test_nbdcopy_from(house: House, libnbd: NbdTools, name: str, transport: str,
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", DISKS)
-def test_nbdcopy_to(house: House, libnbd: NbdTools, name: str, transport: str, tmp_path: Path) -> None:
+def test_nbdcopy_to(served: ServedDisks, libnbd: NbdTools, name: str, transport: str, tmp_path: Path) -> None:
     """Holes of the source are zeroes of ours, not bytes; more connections than one where there is work for them."""
-    disk, source = house.disks[name], tmp_path / "source"
+    disk, source = served.disks[name], tmp_path / "source"
     content = pattern(SIZE, 2)[: len(disk.seen())]
     if name == "odd":
         content = content[: len(disk.content)].ljust(len(disk.seen()), b"\0")
     source.write_bytes(content)
     os.truncate(source, len(content))
-    done = libnbd.run("nbdcopy", "--connections=4", "--threads=4", "--flush", source, house.uri(name, transport))
+    done = libnbd.run("nbdcopy", "--connections=4", "--threads=4", "--flush", source, served.uri(name, transport))
     assert not done.stderr
     assert disk.now() == content
-    stats = house.server.stats()
+    stats = served.server.stats()
     assert stats["FLUSH"]
     assert not stats["failed"]
     if name != "odd":
@@ -160,18 +162,18 @@ def test_nbdcopy_to(house: House, libnbd: NbdTools, name: str, transport: str, t
         assert stats["connections"] + stats["transmitting"] >= 4
 
 
-def test_nbdcopy_from_one_export_to_another(house: House, libnbd: NbdTools) -> None:
-    libnbd.run("nbdcopy", "--connections=4", house.uri("chain"), house.uri("qcow2", "tcp"))
-    assert house.disks["qcow2"].now() == house.disks["chain"].content
+def test_nbdcopy_from_one_export_to_another(served: ServedDisks, libnbd: NbdTools) -> None:
+    libnbd.run("nbdcopy", "--connections=4", served.uri("chain"), served.uri("qcow2", "tcp"))
+    assert served.disks["qcow2"].now() == served.disks["chain"].content
 
 
 @pytest.mark.parametrize("name", DISKS)
-def test_nbddump(house: House, libnbd: NbdTools, name: str) -> None:
+def test_nbddump(served: ServedDisks, libnbd: NbdTools, name: str) -> None:
     """Its lines, put together again, are the bytes of the disk."""
-    disk = house.disks[name]
+    disk = served.disks[name]
     told = bytearray()
     previous = b""
-    for line in libnbd.run("nbddump", house.uri(name)).stdout.splitlines():
+    for line in libnbd.run("nbddump", served.uri(name)).stdout.splitlines():
         if line == "*":
             previous = bytes(told[-16:])
             continue
@@ -199,7 +201,7 @@ def nbdsh(tools: NbdTools, uri: str, script: str, *options: str) -> dict[str, An
     return found
 
 
-def test_nbdsh_reads_and_writes_at_any_offset(house: House, nbd_tools: NbdTools) -> None:
+def test_nbdsh_reads_and_writes_at_any_offset(served: ServedDisks, nbd_tools: NbdTools) -> None:
     script = """
 import nbd
 first = h.pread(1001, 333)
@@ -217,8 +219,8 @@ whole = h.pread_structured(65536, 0, chunk, nbd.CMD_FLAG_DF)
 out = dict(first=first.hex(), chunks=chunks, whole=whole.hex())
 """
     for name in ("raw", "qcow2", "chain"):
-        disk = house.disks[name]
-        out = nbdsh(nbd_tools, house.uri(name), script)
+        disk = served.disks[name]
+        out = nbdsh(nbd_tools, served.uri(name), script)
         content = bytearray(disk.content)
         assert bytes.fromhex(out["first"]) == content[333:1334]
         for offset, data in ((12345, b"unaligned"), (99, b"durable"), (64 * KIB + 1, bytes(777))):
@@ -229,7 +231,7 @@ out = dict(first=first.hex(), chunks=chunks, whole=whole.hex())
         assert disk.now()[: 3 * MIB] == content[: 3 * MIB]
 
 
-def test_nbdsh_fast_zero_is_fast_or_refused(house: House, nbd_tools: NbdTools) -> None:
+def test_nbdsh_fast_zero_is_fast_or_refused(served: ServedDisks, nbd_tools: NbdTools) -> None:
     """With FAST_ZERO it is done, or ENOTSUP and nothing was touched."""
     script = """
 import nbd, errno
@@ -242,12 +244,12 @@ for at, length in ((0, 65536), (5, 100), (3 << 20, 1 << 20)):
         out[at] = "refused" if error.errnum == errno.ENOTSUP and before == h.pread(length, at) else str(error)
 """
     for name in ("raw", "qcow2", "chain"):
-        out = nbdsh(nbd_tools, house.uri(name), script)
+        out = nbdsh(nbd_tools, served.uri(name), script)
         assert set(out.values()) <= {"zero", "refused"}, out
-    assert nbdsh(nbd_tools, house.uri("qcow2"), script)["0"] == "zero", "whole clusters of a qcow2 are quickly zeroed"
+    assert nbdsh(nbd_tools, served.uri("qcow2"), script)["0"] == "zero", "whole clusters of a qcow2 are quickly zeroed"
 
 
-def test_nbdsh_block_status_of_all_contexts_at_once(house: House, nbd_tools: NbdTools) -> None:
+def test_nbdsh_block_status_of_all_contexts_at_once(served: ServedDisks, nbd_tools: NbdTools) -> None:
     script = """
 import nbd
 def extent(name, offset, entries, error):
@@ -261,9 +263,9 @@ h.block_status(end, 0, single, nbd.CMD_FLAG_REQ_ONE)
 out["one"] = one
 """
     options = [word for name in CONTEXTS for word in ("-c", f"h.add_meta_context({name!r})")]
-    for name, disk in house.disks.items():
+    for name, disk in served.disks.items():
         # The contexts are asked for before the connection is made, so without -u.
-        whole = "\n".join(["import json", "out = {}", f"h.connect_uri({house.uri(name)!r})", script])
+        whole = "\n".join(["import json", "out = {}", f"h.connect_uri({served.uri(name)!r})", script])
         done = nbd_tools.run("nbdsh", *options, "-c", whole, "-c", "print('OUT' + json.dumps(out))")
         out = json.loads(done.stdout.rpartition("OUT")[2])
         one = out.pop("one")
@@ -278,7 +280,7 @@ out["one"] = one
             assert one[context] == list(rows[0][1:])
 
 
-def test_nbdsh_without_manners(house: House, nbd_tools: NbdTools, caplog: pytest.LogCaptureFixture) -> None:
+def test_nbdsh_without_manners(served: ServedDisks, nbd_tools: NbdTools, caplog: pytest.LogCaptureFixture) -> None:
     """Illegal requests are refused with the error of the specification, and the connection is as good as before."""
     caplog.set_level(logging.INFO, "lamina.nbd")
     script = """
@@ -312,15 +314,15 @@ for name, call in calls.items():
 h.shutdown()
 """
     for name in ("raw", "qcow2", "chain", "odd"):
-        out = nbdsh(nbd_tools, house.uri(name), script, "--base-allocation")
+        out = nbdsh(nbd_tools, served.uri(name), script, "--base-allocation")
         late = {"write past the end", "zero over the end"}
         assert out == {key: "ENOSPC" if key in late else "EINVAL" for key in out}
         assert len(out) == 14
-        assert house.disks[name].now() == house.disks[name].seen()
+        assert served.disks[name].now() == served.disks[name].seen()
     assert not [record for record in caplog.records if "dropped" in record.getMessage()]
 
 
-def test_nbdsh_that_promised_alignment_is_held_to_it(house: House, nbd_tools: NbdTools) -> None:
+def test_nbdsh_that_promised_alignment_is_held_to_it(served: ServedDisks, nbd_tools: NbdTools) -> None:
     """libnbd asks for the block sizes: after that, what is not aligned to 512 is EINVAL."""
     script = """
 import nbd, errno
@@ -333,8 +335,8 @@ for at, length in ((1, 512), (0, 511), (512, 1)):
             out[f"{name} {at} {length}"] = errno.errorcode[error.errnum]
 out["data"] = h.pread(1024, 0).hex()
 """
-    disk = house.disks["odd"]
-    out = nbdsh(nbd_tools, house.uri("odd"), script)
+    disk = served.disks["odd"]
+    out = nbdsh(nbd_tools, served.uri("odd"), script)
     assert bytes.fromhex(out.pop("data")) == disk.seen()
     assert out == dict.fromkeys(out, "EINVAL")
     assert len(out) == 6

@@ -20,7 +20,7 @@ DISKS = ("raw", "qcow2", "chain", "odd")
 TRANSPORTS = ("unix", "tcp")
 
 
-class House:
+class ServedDisks:
     """A server with all disks, on a Unix socket and a port of the loopback interface."""
 
     def __init__(self, server: Server, found: dict[str, Disk]) -> None:
@@ -35,13 +35,13 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
+def served(tmp_path: Path) -> Iterator[ServedDisks]:
     with (
         nothing_left(),
         disks(tmp_path) as found,
         Server(exports_of(found), unix=str(tmp_path / "socket"), host="127.0.0.1", port=0) as server,
     ):
-        yield House(server, found)
+        yield ServedDisks(server, found)
 
 
 def pattern(length: int, seed: int) -> bytes:
@@ -70,10 +70,10 @@ def status_rows(disk: Disk) -> list[tuple[int, int, bool, bool]]:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", DISKS)
 def test_qemu_reads_all_that_is_there(
-    house: House, qemu: Qemu, name: str, transport: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    served: ServedDisks, qemu: Qemu, name: str, transport: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lamina.nbd")
-    disk, uri = house.disks[name], house.uri(name, transport)
+    disk, uri = served.disks[name], served.uri(name, transport)
     details = json.loads(qemu.img("info", "--output=json", uri).stdout)
     assert details["virtual-size"] == len(disk.seen())
     rows = qemu.map(uri, "raw")
@@ -94,8 +94,8 @@ def test_qemu_reads_all_that_is_there(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", DISKS)
-def test_qemu_writes_a_whole_image(house: House, qemu: Qemu, name: str, transport: str, tmp_path: Path) -> None:
-    disk, uri = house.disks[name], house.uri(name, transport)
+def test_qemu_writes_a_whole_image(served: ServedDisks, qemu: Qemu, name: str, transport: str, tmp_path: Path) -> None:
+    disk, uri = served.disks[name], served.uri(name, transport)
     content = pattern(SIZE, 1) if name != "odd" else pattern(4096, 1)[:1000] + bytes(24)
     source = tmp_path / "source"
     source.write_bytes(content)
@@ -105,9 +105,9 @@ def test_qemu_writes_a_whole_image(house: House, qemu: Qemu, name: str, transpor
 
 
 @pytest.mark.parametrize("name", ["raw", "qcow2", "chain"])
-def test_qemu_io(house: House, qemu: Qemu, name: str) -> None:
+def test_qemu_io(served: ServedDisks, qemu: Qemu, name: str) -> None:
     """Patterns at any offset, zeros with and without room kept, discard, flush and FUA."""
-    disk = house.disks[name]
+    disk = served.disks[name]
     commands = [
         "write -P 0x41 1000 70000",
         "write -f -P 0x42 130k 3k",
@@ -126,7 +126,7 @@ def test_qemu_io(house: House, qemu: Qemu, name: str) -> None:
         "read -P 0x43 1M 512k",
         "readv -P 0x44 2M 1k 31k 32k",
     ]
-    done = qemu.io("-f", "raw", house.uri(name), *(word for command in commands for word in ("-c", command)))
+    done = qemu.io("-f", "raw", served.uri(name), *(word for command in commands for word in ("-c", command)))
     assert "verification failed" not in done.stdout, done.stdout
     content = bytearray(disk.content)
     for offset, data in (
@@ -142,16 +142,16 @@ def test_qemu_io(house: House, qemu: Qemu, name: str) -> None:
     # What was discarded may read as anything of this image's own; the rest is known.
     assert now[: 1536 * KIB] == content[: 1536 * KIB]
     assert now[1600 * KIB :] == content[1600 * KIB :]
-    stats = house.server.stats()
+    stats = served.server.stats()
     assert stats["FLUSH"] >= 2
     assert stats["TRIM"] >= 1
     assert stats["WRITE_ZEROES"] >= 2
     assert not stats["failed"]
 
 
-def test_qemu_writes_blocks_over_an_odd_end(house: House, qemu: Qemu) -> None:
+def test_qemu_writes_blocks_over_an_odd_end(served: ServedDisks, qemu: Qemu) -> None:
     """The padding takes zeros, and what is not zero is refused: nothing is lost without a word."""
-    disk, uri = house.disks["odd"], house.uri("odd")
+    disk, uri = served.disks["odd"], served.uri("odd")
     qemu.io("-f", "raw", "-c", "write -P 0x55 0 512", "-c", "write -z 512 512", "-c", "flush", uri)
     assert disk.now() == b"\x55" * 512 + bytes(512)
     refused = qemu.io("-f", "raw", "-c", "write -P 0x66 512 512", uri, check=False)
@@ -159,9 +159,9 @@ def test_qemu_writes_blocks_over_an_odd_end(house: House, qemu: Qemu) -> None:
     assert disk.now() == b"\x55" * 512 + bytes(512)
 
 
-def test_qemu_sees_depth_and_dirty_bitmap(house: House, qemu: Qemu) -> None:
+def test_qemu_sees_depth_and_dirty_bitmap(served: ServedDisks, qemu: Qemu) -> None:
     """Through the option of QEMU's client that shows a context's first bit as `data` (1 is shown as false)."""
-    target = {"driver": "nbd", "export": "raw", "server.type": "unix", "server.path": house.server.uri.split("=")[-1]}
+    target = {"driver": "nbd", "export": "raw", "server.type": "unix", "server.path": served.server.uri.split("=")[-1]}
     words = ",".join(f"{key}={value}" for key, value in target.items())
     rows = qemu.map(f"{words},x-dirty-bitmap=qemu:dirty-bitmap:b0", None)
     assert [(row["start"], row["length"]) for row in rows if not row["data"]] == [(64 * KIB, 64 * KIB)]
@@ -170,8 +170,8 @@ def test_qemu_sees_depth_and_dirty_bitmap(house: House, qemu: Qemu) -> None:
     assert [(row["start"], row["length"], row["data"]) for row in rows] == [(0, SIZE, False)]
 
 
-def test_what_one_qemu_writes_the_other_reads(house: House, qemu7: Qemu, qemu10: Qemu) -> None:
-    uri = house.uri("chain")
+def test_what_one_qemu_writes_the_other_reads(served: ServedDisks, qemu7: Qemu, qemu10: Qemu) -> None:
+    uri = served.uri("chain")
     for value, writer, reader in ((0x31, qemu7, qemu10), (0x32, qemu10, qemu7)):
         writer.io("-f", "raw", "-c", f"write -P {value} 100k 200k", "-c", "flush", uri)
         done = reader.io("-f", "raw", "-r", "-c", f"read -P {value} 100k 200k", uri)
@@ -193,13 +193,13 @@ def test_read_only_is_told_and_held(tmp_path: Path, qemu: Qemu) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", ["raw", "qcow2", "chain"])
 def test_fio_verifies_what_it_wrote(
-    house: House, nbd_tools: NbdTools, name: str, transport: str, tmp_path: Path
+    served: ServedDisks, nbd_tools: NbdTools, name: str, transport: str, tmp_path: Path
 ) -> None:
     """Random writes of mixed sizes, 16 in flight, each block with a checksum: every one is found again."""
     words: dict[str, Any] = {
         "name": "verify",
         "ioengine": "nbd",
-        "uri": house.uri(name, transport),
+        "uri": served.uri(name, transport),
         "rw": "randwrite",
         "bsrange": "512-64k",
         "bs_unaligned": 0,
@@ -218,16 +218,16 @@ def test_fio_verifies_what_it_wrote(
     assert job["error"] == 0
     assert job["write"]["io_bytes"] == SIZE
     assert job["read"]["io_bytes"] == SIZE
-    stats = house.server.stats()
+    stats = served.server.stats()
     assert stats["bytes_written"] == SIZE
     assert not stats["failed"]
 
 
-def test_fio_four_jobs_of_one_image(house: House, nbd_tools: NbdTools, tmp_path: Path) -> None:
+def test_fio_four_jobs_of_one_image(served: ServedDisks, nbd_tools: NbdTools, tmp_path: Path) -> None:
     """Four connections, each with a quarter of the disk: nothing of one shows up in another's."""
     common = f"""[global]
 ioengine=nbd
-uri={house.uri("qcow2")}
+uri={served.uri("qcow2")}
 rw=randwrite
 bs=4k
 iodepth=8
@@ -244,15 +244,15 @@ numjobs=4
     done = nbd_tools.run("fio", "--output-format=json", f"--aux-path={tmp_path}", str(job))
     report = json.loads(done.stdout[done.stdout.index("{") :])
     assert [one["error"] for one in report["jobs"]] == [0] * 4
-    assert house.server.stats()["bytes_written"] == SIZE
+    assert served.server.stats()["bytes_written"] == SIZE
 
 
 # -- nbd-client
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_nbd_client_lists_the_exports(house: House, nbd_tools: NbdTools, transport: str) -> None:
-    unix, tcp = house.server.uris[:2]
+def test_nbd_client_lists_the_exports(served: ServedDisks, nbd_tools: NbdTools, transport: str) -> None:
+    unix, tcp = served.server.uris[:2]
     port = tcp.rpartition("/")[0].rpartition(":")[2]
     where = ["-unix", unix.split("=")[-1]] if transport == "unix" else ["127.0.0.1", port]
     listed = nbd_tools.run("nbd-client", "-l", *where).stdout

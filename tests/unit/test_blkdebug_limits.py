@@ -20,7 +20,7 @@ from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 
 
-class Below(MemoryStorage):
+class LimitedMemory(MemoryStorage):
     """Memory that declares limits."""
 
     def __init__(self, size: int, limits: Limits) -> None:
@@ -100,7 +100,7 @@ def test_what_is_absent_is_the_childs() -> None:
         discard_alignment=2048,
         max_discard=4096,
     )
-    storage = Below(1 << 20, below)
+    storage = LimitedMemory(1 << 20, below)
     # Zeroing is aligned by the edge below: the filter is never handed more than was asked for.
     assert over(storage).limits == below._replace(zero_alignment=512)
     assert over(storage, align=256).limits.request_alignment == 512

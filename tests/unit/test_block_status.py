@@ -133,7 +133,7 @@ BELOW, ZERO, DATA = 0, 1, 2
 
 
 @dataclass
-class View:
+class Expected:
     """What a reader of a chain sees, one cell per byte."""
 
     data: Any
@@ -145,8 +145,8 @@ class View:
     def __len__(self) -> int:
         return len(self.content)
 
-    def window(self, offset: int, size: int) -> View:
-        return View(*(getattr(self, name)[offset : offset + size] for name in VIEW))
+    def window(self, offset: int, size: int) -> Expected:
+        return Expected(*(getattr(self, name)[offset : offset + size] for name in VIEW))
 
 
 VIEW = ("data", "zero", "present", "depth", "content")
@@ -158,13 +158,13 @@ class Layer:
 
     state: Any
     content: Any
-    below: View | None = None
+    below: Expected | None = None
 
-    def view(self) -> View:
+    def view(self) -> Expected:
         """The first layer from the top that owns a byte decides; past the end of the layer below it is zero, and that one's;
         where nobody owns it, it is zero, at the depth of the bottom."""
         size = len(self.state)
-        seen = View(
+        seen = Expected(
             data=self.state == DATA,
             zero=self.state == ZERO,
             present=self.state != BELOW,
@@ -196,7 +196,7 @@ class Chain:
     folder: Path
     spec: dict[str, Any] = field(default_factory=dict)
     bare: dict[str, Any] = field(default_factory=dict)
-    view: View | None = None
+    view: Expected | None = None
     layers: int = 0
     log: list[str] = field(default_factory=list)
 
@@ -367,13 +367,13 @@ def in_holes(extents: Extents) -> Any:
     return found
 
 
-def by_byte(extents: Extents) -> View:
+def by_byte(extents: Extents) -> Expected:
     columns = (extents.data, extents.zero, extents.present, extents.depth)
     spread = [np.repeat(column, extents.length) for column in columns]
-    return View(*spread, content=np.zeros(extents.end, np.uint8))
+    return Expected(*spread, content=np.zeros(extents.end, np.uint8))
 
 
-def same(found: View, wanted: View, names: tuple[str, ...] = VIEW[:4]) -> None:
+def same(found: Expected, wanted: Expected, names: tuple[str, ...] = VIEW[:4]) -> None:
     for name in names:
         differs = np.flatnonzero(getattr(found, name) != getattr(wanted, name))
         if len(differs):

@@ -283,11 +283,11 @@ def test_who_looks_for_zeros_must_see_the_bytes() -> None:
 
 
 def test_who_hears_of_writes_must_see_them() -> None:
-    class Hears(Copying):
+    class Observing(Copying):
         def event(self, name: str) -> None:
             raise AssertionError("a copy that is refused is not announced")
 
-    node = Hears(SIZE)
+    node = Observing(SIZE)
     with pytest.raises(NotSupported):
         Child(node, "root").copy_from(0, SOURCE, 0, BLOCK)
     assert node.seen == []

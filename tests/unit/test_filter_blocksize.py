@@ -13,7 +13,7 @@ from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 
 
-class Below(MemoryStorage):
+class LimitedMemory(MemoryStorage):
     """Memory that declares limits."""
 
     def __init__(self, limits: Limits) -> None:
@@ -55,20 +55,20 @@ class Watched(BlockSize):
     ],
 )
 def test_limits(minimum: int, maximum: int, below: Limits, align: int, most: int) -> None:
-    node = BlockSize(Child(Below(below), "image"), minimum, maximum)
+    node = BlockSize(Child(LimitedMemory(below), "image"), minimum, maximum)
     assert node.limits == below._replace(request_alignment=align, max_transfer=most)
 
 
 @pytest.mark.parametrize(("minimum", "maximum"), [(0, 0), (3, 0), (4096, 512), (128 << 20, 0), (1, 511)])
 def test_what_cannot_be_is_refused(minimum: int, maximum: int) -> None:
-    below = Below(Limits(request_alignment=512))
+    below = LimitedMemory(Limits(request_alignment=512))
     options = {"driver": "blocksize", "image": Child(below, "image"), "minimum": minimum, "maximum": maximum}
     with pytest.raises(OptionError):
         Opener(read_only=False).open(options)
 
 
 def test_what_arrives_are_whole_blocks_not_too_many_at_a_time() -> None:
-    storage = Below(Limits())
+    storage = LimitedMemory(Limits())
     node = Watched(Child(storage, "image"), 4096, 8192)
     image = Image(node)
     image.write(5000, b"x" * 20_000)

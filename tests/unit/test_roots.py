@@ -175,7 +175,7 @@ def test_a_node_that_another_one_writes_to_is_not_shared(image: Image) -> None:
         ({"driver": "throttle", "image": "disk"}, False),  # so may the image
         ({"driver": "throttle", "image": "disk"}, True),
     ):
-        with pytest.raises(lamina.OptionError, match="beside that"):
+        with pytest.raises(lamina.OptionError, match="excludes a second node"):
             lamina.open(spec, graph=graph, read_only=read_only)
     image.write(0, b"still here")
     with lamina.open({"driver": "memory", "size": 512, "node-name": "m"}, read_only=True, graph=graph) as memory:

@@ -54,8 +54,8 @@ class Log(AroundNode):
             raise
         finally:
             took = (self.clock.perf_counter() - start) * 1e6
-            place = f" size={offset}" if kind == "truncate" else f" offset={offset} length={length}" if length else ""
-            line = f"{_stamp(self.clock.time())} {kind}{place}{_words(flags)} result={result} us={took:.1f}{why}\n"
+            where = f" size={offset}" if kind == "truncate" else f" offset={offset} length={length}" if length else ""
+            line = f"{_stamp(self.clock.time())} {kind}{where}{_words(flags)} result={result} us={took:.1f}{why}\n"
             self._put(line)
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ class DataRange:
 
 
 def _seek(fd: int, offset: int, whence: int, end: int) -> int:
-    """lseek; `end` if there is no such place. A file system without holes has data only."""
+    """lseek; `end` if there is no such offset. A file system without holes has data only."""
     try:
         return os.lseek(fd, offset, whence)
     except OSError as error:

@@ -476,7 +476,7 @@ def _illegal(data: bytes, legal: list[bytes], offset: int = 0) -> int | None:
         choices = [disk[offset + at : offset + at + len(part)].ljust(len(part), b"\0") for disk in legal]
         if part in choices:
             continue
-        for place, byte in enumerate(part):
-            if all(choice[place] != byte for choice in choices):
-                return offset + at + place
+        for index, byte in enumerate(part):
+            if all(choice[index] != byte for choice in choices):
+                return offset + at + index
     return None
