@@ -1,1 +1,1 @@
-"""Lamina beside its peers: `python -m benchmarks.run` measures both in the same run and prints one table."""
+"""Lamina compared with its peers: `python -m benchmarks.run` measures both in the same run and prints one table."""

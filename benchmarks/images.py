@@ -1,8 +1,8 @@
-"""Images to measure on, made without Lamina, so that no fault of ours can flatter our own figures.
+"""Images for measurements, made without Lamina, so that no error of Lamina can improve its own figures.
 
-`alternating` writes a qcow2 file by hand, table by table, from the published description of the format. `ext4` has
-`mke2fs -d` make a real file system of this machine's own files. Also a program, so that `run.py` can have its images
-made by a child and stays small itself: `python -m benchmarks.images alternating|ext4 PATH`.
+`alternating` writes a qcow2 file table by table, from the published description of the format. `ext4` calls `mke2fs -d` to
+make a real file system of files of this machine. Also a program, so that `run.py` can make its images in a child process and
+stay small itself: `python -m benchmarks.images alternating|ext4 PATH`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ COPIED = 1 << 63  # the flag of a mapping whose cluster has exactly one referenc
 def alternating(
     path: str | os.PathLike[str], count: int = 1 << 20, cluster_bits: int = 16, *, sharing: int = 1, every: int = 2
 ) -> Path:
-    """Write a qcow2 version 3 image whose guest clusters alternate, even ones data, odd ones nothing; return its path.
+    """Write a qcow2 version 3 image whose clusters alternate, even ones data, odd ones unallocated; return its path.
 
     `count` guest clusters of `1 << cluster_bits` bytes make a map of exactly `count` extents (the defaults: 64 GiB and
     1,048,576). Header, refcount table, refcount blocks, L1 table and L2 tables come first, then the data clusters in
-    guest order. Reference counts are exact. Two ways to hold the data:
+    guest order. Reference counts are exact. The data is stored in one of two ways:
 
-    `sharing=1`: every guest cluster has a data cluster of its own, real in length only: they lie in one hole at the
-    end of the file (32 GiB by default), which takes about 10 MB of disk. QEMU 7.2 and 10 take such a file for one with
-    preallocated metadata: they ask the file system about each data extent (one lseek each, half a million by default),
-    report `data true, zero true`, and need half as much CPU again or more. Kind to us, so not the fairest measure.
+    `sharing=1`: every guest cluster has a data cluster of its own without stored bytes: all of them are in one hole at the
+    end of the file (32 GiB by default), and the file uses about 10 MB of disk. QEMU 7.2 and 10 treat such a file as one with
+    preallocated metadata: they query the file system for each data extent (one lseek each, half a million by default),
+    report `data true, zero true`, and need 1.5 times the CPU time or more. That favours Lamina, so it is not the fairest
+    case.
 
-    `sharing=N` up to 65,535: each data cluster is written in full and serves N guest clusters in turn, as after a
-    deduplication (so no mapping carries the "copied" flag). 512 gives 64 MiB of data by default. QEMU's map then says
-    `data true, zero false` and never asks the file system, as with an ordinary full image; no two extents coalesce,
-    because nothing lies between any two of them.
+    `sharing=N` up to 65,535: each data cluster is written in full and is shared by N guest clusters in turn, as after a
+    deduplication (so no mapping has the "copied" flag). 512 gives 64 MiB of data by default. The map of QEMU then reports
+    `data true, zero false` without a query of the file system, as for an ordinary full image. No two extents coalesce,
+    since there is nothing between them.
 
-    `every`: one guest cluster in so many has data; 1: all have.
+    `every`: one of this number of guest clusters has data; 1: all have.
     """
     cluster_size = 1 << cluster_bits
     entries_per_table = cluster_size // 8
@@ -117,16 +118,16 @@ def alternating(
 
 
 def ext4(path: str | os.PathLike[str], size: int = 4 * GIB, content: int = 3 * GIB // 2) -> Path:
-    """Make a raw image of `size` bytes, an ext4 file system of about `content` bytes of real files; return its path.
+    """Make a raw image of `size` bytes with an ext4 file system of about `content` bytes of real files; return its path.
 
     The files are this machine's own: Python's standard library, then /usr/lib, then /usr/share, in sorted order until
-    `content` bytes are reached. They are copied to a temporary folder beside `path` first, so room for twice `content`
-    is needed. The image is sparse where the file system is empty.
+    `content` bytes are reached. They are copied to a temporary folder next to `path` first, which needs twice `content` of
+    free space. The image is sparse where the file system is empty.
 
     Raises RuntimeError when mke2fs is missing or fails.
     """
     path = Path(path)
-    # Ordinary users often have no sbin in their PATH.
+    # The PATH of ordinary users often has no sbin directory.
     mke2fs = shutil.which("mke2fs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if not mke2fs:
         raise RuntimeError("mke2fs was not found; install e2fsprogs")
@@ -152,7 +153,7 @@ def ext4(path: str | os.PathLike[str], size: int = 4 * GIB, content: int = 3 * G
 
 
 def _regular_files(top: Path) -> Iterator[Path]:
-    """The readable regular files beneath `top`, in sorted order, so that two runs on one machine make one image."""
+    """The readable regular files below `top`, in sorted order, so that two runs on one machine make the same image."""
     for folder, subfolders, names in os.walk(top):
         subfolders.sort()
         for name in sorted(names):
@@ -172,14 +173,14 @@ def _big_endian(values: array[int]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description="Make an image to measure on.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description="Make an image for measurements.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kind = kinds.add_parser("alternating", help="a qcow2 file whose clusters alternate between data and nothing")
+    kind = kinds.add_parser("alternating", help="a qcow2 file with alternating allocated and unallocated clusters")
     kind.add_argument("path")
     kind.add_argument("--count", type=int, default=1 << 20, help="number of clusters, and of extents (1048576)")
     kind.add_argument("--cluster-bits", type=int, default=16)
     kind.add_argument("--sharing", type=int, default=1, help="guest clusters per data cluster; 1: data in a hole")
-    kind.add_argument("--every", type=int, default=2, help="one guest cluster in so many has data (2)")
+    kind.add_argument("--every", type=int, default=2, help="one of this number of guest clusters has data (2)")
     kind = kinds.add_parser("ext4", help="a raw image of a real file system")
     kind.add_argument("path")
     kind.add_argument("--size", type=int, default=4 * GIB, help="bytes of the image (4 GiB)")

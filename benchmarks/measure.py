@@ -1,8 +1,8 @@
-"""Runs commands that do the same work, in turn, and says what each needed: seconds on the clock, of CPU, and memory.
+"""Run commands that do the same work, in turn, and measure each: wall time, CPU time and memory.
 
-CPU time and peak memory are the kernel's own figures for that one child (`wait4`). The kernel counts a child's peak
-from the moment it was forked, so no child reads less than the process that measures: `floor` says how much that is, and
-this module and its callers import little and never Lamina.
+CPU time and peak memory are the kernel's figures for that one child (`wait4`). The kernel counts the peak of a child from its
+fork, so no child has a smaller peak than the measuring process: `idle_peak` measures that minimum. This module and its
+callers therefore import little, and never Lamina.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What the commands see: Python may keep compiled modules, as it does where nobody forbids it.
+#: The environment of the commands: Python may cache compiled modules, as it does by default.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -34,7 +34,7 @@ class Figures:
 
 
 def anything(_stdout: Path) -> None:
-    """The check of a command whose exit status says enough."""
+    """The check of a command whose exit status is sufficient."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Task:
 
 
 def run_once(command: Sequence[str], stdout: Path) -> Figures:
-    """Run `command`, its standard output into the file `stdout`. Raises Failed with the last line of its complaint."""
-    with stdout.open("wb") as out, tempfile.TemporaryFile() as complaint:
+    """Run `command`, its standard output into the file `stdout`. Raises Failed with the last line of its errors."""
+    with stdout.open("wb") as out, tempfile.TemporaryFile() as errors:
         began = time.perf_counter()
         try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=complaint, env=ENVIRONMENT)
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=ENVIRONMENT)
         except OSError as error:
             raise Failed(str(error)) from error
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)  # or Popen would look for the child again
         if child.returncode:
-            complaint.seek(0)
-            lines = complaint.read().decode(errors="replace").strip().splitlines()
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
             raise Failed(lines[-1] if lines else f"exit status {child.returncode}")
     return Figures(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figures | Failed]:
-    """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and does not count.
+    """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and is not measured.
 
-    Returns for each program the least of its times and the largest of its peaks, or how it failed. Taking turns lets a
-    noisy minute of the machine hit all programs alike.
+    Returns for each program the shortest of its times and the largest of its peaks, or its failure. The programs take turns,
+    so that noise of the machine affects all alike.
     """
     found: dict[str, Figures | Failed] = {}
     stdout = folder / "stdout"
@@ -82,7 +82,7 @@ def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figur
             before = found.get(task.program)
             if isinstance(before, Failed):
                 continue
-            os.sync()  # what the program before this one left to be written shall not be written on this one's time
+            os.sync()  # data that the previous program wrote must not be written back in the time of this one
             try:
                 now = run_once(task.command, stdout)
                 if number == 0:
@@ -102,8 +102,8 @@ def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figur
     return found
 
 
-def floor(folder: Path) -> int:
-    """The peak memory, in bytes, that a child reads which does nothing at all."""
+def idle_peak(folder: Path) -> int:
+    """The peak memory, in bytes, of a child process that does nothing."""
     stdout = folder / "stdout"
     figures = run_once([sys.executable, "--version"], stdout)
     stdout.unlink()

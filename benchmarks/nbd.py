@@ -1,8 +1,8 @@
-"""NBD: our server beside qemu-nbd and nbdkit, and our client beside nbdcopy.
+"""NBD: our server compared with qemu-nbd and nbdkit, and our client compared with nbdcopy.
 
-All servers of a work run at once and their clients take turns, so that a noisy moment of the machine hits all alike; the best
-of the rounds is told. The images lie in memory (tmpfs) where that has room: random writes to a disk's file system are a
-measure of that file system. `run.py` calls this; nothing here imports Lamina.
+All servers of a work run at the same time and their clients take turns, so that noise of the machine affects all alike; the
+table shows the best round. The images are in memory (tmpfs) if it has enough free space: random writes to a file system on a
+disk measure that file system. `run.py` calls this module; nothing here imports Lamina.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ OUR_COPY = "lamina copy"
 
 @dataclass(frozen=True)
 class Promise:
-    """How often ours is as good as the best of the programs whose names begin with `beside`: at least `target` times their
-    rate, or at most `target` times their seconds. `beside` None: at most `target` times the bound of its memory."""
+    """A ratio to the best of the programs whose names begin with `peer`: at least `target` times their rate, or at most
+    `target` times their seconds. `peer` None: at most `target` times the bound of its memory."""
 
-    beside: str | None
+    peer: str | None
     target: float
 
 
@@ -47,8 +47,8 @@ Runs = dict[str, Callable[[], Figures]]
 
 @dataclass(frozen=True)
 class Work:
-    """`unit`: "k/s", "GiB/s" or "s". `ours`: the row that promises are about. `runs` gives the rows, of the servers that run;
-    by default each server is a row, and `client` does the work."""
+    """`unit`: "k/s", "GiB/s" or "s". `ours`: the row to which the promises apply. `runs` returns the rows for the running
+    servers; by default each server is a row, and `client` does the work."""
 
     title: str
     unit: str
@@ -64,8 +64,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Session:
-    """Works with the same servers. `make` makes the image at the path; `own`: each server has a copy of its own, writable.
-    `leave_out`: servers that cannot serve this."""
+    """Works with the same servers. `make` makes the image at the path; `own`: each server has a writable copy of its own.
+    `leave_out`: servers that cannot serve this image."""
 
     works: Sequence[Work]
     image: str
@@ -78,7 +78,7 @@ class Session:
 
 @dataclass
 class Row:
-    """One line of the table; a second promise of a row is told in a line without figures."""
+    """One line of the table; a second promise of a row is a line without figures."""
 
     work: str
     program: str
@@ -86,7 +86,7 @@ class Row:
     value: float | None = None
     cpu: float | None = None
     peak: int | None = None
-    beside: str = ""
+    peer: str = ""
     ratio: float | None = None
     target: float | None = None
     verdict: str = ""
@@ -97,7 +97,7 @@ class Row:
 
 
 def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
-    """What is measured, with what is promised of it. Copies are written to `target`."""
+    """The works with their promises. Copies are written to `target`."""
     seconds = 1 if small else 3
     disk = 64 * MIB if small else 512 * MIB
     sparse = 256 * MIB if small else 4 * GIB
@@ -108,7 +108,7 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
         return Work(f"nbd: {title}, {depth} in flight", unit, client, promises)
 
     def four(servers: dict[str, Server], client: Client) -> Runs:
-        """Four clients of each server; of ours also one, beside which they are held."""
+        """Four clients of each server; for ours also one client, with which they are compared."""
         runs: Runs = {name: partial(client, server) for name, server in servers.items()}
         if OURS in servers:
             runs["one client"] = partial(fio, servers[OURS], "randread", 4 * KIB, 16, seconds)
@@ -145,7 +145,7 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
     make = partial(_qcow2, count=extents, sharing=512, every=2, bits=12)
     yield Session(asking, "qcow2", make, form="qcow2", leave_out=[NBDKIT])
 
-    # fio's engine lets no URI name certificates. One connection, as fio has.
+    # fio accepts no URI with certificates. One connection, as fio has.
     options = ("--connections=1", "--requests=16", "--request-size=262144")
 
     def encrypted(server: Server) -> Figures:
@@ -208,17 +208,17 @@ def _random(path: Path, size: int) -> None:
 
 
 def _sparse(path: Path, size: int) -> None:
-    """A tenth of it is data, a MiB here and there."""
-    places = random.Random(1).sample(range(size // MIB), size // MIB // 10)
+    """A tenth of the image is data, in random pieces of 1 MiB."""
+    indexes = random.Random(1).sample(range(size // MIB), size // MIB // 10)
     with path.open("wb") as file:
         file.truncate(size)
-        for place in sorted(places):
-            file.seek(place * MIB)
+        for index in sorted(indexes):
+            file.seek(index * MIB)
             file.write(os.urandom(MIB))
 
 
 def _qcow2(path: Path, count: int, sharing: int, every: int = 1, bits: int = 16) -> None:
-    """One cluster in `every` has data, which is stored."""
+    """One cluster in `every` has stored data."""
     options = ["--count", str(count), "--sharing", str(sharing), "--every", str(every), "--cluster-bits", str(bits)]
     command = [sys.executable, "-m", "benchmarks.images", "alternating", *options, str(path)]
     subprocess.run(command, check=True, cwd=peers.ROOT)
@@ -231,8 +231,8 @@ def _qcow2(path: Path, count: int, sharing: int, every: int = 1, bits: int = 16)
 class Results:
     rows: list[Row] = field(default_factory=list)
     #: Where the images were: folder and kind of file system.
-    place: str = ""
-    #: Ctrl-C came: the rest is not there.
+    folder: str = ""
+    #: Whether Ctrl-C ended the run early.
     interrupted: bool = False
 
     def json(self) -> list[dict[str, Any]]:
@@ -240,28 +240,28 @@ class Results:
 
 
 def measure(lamina: list[str], folder: Path, rounds: int, *, only: str = "", small: bool = False) -> Results:
-    """Measure what has `only` in its title, with the images in `folder` or, where that has room, in memory."""
+    """Measure the works with `only` in their titles, with the images in `folder` or, if there is enough space, in memory."""
     results = Results()
     programs = nbd_servers.programs(lamina)
-    with tempfile.TemporaryDirectory(dir=_place(folder, small), prefix="lamina-bench-nbd-") as there:
-        place = Path(there)
-        results.place = _file_system(place)
+    with tempfile.TemporaryDirectory(dir=_images_folder(folder, small), prefix="lamina-bench-nbd-") as there:
+        parent = Path(there)
+        results.folder = _file_system(parent)
         try:
-            for session in plan(lamina, place / "copy.raw", small):
+            for session in plan(lamina, parent / "copy.raw", small):
                 works = [work for work in session.works if only in work.title]
                 if works:
-                    results.rows += _session(session, works, programs, place, rounds)
-        except KeyboardInterrupt:  # what was measured shall not be lost
+                    results.rows += _session(session, works, programs, parent, rounds)
+        except KeyboardInterrupt:  # keep the results so far
             results.interrupted = True
     return results
 
 
-def _session(session: Session, works: list[Work], programs: list[Program], place: Path, rounds: int) -> Iterator[Row]:
+def _session(session: Session, works: list[Work], programs: list[Program], parent: Path, rounds: int) -> Iterator[Row]:
     programs = [program for program in programs if program.name not in session.leave_out]
     failed: dict[str, Failed] = {}
     servers: dict[str, Server] = {}
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
         certificates = None
         if session.tls:
             from tests.certificates import write_certificates
@@ -292,7 +292,7 @@ def _session(session: Session, works: list[Work], programs: list[Program], place
 
 
 def _in_turn(runs: Runs, rounds: int, *, seconds: bool) -> dict[str, Figures | Failed]:
-    """The best of each, with the CPU time of that round and the largest peak of all."""
+    """The best round of each, with the CPU time of that round and the largest peak of all rounds."""
     found: dict[str, Figures | Failed] = {}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -323,14 +323,14 @@ def _rows(work: Work, found: dict[str, Figures | Failed]) -> Iterator[Row]:
         for promise in work.promises if name == work.ours else ():
             row.target, row.verdict = promise.target, "n/a"
             ours = ok.get(name)
-            others = [one for one in ok if promise.beside and one.startswith(promise.beside)]
-            if ours and promise.beside is None and ours.bound:
-                row.beside, row.ratio = f"{ours.bound / MIB:.0f} MiB, peak", ours.peak / ours.bound
+            others = [one for one in ok if promise.peer and one.startswith(promise.peer)]
+            if ours and promise.peer is None and ours.bound:
+                row.peer, row.ratio = f"{ours.bound / MIB:.0f} MiB, peak", ours.peak / ours.bound
                 row.verdict = "met" if row.ratio <= promise.target else "missed"
             elif ours and others:
                 best = min if work.unit == "s" else max
-                row.beside = best(others, key=lambda one: ok[one].value)
-                row.ratio = ours.value / ok[row.beside].value
+                row.peer = best(others, key=lambda one: ok[one].value)
+                row.ratio = ours.value / ok[row.peer].value
                 met = row.ratio <= promise.target if work.unit == "s" else row.ratio >= promise.target
                 row.verdict = "met" if met else "missed"
             yield row
@@ -339,11 +339,11 @@ def _rows(work: Work, found: dict[str, Figures | Failed]) -> Iterator[Row]:
             yield row
 
 
-# -- where
+# -- the folder of the images
 
 
-def _place(folder: Path, small: bool) -> Path:
-    """tmpfs, if there is one with room for a copy of the image for each server, and for the sparse file and its copy."""
+def _images_folder(folder: Path, small: bool) -> Path:
+    """tmpfs, if it has space for a copy of the image for each server, and for the sparse file and its copy."""
     memory = Path("/dev/shm")
     needed = GIB if small else 5 * GIB
     try:
@@ -355,13 +355,15 @@ def _place(folder: Path, small: bool) -> Path:
     return memory if os.access(memory, os.W_OK) and min(free, available // 2) >= needed else folder
 
 
-def _file_system(place: Path) -> str:
-    told = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True, check=False).stdout.strip()
-    return f"{place.parent} ({told or 'file system unknown'})"
+def _file_system(parent: Path) -> str:
+    told = subprocess.run(
+        ["stat", "-f", "-c", "%T", parent], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return f"{parent.parent} ({told or 'file system unknown'})"
 
 
 def table(results: Results) -> str:
-    """The rows as a Markdown table that also reads well as it is."""
+    """The rows as an aligned Markdown table."""
     scale = {"k/s": 1e3, "GiB/s": float(GIB), "s": 1.0}
 
     def cpu(row: Row) -> str:
@@ -383,7 +385,7 @@ def table(results: Results) -> str:
                 cpu(row),
                 missing if row.peak is None else f"{row.peak / MIB:.0f}",
                 "" if row.ratio is None else f"{row.ratio:.2f}",
-                row.beside,
+                row.peer,
                 "" if row.target is None else f"{row.target:.2f}",
                 row.verdict or ("failed" if row.error else ""),
             )
@@ -399,7 +401,7 @@ def table(results: Results) -> str:
         [
             *(f"| {' | '.join(line)} |" for line in aligned),
             "",
-            f"Images in {results.place}. CPU: of the program named, by request where there is a rate.",
+            f"Images in {results.folder}. CPU: of the named program, for each request where there is a rate.",
             *(["Interrupted: the rest was not measured."] if results.interrupted else []),
             *(f"n/a: {row.program} ({row.work}): {row.error}" for row in results.rows if row.error),
         ]

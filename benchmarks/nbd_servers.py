@@ -1,7 +1,7 @@
-"""The NBD servers that are measured side by side: how each is started, and what the kernel says that it used.
+"""The measured NBD servers: their start, and the figures of the kernel for them.
 
 All listen on Unix sockets. CPU time and peak memory come from `/proc/PID`, so a server runs through all rounds of a work and
-the peak is set back before it. Nothing here imports Lamina.
+its peak is reset before it. Nothing here imports Lamina.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from . import peers
 from .measure import ENVIRONMENT, Failed
 
-#: Seconds that a server may take until it listens, and until it has ended.
+#: The most seconds until a server listens, and until it has ended.
 _PATIENCE = 10.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -30,7 +30,7 @@ NBDKIT = "nbdkit file"
 
 @dataclass(frozen=True)
 class Share:
-    """What is served, and how: an image and its format, its certificates' folder for TLS."""
+    """An image to serve, its format, and the folder of certificates for TLS."""
 
     image: Path
     form: str = "raw"
@@ -40,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Program:
-    """A server: `start`, the words that begin its command; none: `missing` says what to install."""
+    """A server: `start`, the first words of its command; if it is empty, `missing` says which package to install."""
 
     name: str
     start: Sequence[str]
@@ -64,7 +64,7 @@ class Program:
 
 
 def programs(lamina: list[str]) -> list[Program]:
-    """Ours, both QEMUs, and nbdkit, whether they are here or not."""
+    """Our server, both versions of qemu-nbd, and nbdkit, installed or not."""
     found = [Program(OURS, lamina)]
     for peer, otherwise in (
         (peers.system(), "qemu-nbd on PATH: install qemu-utils"),
@@ -81,7 +81,7 @@ def programs(lamina: list[str]) -> list[Program]:
 
 
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     def __init__(self, program: Program, process: subprocess.Popen[bytes], at: Path, share: Share) -> None:
         self.program = program
@@ -95,12 +95,12 @@ class Server:
 
     def cpu(self) -> float:
         """Seconds of CPU so far, user and system, of all threads."""
-        # The name of the command, in parentheses, may hold anything.
+        # The name of the command, in parentheses, may contain any character.
         fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     def peak(self) -> int:
-        """The most memory, in bytes, that it had at a time since `forget_peak`."""
+        """The peak memory in bytes since `forget_peak`."""
         status = (self._proc / "status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -115,24 +115,24 @@ class Server:
 
 @contextlib.contextmanager
 def serving(program: Program, share: Share, folder: Path) -> Iterator[Server]:
-    """Run `program`, with its socket in `folder`. Raises Failed if it is not there, or does not come to listen."""
+    """Run `program`, with its socket in `folder`. Raises Failed if it is not installed, or does not listen in time."""
     if program.missing:
         raise Failed(program.missing)
     at = Path(tempfile.mkdtemp(dir=folder, prefix="socket-"), "s")
-    with tempfile.TemporaryFile() as complaint:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             program.command(share, at),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=complaint,
+            stderr=errors,
             env=ENVIRONMENT,
         )
         try:
             deadline = time.monotonic() + _PATIENCE
             while not _listens(at):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    complaint.seek(0)
-                    lines = complaint.read().decode(errors="replace").strip().splitlines()
+                    errors.seek(0)
+                    lines = errors.read().decode(errors="replace").strip().splitlines()
                     raise Failed(lines[-1] if lines else "it does not listen")
                 time.sleep(0.02)
             yield Server(program, process, at, share)

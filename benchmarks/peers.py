@@ -1,8 +1,8 @@
-"""Where the programs that Lamina is tested and measured against are: the one place that knows.
+"""The paths of the programs with which Lamina is tested and compared.
 
 `system` is the QEMU of this machine, found on PATH. `newest` is a second, newer one in a folder of its own, named by
-`LAMINA_PEERS_BIN`, or `bin` beneath `LAMINA_PEERS`, or by the script `../shared/tools/peers` where a checkout has it.
-The tests (`tests/conftest.py`) and the benchmark (`benchmarks/run.py`) both ask here. Nothing here imports Lamina.
+`LAMINA_PEERS_BIN`, or `bin` below `LAMINA_PEERS`, or by the script `../shared/tools/peers` if a checkout has it. The tests
+(`tests/conftest.py`) and the benchmark (`benchmarks/run.py`) both use this module. Nothing here imports Lamina.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def system() -> Peer | None:
 
 
 def newest() -> Peer | None:
-    """The newer QEMU in its own folder, or None when no folder is named or it holds no qemu-img."""
+    """The newer QEMU in its own folder, or None if no folder is named or it contains no qemu-img."""
     folder = _newest_folder()
     return _peer(folder) if folder else None
 

@@ -1,8 +1,8 @@
-"""Small requests: what a read of 4 KiB costs, through the library and beside `qemu-img bench`, and what a filter adds to it.
+"""Small requests: the cost of a read of 4 KiB in the library compared with `qemu-img bench`, and the cost of a filter.
 
-`python -m benchmarks.requests FOLDER` wants the images of `run.py` there (`make bench` calls it with its own). All read the
-same offsets, over the whole disk: every 17th block of 4 KiB, and of the qcow2 image, every other cluster of which is a hole,
-also one block of each stored cluster. The library reads from one thread, so its rate is held against the peer's with one
+`python -m benchmarks.requests FOLDER` needs the images of `run.py` in FOLDER (`make bench` passes its own). All programs read
+the same offsets over the whole disk: every 17th block of 4 KiB, and of the qcow2 image, in which every other cluster is a
+hole, also one block of each stored cluster. The library reads in one thread, so its rate is compared with the peer's with one
 request in flight and with 64.
 """
 
@@ -22,7 +22,7 @@ COUNT = 100_000
 STEP = 17 * 4096
 STORED = 2 * 65536
 
-#: Runs in a child of its own, so that it is measured as a user's program is: best of five, in seconds a request.
+#: Runs in a child process, like a program of a user: the best of five, in seconds for each request.
 LIBRARY = """\
 import json, sys, time
 import lamina
@@ -46,24 +46,24 @@ def seconds(image, count, step):
 path, form, count, step = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 bare = lamina.open(path, format=form)
 through = Image(Pass(Child(lamina.open(path, format=form).node, "image", grows=True)))
-# In turn, so that a noisy moment hits both.
+# In turn, so that noise of the machine affects both.
 times = [(seconds(bare, count, step), seconds(through, count, step)) for _ in range(5)]
 print(json.dumps([min(bare for bare, _ in times), min(passed for _, passed in times)]))
 """
 
-#: (peer's requests in flight, format) -> how many times its rate is promised.
+#: (requests in flight of the peer, format) -> the promised ratio to its rate.
 TARGETS = {(1, "raw"): 3.0, (1, "qcow2"): 2.5, (64, "raw"): 0.6, (64, "qcow2"): 0.6}
 
 
 def library(path: Path, form: str, step: int) -> tuple[float, float]:
-    """Seconds that a read takes, and that it takes through one filter that lets all pass."""
+    """The seconds of a read, and of a read through one filter that passes all requests on."""
     command = [sys.executable, "-c", LIBRARY, str(path), form, str(COUNT), str(step)]
     bare, through = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return bare, through
 
 
 def bench(peer: peers.Peer, path: Path, form: str, step: int, depth: int) -> float:
-    """Seconds a request of qemu-img bench, best of three."""
+    """The seconds of one request of qemu-img bench, best of three."""
     options = ["-f", form, "-c", str(COUNT), "-d", str(depth), "-s", "4096", "-S", str(step)]
     times = []
     for _ in range(3):

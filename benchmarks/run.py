@@ -1,8 +1,8 @@
-"""One command: Lamina beside qemu-img and other servers, on the same images, on the same machine, in the same run.
+"""Lamina compared with qemu-img and other servers, on the same images, on the same machine, in the same run.
 
-`python -m benchmarks.run` makes its images, runs the commands in turn, checks that each result is right, prints a table
-with the ratios that the project promises, and removes what it made. Exit status 0 when all was measured, whatever the
-figures are (a missed target is a measurement); 1 when a command failed, gave a wrong result, or had no peer beside it.
+`python -m benchmarks.run` makes its images, runs the commands in turn, checks each result, prints a table with the ratios
+that the project promises, and removes its files. The exit status is 0 if everything was measured, whatever the figures are (a
+missed target is a measurement); 1 if a command failed, gave a wrong result, or had no peer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from . import nbd, peers, requests
-from .measure import Failed, Figures, Task, anything, floor, in_turn
+from .measure import Failed, Figures, Task, anything, idle_peak, in_turn
 
 MIB = 1 << 20
 GIB = 1 << 30
 
-#: No command of ours may need more memory than this.
+#: The most memory of each of our commands.
 MEMORY_TARGET = 200 * MIB
 
-#: Start-up is told in multiples of this.
+#: Start-up is measured in multiples of this program.
 INTERPRETER = "python3 -c pass"
 
 LIBRARY = """\
@@ -44,8 +44,8 @@ with lamina.open(sys.argv[1], format="qcow2") as image:
 class Group:
     """Commands that do the same work.
 
-    `make_tasks` makes the images and returns the tasks. `targets` names our programs among them, each with the highest
-    ratio to the best of the others, in `basis` ("cpu" or "wall"), that is promised; None where a ratio is only shown.
+    `make_tasks` makes the images and returns the tasks. `targets` contains our programs, each with the promised highest ratio
+    to the best of the others, in `basis` ("cpu" or "wall"); None if the ratio is only shown.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass
 class Row:
-    """One line of the table, one record of the JSON results: seconds and bytes, None where it could not be measured."""
+    """One line of the table, one record of the JSON results: seconds and bytes, None if they could not be measured."""
 
     work: str
     program: str
@@ -65,7 +65,7 @@ class Row:
     cpu: float | None = None
     memory: int | None = None
     basis: str = ""
-    beside: str = ""
+    peer: str = ""
     ratio: float | None = None
     target: float | None = None
     verdict: str = ""
@@ -73,7 +73,7 @@ class Row:
 
 
 def lamina_command() -> list[str]:
-    """The installed command beside this interpreter, as users start it, or else the module."""
+    """The installed command next to this interpreter, as users start it, or else the module."""
     script = Path(sys.executable).with_name("lamina")
     return [str(script)] if script.exists() else [sys.executable, "-m", "lamina"]
 
@@ -97,7 +97,7 @@ def prints(expected: str) -> Callable[[Path], None]:
 
 
 def has_content_of(source: Path, made: Path, judge: peers.Peer) -> Callable[[Path], None]:
-    """The check that two images, each named with its format as suffix, read the same."""
+    """A check that two images, each with its format as suffix, have equal content."""
 
     def check(_stdout: Path) -> None:
         formats = ["-f", source.suffix[1:], "-F", made.suffix[1:]]
@@ -110,7 +110,7 @@ def has_content_of(source: Path, made: Path, judge: peers.Peer) -> Callable[[Pat
 
 
 def plan(folder: Path, rounds: int, small: bool, others: list[peers.Peer]) -> Iterator[Group]:
-    """What is to be measured. The images come into being in `folder` when the tasks of a group are first asked for."""
+    """The groups. The images are made in `folder` when the tasks of a group are first used."""
     lamina = lamina_command()
     count = 10_000 if small else 1 << 20
     size, content = (GIB // 4, GIB // 16) if small else (4 * GIB, 3 * GIB // 2)
@@ -119,7 +119,7 @@ def plan(folder: Path, rounds: int, small: bool, others: list[peers.Peer]) -> It
         path = folder / (f"small-{name}" if small else name)
         if not path.exists():
             print(f"making {path.name} ...", file=sys.stderr, flush=True)
-            # In a child, so that the memory it takes does not count in the children measured later.
+            # In a child, so that its memory does not count in the children that are measured later.
             command = [sys.executable, "-m", "benchmarks.images", kind, *options, str(path)]
             subprocess.run(command, check=True, cwd=peers.ROOT)
         return path
@@ -164,7 +164,7 @@ def plan(folder: Path, rounds: int, small: bool, others: list[peers.Peer]) -> It
 
 
 def rows_of(group: Group, tasks: list[Task], found: dict[str, Figures | Failed]) -> Iterator[Row]:
-    """The lines of the table for one group; ours also with their ratio to the best of the others."""
+    """The lines of the table for one group; ours also have their ratio to the best of the others."""
     ok = {program: figures for program, figures in found.items() if isinstance(figures, Figures)}
     others = {program: figures for program, figures in ok.items() if program not in group.targets}
 
@@ -183,8 +183,8 @@ def rows_of(group: Group, tasks: list[Task], found: dict[str, Figures | Failed])
             row.target = group.targets[task.program]
             row.verdict = "n/a"
             if task.program in ok and others:
-                row.beside = INTERPRETER if INTERPRETER in others else min(others, key=seconds)
-                row.ratio = seconds(task.program) / max(seconds(row.beside), 1e-9)
+                row.peer = INTERPRETER if INTERPRETER in others else min(others, key=seconds)
+                row.ratio = seconds(task.program) / max(seconds(row.peer), 1e-9)
                 missed = [group.basis] if row.target is not None and row.ratio > row.target else []
                 if ok[task.program].memory > MEMORY_TARGET:
                     missed.append("memory")
@@ -193,7 +193,7 @@ def rows_of(group: Group, tasks: list[Task], found: dict[str, Figures | Failed])
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table that also reads well as it is."""
+    """The rows as an aligned Markdown table."""
 
     def cell(value: float | None, form: str) -> str:
         return "n/a" if value is None else format(value, form)
@@ -209,7 +209,7 @@ def table(rows: list[Row]) -> str:
                 cell(row.cpu, ".3f"),
                 cell(row.memory and row.memory / MIB, ".0f"),
                 ratio,
-                f"{row.beside}, {row.basis}" if row.beside else "",
+                f"{row.peer}, {row.basis}" if row.peer else "",
                 cell(row.target, ".2f") if row.target is not None else "",
                 row.verdict,
             )
@@ -226,7 +226,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each command that count; the best is told (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured runs of each command; the best counts (5)")
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
     parser.add_argument(
         "--dir", type=Path, help="work in this existing folder (about 8 GiB) instead of a temporary one"
@@ -234,14 +234,14 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="with --dir: leave the images there for the next run")
     parser.add_argument("--only", metavar="WORD", default="", help="only the work whose title contains WORD")
     parser.add_argument(
-        "--small", action="store_true", help="small images, to try this program; the figures mean nothing"
+        "--small", action="store_true", help="small images, to try this program; the figures have no meaning"
     )
     options = parser.parse_args()
     if options.keep and not options.dir:
         parser.error("--keep needs --dir")
     others = [peer for peer in (peers.system(), peers.newest()) if peer]
     if not others:
-        print("no qemu-img was found: nothing to measure beside (install qemu-utils)", file=sys.stderr)
+        print("no qemu-img was found for the comparison (install qemu-utils)", file=sys.stderr)
 
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
@@ -249,7 +249,7 @@ def main() -> int:
             folder = options.dir
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.dir, prefix="lamina-bench-")))
-        least = floor(folder)
+        least = idle_peak(folder)
         for group in plan(folder, options.rounds, options.small, others):
             if options.only in group.title:
                 print(f"measuring {group.title} ...", file=sys.stderr, flush=True)
@@ -276,14 +276,14 @@ def main() -> int:
     if rows:
         print(table(rows))
         print(
-            f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round, beside the best of the peers."
+            f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round; ratios to the best of the peers."
         )
     print(f"Python {machine['python']}, {machine['cpus']} CPUs, Linux {machine['kernel']}.", end=" ")
-    print(f"A program that does nothing reads {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")
+    print(f"An idle program has {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")
     if small_requests:
         print(f"\n{requests.table(small_requests)}")
     if served.rows:
-        print(f"\n{nbd.table(served)}\nBest of {min(options.rounds, 3)}, in turn, beside the best of the peers.")
+        print(f"\n{nbd.table(served)}\nBest of {min(options.rounds, 3)}, in turn; ratios to the best of the peers.")
     for row in rows:
         if row.error:
             print(f"n/a: {row.program} ({row.work}): {row.error}")

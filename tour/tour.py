@@ -1,10 +1,9 @@
-"""The main job, end to end, on real files in a temporary folder: every command is printed before its output.
+"""A demonstration on real files in a temporary folder: every command is printed before its output.
 
-Two images are made, one over the other, and two patterns written. Then the question that this project is about: which bytes
-are stored, which read as zero, which layer are they from, and where do they lie? It is asked of the images alone and through
-a filter that declares a request alignment of 4096; the patterns are read back through that filter, and the image is copied
-through it. Where qemu-img is installed, its answer stands beside ours. An answer that is not the right one ends the tour with
-exit status 1.
+The tour creates two images, one over the other, and writes two patterns. Then it queries the status of every byte: whether it
+is stored or reads as zero, its layer, and its location. It does so for the images alone and through a filter that declares a
+request alignment of 4096; it reads the patterns back through that filter, and copies the image through it. If qemu-img is
+installed, its output is shown as well. A wrong result ends the tour with exit status 1.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def zero(start: int, length: int, depth: int) -> dict[str, Any]:
 
 
 def exact(depth: int) -> Rows:
-    """The four extents that the two patterns leave in the lower image, as seen from `depth` layers above it."""
+    """The four extents of the two patterns in the lower image, as seen from `depth` layers above it."""
     return [
         data(0, 512, depth, 27648),
         zero(512, 512, depth),
@@ -50,7 +49,7 @@ def rounded(depth: int) -> Rows:
 
 
 class Tour:
-    """Runs commands in one folder, and counts the answers that are not right."""
+    """Runs commands in one folder, and counts the wrong results."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -65,16 +64,16 @@ class Tour:
         print(f"$ lamina {shlex.join(command)}", flush=True)
         return self._output([sys.executable, "-m", "lamina", *command], must=True)
 
-    def map(self, right: Rows, *arguments: str, beside: bool = True) -> None:
-        """Map, hold the rows against the right ones, and show what qemu-img says to the same arguments."""
+    def map(self, right: Rows, *arguments: str, compare: bool = True) -> None:
+        """Run `map`, compare the rows with the correct ones, and show the output of qemu-img for the same arguments."""
         rows = json.loads(self.run("map", "--output=json", *arguments))
         self.expect([{key: value for key, value in row.items() if key in KEYS} for row in rows] == right)
-        if self.qemu_img and beside:
-            print(f"  beside it: qemu-img {shlex.join(['map', '--output=json', *arguments])}", flush=True)
+        if self.qemu_img and compare:
+            print(f"  for comparison: qemu-img {shlex.join(['map', '--output=json', *arguments])}", flush=True)
             self._output([self.qemu_img, "map", "--output=json", *arguments], indent="  | ")
 
     def expect(self, right: bool) -> None:
-        print("  -> as it must be" if right else "  -> WRONG", flush=True)
+        print("  -> correct" if right else "  -> WRONG", flush=True)
         self.wrong += not right
 
     def write(self, name: str, content: bytes) -> None:
@@ -86,7 +85,7 @@ class Tour:
             return file.read()
 
     def stop(self, pid_file: str) -> None:
-        """End the server whose process id is in that file, and wait until it has removed it."""
+        """End the server whose process id is in that file, and wait until it has removed the file."""
         path = os.path.join(self.folder, pid_file)
         os.kill(int(self.read(pid_file)), signal.SIGTERM)
         deadline = time.monotonic() + 10
@@ -102,51 +101,51 @@ class Tour:
         return done.stdout
 
 
-#: What the answers are held to; whether a row is present or compressed is shown, too.
+#: The compared keys; the output also has "present" and "compressed".
 KEYS = {"start", "length", "depth", "zero", "data", "offset"}
 
 
 def tour(here: Tour) -> None:
-    here.say("Two images: 512-byte clusters below, 1 MiB clusters above. Two patterns go into the lower one.")
+    here.say("Two images: 512-byte clusters below, 1 MiB clusters above. Two patterns are written to the lower one.")
     here.run("create", "-f", "qcow2", "-o", "cluster_size=512", "back.qcow2", "100M")
     here.run("io", "-c", "w -P1 0 512", "-c", "w -P1 1k 512", "-f", "qcow2", "back.qcow2")
     here.run("create", "-f", "qcow2", "-F", "qcow2", "-b", "back.qcow2", "-o", "cluster_size=1M", "top.qcow2")
     here.run("info", "top.qcow2")
 
     through = FILTER.format("top.qcow2")
-    here.say("1. The image alone: four exact extents, stored one layer down.")
+    here.say("1. The image alone: four exact extents, stored one layer below the top.")
     here.map(exact(1), "-f", "qcow2", "top.qcow2")
-    here.say("2. Behind a filter that declares 4096-byte requests: rounded to what it declares, and nothing lost.")
+    here.say("2. Through a filter that declares requests of 4096 bytes: rounded to that alignment.")
     here.map(rounded(1), "--image-opts", through)
-    here.say("3. The same, exact: a filter that leaves bytes alone never changes the exact answer.")
-    here.map(exact(1), "--exact", "--image-opts", through, beside=False)
-    here.say("4. The lower image alone behind the filter.")
+    here.say("3. The same with --exact: a filter that leaves bytes alone does not change the exact status.")
+    here.map(exact(1), "--exact", "--image-opts", through, compare=False)
+    here.say("4. The lower image alone, through the filter.")
     here.map(rounded(0), "--image-opts", FILTER.format("back.qcow2"))
 
-    here.say("Read the patterns back through the filter (a pattern that differs would fail the command).")
+    here.say("Read the patterns back through the filter (a different pattern would fail the command).")
     patterns = ["-c", "read -P1 0 512", "-c", "read -P0 512 512", "-c", "read -P1 1k 512", "-c", "read -P0 1536 2560"]
     here.run("io", "-r", *patterns, "--image-opts", through)
 
-    here.say("Copy the image through the filter to raw, and hold every byte against the original.")
+    here.say("Copy the image through the filter to raw, and compare every byte with the original.")
     here.run("convert", "-O", "raw", "--image-opts", through, "copy.raw")
     here.run("compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2")
     status = os.stat(os.path.join(here.folder, "copy.raw"))
     print(f"  copy.raw: {status.st_size} bytes long, {status.st_blocks * 512} bytes on disk", flush=True)
     here.expect(status.st_size == MIB100)
     if here.qemu_img:
-        print("  beside it: qemu-img compare -f raw -F qcow2 copy.raw top.qcow2", flush=True)
+        print("  for comparison: qemu-img compare -f raw -F qcow2 copy.raw top.qcow2", flush=True)
         said = here._output(
             [here.qemu_img, "compare", "-f", "raw", "-F", "qcow2", "copy.raw", "top.qcow2"], indent="  | "
         )
         here.expect(said.strip() == "Images are identical.")
 
-    here.say("And both images are whole.")
+    here.say("Check both images.")
     for image in ("back.qcow2", "top.qcow2"):
         here.run("check", "-f", "qcow2", image)
 
 
 def over_nbd(here: Tour) -> None:
-    """A disk whose size is no multiple of its block, served: what is promised is kept, to the last byte."""
+    """Serve a disk whose size is not a multiple of its block size: the server keeps its promises up to the last byte."""
     here.say("A disk of 1000 bytes behind a filter with blocks of 512, served over NBD on a Unix socket.")
     here.write("odd.raw", bytes(range(1, 251)) * 4)
     options = "driver=blkdebug,align=512,image.driver=file,image.filename=odd.raw"
@@ -155,16 +154,16 @@ def over_nbd(here: Tour) -> None:
     try:
         here.run("info", uri)
         here.say(
-            "5. Its size is whole blocks, and so is every extent; what the file really holds is there for who asks."
+            "5. The size of the export is a multiple of the block, and so is every extent; lamina:exact has the exact ones.",
         )
         rows = json.loads(here.run("map", "--output=json", "--context=base:allocation", uri))
         here.expect([(row["offset"], row["length"], row["type"]) for row in rows] == [(0, 1024, 0)])
         rows = json.loads(here.run("map", "--output=json", "--context=lamina:exact", uri))
         here.expect([(row["offset"], row["length"]) for row in rows] == [(0, 1000), (1000, 24)])
         if nbdinfo := shutil.which("nbdinfo"):
-            print(f"  beside it: nbdinfo --map {uri}", flush=True)
+            print(f"  for comparison: nbdinfo --map {uri}", flush=True)
             here._output([nbdinfo, "--map", uri], indent="  | ")
-        here.say("Copy it from the server, byte for byte.")
+        here.say("Copy it from the server and compare.")
         here.run("copy", uri, "fetched.raw")
         here.expect(here.read("fetched.raw") == here.read("odd.raw") + bytes(24))
     finally:
@@ -176,8 +175,8 @@ def main() -> int:
         here = Tour(folder)
         tour(here)
         over_nbd(here)
-        beside = "" if here.qemu_img else " (qemu-img is not installed: nothing stands beside our answers)"
-        print(f"\n{'Not one byte is lost' if not here.wrong else f'{here.wrong} answers are wrong'}{beside}.")
+        without = "" if here.qemu_img else " (qemu-img is not installed: there is no comparison with it)"
+        print(f"\n{'All results are correct' if not here.wrong else f'{here.wrong} results are wrong'}{without}.")
         return int(here.wrong > 0)
 
 
