@@ -163,7 +163,7 @@ def test_a_new_qcow2_is_whole_sectors(
     capsys.readouterr()
     assert main(["convert", "-q", "-O", "qcow2", "odd.raw", "odd.qcow2"]) == 0
     assert caplog.messages == [
-        "odd.qcow2: the size 1001 is rounded up to 1024: a qcow2 disk is whole sectors of 512 bytes"
+        "odd.qcow2: the size 1001 is rounded up to 1024, since a qcow2 disk consists of sectors of 512 bytes"
     ]
     assert main(["info", "--output=json", "odd.qcow2"]) == 0
     assert json.loads(capsys.readouterr().out)["virtual-size"] == 1024

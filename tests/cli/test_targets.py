@@ -270,7 +270,7 @@ def test_where_files_have_names_a_kill_leaves_one(folder: Path) -> None:
 
 def test_odd_sizes(qemu: Qemu, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "odd.raw").write_bytes(b"x" * 1000)
-    told = "is rounded up to 1024: a qcow2 disk is whole sectors of 512 bytes\n"
+    told = "is rounded up to 1024, since a qcow2 disk consists of sectors of 512 bytes\n"
     assert run("create", "-q", "-f", "qcow2", "new", "1000") == f"new: the size 1000 {told}"
     assert run("create", "-q", "-f", "qcow2", "-b", "odd.raw", "-F", "raw", "over") == f"over: the size 1000 {told}"
     assert run("create", "-q", "exact", "1000") == ""

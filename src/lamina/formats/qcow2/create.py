@@ -1,4 +1,4 @@
-"""New qcow2 images, and what the header of one says to a person."""
+"""Creating qcow2 images, and describing them for `lamina info`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ SCHEMA = Schema(
         Option("compat", "enum", "version: 0.10 (v2) or 1.1 (v3)", default="1.1", choices=("0.10", "1.1", "v2", "v3")),
         Option("refcount_bits", "int", "width of a reference count: 1, 2, 4 ... 64", default=16, minimum=1, maximum=64),
         Option(
-            "compression_type", "enum", "how compressed clusters are packed", default="zlib", choices=("zlib", "zstd")
+            "compression_type", "enum", "algorithm of compressed clusters", default="zlib", choices=("zlib", "zstd")
         ),
-        Option("backing_file", "str", "the layer below: a path, relative to the new image's directory"),
-        Option("backing_fmt", "str", "format of the backing file; never guessed"),
+        Option("backing_file", "str", "path of the backing file, relative to the folder of the new image"),
+        Option("backing_fmt", "str", "format of the backing file; never detected"),
         Option("encrypt", "dict", "encrypt the data of the guest", items=_ENCRYPT),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
     ],
@@ -56,7 +56,7 @@ SCHEMA = Schema(
 
 
 def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET) -> None:
-    """Check what concerns more than one option, and the backing file, before anything is made. Completes `values`."""
+    """Check combinations of options, and the backing file, before the image is created. Completes `values`."""
     if not is_power_of_two(values["cluster_size"]):
         raise OptionError(f"cluster_size {values['cluster_size']} is not a power of two", path=target)
     if not is_power_of_two(values["refcount_bits"]):
@@ -104,7 +104,7 @@ def _prepare_encryption(values: Mapping[str, Any], target: str) -> None:
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Whether two paths name one file, be it by links of either kind; or would, since there is none yet."""
+    """Whether two paths lead to one file, through links of either kind, or would if it existed."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):
@@ -112,20 +112,20 @@ def _is_same_file(first: str, second: str) -> bool:
 
 
 def _round_size(values: dict[str, Any], target: str) -> None:
-    """A disk is whole sectors: of one that is not, QEMU shows less than it has."""
+    """Round the size up to whole sectors: QEMU drops an incomplete last sector."""
     size = values.get("size")
     if size is not None and size % q.SECTOR:
         values["size"] = align_up(size, q.SECTOR)
         tell(
             target,
-            f"the size {size} is rounded up to {values['size']}: a qcow2 disk is whole sectors of {q.SECTOR} bytes",
+            f"the size {size} is rounded up to {values['size']}, since a qcow2 disk consists of sectors of {q.SECTOR} bytes",
         )
 
 
 def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budget) -> None:
     from ...graph import open_graph
 
-    # The user names this file, now: it may lie anywhere. Its own backing file is not needed to know its size.
+    # The user gives this name, so the policy for references does not apply. The size is known without its backing file.
     spec = {"driver": values["backing_fmt"], "file": {"filename": where}}
     try:
         node = open_graph(spec, budget=budget, no_references=True)
@@ -138,14 +138,14 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
     finally:
         node.close()
     if os.path.lexists(target):
-        # Nor may it be a file deeper in the chain. (Only looked at: locks say nothing about that.)
+        # The target must not be a file deeper in the chain either. Locks do not matter for this check.
         try:
             node = open_graph(spec, budget=budget, force_share=True)
         except LimitExceeded as error:
             error.hint = f"{error.hint}, or use -u to skip this check" if error.hint else "use -u to skip this check"
             raise
         except LaminaError:
-            return  # one that does not open by itself, which is allowed here
+            return  # a backing file that cannot be opened is allowed
         try:
             refuse_own(node, target, what="backing file")
         finally:
@@ -153,7 +153,7 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
 
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
-    """Lay a new image of `size` bytes out in `storage`, which is empty. `values` as parsed by SCHEMA."""
+    """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
     if q.l1_entries(size, bits) * 8 > q.MAX_L1_BYTES:
@@ -182,11 +182,11 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         storage.truncate(0)
     elif storage.size < 3 * cluster_size:
         raise OptionError(
-            f"an image needs more than the {storage.size} bytes that there are",
+            f"a new image needs {3 * cluster_size} bytes or more, but the storage has {storage.size}",
             path=storage.node.filename,
             hint="use a larger device, or a smaller cluster_size",
         )
-    # An empty disk first: header, a refcount table, and one refcount block that counts these three clusters.
+    # An empty disk first: the header, a refcount table, and a refcount block with the counts of these three clusters.
     first = bytearray(3 * cluster_size)
     whole = header.to_bytes()
     first[: len(whole)] = whole
@@ -209,7 +209,7 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
 
 
 def _three_used(refcount_bits: int) -> bytes:
-    """The first bytes of a refcount block whose first three counts are 1."""
+    """The first bytes of a refcount block, with three counts of 1."""
     if refcount_bits >= 8:
         return (1).to_bytes(refcount_bits // 8, "big") * 3
     packed = sum(1 << at * refcount_bits for at in range(3))
@@ -221,7 +221,7 @@ def _version(values: Mapping[str, Any]) -> int:
 
 
 def describe(storage: Child, header: Header) -> ImageInfo:
-    """What `lamina info` says, as far as the header of the image in `storage` tells; see `Format.inspect`."""
+    """The result of `lamina info` for the image in `storage`, from its header; see `Format.inspect`."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.version == 2 else "1.1",
         "compression-type": q.COMPRESSION_TYPES.get(header.compression_type, str(header.compression_type)),

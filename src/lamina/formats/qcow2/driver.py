@@ -1,4 +1,4 @@
-"""The qcow2 node: its options, its children, and the hooks of the contract, which `Tables` answers with all that it owns."""
+"""The qcow2 node: its options, its children, and the hooks of the contract, which `Tables` implements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...results import ImageInfo
 
 
-#: Clusters that are zeroed or discarded while the tables are locked, some 20 ms; other requests come in between.
+#: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
 _STEP_CLUSTERS = 1 << 15
 
 
@@ -47,14 +47,14 @@ class Qcow2(FormatNode):
     schema: ClassVar[Schema] = Schema(
         "qcow2",
         [
-            Option("file", "node", "where the image lies", required=True),
-            Option("backing", "node", "the layer below, instead of the one that the image names"),
+            Option("file", "node", "storage of the image", required=True),
+            Option("backing", "node", "backing node, in place of the backing file in the header"),
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
     prepare_create = staticmethod(_create.prepare)
-    #: Whether it has its tables: an opening that failed leaves a node without them.
+    #: Whether the tables are loaded. A node whose opening failed has none.
     _loaded = False
 
     def __init__(
@@ -77,7 +77,7 @@ class Qcow2(FormatNode):
             on_corrupt=self._stop_writing,
         )
         self._loaded = True
-        self._map_one = self.tables.mappings.map_one  # asked by every read
+        self._map_one = self.tables.mappings.map_one  # called for every read
         self._compression = Compression(self.tables)
 
     @classmethod
@@ -124,7 +124,7 @@ class Qcow2(FormatNode):
             self.flush()
         return check(self.file, self.header)
 
-    # -- what it is
+    # -- properties
 
     @property
     def size(self) -> int:
@@ -190,7 +190,7 @@ class Qcow2(FormatNode):
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         if self.header.version < 3 and to is not To.BELOW and self.backing is not None:
-            # Without a flag for zero a cluster that is dropped shows what the backing file holds.
+            # Version 2 has no zero flag: a dropped cluster shows the bytes of the backing file.
             what = "zero" if to is To.ZERO else "discard"
             raise NotSupported(
                 f"version 2 cannot {what} clusters over a backing file", node=self.name, operation=what, offset=offset
@@ -202,7 +202,7 @@ class Qcow2(FormatNode):
 
         resize(self, self.tables, size)
 
-    # -- to disk
+    # -- flush, and the modes of access
 
     def flush(self) -> None:
         self.tables.flush()
@@ -230,7 +230,7 @@ class Qcow2(FormatNode):
         self.file.flush()
 
     def _clear_autoclear_features(self) -> None:
-        # They promise that a writer kept something up to date which this one does not know.
+        # They say that all writers kept certain structures up to date, which this driver does not.
         if self.header.autoclear_features:
             self.header.autoclear_features = 0
             self.header.store(self.file, "autoclear_features")
@@ -244,7 +244,7 @@ class Qcow2(FormatNode):
     def after_fork(self) -> None:
         super().after_fork()
         if self._loaded:
-            self.tables.changes = False  # the thread that was changing them is the parent's
+            self.tables.changes = False  # the thread that was changing them exists only in the parent process
 
     def close(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Reading and writing the qcow2 header: each field is checked against its limit before anything uses it."""
+"""The qcow2 header: reading and writing. Each field is checked against its limit before it is used."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Header:
-    """What the header of an image says, checked. Units are bytes. Change a field, then `store` it.
+    """The checked header of an image. Units are bytes. Change a field, then `store` it.
 
-    The fields of the header are attributes by their names in `layout`; those that a header may lack have a value here. (No
-    dataclass: importing that costs `lamina info` a tenth of its time.)
+    The attributes have the names of the fields in `layout`; fields that a header may lack have defaults. (This is no
+    dataclass, since the import of `dataclasses` takes a tenth of the time of `lamina info`.)
     """
 
     version: int
@@ -37,7 +37,7 @@ class Header:
     autoclear_features: int = 0
     compression_type: int = 0
     backing_file: str | None = None
-    #: (type, data) of every extension, in their order, those that we do not know included.
+    #: (type, data) of all extensions, in order, including unknown ones.
     extensions: list[tuple[int, bytes]]
 
     def __init__(self, **fields: Any) -> None:
@@ -68,16 +68,16 @@ class Header:
 
     @property
     def encryption_header(self) -> tuple[int, int] | None:
-        """Where the LUKS header lies, and its length; None where there is none. Not checked."""
+        """The offset and length of the LUKS header, unchecked; None if there is none."""
         data = self.extension(q.EXT_ENCRYPTION) if self.crypt_method == 2 else None
         if data is None or len(data) < q.ENCRYPTION_POINTER.size:
             return None
-        place = q.ENCRYPTION_POINTER.unpack(data)
-        return place.offset, place.length
+        pointer = q.ENCRYPTION_POINTER.unpack(data)
+        return pointer.offset, pointer.length
 
     def require_openable(self, path: str, *, writable: bool) -> None:
-        """Raise UnsupportedFeature or CorruptImage where this image uses a feature that is not implemented, or must be
-        repaired before it is written to."""
+        """Raise UnsupportedFeature if the image uses a feature that is not implemented, or CorruptImage if it needs a repair
+        before writes."""
         if missing := self.unsupported():
             raise UnsupportedFeature(
                 f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
@@ -94,7 +94,7 @@ class Header:
             )
 
     def unsupported(self) -> list[str]:
-        """The features that this image uses and that this version of Lamina does not have, by name."""
+        """The names of the features of this image that are not implemented."""
         found = []
         if self.crypt_method not in q.CRYPT_METHODS:
             found.append("unknown encryption")
@@ -118,15 +118,17 @@ class Header:
         names = {}
         for at in range(0, len(table) - q.FEATURE_NAME_SIZE + 1, q.FEATURE_NAME_SIZE):
             name = table[at + 2 : at + q.FEATURE_NAME_SIZE].rstrip(b"\0").decode("utf-8", "replace")
-            names[(table[at], table[at + 1])] = printable(name)  # shown in messages, and written by the image's author
+            names[(table[at], table[at + 1])] = printable(
+                name
+            )  # the author of the image chose it, and messages show it
         return names
 
     # -- reading
 
     @classmethod
     def read(cls, storage: Child) -> Header:
-        """The header of the image in `storage`. Raises FormatError, CorruptImage, LimitExceeded or UnsupportedFeature that
-        name the field; never because of features that `unsupported` lists."""
+        """The header of the image in `storage`. Raises FormatError, CorruptImage, LimitExceeded or UnsupportedFeature, with
+        the name of the field; never for the features in `unsupported`."""
         try:
             return cls._parse(storage)
         except FormatError as error:
@@ -139,10 +141,10 @@ class Header:
         first = bytearray(min(file_size, 1 << q.MIN_CLUSTER_BITS))
         storage.read_into(0, memoryview(first))
         if bytes(first[:4]) != q.MAGIC:
-            raise FormatError("this is not a qcow2 image: its magic is missing", hint="check the format (-f)")
+            raise FormatError("this is not a qcow2 image: the magic number is missing", hint="check the format (-f)")
         raw = q.HEADER_V2.unpack(first)
         if raw.version not in (2, 3):
-            raise UnsupportedFeature(f"qcow2 version {raw.version}; versions 2 and 3 exist here")
+            raise UnsupportedFeature(f"qcow2 version {raw.version} is not supported; versions 2 and 3 are")
         _within("cluster_bits", raw.cluster_bits, q.MIN_CLUSTER_BITS, q.MAX_CLUSTER_BITS)
         cluster_size = 1 << raw.cluster_bits
         values: dict[str, Any] = raw._asdict()
@@ -150,7 +152,7 @@ class Header:
             values = q.HEADER_V3.unpack(first)._asdict()
             _within("header_length", values["header_length"], q.HEADER_V3.size, cluster_size)
             if values["header_length"] > file_size:
-                raise CorruptImage(f"header_length is {values['header_length']}, and the file ends at {file_size}")
+                raise CorruptImage(f"header_length is {values['header_length']}, but the file has {file_size} bytes")
             if values["header_length"] % 8:
                 raise CorruptImage(f"header_length {values['header_length']} is not a multiple of 8")
             _within("refcount_order", values["refcount_order"], 0, q.MAX_REFCOUNT_ORDER)
@@ -185,7 +187,7 @@ class Header:
         needed = q.l1_entries(self.size, self.cluster_bits)
         if needed > self.l1_size:
             raise CorruptImage(f"l1_size is {self.l1_size}, too small for a disk of {self.size} bytes")
-        self._check_place("l1_table_offset", self.l1_table_offset, self.l1_size * 8, file_size)
+        self._check_table("l1_table_offset", self.l1_table_offset, self.l1_size * 8, file_size)
         if not self.refcount_table_clusters:
             raise CorruptImage("refcount_table_clusters is 0")
         limit = q.MAX_REFTABLE_BYTES >> self.cluster_bits
@@ -193,7 +195,7 @@ class Header:
             raise LimitExceeded(
                 f"refcount_table_clusters is {self.refcount_table_clusters}, above the limit of {limit}"
             )
-        self._check_place(
+        self._check_table(
             "refcount_table_offset",
             self.refcount_table_offset,
             self.refcount_table_clusters << self.cluster_bits,
@@ -202,24 +204,25 @@ class Header:
         if self.nb_snapshots > q.MAX_SNAPSHOTS:
             raise LimitExceeded(f"nb_snapshots is {self.nb_snapshots}, above the limit of {q.MAX_SNAPSHOTS}")
         if self.nb_snapshots:
-            self._check_place("snapshots_offset", self.snapshots_offset, 40 * self.nb_snapshots, file_size)
+            self._check_table("snapshots_offset", self.snapshots_offset, 40 * self.nb_snapshots, file_size)
 
-    def _check_place(self, name: str, offset: int, length: int, file_size: int) -> None:
-        """A table begins on a cluster, not in the header, and lies inside the file (whose last cluster may be short)."""
+    def _check_table(self, name: str, offset: int, length: int, file_size: int) -> None:
+        """Check that a table begins at a cluster boundary after the header, and is inside the file, whose last cluster may be
+        short."""
         if not length:
             return
         if offset % self.cluster_size:
             raise CorruptImage(f"{name} {offset:#x} is not a multiple of the cluster size {self.cluster_size}")
         if not offset:
-            raise CorruptImage(f"{name} is 0: the table would lie over the header")
+            raise CorruptImage(f"{name} is 0: the table would overlap the header")
         if offset + length > align_up(file_size, self.cluster_size):
             raise CorruptImage(f"{name} {offset:#x}: the table of {length} bytes is not inside the file")
 
     # -- writing
 
     def to_bytes(self) -> bytes:
-        """The first bytes of the image: header, extensions, name of the backing file. LimitExceeded if a cluster is too
-        small for them."""
+        """The first bytes of the image: header, extensions, name of the backing file. LimitExceeded if they do not fit into a
+        cluster."""
         extensions = b"".join(
             q.EXTENSION.pack(type=kind, length=len(data)) + data.ljust(align_up(len(data), 8), b"\0")
             for kind, data in self.extensions
@@ -234,7 +237,7 @@ class Header:
         whole = fixed.ljust(self.header_length, b"\0") + extensions + name
         if len(whole) > self.cluster_size:
             raise LimitExceeded(
-                f"header and backing file name need {len(whole)} bytes, a cluster has {self.cluster_size}",
+                f"the header and the backing file name need {len(whole)} bytes, but a cluster has {self.cluster_size}",
                 hint="use a shorter name or larger clusters",
             )
         return whole
@@ -244,10 +247,10 @@ class Header:
         return q.HEADER_V2 if self.version == 2 else q.HEADER_V3
 
     def store(self, storage: Child, *names: str) -> None:
-        """Write these fields, which are neighbours in the header, in one request of less than a sector."""
-        places = sorted((self._structure[name].offset, name) for name in names)
-        packed = b"".join(self._structure.pack_field(name, getattr(self, name)) for _, name in places)
-        storage.write(places[0][0], memoryview(packed))
+        """Write these fields, which are adjacent in the header, in one request of less than a sector."""
+        fields = sorted((self._structure[name].offset, name) for name in names)
+        packed = b"".join(self._structure.pack_field(name, getattr(self, name)) for _, name in fields)
+        storage.write(fields[0][0], memoryview(packed))
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
@@ -265,9 +268,7 @@ def _extensions(cluster: bytearray, at: int, end: int) -> list[tuple[int, bytes]
         if head.type == q.EXT_END:
             break
         if head.length > end - at:
-            raise CorruptImage(
-                f"header extension {head.type:#010x} of {head.length} bytes passes the end of the header"
-            )
+            raise CorruptImage(f"header extension {head.type:#010x} of {head.length} bytes exceeds the header")
         if len(found) == q.MAX_EXTENSIONS:
             raise LimitExceeded(f"more than {q.MAX_EXTENSIONS} header extensions")
         found.append((head.type, bytes(cluster[at : at + head.length])))

@@ -78,7 +78,7 @@ HEADER_V3 = HEADER_V2.extend(
     doc="Version 3 adds feature bits and the width of reference counts.",
 )
 
-#: Where the byte compression_type lies, if header_length passes it.
+#: The offset of the byte compression_type, which exists if header_length exceeds it.
 COMPRESSION_TYPE_OFFSET: Final = 104
 #: What the extension of an encrypted image says.
 ENCRYPTION_POINTER = Structure(

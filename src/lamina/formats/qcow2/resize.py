@@ -1,6 +1,6 @@
-"""Changing the size of a qcow2 disk. What is added reads as zero, whatever lies below; what is cut off is freed.
+"""Changing the size of a qcow2 disk. New bytes read as zero, regardless of the backing file; clusters past the end are freed.
 
-Called with the request path holding the whole node: no other request runs.
+The request path has locked the whole node: no other request runs.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ _ZEROS = memoryview(bytes(MIB))
 
 
 def resize(node: FormatNode, tables: Tables, size: int) -> None:
-    """Give the disk of `node` the size `size`, whole sectors: OptionError for any other size than the one that it has.
+    """Change the size of the disk of `node` to `size`, a multiple of the sector size; OptionError for any other value
+    except the present size.
 
-    The order of writes: a larger disk is announced when all that it adds is known to read as zero, a smaller one before its
-    clusters are given back."""
+    The order of writes: a larger size is stored after everything new reads as zero, a smaller size before clusters are
+    freed."""
     header = tables.header
     old = header.size
     if size % q.SECTOR and size != old:
         below = align_down(size, q.SECTOR)
         raise OptionError(
-            f"{size} bytes are no whole number of sectors of {q.SECTOR} bytes",
+            f"the size {size} is not a multiple of the sector size {q.SECTOR}",
             path=node.filename,
             hint=f"choose {below} or {below + q.SECTOR}",
         )
     if size > old:
-        # What an earlier cut left behind past the end, because it failed, or the power did, half-way, must not be seen.
+        # An interrupted earlier shrink, or a power cut, may have left clusters past the end, which must not become visible.
         covered = len(tables.mappings.l1) << 2 * header.cluster_bits - 3
         _give_back(node, align_up(old, header.cluster_size), min(align_up(size, header.cluster_size), covered))
         grow_l1(tables, size, node)
@@ -51,8 +52,8 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
 
 
 def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
-    """Make the L1 table long enough for a disk of `size` bytes: a new one that replaces the old at the next flush. The memory
-    is booked for `node`, whose budget may refuse it; None: a new image, which is no node yet."""
+    """Extend the L1 table for a disk of `size` bytes: a longer table replaces it at the next flush. Its memory is booked for
+    `node`, and LimitExceeded raised if that exceeds the budget; None: a new image, for which there is no node yet."""
     header = tables.header
     entries = q.l1_entries(size, header.cluster_bits)
     if entries <= len(tables.mappings.l1):
@@ -76,14 +77,13 @@ def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
 
 
 def _give_back(node: FormatNode, start: int, end: int) -> None:
-    """Free the clusters of [start, end), which is past the end of the disk. Both are multiples of the cluster size, or the
-    end that the disk had."""
+    """Free the clusters of [start, end), past the end of the disk. Both are multiples of the cluster size, or the old end."""
     if start < end:
         node.drop(start, end - start, To.BELOW)
 
 
 def _blank(node: FormatNode, header: Header, old: int, size: int) -> None:
-    """Make [old, size) read as zero: the rest of the last cluster may hold anything, and a longer backing file its bytes."""
+    """Make [old, size) read as zero: the rest of the last cluster may contain any bytes, and so may a longer backing file."""
     start = min(align_up(old, header.cluster_size), size)
     if old < start and not node.reads_zero(old, start - old):
         _write_zeros(node, old, start)
