@@ -30,6 +30,7 @@ from .version import __version__  # noqa: E402
 if TYPE_CHECKING:
     from .api import open, probe
     from .creation import create
+    from .crypto.secret import Secret
     from .errors import (
         BlockIOError,
         Cancelled,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from .inspection import check, info, info_chain
     from .limits import Budget, Limits
     from .policy import Policy
-    from .results import CheckResult, Finding, ImageInfo
+    from .results import CheckResult, Finding, ImageInfo, Snapshot
     from .root import Graph
 
 _HOME = {
@@ -62,8 +63,9 @@ _HOME = {
     "Image": "image",
     "Policy": "policy",
     **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
-    **dict.fromkeys(("CheckResult", "Finding", "ImageInfo"), "results"),
+    **dict.fromkeys(("CheckResult", "Finding", "ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
+    "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
         (
@@ -112,6 +114,8 @@ __all__ = [
     "Policy",
     "PolicyError",
     "ReadOnly",
+    "Secret",
+    "Snapshot",
     "UnsupportedFeature",
     "__version__",
     "check",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .extents import Extents
     from .report import CheckReport
     from .request import Child
-    from .results import ImageInfo
+    from .results import ImageInfo, Snapshot
 
 #: The findings of a check that `Format.repair` repairs.
 Repair = Literal["leaks", "all"]
@@ -38,19 +38,6 @@ class Measure(NamedTuple):
 
     def to_json(self) -> dict[str, int]:
         return {"required": self.required, "fully-allocated": self.fully_allocated}
-
-
-class Snapshot(NamedTuple):
-    """One internal snapshot: an earlier state of the disk that the image keeps. `size` is the size of the disk at that time,
-    and `vm_state` the length of a saved machine state, both in bytes; `date` is in seconds since 1970, `vm_clock` in
-    nanoseconds."""
-
-    id: str
-    name: str
-    size: int
-    vm_state: int = 0
-    date: float = 0
-    vm_clock: int = 0
 
 
 class Format(Node):

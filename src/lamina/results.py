@@ -11,6 +11,35 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
+class Snapshot(NamedTuple):
+    """One internal snapshot: an earlier state of the disk that the image keeps. `size` is the size of the disk at that time,
+    and `vm_state` the length of a saved machine state, both in bytes; `date` is in seconds since 1970, plus `date_nsec`
+    nanoseconds; `vm_clock`, how long the guest had run, in nanoseconds; `icount` counts the instructions of the guest."""
+
+    id: str
+    name: str
+    size: int
+    vm_state: int = 0
+    date: int = 0
+    date_nsec: int = 0
+    vm_clock: int = 0
+    icount: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same by the names that `qemu-img info --output=json` uses, and "disk-size"."""
+        found: dict[str, Any] = {
+            "id": self.id,
+            "name": self.name,
+            "vm-state-size": self.vm_state,
+            "date-sec": self.date,
+            "date-nsec": self.date_nsec,
+            "vm-clock-sec": self.vm_clock // 1_000_000_000,
+            "vm-clock-nsec": self.vm_clock % 1_000_000_000,
+            "disk-size": self.size,
+        }
+        return found if self.icount is None else found | {"icount": self.icount}
+
+
 class ImageInfo(NamedTuple):
     """A description of an image from its header (`lamina.info`). Sizes are in bytes. For a format without a driver, only the
     name and `unsupported` are known."""
@@ -29,6 +58,7 @@ class ImageInfo(NamedTuple):
     backing_format: str | None = None
     #: Other properties in their JSON form: {"type": "qcow2", "data": {...}}. Not to be changed.
     format_specific: Mapping[str, Any] | None = None
+    snapshots: tuple[Snapshot, ...] = ()  #: the internal snapshots, in the order of the image
     #: The features that prevent this version of Lamina from opening it.
     unsupported: tuple[str, ...] = ()
     #: Files beneath that another program had open for writing. (Not in the JSON.)
@@ -45,6 +75,7 @@ class ImageInfo(NamedTuple):
             "encrypted": self.encrypted,
             "backing-filename": self.backing_filename,
             "backing-filename-format": self.backing_format,
+            "snapshots": [one.to_json() for one in self.snapshots] or None,
             "format-specific": self.format_specific,
             "unsupported": list(self.unsupported) or None,
             "actual-size": self.actual_size,

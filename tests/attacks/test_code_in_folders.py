@@ -104,5 +104,5 @@ def test_a_known_format_that_a_package_drives_is_not_for_images_to_choose(hostil
     registry.register("vhdx", "format", "nowhere:Vhdx", "a driver of somebody else")
     top = overlay(hostile, "base", fmt="vhdx")
     (hostile / "base").write_bytes(b"vhdxfile".ljust(4096, b"\0"))
-    with pytest.raises(UnsupportedFeature, match="there is no driver for it"):
+    with pytest.raises(UnsupportedFeature, match="has no driver"):
         lamina.open(top, format="qcow2")

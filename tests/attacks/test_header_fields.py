@@ -284,9 +284,9 @@ def test_limit_snapshots_at(tmp_path: Path) -> None:
     found = victim(tmp_path).set(nb_snapshots=65536, snapshots_offset=64 * KIB)
     refused(found, "snapshots_offset.*not inside the file", CorruptImage)
     found.put(64 * KIB + 65536 * 40 - 8, 0)
-    assert inspect(found.save())["format-specific"]["data"]["snapshots"] == 65536
-    with pytest.raises(FormatError, match="internal snapshots"):
-        lamina.open(found.path, format="qcow2")
+    assert len(inspect(found.save())["snapshots"]) == 65536
+    with lamina.open(found.path, format="qcow2") as image:
+        image.read(0, image.size)
     survives(found.path)
 
 

@@ -181,7 +181,7 @@ def test_a_map_has_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(map_nbd, "MOST_ROWS", 100)
     monkeypatch.setattr(map_nbd, "MOST_KINDS", 100)
     stretches = [(1, (number,)) for number in range(200)]
-    with pytest.raises(LaminaError, match="more than 100 stretches"):
+    with pytest.raises(LaminaError, match="more than 100 ranges"):
         list(map_nbd.joined(iter(stretches)))
     with pytest.raises(LaminaError, match="more than 100 kinds"):
         map_nbd.summed(iter(stretches), 200)

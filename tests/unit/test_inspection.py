@@ -72,7 +72,15 @@ def test_every_field_is_in_the_json() -> None:
     empty: Any
     for empty in (ImageInfo(), CheckResult("", "")):
         for name, value in zip(empty._fields, empty, strict=True):
-            other: Any = (lamina.Finding("note", "x"),) if name == "findings" else ("x",) if value == () else 7
+            other: Any = (
+                (lamina.Finding("note", "x"),)
+                if name == "findings"
+                else (lamina.Snapshot("1", "x", 512),)
+                if name == "snapshots"
+                else ("x",)
+                if value == ()
+                else 7
+            )
             changed = empty._replace(**{name: other}).to_json() != empty.to_json()
             assert changed == (name != "other_writers"), name
 

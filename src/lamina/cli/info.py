@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import OptionError, printable
 from ..inspection import info, info_chain
 from ..options import format_size
-from ..results import ImageInfo
+from ..results import ImageInfo, Snapshot
 from .arguments import Parser, image_source, warn_of_writers
 from .nbd_names import names_export
 
@@ -94,12 +94,28 @@ def _human(found: ImageInfo) -> str:
         lines.append(f"backing file: {printable(name)}{actual}")
     if found.backing_format is not None:
         lines.append(f"backing file format: {printable(found.backing_format)}")
+    if found.snapshots:
+        lines.append("Snapshot list:")
+        lines += _snapshots(found.snapshots)
     data = (found.format_specific or {}).get("data")
     if data:
         lines.append("Format specific information:")
         lines += _nested(data, 1)
     lines += (f"not supported here: {printable(feature)}" for feature in found.unsupported)
     return "".join(f"{line}\n" for line in lines)
+
+
+def _snapshots(found: Sequence[Snapshot]) -> Iterator[str]:
+    import time
+
+    yield f"{'ID':<8}{'TAG':<20}{'VM SIZE':>12}{'DATE':>21}{'VM CLOCK':>16}{'ICOUNT':>11}"
+    for one in found:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.date))
+        seconds, nanoseconds = divmod(one.vm_clock, 1_000_000_000)
+        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{nanoseconds // 1_000_000:03}"
+        icount = "--" if one.icount is None else one.icount
+        size = format_size(one.vm_state)
+        yield f"{printable(one.id):<8}{printable(one.name):<20}{size:>12}{date:>21}{clock:>16}{icount:>11}"
 
 
 def _nested(value: Any, level: int) -> Iterator[str]:

@@ -6,13 +6,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ...creation import tell
-from ...errors import LaminaError, LimitExceeded, OptionError
+from ...errors import FormatError, LaminaError, LimitExceeded, OptionError
 from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
 from ...own_files import refuse_own
-from ...results import ImageInfo
+from ...results import ImageInfo, Snapshot
 from ...schema import Option, Schema
 from . import layout as q
+from . import snapshot_table
 from .header import Header
 from .resize import grow_l1
 from .tables import Tables
@@ -238,8 +239,12 @@ def describe(storage: Child, header: Header) -> ImageInfo:
         from .encryption import describe as describe_encryption
 
         data["encrypt"] = describe_encryption(storage, header)
-    if header.nb_snapshots:
-        data["snapshots"] = header.nb_snapshots
+    snapshots: tuple[Snapshot, ...] = ()
+    unsupported = header.unsupported()
+    try:
+        snapshots = tuple(entry.result(header.size) for entry in snapshot_table.read(storage, header))
+    except FormatError as error:  # also a broken image is described
+        unsupported.append(f"its snapshots ({error.message})")
     return ImageInfo(
         virtual_size=header.size,
         cluster_size=header.cluster_size,
@@ -247,6 +252,7 @@ def describe(storage: Child, header: Header) -> ImageInfo:
         dirty=bool(header.incompatible_features & q.DIRTY),
         backing_filename=header.backing_file,
         backing_format=None if header.backing_file is None else header.backing_format,
+        snapshots=snapshots,
         format_specific={"type": "qcow2", "data": data},
-        unsupported=tuple(header.unsupported()),
+        unsupported=tuple(unsupported),
     )

@@ -11,7 +11,7 @@ from ...node import COMPRESS
 from ...references import Reference
 from ...request import Child
 from ...schema import Option, Schema
-from . import allocation, l1_table
+from . import allocation, l1_table, snapshot_table
 from . import create as _create
 from .compression import Compression
 from .encrypted import Encrypted
@@ -20,10 +20,11 @@ from .tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as Options
+    from collections.abc import Sequence
 
     from ...graph import Opener
     from ...report import CheckReport
-    from ...results import ImageInfo
+    from ...results import ImageInfo, Snapshot
 
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
@@ -49,6 +50,8 @@ class Qcow2(FormatNode):
         [
             Option("file", "node", "storage of the image", required=True),
             Option("backing", "node", "backing node, in place of the backing file in the header"),
+            Option("snapshot-id", "str", "open the internal snapshot with this id, for reading"),
+            Option("snapshot-name", "str", "open the internal snapshot with this name, for reading"),
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
@@ -86,6 +89,13 @@ class Qcow2(FormatNode):
         header = Header.read(file)
         path = file.node.filename
         header.require_openable(path, writable=not opener.read_only)
+        id, name = options.get("snapshot-id"), options.get("snapshot-name")
+        if id is not None or name is not None:
+            if not opener.read_only:
+                raise OptionError("a snapshot can only be read", path=path, hint="open it read-only")
+            entry = snapshot_table.find(snapshot_table.read(file, header), id, name, path)
+            snapshot_table.require_usable(entry, file, header)
+            header = header.at_snapshot(entry)
         stored = l1_table.stored_bytes(file, header.l1_table_offset, header.l1_size)
         opener.book(stored, "the L1 table", path)
         kind: Any = EncryptedQcow2 if header.crypt_method else cls
@@ -116,6 +126,9 @@ class Qcow2(FormatNode):
     @classmethod
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
         return _create.describe(storage, Header.read(storage))
+
+    def snapshots(self) -> Sequence[Snapshot]:
+        return [entry.result(self.header.size) for entry in snapshot_table.read(self.file, self.header)]
 
     def check(self) -> CheckReport:
         from .check import check

@@ -11,6 +11,7 @@ from . import layout as q
 if TYPE_CHECKING:
     from ...layout import Structure
     from ...request import Child
+    from .snapshot_table import Entry
 
 
 class Header:
@@ -75,6 +76,12 @@ class Header:
         pointer = q.ENCRYPTION_POINTER.unpack(data)
         return pointer.offset, pointer.length
 
+    def at_snapshot(self, entry: Entry) -> Header:
+        """The header with the disk as it was when this snapshot was taken."""
+        size = self.size if entry.disk_size is None else entry.disk_size
+        active = {"l1_table_offset": entry.l1_table_offset, "l1_size": entry.l1_size, "size": size}
+        return Header(**{**self.__dict__, **active})
+
     def require_openable(self, path: str, *, writable: bool) -> None:
         """Raise UnsupportedFeature if the image uses a feature that is not implemented, or CorruptImage if it needs a repair
         before writes."""
@@ -98,8 +105,6 @@ class Header:
         found = []
         if self.crypt_method not in q.CRYPT_METHODS:
             found.append("unknown encryption")
-        if self.nb_snapshots:
-            found.append("internal snapshots")
         if self.incompatible_features & q.DATA_FILE:
             found.append("external data file")
         if self.compression_type not in q.COMPRESSION_TYPES:

@@ -90,6 +90,23 @@ ENCRYPTION_POINTER = Structure(
     ],
 )
 
+SNAPSHOT = Structure(
+    "snapshot table entry",
+    ">",
+    [
+        Field("l1_table_offset", "u64", "where the L1 table of the snapshot starts"),
+        Field("l1_size", "u32", "its entries"),
+        Field("id_size", "u16", "length of the unique identifier"),
+        Field("name_size", "u16", "length of the name"),
+        Field("date_sec", "u32", "when it was taken: seconds since 1970"),
+        Field("date_nsec", "u32", "and nanoseconds"),
+        Field("vm_clock_nsec", "u64", "for how long the guest had run"),
+        Field("vm_state_size", "u32", "bytes of state of the machine"),
+        Field("extra_data_size", "u32", "bytes of extra data that follow"),
+    ],
+    doc="Followed by extra data, identifier and name, and padding to a multiple of 8.",
+)
+
 COMPRESSION_TYPES: Final = {0: "zlib", 1: "zstd"}
 
 DIRTY: Final = 1 << 0
@@ -139,6 +156,8 @@ MAX_L1_BYTES: Final = 32 << 20
 MAX_REFTABLE_BYTES: Final = 8 << 20
 MAX_REFCOUNT_ORDER: Final = 6
 MAX_SNAPSHOTS: Final = 65536
+#: Bytes of extra data of a snapshot. There are 24 today; QEMU refuses more than this.
+MAX_SNAPSHOT_EXTRA: Final = 1024
 MAX_BACKING_NAME: Final = 1023
 MAX_EXTENSIONS: Final = 256
 MAX_HOST_OFFSET: Final = 1 << 56

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ...errors import LaminaError
-from ...layout import Field, Structure
 from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, UNREADABLE, CheckReport
 from . import l1_table, l2_entry
@@ -73,25 +72,6 @@ _MANY: Final = 1024
 _HOLE: Final = 64 << 10
 #: No fewer offsets of each kind are looked at in one go, whatever number of kinds there is.
 _FEWEST: Final = 1 << 12
-#: Extra data of a snapshot is 24 bytes today. QEMU refuses more than this, and so do we.
-_MAX_EXTRA: Final = 1024
-
-_SNAPSHOT: Final = Structure(
-    "snapshot table entry",
-    ">",
-    [
-        Field("l1_table_offset", "u64", "where the L1 table of the snapshot starts"),
-        Field("l1_size", "u32", "its entries"),
-        Field("id_size", "u16", "length of the unique identifier"),
-        Field("name_size", "u16", "length of the name"),
-        Field("date_sec", "u32", "when it was taken: seconds since 1970"),
-        Field("date_nsec", "u32", "and nanoseconds"),
-        Field("vm_clock_nsec", "u64", "for how long the guest had run"),
-        Field("vm_state_size", "u32", "bytes of state of the machine"),
-        Field("extra_data_size", "u32", "bytes of extra data that follow"),
-    ],
-    doc="Followed by extra data, identifier and name, and padding to a multiple of 8.",
-)
 
 
 class Use(NamedTuple):
@@ -277,22 +257,22 @@ class References:
         header, at = self.header, self.header.snapshots_offset
         l1_tables: dict[tuple[int, int], int] = {}
         for index in range(header.nb_snapshots):
-            if at + _SNAPSHOT.size > self.size:
+            if at + q.SNAPSHOT.size > self.size:
                 self.report.add(UNREADABLE, f"the snapshot table ends in entry {index} of {header.nb_snapshots}", at)
                 self.incomplete = True
                 break
-            raw, failed = self.read(at, _SNAPSHOT.size, "snapshot table")
+            raw, failed = self.read(at, q.SNAPSHOT.size, "snapshot table")
             if failed:
                 break
-            entry = _SNAPSHOT.unpack(raw)
-            if entry.extra_data_size > _MAX_EXTRA:
+            entry = q.SNAPSHOT.unpack(raw)
+            if entry.extra_data_size > q.MAX_SNAPSHOT_EXTRA:
                 text = f"snapshot {index} has {entry.extra_data_size} bytes of extra data; the rest is not examined"
                 self.report.add(UNREADABLE, text, at)
                 self.incomplete = True
                 break
             if header.version >= 3 and entry.extra_data_size < 16:
                 self.report.add(ERROR, f"snapshot {index} is incomplete: it has no size of the disk", at)
-            at += -(-(_SNAPSHOT.size + entry.extra_data_size + entry.id_size + entry.name_size) // 8) * 8
+            at += -(-(q.SNAPSHOT.size + entry.extra_data_size + entry.id_size + entry.name_size) // 8) * 8
             place = entry.l1_table_offset, entry.l1_size
             if place[0] % self.cluster:
                 self.report.add(

@@ -12,6 +12,7 @@ from ...format_node import To
 from ...graph import rebook
 from ...limits import MIB, align_down, align_up
 from . import layout as q
+from . import snapshot_table
 
 if TYPE_CHECKING:
     from ...format_node import FormatNode
@@ -36,6 +37,14 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
             path=node.filename,
             hint=f"choose {below} or {below + q.SECTOR}",
         )
+    if size != old and header.nb_snapshots:
+        entries = snapshot_table.read(tables.file, header)
+        if any(entry.disk_size is None for entry in entries):
+            raise OptionError(
+                "a snapshot of the image does not say its size, and has that of the disk",
+                path=node.filename,
+                hint="delete the snapshot first",
+            )
     if size > old:
         # An interrupted earlier shrink, or a power cut, may have left clusters past the end, which must not become visible.
         covered = len(tables.mappings.l1) << 2 * header.cluster_bits - 3

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...errors import CorruptImage, LaminaError, LimitExceeded
 from ...limits import align_up
 from . import layout as q
+from . import snapshot_table
 from .freeing import Freeing
+from .l1_table import L1Table
 from .l2_entry import compressed_clusters, data_cluster, is_compressed, max_compressed_offset
 from .mapping import Mappings, Table
 from .refcounts import Refcounts
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
 
     from ...request import Child
     from .header import Header
+    from .snapshot_table import Entry
 
 _Result = TypeVar("_Result")
+#: The L1 tables of snapshots may have so many bytes beyond twice what the file stores; more would lie over one another, or in
+#: holes of the file.
+_SLACK = 64 << 20
 #: The number of runs waiting to be freed from which on the tables are written early.
 _MAX_UNLINKED = 4096
 
@@ -85,11 +91,40 @@ class Tables:
             # Several entries without COPIED may point to one table, which is copied before a change.
             place = self.header.encryption_header  # inside the file and bounded, else the image was not opened
             encryption = range(0) if place is None else range(place[0] >> bits, -(-sum(place) >> bits))
+            kept, kept_l2 = self._snapshots()
             counts.claim(
-                chain([own, encryption], l1.l2_clusters(bits, copied=True)), l1.l2_clusters(bits, copied=False)
+                chain([own, encryption], kept, l1.l2_clusters(bits, copied=True)),
+                chain(kept_l2, l1.l2_clusters(bits, copied=False)),
             )
             self._refcounts = counts
         return self._refcounts
+
+    def _snapshots(self) -> tuple[list[range], Iterator[list[int]]]:
+        """The clusters of the snapshot table and of the L1 tables of snapshots; and the clusters of their L2 tables, in
+        batches."""
+        header, bits = self.header, self.cluster_bits
+        if not header.nb_snapshots:
+            return [], iter(())
+        entries = snapshot_table.read(self.file, header)
+        places = [(header.snapshots_offset, sum(len(entry.to_bytes()) for entry in entries))]
+        for entry in entries:
+            snapshot_table.require_usable(entry, self.file, header)
+            places.append((entry.l1_table_offset, entry.l1_size * 8))
+        most = 2 * (self.file.node.allocated or self.file.size) + _SLACK
+        if sum(length for _, length in places) > most:
+            raise LimitExceeded(
+                f"the L1 tables of the snapshots have more than {most} bytes, and cannot all lie in this file",
+                path=self.file.node.filename,
+                hint="the image can only be read; delete snapshots with another program",
+            )
+        clusters = [range(start >> bits, -(-(start + length) >> bits)) for start, length in places]
+        return clusters, self._snapshot_l2(entries)
+
+    def _snapshot_l2(self, entries: list[Entry]) -> Iterator[list[int]]:
+        for entry in entries:
+            l1 = L1Table.load(self.file, entry.l1_table_offset, entry.l1_size)
+            for copied in (True, False):  # the flag is only accurate in the active table
+                yield from l1.l2_clusters(self.cluster_bits, copied=copied)
 
     # -- one change at a time
 
