@@ -183,7 +183,7 @@ def test_a_map_has_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> 
     stretches = [(1, (number,)) for number in range(200)]
     with pytest.raises(LaminaError, match="more than 100 ranges"):
         list(map_nbd.joined(iter(stretches)))
-    with pytest.raises(LaminaError, match="more than 100 kinds"):
+    with pytest.raises(LaminaError, match="more than 100 different statuses"):
         map_nbd.summed(iter(stretches), 200)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CorruptImage, LimitExceeded, OptionError
-from ...limits import MIB, align_up
+from ...limits import MAX_SIZE, MIB, align_up
 from ...results import Snapshot
 from . import layout as q
 
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
     def icount(self) -> int | None:
         """Instructions that the guest had executed, where that was counted."""
         count = int.from_bytes(self.extra[16:24]) if len(self.extra) >= 24 else -1
-        return count if 0 <= count < 1 << 63 else None
+        return count if 0 <= count <= MAX_SIZE else None
 
     def result(self, size: int) -> Snapshot:
         """What users see of it. `size`: the disk of today."""
