@@ -1,4 +1,4 @@
-"""The clients of the NBD benchmark: fio, nbdcopy and qemu-img, and what each run of one tells.
+"""The clients of the NBD benchmark: fio, nbdcopy and qemu-img, and the figures of each run.
 
 `nbd.py` calls them. Nothing here imports Lamina.
 """
@@ -22,7 +22,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 NBDCOPY = "nbdcopy"
 
-#: What our server says of its memory (`lamina.nbd.server.connection`): requests and replies of each client, and the pool.
+#: The memory limits of our server (`lamina.nbd.server.connection`): requests and replies of each client, and the pool.
 CLIENTS, IN_FLIGHT = 8, 32
 MEMORY = CLIENTS * 2 * MIB + IN_FLIGHT * MIB
 
@@ -32,8 +32,8 @@ _PATIENCE = 20
 
 @dataclass
 class Figures:
-    """`value`: requests or bytes a second, or seconds. `cpu`: seconds of the program, by request where those are counted.
-    `peak`: its memory, in bytes. `bound`: what it may be, in bytes, where that is told."""
+    """`value`: requests or bytes a second, or seconds. `cpu`: seconds of CPU time, for each request if requests are counted.
+    `peak`: peak memory in bytes. `bound`: its limit in bytes, if there is one."""
 
     value: float
     cpu: float
@@ -55,7 +55,7 @@ def fio(server: Server, kind: str, size: int, depth: int, seconds: int, jobs: in
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE + seconds)
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"fio was still waiting for answers after {_PATIENCE + seconds} s") from error
+            raise Failed(f"fio was still waiting for replies after {_PATIENCE + seconds} s") from error
         spent = server.cpu() - before
         server.check()
         told = Path(out.name).read_text()

@@ -1,7 +1,7 @@
 """Lamina: the block layer for Python.
 
-Virtual disk images as a graph of small nodes (storage, formats, filters), exact about what every byte is and where it came
-from. `open` and `create` are where to start; names are loaded when they are first used.
+Virtual disk images as a graph of small nodes (storage, formats, filters), with the exact status and location of every byte.
+`open` and `create` are the first functions to use; public names are imported at their first use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 
 
 def _forget_current_folder() -> None:
-    """`python -m lamina` searches the current folder before all others, and a folder with hostile images may hold modules as
-    well: none is imported from there, unless Lamina itself lies there. (Before anything else is imported.)"""
+    """Remove the current folder from the search path of `python -m lamina`, where Python puts it first: a folder with hostile
+    images may contain modules as well. It stays if Lamina itself is there. Runs before all other imports."""
     words = sys.orig_argv
     named = "-mlamina" in words or any(words[at : at + 2] == ["-m", "lamina"] for at in range(len(words)))
     # While Python looks for the module to run, the first argument is "-m".

@@ -34,7 +34,7 @@ from typing import Any, Protocol, TypeVar
 from .errors import Closed, LaminaError
 from .pending import Holding
 
-#: How often a thread that waits at a gate looks again, in seconds.
+#: The interval in seconds at which a thread that waits at a gate checks it again.
 _POLL_INTERVAL = 0.0005
 
 _Result = TypeVar("_Result")
@@ -70,8 +70,8 @@ class Gate:
         self.inside: dict[object, User] = {}
         #: The threads that hold the gate or wait for it. Usually empty: the only check of a request.
         self.holders: set[Holder] = set()
-        #: How often a thread stopped the requests: what was true of the graph holds while this number stays and no thread
-        #: holds the gate.
+        #: The number of times that a thread stopped the requests. Knowledge about the graph stays valid while this number
+        #: stays the same and no thread holds the gate.
         self.changes = 0
         #: Release the gate, or withdraw from the queue for it.
         self.release: Callable[[Holder], None] = self.holders.discard

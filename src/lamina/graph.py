@@ -248,8 +248,8 @@ class Opener:
 
 
 def rebook(node: Node, count: int, what: str) -> None:
-    """Called by a driver before `what` (tables, say), which stays allocated as long as `node` is open, becomes `count` bytes
-    in all. Raises LimitExceeded, and the node keeps what it booked before, where the budget of the graph has less."""
+    """Called by a driver before `what` (for example tables), which stays allocated while `node` is open, grows or shrinks to
+    `count` bytes in total. Raises LimitExceeded, without effect, if the budget of the graph has fewer left."""
     kept = node.kept_bytes if node.graph is None else _kept_bytes(node.graph)
     Memory(node.memory_limit, kept).take(count - node.kept_bytes, what, node.filename)
     node.kept_bytes = count

@@ -163,7 +163,7 @@ def _settle(node: Node, exclusively: Callable[[str, Callable[[], None]], None] |
         else:
             exclusively("closes a forgotten image", node.close)
     except Exception as error:  # noqa: BLE001 - no caller could catch it
-        node.warn("%s was never closed, and what it held back could not be written: %s", node.filename, error)
+        node.warn("%s was never closed, and its buffered data could not be written: %s", node.filename, error)
 
 
 def all_of(things: WeakSet[T]) -> list[T]:

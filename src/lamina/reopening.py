@@ -24,13 +24,13 @@ class Reopenable:
 
     @property
     def immutable(self) -> bool:
-        """Whether no request to this node or to one below changes what `extents` answers, and asking has no effect (on a
-        counter, on an injected fault). An edit, a reopening and a truncation, which stop all requests of the graph, may
-        change it; another program may fill or punch a hole of a file. Each class says so itself."""
+        """Whether no request to this node or to a node below it changes the result of `extents`, and the query itself has no
+        effect (on a counter, or an injected fault). Edits, reopenings and truncations, which stop all requests of the graph,
+        may change it, and another program may fill or punch a hole in a file. Each class declares this itself."""
         return False
 
     def reopen(self, read_only: bool) -> None:
-        """Make this node, which is writable or read-only, the other, without closing it. No request runs meanwhile. An
+        """Make this node read-only or writable without closing it. No request runs meanwhile. An
         exception leaves the node as it was: NotSupported from a driver without `reopen`; ReadOnly, Locked, CorruptImage or
         BlockIOError if the node or its file does not allow it.
 

@@ -214,8 +214,8 @@ class Schema:
         return result
 
     def fill(self, values: dict[str, Any], options: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
-        """Put what is `usual` into `values`, which `parse` made of `options`, as far as there are such options and `options`
-        do not give them."""
+        """Set the options in `usual` in `values`, the result of `parse(options)`, unless `options` contains them or the
+        driver does not have them."""
         for name, value in usual.items():
             option = self._by_name.get(name)
             if option is not None and not any(word in options for word in (option.name, *option.aliases)):

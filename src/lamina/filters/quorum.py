@@ -75,7 +75,7 @@ class Quorum(Node):
         self.children = {f"children.{number}": child for number, child in enumerate(children)}
         #: The stale ranges of each copy, which are older than acknowledged writes.
         self._stale = {role: RangeSet() for role in self.children}
-        #: What was changed since the last flush, and may not be on stable storage.
+        #: The ranges that were changed since the last flush, and may not be on stable storage.
         self._unflushed = RangeSet()
         self._flushing = threading.Lock()  # held where that set is exchanged or filled
         self._copies = tuple(children)

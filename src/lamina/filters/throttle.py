@@ -173,7 +173,7 @@ class Throttle(FilterNode):
         self.group.wait(WRITE, requests=1, length=len(view))
         self.image.write(offset, view, flags)
 
-    # A request that is started waits for its turn before it goes out: what is on its way is never slowed down.
+    # A started request waits for its share before it is sent: requests in flight are not slowed down.
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
         self.group.wait(READ, requests=1, length=len(view))

@@ -1,4 +1,4 @@
-"""The format `raw`: the disk is the bytes of its storage, or of a window in it."""
+"""The format `raw`: the disk consists of the bytes of its storage, or of a range of it."""
 
 from __future__ import annotations
 
@@ -23,40 +23,39 @@ if TYPE_CHECKING:
 
 
 class Raw(Format):
-    """Byte `x` of the disk is byte `offset + x` of the child `file`. With a `size` the disk is that long and cannot be
-    resized; else it ends where the file does. It holds no state, so whatever the storage allows may run
-    concurrently."""
+    """Byte `x` of the disk is byte `offset + x` of the child `file`. With a `size` the disk has that length and cannot be
+    resized; otherwise it ends at the end of the file. Stateless and thread-safe."""
 
     driver: ClassVar[str] = "raw"
     schema: ClassVar[Schema] = Schema(
         "raw",
         [
             Option("file", "node", "the storage", required=True),
-            Option("offset", "size", "where in the file the disk begins, in bytes", default=0),
-            Option("size", "size", "how long the disk is, in bytes; to the end of the file if not given"),
+            Option("offset", "size", "the start of the disk in the file, in bytes", default=0),
+            Option("size", "size", "the length of the disk in bytes (default: up to the end of the file)"),
         ],
     )
     create_schema: ClassVar[Schema] = Schema("raw", [Option("size", "size", "the length of the disk in bytes")])
-    # The edge below emulates it where the storage has none.
+    # The edge to the storage emulates FUA.
     supported_flags = FUA
 
     def __init__(
         self, file: Child, *, offset: int = 0, size: int | None = None, name: str | None = None, read_only: bool = False
     ) -> None:
-        """The disk in `file`, whose owner this node becomes. OptionError if the window is not inside it."""
+        """The disk in `file`, an edge that this node owns from now on. Raises OptionError if the range is not inside it."""
         super().__init__(name=name, read_only=read_only)
         available = file.size
         if offset > available:
             raise OptionError(
-                f"the disk would begin at {offset}, past the end of its file at {available}",
+                f"the offset {offset} is past the end of the file at {available}",
                 path=file.node.filename,
                 hint="choose a smaller offset",
             )
         if size is not None and size > available - offset:
             raise OptionError(
-                f"{size} bytes from {offset} reach past the end of its file at {available}",
+                f"{size} bytes at offset {offset} exceed the end of the file at {available}",
                 path=file.node.filename,
-                hint=f"choose a size of at most {available - offset}, or leave it out",
+                hint=f"choose a size of at most {available - offset}, or omit it",
             )
         self.file = file
         self.children = {"file": file}
@@ -71,25 +70,25 @@ class Raw(Format):
 
     @classmethod
     def create(cls, storage: Child, size: int, values: Mapping[str, Any]) -> None:
-        """Make `storage` a raw disk of `size` bytes that reads as zeros where the storage was empty. A device, which
-        cannot change its length, is left as it is if it is long enough, else OptionError."""
+        """Make `storage` a raw disk of `size` bytes, which reads as zeros in empty storage. A device of fixed length stays as
+        it is; OptionError if it is too small."""
         if storage.node.growable:
             storage.truncate(size)
         elif size > storage.size:
             raise OptionError(
-                f"a disk of {size} bytes does not fit into {storage.size}",
+                f"a disk of {size} bytes does not fit into the {storage.size} bytes of this device",
                 path=storage.node.filename,
                 hint="choose a smaller size",
             )
 
     @classmethod
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
-        """There is no header: the disk is as long as its file, or as the window that `values` say."""
+        """There is no header: the disk has the length of its file, or of the range in `values`."""
         return ImageInfo(virtual_size=cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size)
 
     @property
     def size(self) -> int:
-        # A file that was cut after it was opened has no negative length.
+        # Not negative, even if the file was truncated after the open.
         return max(self.file.node.size - self._offset, 0) if self._window is None else self._window
 
     @property
@@ -102,7 +101,7 @@ class Raw(Format):
 
     @property
     def limits(self) -> Limits:
-        """The storage's, as far as the window keeps them aligned."""
+        """Those of the storage, if they divide the offset of the disk."""
         return shifted_limits(self.file.node.limits, self._offset)
 
     @property
@@ -143,7 +142,10 @@ class Raw(Format):
     def truncate(self, size: int) -> None:
         if self._window is not None:
             raise NotSupported(
-                "its size is fixed by the option size", path=self.filename, operation="truncate", hint="open it without"
+                "its size is fixed by the option size",
+                path=self.filename,
+                operation="truncate",
+                hint="open it without that option",
             )
         self.file.truncate(self._offset + size)
 
@@ -151,7 +153,7 @@ class Raw(Format):
         found = self.file.extents(self._offset + offset, length)
         return found.shift(-self._offset) if self._offset else found
 
-    # Storage that is far away goes on by itself, also below this format; an event is told of requests that are done at once.
+    # Started requests are passed on, for far storage. With an observer of events below, requests complete at once.
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
         if self.file.event is not None:

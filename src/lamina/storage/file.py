@@ -316,7 +316,7 @@ class FileStorage(StorageNode):
 
     def close(self) -> None:
         self._fd = -1  # first, since the number may be reused as soon as it is closed
-        self._data_range.forget()  # what is known of it is the file's no more
+        self._data_range.forget()  # it belongs to this descriptor
         try:
             next(self._close_fd, None)
         except OSError as error:

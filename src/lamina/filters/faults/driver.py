@@ -361,7 +361,7 @@ class Faults(FilterNode):
                 self.space += self._holes.add(start, end)
 
     def _lengthen(self, size: int, end: int) -> None:
-        """The disk, `size` bytes long, was made to reach `end`: what is added is a hole, which takes and gives no space."""
+        """Record that the disk grew from `size` to `end` bytes: the new part is a hole, which uses no space."""
         with self._mutex:
             if self.space is not None and end > size:
                 self._holes.add(size, end)
