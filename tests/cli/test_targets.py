@@ -297,7 +297,7 @@ def test_odd_images_that_exist(folder: Path, capsys: pytest.CaptureFixture[str])
         file.write((1000).to_bytes(8, "big"))
     assert main(["check", "odd"]) == 0
     told = capsys.readouterr()
-    assert told.err == "note: the disk has 1000 bytes, which are no whole sectors: QEMU shows 512\n"
+    assert told.err == "note: the disk has 1000 bytes, not a multiple of the sector size: QEMU shows 512\n"
     assert "No errors were found" in told.out
     with lamina.open("odd", format="qcow2", read_only=False) as image:
         assert image.size == 1000

@@ -1,8 +1,9 @@
-"""Checking a qcow2 image: every reference is counted anew and held against the counts that the image stores.
+"""The check of a qcow2 image: all references are counted, and compared with the refcounts in the image.
 
-`references` walks the tables; here its result is compared, in windows of clusters so that memory stays bounded: the
-stored reference counts, the COPIED flags, and clusters that are used in two ways at once. Neither part uses code or
-caches of the driver. After "Host cluster management" of the published specification "Qcow2 Image File Format".
+`references` collects the references from the tables. This module compares them, in windows of clusters so that memory is
+bounded, with the stored refcounts and the flags COPIED, and looks for clusters with two uses that exclude each other. Both
+are independent of the caches of the driver. After "Host cluster management" of the published specification "Qcow2 Image File
+Format".
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ if TYPE_CHECKING:
     from .header import Header
 
 _SECTOR: Final = 512
-#: Clusters that are held against their counts at a time.
+#: Clusters in one window.
 _WINDOW: Final = 1 << 20
-#: References to clusters without a stored count that are looked at in one go.
+#: References to clusters without a stored refcount in one batch.
 _SPARSE: Final = 1 << 18
-#: Entries of the refcount table that name a block which another entry names, too: so many are looked at all the same.
+#: The number of refcount blocks that are read although an earlier entry of the refcount table points to the same block.
 _MAX_AGAIN: Final = 64
 
 
 def check(storage: Child, header: Header) -> CheckReport:
-    """Hold the structures of the image in `storage` against one another, changing nothing.
+    """Check the image in `storage`, which has the checked header `header`, for inconsistencies. The image is not changed.
 
-    `header` is the checked header of that image. Findings are returned, never raised, however broken the tables are; a
-    part that cannot be read is reported as UNREADABLE and the rest is checked all the same. UnsupportedFeature is
-    raised if the image uses a feature whose references this cannot count, since every verdict would be wrong. Nothing
-    else may write to the image meanwhile. Memory is in proportion to the tables that are stored; offsets beyond the
-    file cost nothing.
+    Errors in the image are returned as findings, never raised. A part that cannot be read is reported as UNREADABLE, and the
+    rest is checked. UnsupportedFeature is raised if the image uses a feature whose references are not counted, since the
+    result would be wrong. No other thread or process may write to the image meanwhile. The memory is proportional to the
+    stored tables; offsets past the end of the file take none.
     """
     unknown = []
     if header.incompatible_features & q.EXTENDED_L2:
@@ -53,7 +53,8 @@ def check(storage: Child, header: Header) -> CheckReport:
         )
     references = References(storage, header)
     if header.size % _SECTOR:
-        text = f"the disk has {header.size} bytes, which are no whole sectors: QEMU shows {align_down(header.size, _SECTOR)}"
+        shown = align_down(header.size, _SECTOR)
+        text = f"the disk has {header.size} bytes, not a multiple of the sector size: QEMU shows {shown}"
         references.report.add(NOTE, text)
     references.walk()
     comparison = _Comparison(references)
@@ -71,11 +72,11 @@ class _Comparison:
         self.clusters = found.clusters
         self.refcount_table = found.refcount_table
         self.incomplete = found.incomplete
-        #: Clusters that one refcount block describes.
+        #: The number of counts in a refcount block.
         self.block_entries = found.cluster * 8 >> self.order
 
     def block_part(self, index: int, start: int, length: int) -> bytearray | None:
-        """`length` bytes of refcount block `index` from byte `start`. Zeros if it is not there; None if it cannot be
+        """`length` bytes of refcount block `index` from byte `start` on. Zeros if there is no block; None if it cannot be
         read."""
         offset = int(self.refcount_table[index]) if index < len(self.refcount_table) else 0
         if not offset:
@@ -86,8 +87,8 @@ class _Comparison:
         return None if failed else data
 
     def stored(self, lo: int, hi: int) -> tuple[NDArray[Any], Mask | None]:
-        """The counts that are stored for clusters [lo, hi), and which of them are unknown (None: all are known). `lo`
-        is a multiple of a window."""
+        """The stored refcounts of clusters [lo, hi), and which of them are unknown (None: all are known). `lo` is a multiple
+        of the window size."""
         order = self.order
         span = min(self.block_entries, _WINDOW)
         raw = bytearray()
@@ -101,14 +102,16 @@ class _Comparison:
                 part = bytearray(span << order >> 3)
                 lost = min(at + span, self.clusters, hi) - at
                 if lost > 0:
-                    text = f"the reference counts of clusters {at} to {at + lost - 1} are unknown: no refcount block"
+                    text = (
+                        f"refcounts of clusters {at} to {at + lost - 1} are unknown: the refcount block cannot be read"
+                    )
                     self.report.add(UNREADABLE, text, count=lost)
             raw += part
         return _decode(raw, order)[: hi - lo], unknown
 
     def windows(self) -> list[tuple[int, int]]:
-        """Ranges of clusters, ascending, whose counts are stored: those of the refcount blocks that are not holes, and
-        neighbours of them up to a window's length together."""
+        """Ascending ranges of clusters with stored refcounts: those of refcount blocks outside of holes. Adjacent ranges are
+        joined up to the size of a window."""
         end = self.clusters + 1
         found: list[tuple[int, int]] = []
         table, seen, again = self.refcount_table, set[int](), 0
@@ -118,7 +121,7 @@ class _Comparison:
                 continue  # not read: see `compare_sparse`
             again += offset in seen
             if again > _MAX_AGAIN:
-                text = "refcount blocks are named so often that the counts of the rest are not examined"
+                text = "so many entries point to the same refcount blocks that the rest is not checked"
                 self.report.add(UNREADABLE, text, offset)
                 self.incomplete = True
                 break
@@ -134,7 +137,7 @@ class _Comparison:
         return found
 
     def compare(self) -> None:
-        """Hold the references that were found against the counts that are stored, window by window."""
+        """Compare the references with the stored refcounts, window by window."""
         uses = self.found.uses
         lists = {use: joined(uses.pop(use)) for use in list(uses)}
         if self.clusters < _WINDOW:
@@ -165,8 +168,8 @@ class _Comparison:
         self.report.image_end_offset = (highest + 1) << self.bits
 
     def compare_sparse(self, lists: dict[Use, Clusters]) -> int:
-        """Clusters that are referred to, and for which no count is stored: it is 0, or not known where the place of their
-        refcount block cannot be. Returns the highest one. The cost depends on the references, not on the file's size."""
+        """Compare clusters without a stored refcount: it is 0, or unknown if the offset of the refcount block is invalid.
+        Returns the highest cluster. The cost depends on the number of references, not on the size of the file."""
         clusters = np.unique(np.concatenate(list(lists.values())))
         index = clusters // self.block_entries
         blocks = np.zeros(len(clusters), np.uint64)
@@ -175,14 +178,14 @@ class _Comparison:
         unknown = (blocks % np.uint64(self.found.cluster) != 0) | (blocks >> np.uint64(63) != 0)
         if unknown.any():
             first, last = int(clusters[unknown][0]), int(clusters[unknown][-1])
-            text = f"the reference counts of clusters between {first} and {last} are unknown: no refcount block"
+            text = f"refcounts of clusters between {first} and {last} are unknown: a refcount block cannot be read"
             self.report.add(UNREADABLE, text, count=int(unknown.sum()))
         references = np.zeros(len(clusters), np.int64)
         for use, found in lists.items():
-            places = np.searchsorted(clusters, found)
-            references += np.bincount(places, minlength=len(clusters)) * use.weight
-            if use.looks and use.copied:  # a count of 1, say these entries
-                self.copied(use, found[~unknown[places]])
+            index = np.searchsorted(clusters, found)
+            references += np.bincount(index, minlength=len(clusters)) * use.weight
+            if use.looks and use.copied:  # the flag means a count of 1
+                self.copied(use, found[~unknown[index]])
         wrong = np.flatnonzero(~unknown)
         if len(wrong):
             at, counts = clusters[wrong], np.zeros(len(wrong), np.int64)
@@ -190,11 +193,11 @@ class _Comparison:
         return int(clusters[-1])
 
     def compare_window(self, lo: int, hi: int, lists: dict[Use, Clusters]) -> int:
-        """Clusters [lo, hi). `lists` holds indices from `lo`. Returns the highest cluster that is in use."""
+        """Compare clusters [lo, hi). `lists` contains indexes relative to `lo`. Returns the highest used cluster."""
         counts, unknown = self.stored(lo, hi)
         references = np.zeros(hi - lo, np.int64)
         kinds = np.zeros(hi - lo, np.uint16)
-        settled = np.zeros(hi - lo, np.bool_)  # what some finding tells already
+        settled = np.zeros(hi - lo, np.bool_)  # reported already
         maximum = (1 << (1 << self.order)) - 1
         for use, clusters in lists.items():
             kinds[clusters] |= use.kind
@@ -208,25 +211,25 @@ class _Comparison:
         blocks = lists.get(Use(REFCOUNT_BLOCK))
         if blocks is not None:
             named = np.bincount(blocks, minlength=hi - lo)
-            # Each name of a block is one too many that comes to a cluster which is in use already. A count of one bit
-            # cannot tell: there the reference does not fit, which is found below.
+            # Every pointer to a block is an error if the cluster has another use. A refcount of one bit cannot count both,
+            # which is reported below.
             twice = np.flatnonzero((named > 1) | ((named > 0) & (references > 0))) if maximum > 1 else named[:0]
             for at in twice.tolist():
                 times = int(named[at]) - (0 if references[at] else 1)
-                text = f"the refcount block at cluster {at + lo} is not the only use of it"
+                text = f"cluster {at + lo} is a refcount block and has other uses"
                 self.report.add(ERROR, text, (at + lo) << self.bits, times)
             settled[twice] = True
             references += named
         if self.order < 6:
             for at in np.flatnonzero(references > maximum).tolist():
-                text = f"cluster {at + lo} has {references[at]} references, and its count ends at {maximum}"
+                text = f"cluster {at + lo} has {references[at]} references, but the maximum of a refcount is {maximum}"
                 self.report.add(ERROR, text, (at + lo) << self.bits, int(references[at]) - maximum)
                 settled[at] = True
             np.minimum(references, maximum, out=references)
         if hi > self.clusters and not references[-1]:
-            counts[-1] = 0  # not a cluster of the file, and nobody refers to it
+            counts[-1] = 0  # past the end of the file, without a reference
         elif hi > self.clusters and unknown is not None and unknown[-1]:
-            text = f"the reference count of cluster {self.clusters}, behind the last, is unknown: no refcount block"
+            text = f"the refcount of cluster {self.clusters}, past the end of the file, is unknown: no refcount block"
             self.report.add(UNREADABLE, text)
         wanted = references.astype(counts.dtype)
         used = np.flatnonzero((counts != 0) | (references != 0))
@@ -235,8 +238,8 @@ class _Comparison:
         self.runs(ERROR, np.flatnonzero(counts < wanted), counts, references, lo)
         surplus = np.flatnonzero(counts > wanted)
         if self.incomplete and len(surplus):
-            # Whoever frees leaks must not be told of these: what could not be read may refer to them.
-            text = f"{len(surplus)} clusters may have leaked, or be used by what could not be read"
+            # Not reported as leaks, which a repair frees: tables that could not be read may refer to them.
+            text = f"{len(surplus)} clusters are leaked, or in use by tables that could not be read"
             self.report.add(UNREADABLE, text, (int(surplus[0]) + lo) << self.bits)
         else:
             self.runs(LEAK, surplus, counts, references, lo)
@@ -254,44 +257,44 @@ class _Comparison:
         *,
         compact: bool = False,
     ) -> None:
-        """Clusters whose counts are wrong; neighbours that are wrong in the same way make one finding. `compact`: the
-        other columns have one row for each of them."""
+        """Report clusters with wrong refcounts; adjacent clusters with equal numbers make one finding. `compact`: the other
+        columns have one row for each of these clusters."""
         if not len(clusters):
             return
         have, found = (counts, references) if compact else (counts[clusters], references[clusters])
         edges = (np.diff(clusters) != 1) | (have[1:] != have[:-1]) | (found[1:] != found[:-1])
         starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
-        room = max(MAX_FINDINGS - len(self.report.findings), 0)
+        most = max(MAX_FINDINGS - len(self.report.findings), 0)
         ends = np.append(starts[1:], len(clusters))
-        for start, end in zip(starts[:room].tolist(), ends[:room].tolist(), strict=True):
+        for start, end in zip(starts[:most].tolist(), ends[:most].tolist(), strict=True):
             at = int(clusters[start]) + lo
             what = f"cluster {at}" if end - start == 1 else f"clusters {at} to {at + end - start - 1}"
-            text = f"{what}: the count is {have[start]}, the references are {found[start]}"
+            text = f"{what}: the refcount is {have[start]}, the number of references {found[start]}"
             self.report.add(kind, text, at << self.bits, end - start)
-        if len(starts) > room:
-            rest = len(clusters) - int(starts[room])
-            self.report.add(kind, f"{rest} more clusters with wrong counts", None, rest)
+        if len(starts) > most:
+            rest = len(clusters) - int(starts[most])
+            self.report.add(kind, f"{rest} more clusters with wrong refcounts", None, rest)
 
     def overlaps(self, clusters: Clusters, kinds: NDArray[np.uint16], lo: int) -> None:
-        """Clusters that are used in two ways at once, though the count agrees."""
+        """Report clusters with two uses that exclude each other, and a matching refcount."""
         for at in clusters.tolist():
             names = " and ".join(name for kind, name in NAMES.items() if int(kinds[at]) & kind)
             self.report.add(ERROR, f"cluster {at + lo} is used as {names}", (at + lo) << self.bits)
 
     def copied(self, use: Use, clusters: Clusters) -> None:
-        """The COPIED flag of entries that point to these clusters is not what the stored count asks for."""
+        """Report entries that point to these clusters with a flag COPIED that contradicts the stored refcount."""
         flag, other = ("set", "not 1") if use.copied else ("clear", "1")
         name = NAMES[use.kind]
         self.found.each(
             ERROR,
-            lambda at: f"COPIED is {flag} where {name} in cluster {at} is pointed to, and its count is {other}",
+            lambda at: f"COPIED is {flag} in an entry for the {name} in cluster {at}, but its refcount is {other}",
             clusters,
             use.looks,
             shift=self.bits,
         )
 
     def copied_outside(self) -> None:
-        """The COPIED flags of entries that point beyond the file: they too should agree with a stored count, 0 if
+        """Compare the flags COPIED of entries that point past the end of the file with the stored refcounts, 0 if there is
         none."""
         for use, parts in self.found.outside.items():
             if not use.looks:
@@ -302,10 +305,10 @@ class _Comparison:
             known = np.ones(len(clusters), np.bool_)
             listed = np.flatnonzero(indices < len(self.refcount_table))
             blocks = self.refcount_table[indices[listed]]
-            # By the place of the block: a table whose entries all name one block has it read once.
+            # Grouped by the offset of the block, so that each block is read once even if all entries point to it.
             order = listed[np.argsort(blocks, kind="stable")]
-            places = self.refcount_table[indices[order]]
-            for group in np.split(order, np.flatnonzero(places[1:] != places[:-1]) + 1):
+            blocks = self.refcount_table[indices[order]]
+            for group in np.split(order, np.flatnonzero(blocks[1:] != blocks[:-1]) + 1):
                 if not len(group):
                     continue
                 raw = self.block_part(int(indices[group[0]]), 0, self.found.cluster)
@@ -326,8 +329,8 @@ def _count(references: Clusters, clusters: Clusters, weight: int) -> None:
 
 
 def _decode(raw: bytes | bytearray, order: int) -> NDArray[Any]:
-    """The reference counts of `1 << order` bits in the bytes of refcount blocks; below a byte, the lowest bits come
-    first."""
+    """The refcounts of `1 << order` bits in these bytes of refcount blocks; counts of less than a byte begin with the lowest
+    bits."""
     if order >= 3:
         width = 1 << order - 3
         return np.frombuffer(raw, f">u{width}").astype(f"u{width}")

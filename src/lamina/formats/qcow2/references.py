@@ -1,13 +1,13 @@
-"""Who refers to which cluster of a qcow2 image: the walk through its tables, for `check`.
+"""The references to each cluster of a qcow2 image, collected from its tables for `check`.
 
-It reads the image file itself and shares neither cache nor code with the driver, only the constants of `layout`, so
-that it can find the driver's bugs. After "Host cluster management", "Cluster mapping" and "Snapshots" of the published
-specification "Qcow2 Image File Format".
+The walk reads the image file without the caches of the driver, and shares with it only `layout`, `l1_table` and `l2_entry`,
+which decode entries, so that it finds errors of the driver. After "Host cluster management", "Cluster mapping" and
+"Snapshots" of the published specification "Qcow2 Image File Format".
 
-References are collected as arrays of cluster indices, so the memory needed depends on the tables that the file really
-stores and not on the offsets that they name. Each table is read once however many entries point to it; what it says then
-counts that many times. Tables in holes of the file are not read. Of those that do not lie on a cluster few are:
-they are findings, and thousands of them could lie over the same bytes.
+References are collected in arrays of cluster indexes. The memory therefore depends on the tables that the file stores, and
+not on the offsets in them. Each table is read once, regardless of the number of entries that point to it, and its references
+are counted as often. Tables in holes of the file are not read. Only a few misaligned tables are read: each is a finding, and
+thousands of them could overlap in the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Entries = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 _Number = TypeVar("_Number", bound=np.generic)
 
-# What a cluster is used as. One bit each: a cluster with two bits is used twice in ways that exclude each other.
+# The uses of a cluster. Each has a bit: a cluster with two bits has two uses that exclude each other.
 HEADER: Final = 1
 L1_TABLE: Final = 2
 L2_TABLE: Final = 4
@@ -56,38 +56,36 @@ NAMES: Final = {
     DATA: "guest data",
 }
 
-#: Bytes of L2 tables that are looked at in one go.
+#: Bytes of L2 tables in one batch.
 _BATCH: Final = 4 << 20
-#: Entries of L1 tables, or offsets of L2 tables, that are looked at in one go.
+#: Entries of L1 tables, or offsets of L2 tables, in one batch.
 _L1_BATCH: Final = 1 << 18
-#: Beyond twice what the file stores, L1 tables of snapshots lie over one another again and again, or in holes; no more than
-#: this much then is walked.
+#: L1 tables of snapshots with more bytes than twice the stored size of the file overlap many times, or lie in holes. Only
+#: this many more bytes of them are read.
 _SLACK: Final = 64 << 20
-#: Bytes of L2 tables that do not lie on a cluster and are walked all the same, as the peers do: enough for damage, and too
-#: little for an attack.
+#: Bytes of misaligned L2 tables that are read, as the reference tools do: enough for damage, too little for an attack.
 _MISALIGNED: Final = 1 << 20
-#: From so many tables on it pays to ask for all holes of the file at once.
+#: The number of tables from which on one query for all holes of the file pays off.
 _MANY: Final = 1024
-#: From this size on it pays to ask whether a table lies in a hole of the file before it is read.
+#: The table size from which on a query for a hole in the file pays off before a read.
 _HOLE: Final = 64 << 10
-#: No fewer offsets of each kind are looked at in one go, whatever number of kinds there is.
+#: The minimum of offsets of each kind in one batch, regardless of the number of kinds.
 _FEWEST: Final = 1 << 12
 
 
 class Use(NamedTuple):
-    """What a list of references has in common."""
+    """The common properties of a list of references."""
 
     kind: int
-    #: How often each counts.
+    #: The number of references for which each element stands.
     weight: int = 1
-    #: COPIED as it stands in the entries, and how often that is looked at (in the active tables only); None: not at
-    #: all.
+    #: The flag COPIED of the entries, and the number of active entries with it; None: the flag is not checked.
     copied: bool | None = None
     looks: int = 0
 
 
 class References:
-    """The references of one image: call `walk` once, then read `uses`, `outside` and `refcount_table`."""
+    """The references of one image. Call `walk` once, then read `uses`, `outside` and `refcount_table`."""
 
     def __init__(self, storage: Child, header: Header) -> None:
         self.storage = storage
@@ -95,23 +93,23 @@ class References:
         self.bits = header.cluster_bits
         self.cluster = header.cluster_size
         self.size = storage.node.size
-        #: Clusters of the file. A reference may run into the next one (compressed data at the end): that is index
-        #: `clusters`.
+        #: The number of clusters of the file. Compressed data at the end of the file may extend into the cluster with this
+        #: index.
         self.clusters = -(-self.size >> self.bits)
         self.block_entries = self.cluster * 8 >> header.refcount_order
         self.report = CheckReport(total_clusters=-(-header.size >> self.bits))
         self.uses: dict[Use, list[Clusters]] = defaultdict(list)
-        #: Entries that point beyond the file: their COPIED flag still has a count to agree with.
+        #: References past the end of the file, whose flag COPIED must match a stored refcount as well.
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
         stored = storage.node.allocated
         self.to_walk = 2 * (self.size if stored is None else min(stored, self.size)) + _SLACK
         self.misaligned = _MISALIGNED
         self.refcount_table: Entries = np.zeros(0, np.uint64)
-        #: Some table could not be read whole: clusters may have more references than were found.
+        #: Whether a table could not be read completely: clusters may have more references.
         self.incomplete = False
 
     def walk(self) -> None:
-        """Collect every reference, and report what is wrong with the entries themselves."""
+        """Collect all references, and report errors in the entries themselves."""
         header = self.header
         self.region(HEADER, 0, self.cluster)
         self.region(L1_TABLE, header.l1_table_offset, header.l1_size * 8)
@@ -127,23 +125,23 @@ class References:
     def each(
         self, kind: str, message: Callable[[int], str], where: NDArray[Any], count: int = 1, *, shift: int = 0
     ) -> None:
-        """A finding of `kind` for every element of `where`, each worth `count`; `message` makes the text of one.
+        """Report a finding of `kind` for each element of `where`, counted `count` times; `message` returns its text.
         Elements are table entries, or clusters with the `shift` that makes them offsets."""
-        room = max(MAX_FINDINGS - len(self.report.findings), 0)
-        for value in where[:room].tolist():
+        most = max(MAX_FINDINGS - len(self.report.findings), 0)
+        for value in where[:most].tolist():
             self.report.add(kind, message(value), self.offset_of(value << shift), count)
-        rest = len(where) - room
+        rest = len(where) - most
         if rest > 0:
             self.report.add(kind, f"and {rest} more of this kind", None, rest * count)
 
     def offset_of(self, entry: int) -> int | None:
-        """The byte that an entry points to, if it is inside the file."""
+        """The offset in an entry, if it is inside the file."""
         offset = l2_entry.offset_field(entry)
         return offset if offset < self.size else None
 
     def read(self, offset: int, length: int, what: str) -> tuple[bytearray, list[tuple[int, int]]]:
-        """The bytes, and the (position, length) of the parts that could not be read. Those and what is beyond the file
-        are zeros. A failing read is tried again cluster by cluster, so that no more than necessary is lost."""
+        """The bytes, and (position, length) of the parts that could not be read. These parts, and bytes past the end of the
+        file, are zeros. A failed read is repeated cluster by cluster, so that only the unreadable clusters are lost."""
         data = bytearray(length)
         inside = min(max(self.size - offset, 0), length)
         if not inside:
@@ -169,13 +167,13 @@ class References:
         """`count` table entries at `offset`; fewer if the file ends before."""
         count = min(count, max(-(-(self.size - offset) // 8), 0))
         if count * 8 >= _HOLE and self.storage.reads_zero(offset, count * 8):
-            return np.zeros(count, np.uint64)  # of which only the pages that somebody touches are there
+            return np.zeros(count, np.uint64)  # the system allocates only pages that are accessed
         return _native(self.read(offset, count * 8, what)[0])
 
     def may_walk(self, length: int, what: str) -> bool:
-        """Whether another `length` bytes of tables may be walked: tables that overlap could make a small file endless."""
+        """Whether another `length` bytes of tables may be read: overlapping tables could make a small file endless."""
         if length > self.to_walk:
-            self.report.add(UNREADABLE, f"{what}: the tables overlap so often that the rest of them is not examined")
+            self.report.add(UNREADABLE, f"{what}: the tables overlap so often that the rest is not checked")
             self.to_walk = 0
             self.incomplete = True
             return False
@@ -185,30 +183,29 @@ class References:
     # -- references
 
     def region(self, kind: int, offset: int, length: int) -> None:
-        """A structure that lies at these bytes. It may end in the cluster that the end of the file cuts, not after it."""
+        """Add the references to a structure at these bytes. It may end in the last, incomplete cluster, but not after it."""
         if not length:
             return
         if offset + length - self.size >= self.cluster:
-            self.report.add(ERROR, f"{NAMES[kind]} of {length} bytes at {offset:#x} passes the end of the file")
+            self.report.add(ERROR, f"{NAMES[kind]} of {length} bytes at {offset:#x} extends past the end of the file")
             return
         last = offset + length - 1 >> self.bits
         self.uses[Use(kind)].append(np.arange(offset >> self.bits, last + 1, dtype=np.int64))
 
     def point(self, use: Use, offsets: Entries, what: str) -> Mask:
-        """Entries that each point to one cluster. Those that are misaligned or outside are findings. Which are inside."""
+        """Add references that each point to one cluster; misaligned ones, and those outside of the file, are findings.
+        Returns which are inside."""
         misaligned = offsets & np.uint64(self.cluster - 1) != 0
         inside: Mask = offsets < np.uint64(self.size)
         if misaligned.any():
             text = f"{what} at {{:#x}} is not on a cluster boundary"
             self.each(ERROR, text.format, offsets[misaligned], use.weight)
-            # It lies in two clusters. Only that of its first byte has to agree with COPIED.
+            # It overlaps two clusters. Only the first one must match COPIED.
             second = offsets[misaligned & inside] + np.uint64(self.cluster - 1) >> np.uint64(self.bits)
             self.uses[Use(use.kind, use.weight)].append(second.astype(np.int64))
         clusters = (offsets >> np.uint64(self.bits)).astype(np.int64)
         if not inside.all():
-            self.each(
-                ERROR, lambda at: f"{what} at {at:#x} is beyond the end of the file", offsets[~inside], use.weight
-            )
+            self.each(ERROR, lambda at: f"{what} at {at:#x} is past the end of the file", offsets[~inside], use.weight)
             self.outside[use].append(clusters[~inside])
             clusters = clusters[inside]
         self.uses[use].append(clusters)
@@ -217,8 +214,8 @@ class References:
     # -- tables
 
     def l1_table(self, offset: int, count: int, *, active: bool, weight: int) -> tuple[Entries, int, bool] | None:
-        """What an L1 table refers to. Returns (offsets of its L2 tables, weight, active), or None if it may not be
-        walked."""
+        """Add the references of an L1 table. Returns (offsets of its L2 tables, weight, active), or None if it must not be
+        read."""
         if not active and not self.may_walk(count * 8, "L1 table of a snapshot"):
             return None
         found = [np.zeros(0, np.uint64)]
@@ -228,7 +225,7 @@ class References:
         return np.concatenate(found), weight, active
 
     def l1_entries(self, entries: Entries, active: bool, weight: int) -> list[Entries]:
-        """What these entries refer to, none of which is 0. Returns the offsets of the L2 tables that are to be walked."""
+        """Add the references of these entries, none of which is 0. Returns the offsets of the L2 tables to be read."""
         reserved = entries[l1_table.reserved_mask(entries)]
         self.each(ERROR, lambda entry: f"L1 entry {entry:#018x} has reserved bits set", reserved, weight)
         copied = l1_table.copied_mask(entries)
@@ -243,7 +240,7 @@ class References:
         return found
 
     def on_clusters(self, offsets: Entries) -> Entries:
-        """Those of these tables that lie on a cluster, and a few of the others. What more of them refer to is not known."""
+        """The aligned offsets, and a few of the others. References of the rest stay unknown."""
         misaligned = np.flatnonzero(offsets & np.uint64(self.cluster - 1))
         walked = min(self.misaligned // self.cluster, len(misaligned))
         self.misaligned -= walked * self.cluster
@@ -253,7 +250,7 @@ class References:
         return np.delete(offsets, misaligned[walked:])
 
     def snapshots(self) -> list[tuple[Entries, int, bool] | None]:
-        """The snapshot table, and the L1 tables that it names."""
+        """Add the references of the snapshot table, and of the L1 tables to which it points."""
         header, at = self.header, self.header.snapshots_offset
         l1_tables: dict[tuple[int, int], int] = {}
         for index in range(header.nb_snapshots):
@@ -266,30 +263,30 @@ class References:
                 break
             entry = q.SNAPSHOT.unpack(raw)
             if entry.extra_data_size > q.MAX_SNAPSHOT_EXTRA:
-                text = f"snapshot {index} has {entry.extra_data_size} bytes of extra data; the rest is not examined"
+                text = f"snapshot {index} has {entry.extra_data_size} bytes of extra data; the rest is not checked"
                 self.report.add(UNREADABLE, text, at)
                 self.incomplete = True
                 break
             if header.version >= 3 and entry.extra_data_size < 16:
-                self.report.add(ERROR, f"snapshot {index} is incomplete: it has no size of the disk", at)
+                self.report.add(ERROR, f"snapshot {index} is incomplete: the size of the disk is missing", at)
             at += -(-(q.SNAPSHOT.size + entry.extra_data_size + entry.id_size + entry.name_size) // 8) * 8
-            place = entry.l1_table_offset, entry.l1_size
-            if place[0] % self.cluster:
+            table = entry.l1_table_offset, entry.l1_size
+            if table[0] % self.cluster:
                 self.report.add(
-                    ERROR, f"the L1 table of snapshot {index} at {place[0]:#x} is not on a cluster boundary"
+                    ERROR, f"the L1 table of snapshot {index} at {table[0]:#x} is not on a cluster boundary"
                 )
-            elif place[1] * 8 > q.MAX_L1_BYTES:
-                self.report.add(ERROR, f"the L1 table of snapshot {index} has {place[1]} entries, more than can be")
+            elif table[1] * 8 > q.MAX_L1_BYTES:
+                self.report.add(ERROR, f"the L1 table of snapshot {index} has {table[1]} entries, above the limit")
             else:
-                self.region(SNAPSHOT_L1, place[0], place[1] * 8)
-                l1_tables[place] = l1_tables.get(place, 0) + 1
+                self.region(SNAPSHOT_L1, table[0], table[1] * 8)
+                l1_tables[table] = l1_tables.get(table, 0) + 1
         if header.nb_snapshots:
             self.region(SNAPSHOT_TABLE, header.snapshots_offset, at - header.snapshots_offset)
-        return [self.l1_table(*place, active=False, weight=weight) for place, weight in l1_tables.items()]
+        return [self.l1_table(*table, active=False, weight=weight) for table, weight in l1_tables.items()]
 
     def l2_tables(self, found: list[tuple[Entries, int, bool]]) -> None:
-        """Walk every L2 table once, whatever number of L1 entries point to it. `found`, which it empties: the offsets of L2
-        tables, how often each counts, and whether the active L1 table names them."""
+        """Read each L2 table once, regardless of the number of L1 entries that point to it. `found`, which is emptied:
+        (offsets of L2 tables, weight, active) of each L1 table."""
         alike: dict[tuple[int, bool], list[Entries]] = defaultdict(list)
         while found:
             offsets, weight, active = found.pop()
@@ -297,7 +294,7 @@ class References:
         lists = {use: joined(parts) for use, parts in alike.items()}
         for offsets in lists.values():
             offsets.sort()
-        # In ranges of offsets, so that what is kept of each table beside its offset takes little memory.
+        # In batches of adjacent offsets, since the columns of a batch take several times the memory of its offsets.
         for low, high in ranges(lists.values(), max(_L1_BATCH // max(len(lists), 1), _FEWEST)):
             edges = np.array((low, high), np.uint64)
             parts = {use: one[slice(*np.searchsorted(one, edges))] for use, one in lists.items()}
@@ -305,7 +302,7 @@ class References:
                 self.l2_range({use: part for use, part in parts.items() if len(part)})
 
     def l2_range(self, lists: dict[tuple[int, bool], Entries]) -> None:
-        """The same for these offsets, ascending in each list, by (how often each counts, whether it is active)."""
+        """The same for one batch: sorted lists of offsets by (weight, active)."""
         named = {use: _run_lengths(one) for use, one in lists.items()}
         offsets = np.unique(np.concatenate([one for one, _ in named.values()]))
         looks = np.zeros(len(offsets), np.int64)
@@ -326,7 +323,7 @@ class References:
                     self.l2_entries(tables, int(total[group[0]]), int(looks[group[0]]))
 
     def stored_tables(self, offsets: Entries) -> Mask:
-        """Of which of the tables at these ascending offsets some part is stored: the others lie in holes of the file."""
+        """Which of the tables at these sorted offsets do not lie in holes of the file."""
         size = self.cluster
         if len(offsets) < _MANY:
             if size < _HOLE:
@@ -348,8 +345,8 @@ class References:
         return keep
 
     def l2_batches(self, offsets: Entries) -> Iterator[Entries]:
-        """The entries of the tables at these ascending offsets, some tables at a time, one to a row. Neighbours are
-        read together."""
+        """The entries of the tables at these sorted offsets, in batches with one row per table. Adjacent tables are read
+        together."""
         size = self.cluster
         step = max(_BATCH // size, 1)
         for start in range(0, len(offsets), step):
@@ -364,12 +361,12 @@ class References:
             yield _native(raw).reshape(len(batch), size // 8)
 
     def l2_entries(self, tables: Entries, weight: int, looks: int) -> None:
-        """What the entries of these tables refer to. Each counts `weight` times, and `looks` times as an active one."""
+        """Add the references of the entries of these tables. Each counts `weight` times, `looks` of them as an active one."""
         report = self.report
         flat = tables.reshape(-1)
-        places = np.flatnonzero(flat)
-        entries = flat[places]
-        rows = places // tables.shape[1]
+        used = np.flatnonzero(flat)
+        entries = flat[used]
+        rows = used // tables.shape[1]
         compressed = l2_entry.compressed_mask(entries)
         if compressed.any():
             self.compressed(entries[compressed], weight)
@@ -390,7 +387,7 @@ class References:
         nowhere = offsets == 0
         if nowhere.any():
             stray = entries[nowhere & copied]
-            self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} is marked COPIED but points nowhere", stray, weight)
+            self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} has the flag COPIED but no offset", stray, weight)
             offsets, copied, rows = offsets[~nowhere], copied[~nowhere], rows[~nowhere]
         if looks and len(offsets):
             report.allocated_clusters += looks * len(offsets)
@@ -404,28 +401,30 @@ class References:
                 self.point(Use(DATA, weight, flag, looks), chosen, "data cluster")
 
     def compressed(self, entries: Entries, weight: int) -> None:
-        """Compressed data counts in every cluster that its sectors touch: at most three."""
+        """Add the references to compressed data: one for each cluster that its sectors overlap, at most three."""
         stray = entries[l2_entry.copied_mask(entries)]
         self.each(
-            ERROR, lambda entry: f"L2 entry {entry:#018x} of a compressed cluster is marked COPIED", stray, weight
+            ERROR, lambda entry: f"L2 entry {entry:#018x} of a compressed cluster has the flag COPIED", stray, weight
         )
         start, end = l2_entry.compressed_ranges(entries, self.bits)
         beyond = end >= np.uint64(self.size + self.cluster)
-        self.each(ERROR, lambda at: f"compressed data at {at:#x} passes the end of the file", start[beyond], weight)
+        self.each(
+            ERROR, lambda at: f"compressed data at {at:#x} extends past the end of the file", start[beyond], weight
+        )
         first = (start[~beyond] >> np.uint64(self.bits)).astype(np.int64)
         last = (end[~beyond] - np.uint64(1) >> np.uint64(self.bits)).astype(np.int64)
         for step in range(3):
             self.uses[Use(DATA, weight)].append((first + step)[first + step <= last])
 
     def encryption(self) -> None:
-        """Where a LUKS header is, the clusters that it occupies."""
+        """Add the references to the clusters of the LUKS header, if there is one."""
         if (place := self.header.encryption_header) is not None:
             self.region(ENCRYPTION, *place)
 
     # -- reference counts
 
     def refcount_blocks(self) -> None:
-        """The refcount table, and the blocks that it names."""
+        """Add the references of the refcount table to its blocks."""
         header = self.header
         count = header.refcount_table_clusters * self.cluster // 8
         table = self.entries(header.refcount_table_offset, count, "refcount table")
@@ -439,12 +438,12 @@ class References:
         self.each(ERROR, lambda at: f"refcount block at {at:#x} is not on a cluster boundary", entries[misaligned])
         entries = entries[~misaligned]
         beyond = entries >= np.uint64(self.size)
-        self.each(ERROR, lambda at: f"refcount block at {at:#x} is beyond the end of the file", entries[beyond])
+        self.each(ERROR, lambda at: f"refcount block at {at:#x} is past the end of the file", entries[beyond])
         self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(np.int64))
 
 
 def joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
-    """These arrays, at least one, which it empties, one behind the other."""
+    """The concatenation of these arrays, of which there is at least one; the list is emptied."""
     whole = np.empty(sum(map(len, parts)), parts[0].dtype)
     end = len(whole)
     while parts:
@@ -455,19 +454,19 @@ def joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
 
 
 def ranges(lists: Collection[NDArray[Any]], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of numbers, ascending, that hold all of these sorted lists, at most `most` of each list in one (more only where
-    they are equal)."""
+    """Ascending ranges of numbers that contain all elements of these sorted lists, with at most `most` elements of each list
+    per range (more only if they are equal)."""
     edges = sorted({edge for one in lists for edge in [*one[::most].tolist(), *(one[-1:] + 1).tolist()]})
     return pairwise(edges)
 
 
 def _run_lengths(values: Entries) -> tuple[Entries, NDArray[np.int64]]:
-    """Each of these sorted values once, and how often it is there. There is at least one."""
+    """The distinct values of this sorted array, which is not empty, and the number of occurrences of each."""
     first = np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))
     return values[first], np.diff(first, append=len(values))
 
 
 def _native(raw: bytearray) -> Entries:
-    """The entries in these bytes, which become the array's own."""
+    """The entries in these big-endian bytes, which the array takes over."""
     entries = np.frombuffer(raw, np.uint64)
     return entries.byteswap(inplace=True) if sys.byteorder == "little" else entries
