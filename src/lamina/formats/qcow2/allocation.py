@@ -61,13 +61,16 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _al
     table = tables.own_table(which)
     replaced = table.entries[index : index + clusters]
     for at, entry in enumerate(replaced):
+        if not entry:  # the usual case: the cluster was unallocated
+            continue
         if data_cluster(entry) != host + (at << tables.cluster_bits):
             tables.require_droppable(table, index + at)
         else:
             replaced[at] = 0  # the write filled the storage that the entry had
     tables.mappings.set_run(which, index, host, clusters)
     for entry in replaced:
-        tables.give_up(entry)
+        if entry:
+            tables.give_up(entry)
     if tables.mappings.pressure:
         tables.write_out()
 
