@@ -13,8 +13,8 @@ import pytest
 
 from .test_layers import MODULES, PACKAGE, PACKAGE_FILES, from_root, imported, module_name
 
-#: They make up the contract of a node together, and a channel makes the encrypted one over itself.
-TOGETHER = [{"node", "request", "graph"}, {"nbd.channel", "nbd.tls_channel"}]
+#: They make up the contract of a node together.
+TOGETHER = [{"node", "request", "graph"}]
 #: Public members of named tuples, whose names begin with an underscore so that no field has them.
 OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 

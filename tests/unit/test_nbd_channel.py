@@ -382,7 +382,7 @@ def test_bytes_from_before_tls_are_refused(pki: Path, server_side: bool) -> None
     ours, theirs = socket.socketpair()
     context = tls.server_context(pki) if server_side else client_tls(pki)[0]
     with pytest.raises(BlockIOError, match="5 bytes came before TLS"):
-        PlainChannel(ours).start_tls(context, server_side=server_side, hostname="localhost", buffered=b"hello")
+        TlsChannel(PlainChannel(ours), context, server_side=server_side, hostname="localhost", buffered=b"hello")
     assert theirs.recv(100) == b""
     theirs.close()
 
@@ -421,7 +421,7 @@ def test_a_peer_that_leaves_during_the_handshake(pki: Path) -> None:
 def test_the_plain_channel_closes_the_handshake_over_it(pki: Path) -> None:
     ours, theirs = socket.socketpair()
     plain = PlainChannel(ours)
-    finish = in_thread(lambda: plain.start_tls(tls.server_context(pki), server_side=True))
+    finish = in_thread(lambda: TlsChannel(plain, tls.server_context(pki), server_side=True))
     time.sleep(0.05)
     plain.close()
     with pytest.raises(Closed):

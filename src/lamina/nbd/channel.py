@@ -16,14 +16,9 @@ import threading
 from collections.abc import Callable, Sequence
 from errno import EAGAIN, EPIPE, ETIMEDOUT
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..errors import BlockIOError, Closed, LaminaError, OptionError, printable
-
-if TYPE_CHECKING:
-    import ssl
-
-    from .tls_channel import TlsChannel
 
 Buffer = bytes | bytearray | memoryview
 
@@ -304,20 +299,6 @@ class PlainChannel:
                 self._socket.setsockopt(socket.SOL_SOCKET, option, value)
         except OSError as error:
             raise self._lost(error, "set the timeout") from error
-
-    def start_tls(
-        self,
-        context: ssl.SSLContext,
-        *,
-        server_side: bool,
-        hostname: str | None = None,
-        buffered: Buffer = b"",
-        timeout: float = HANDSHAKE_TIMEOUT,
-    ) -> TlsChannel:
-        """The encrypted channel over this one, after a handshake; this one then only serves to `close` it."""
-        from .tls_channel import TlsChannel
-
-        return TlsChannel(self, context, server_side=server_side, hostname=hostname, buffered=buffered, timeout=timeout)
 
     def end_input(self) -> None:
         """Receive what has arrived, and no more: then the stream is at its end. What is sent still goes out."""

@@ -27,7 +27,8 @@ _MAX_UNSENT = 64 << 10
 
 
 class TlsChannel:
-    """TLS over a connected stream. Takes the socket, or the plain channel, over; the constructor does the handshake.
+    """TLS over a connected stream: a socket or a plain channel, which belongs to this channel from then on, and serves its
+    owner only to `close` it. The constructor does the handshake.
 
     `ssl.SSLSocket` cannot receive in one thread while others send. This drives an `ssl.SSLObject`, which works on memory
     alone, under a lock that is never held during a wait.

@@ -216,11 +216,14 @@ def negotiate(
                 break
             watch()
             if negotiation.wants_tls:
+                from ..tls_channel import TlsChannel
+
                 assert context is not None
                 assert isinstance(channel, PlainChannel)
                 channel.watch = None
                 left = deadline - time.monotonic()
-                channel = channel.start_tls(context[0], server_side=False, hostname=context[1], timeout=max(left, 0.01))
+                ssl_context, name = context
+                channel = TlsChannel(channel, ssl_context, server_side=False, hostname=name, timeout=max(left, 0.01))
                 negotiation.tls_started()
                 continue
             try:

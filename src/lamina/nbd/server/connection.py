@@ -245,11 +245,13 @@ class Connection:
         self.channel.settimeout(left)
 
     def _secure(self, negotiation: Negotiation) -> None:
+        from ..tls_channel import TlsChannel
+
         assert self._context is not None  # STARTTLS is refused without one
         left = max(self._deadline - time.monotonic(), 0.1)
         self.waits.heard()
         self.waits.listening = True
-        secured = self._plain.start_tls(self._context, server_side=True, timeout=left)
+        secured = TlsChannel(self._plain, self._context, server_side=True, timeout=left)
         self.waits.listening = False
         self.channel = secured
         if not self._admit(secured.peer_names):
