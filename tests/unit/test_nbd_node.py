@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import socket
 import ssl
@@ -14,8 +15,8 @@ import pytest
 
 import lamina
 from lamina.cli.main import main
-from lamina.errors import BlockIOError
-from lamina.nbd import node, wire
+from lamina.errors import BlockIOError, ReadOnly
+from lamina.nbd import Export, Server, node, wire
 from lamina.nbd.client import Client
 from lamina.nbd.node import PIECE
 from lamina.nbd.tls import server_context
@@ -244,3 +245,58 @@ class _Prefixed:
     def recv(self, count: int) -> bytes:
         part, self._head = self._head[:count], self._head[count:]
         return part or self._sock.recv(count)
+
+
+def test_an_image_over_an_export_is_reopened_for_writing_and_back(tmp_path: Path) -> None:
+    lamina.create(tmp_path / "disk.qcow2", "qcow2", 1 << 20)
+    os.truncate(tmp_path / "disk.qcow2", 1 << 20)  # an export does not grow
+    with lamina.open(tmp_path / "disk.qcow2", format="raw", read_only=False) as served:
+        export = Export(served, writable=True)
+        with Server([export], unix=str(tmp_path / "s")) as server:
+            spec = {"driver": "qcow2", "file": {"driver": "nbd", "uri": server.uri}}
+            with lamina.open(spec) as image:
+                with pytest.raises(ReadOnly):
+                    image.write(0, b"early")
+                image.reopen(read_only=False)
+                image.write(0, b"bytes")
+                image.reopen(read_only=True)
+                with pytest.raises(ReadOnly):
+                    image.write(0, b"late!")
+                assert image.read(0, 5) == b"bytes"
+            with lamina.open(spec) as image:
+                assert image.read(0, 5) == b"bytes"
+
+
+def test_an_export_that_is_read_only_is_not_reopened_for_writing(serve: Serve) -> None:
+    def behave(sock: socket.socket, number: int) -> None:
+        shake(sock, SIZE, flags=wire.FLAG_HAS_FLAGS | wire.FLAG_READ_ONLY)
+        for asked in requests(sock):
+            sock.sendall(answer(bytearray(DISK), asked))
+
+    with opened(serve(behave)) as image:
+        with pytest.raises(ReadOnly, match="the server exports this read-only") as caught:
+            image.reopen(read_only=False)
+        assert caught.value.operation == "reopen"
+        assert image.read_only
+        assert image.read(0, 3) == DISK[:3]
+
+
+def test_a_flush_that_fails_leaves_the_image_writable(serve: Serve) -> None:
+    failing = [False]
+
+    def behave(sock: socket.socket, number: int) -> None:
+        shake(sock, SIZE)
+        for asked in requests(sock):
+            if asked.command == wire.CMD_FLUSH and failing[0]:
+                sock.sendall(wire.SIMPLE_REPLY.codec.pack(wire.SIMPLE_REPLY_MAGIC, wire.EIO, asked.cookie))
+            else:
+                sock.sendall(answer(bytearray(DISK), asked))
+
+    with opened(serve(behave), read_only=False) as image:
+        image.write(0, b"x")
+        failing[0] = True
+        with pytest.raises(BlockIOError):
+            image.reopen(read_only=True)
+        assert not image.read_only
+        failing[0] = False
+        image.reopen(read_only=True)

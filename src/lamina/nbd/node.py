@@ -72,10 +72,9 @@ class NbdStorage(StorageNode):
 
     def __init__(self, client: Client, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(name=name, read_only=read_only)
-        if client.read_only and not read_only:
-            hint = "open it read-only (read_only=True; -r), or ask for a writable export"
-            raise ReadOnly("the server exports this read-only", path=str(client.target), operation="open", hint=hint)
         self.client = client
+        if not read_only:
+            self._require_writable_export("open")
         self.supported_flags = FUA if client.can_fua else 0
         self._context = wire.BASE_ALLOCATION in client.contexts
 
@@ -221,6 +220,22 @@ class NbdStorage(StorageNode):
         if not self._context or self.client.terse:
             return Done([(length, False)])
         return _ZeroRuns(self, offset, length, self.client.start_block_status(offset, length))
+
+    def reopen(self, read_only: bool) -> None:
+        """The connection stays: whether an export is writable is the server's to say, and it has said so. Raises ReadOnly for
+        an export that is not, and where the flush before the change to read-only fails, its error."""
+        if read_only:
+            self.flush()
+        else:
+            self._require_writable_export("reopen")
+        self.read_only = read_only
+
+    def _require_writable_export(self, operation: str) -> None:
+        if self.client.read_only:
+            hint = "open it read-only (read_only=True; -r), or let the server export it for writing, and open it again"
+            raise ReadOnly(
+                "the server exports this read-only", path=str(self.client.target), operation=operation, hint=hint
+            )
 
     @property
     def held(self) -> bool:
