@@ -1,6 +1,6 @@
 """Copy bytes unchanged, fast: between files, devices, pipes and remote storage.
 
-One thread has many requests in flight: started reads are in one queue, the writes of their data in a second, both in the
+One thread has many requests in flight (`requests.in_two_steps`): reads, and the writes of what was read, both finished in the
 order of the disk. So everything before the oldest unfinished request is copied: this is the position of the copy, which the
 journal records after a flush, and from which an interrupted copy is resumed.
 """
@@ -8,7 +8,7 @@ journal records after a flush, and from which an interrupted copy is resumed.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,10 +16,10 @@ from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import KIB, is_power_of_two
 from ..pending import DONE, Pending
 from ..zeros import stored_parts
-from .copy_ends import PipeSource, Source, Target, on_grid
+from .copy_ends import Part, PipeSource, Source, Target, on_grid
 from .output import OutputLimit
 from .progress import Monitor
-from .requests import NEAR
+from .requests import NEAR, in_two_steps
 
 if TYPE_CHECKING:
     from .copy_journal import Journal
@@ -71,21 +71,12 @@ class Plan:
         self.max_output = max_output
 
 
-class _Reading(NamedTuple):
-    """A read on its way, or (without a `buffer`) zeros that need not be read."""
+class _Piece(NamedTuple):
+    """A range of the source that one request reads, or (without a `buffer`) zeros that are not read."""
 
     offset: int
     length: int
     buffer: memoryview | None
-    wait: Pending
-
-
-class _Writing(NamedTuple):
-    """What is to be done before everything up to `end` is copied; then `buffer` is free."""
-
-    end: int
-    buffer: memoryview | None
-    waits: list[Pending]
 
 
 class Copy:
@@ -129,13 +120,11 @@ class Copy:
         self._flushes = plan.flush or journal is not None or target.forgets
         self._checkpoints = journal is not None or (target.forgets and not piped)
         self._free: list[memoryview] = []
-        self._reads: deque[_Reading] = deque()
-        self._writes: deque[_Writing] = deque()
         self._begin = journal.position if journal is not None else 0
         self._position = self._durable = self._begin
         self._next = monotonic() + _BETWEEN
-        #: A flush was asked for, and did not succeed.
-        self._flushing = False
+        #: The next checkpoint is due; and a flush began that has not succeeded.
+        self._due = self._flushing = False
         self._read = self._written = self._zeroed = self._skipped = 0
 
     @property
@@ -155,9 +144,7 @@ class Copy:
                 self._end()
             else:
                 self._copy_all(self._source)
-        except BaseException as error:
-            if isinstance(error, LaminaError):
-                self._settle_rest()
+        except BaseException:
             if self._journal is not None and not self._flushing:
                 # The error is what matters. If this fails too, the journal holds what it held before, which is true as well.
                 # (After a flush that failed there is no second try: it could succeed, and cover nothing.)
@@ -183,74 +170,71 @@ class Copy:
             self._position = self._durable
 
     def _copy_from(self, source: Source, begin: int) -> None:
-        for offset, length, zero in on_grid(
-            source.parts(begin), begin, self._target.block, self._request, NEAR if self._hole else 0
-        ):
-            self._make_room()
-            if zero:
-                self._reads.append(_Reading(offset, length, None, DONE))
-            else:
-                view = self._buffer()
-                self._reads.append(_Reading(offset, length, view, source.start_read(offset, view[:length])))
-            # What is there already (a file answers at once) goes on at once.
-            while self._reads and self._reads[0].wait is DONE:
-                self._advance()
-            if self._checkpoints and monotonic() >= self._next:
-                self._drain()
+        near = NEAR if self._hole else 0
+        parts = on_grid(source.parts(begin), begin, self._target.block, self._request, near)
+
+        def start_read(piece: _Piece) -> list[Pending]:
+            offset, length, buffer = piece
+            return [] if buffer is None else [source.start_read(offset, buffer[:length])]
+
+        self._due = True
+        while self._due:
+            self._due = False
+            self._copy_pieces(self._pieces(parts), start_read)
+            if self._due:
                 self._checkpoint()
         self._end()
 
-    def _copy_pipe(self, source: PipeSource) -> None:
-        offset = 0
-        while True:
-            self._make_room()
-            view = self._buffer()
-            count = source.fill(view)
-            if count:
-                self._reads.append(_Reading(offset, count, view, DONE))
-                self._advance()
-            offset += count
-            if count < len(view):
-                self._drain()
+    def _pieces(self, parts: Iterator[Part]) -> Iterator[_Piece]:
+        """The next pieces, up to the end or the next checkpoint."""
+        for offset, length, zero in parts:
+            yield _Piece(offset, length, None if zero else self._buffer())
+            if self._checkpoints and monotonic() >= self._next:
+                self._due = True
                 return
 
+    def _copy_pipe(self, source: PipeSource) -> None:
+        def pieces() -> Iterator[_Piece]:
+            offset = 0
+            while True:
+                view = self._buffer()
+                count = source.fill(view)
+                if count:
+                    yield _Piece(offset, count, view)
+                offset += count
+                if count < len(view):
+                    return
+
+        self._copy_pieces(pieces(), lambda piece: [])
+
+    def _copy_pieces(self, pieces: Iterator[_Piece], start_read: Callable[[_Piece], list[Pending]]) -> None:
+        """Copy these. No request is in flight on return."""
+        with contextlib.closing(in_two_steps(pieces, start_read, self._start_write, self._limit)) as finished:
+            for offset, length, buffer in finished:
+                if buffer is not None:
+                    self._free.append(buffer)
+                self._position = offset + length
+                # The length of what comes through a pipe is not known.
+                self._watch.update(self._position, self._size or self._position + 1)
+
     def _end(self) -> None:
-        self._drain()
         if self._flushes:
             self._checkpoint()
-
-    # -- the two queues
 
     def _buffer(self) -> memoryview:
         return self._free.pop() if self._free else memoryview(bytearray(self._request))
 
-    def _make_room(self) -> None:
-        """Until one more request may be started. Reads and writes get half of the requests each, where both take time."""
-        while len(self._reads) + len(self._writes) >= self._limit:
-            if self._writes and len(self._reads) <= self._limit // 2:
-                self._settle()
-            else:
-                self._advance()
+    # -- what is written
 
-    def _drain(self) -> None:
-        while self._reads:
-            self._advance()
-        while self._writes:
-            self._settle()
-
-    def _advance(self) -> None:
-        """The oldest read becomes writes."""
-        offset, length, buffer, wait = self._reads[0]
-        wait.wait()
-        self._reads.popleft()
+    def _start_write(self, piece: _Piece) -> list[Pending]:
+        """What was read is written."""
+        offset, length, buffer = piece
         if buffer is None:
-            waits = self._zero(offset, length)
+            requests = self._zero(offset, length)
         else:
             self._read += length
-            waits = self._store(offset, buffer[:length])
-        self._writes.append(_Writing(offset + length, buffer, [wait for wait in waits if wait is not DONE]))
-        while self._writes and not self._writes[0].waits:
-            self._settle()
+            requests = self._store(offset, buffer[:length])
+        return [request for request in requests if request is not DONE]
 
     def _store(self, offset: int, view: memoryview) -> list[Pending]:
         """Write what holds something of these bytes, and make the rest zero."""
@@ -282,25 +266,6 @@ class Copy:
         self._zeroed += changed
         self._skipped += length - changed
         return [self._target.start_zero(at, length) for at, length in parts]
-
-    def _settle(self) -> None:
-        """The oldest write is waited for."""
-        end, buffer, waits = self._writes[0]
-        for wait in waits:
-            wait.wait()
-        self._writes.popleft()
-        if buffer is not None:
-            self._free.append(buffer)
-        self._position = end
-        # Of a pipe nobody knows how much is to come.
-        self._watch.update(end, self._size or end + 1)
-
-    def _settle_rest(self) -> None:
-        """After an error, which is raised later: wait for what was on its way, up to the first write that failed, so that
-        `position` says all that is copied."""
-        with contextlib.suppress(LaminaError):
-            while self._writes:
-                self._settle()
 
     # -- what is durable
 

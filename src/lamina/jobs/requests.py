@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import OptionError
+from ..errors import LaminaError, OptionError
 from ..limits import KIB
 from ..node import Node, StorageNode
 from ..pending import DONE, Pending
@@ -124,7 +125,7 @@ def in_order(items: Iterable[_I], begin: Callable[[_I], Sequence[Pending]], coun
     try:
         for item in items:
             under_way.append((item, begin(item)))
-            while under_way and (len(under_way) >= count or all(request is DONE for request in under_way[0][1])):
+            while under_way and (len(under_way) >= count or _is_done(under_way[0][1])):
                 yield _first(under_way)
         while under_way:
             yield _first(under_way)
@@ -132,6 +133,53 @@ def in_order(items: Iterable[_I], begin: Callable[[_I], Sequence[Pending]], coun
         for _, requests in under_way:
             for request in requests:
                 request.leave()
+
+
+def in_two_steps(
+    items: Iterable[_I],
+    begin: Callable[[_I], Sequence[Pending]],
+    proceed: Callable[[_I], Sequence[Pending]],
+    count: int,
+) -> Generator[_I, None, None]:
+    """The same for items that take two steps: `proceed(item)` starts further requests when those of `begin(item)` are
+    finished, in order. At most `count` items are in flight; each step has half of them where both take time. When a request
+    fails, the items before it that finish are still yielded, and then its error is raised."""
+    first: deque[tuple[_I, Sequence[Pending]]] = deque()
+    second: deque[tuple[_I, Sequence[Pending]]] = deque()
+    try:
+        for item in items:
+            first.append((item, begin(item)))
+            while first and (_is_done(first[0][1]) or len(first) + len(second) >= count):
+                if not _is_done(first[0][1]) and second and len(first) <= count // 2:
+                    yield _first(second)
+                else:
+                    item = _first(first)
+                    second.append((item, proceed(item)))
+                while second and _is_done(second[0][1]):
+                    yield _first(second)
+            while len(second) >= count:
+                yield _first(second)
+        while first:
+            item = _first(first)
+            second.append((item, proceed(item)))
+            while second and _is_done(second[0][1]):
+                yield _first(second)
+        while second:
+            yield _first(second)
+    except LaminaError:
+        with suppress(LaminaError):
+            while second:
+                yield _first(second)
+        raise
+    finally:
+        for _, requests in (*first, *second):
+            for request in requests:
+                request.leave()
+
+
+def _is_done(requests: Sequence[Pending]) -> bool:
+    """Whether all of these were finished when they were started."""
+    return all(request is DONE for request in requests)
 
 
 def _first(under_way: deque[tuple[_I, Sequence[Pending]]]) -> _I:
