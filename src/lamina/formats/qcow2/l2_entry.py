@@ -223,12 +223,16 @@ class L2Layout:
         if seen & self.misaligned:
             raise self.invalid(int(known[(known & self.misaligned).nonzero()[0][0]] & _OFFSET))
         step = known[1:] - known[:-1]
-        goes_on = np.where(known[:-1] >= q.SECTOR, step == self.cluster_size, step == 0)
-        heads = np.concatenate((np.zeros(1, np.int64), np.logical_not(goes_on, out=goes_on).nonzero()[0] + 1))
+        begins = np.ones(len(known), np.bool_)
+        np.not_equal(step, np.where(known[:-1] >= q.SECTOR, self.cluster_size, 0), out=begins[1:])
+        heads = begins.nonzero()[0]
         known = known[heads]
         has_offset = known >= q.SECTOR
-        flags = np.frombuffer(_FLAGS, np.uint8)[(known & 3) + 4 * has_offset]
-        return heads, flags, np.where(has_offset, known & _OFFSET, -1)
+        # Small columns, and changes in place: new memory of the size of `known` takes longer than the work on it.
+        kinds = known.astype(np.uint8) & np.uint8(3) | has_offset.view(np.uint8) << np.uint8(2)
+        known &= _OFFSET
+        known[~has_offset] = -1
+        return heads, np.frombuffer(_FLAGS, np.uint8)[kinds], known
 
 
 # -- columns of entries (uint64), for the check
