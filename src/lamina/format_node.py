@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: A disk writes a sector atomically.
 _SECTOR = 512
-#: A question for the status of so many bytes that few rows answer is answered in plain Python, in a fourth of the time.
+#: The status of up to `_SMALL` bytes with up to `_FEW` rows is determined in plain Python, in a fourth of the time.
 _SMALL, _FEW = MIB, 4
 
 
@@ -429,7 +429,7 @@ def _extents_of(own: Columns) -> Extents:
 
 
 def _extents_of_few(begin: int, rows: list[Status]) -> Extents:
-    """These few rows as columns. Neighbours that are alike and contiguous become one row."""
+    """These few rows as Extents. Adjacent rows that are equal and contiguous are joined."""
     from .extents import Extents
     from .numeric import np
 

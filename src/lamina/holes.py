@@ -1,10 +1,10 @@
-"""Data in a hole is zero: what a format stores where the file has a hole, or ends, reads as zero, and its status says so.
+"""Data in a hole is zero: if a format maps a range to a hole of its file, or past its end, the status says that it is zero.
 
-One rule above the mapping of every format (`format_node`), for one small stretch and for columns alike. The flags of such a
-stretch are ZERO and DATA: zero for those who read or copy it, stored for those who count what is stored; it keeps its offset.
+This rule applies to the mapping of every format (`format_node`), to small ranges and to columns alike. Such a range has the
+flags ZERO and DATA, and keeps its offset: readers and copies treat it as zero, and counts of allocated storage include it.
 
-A child is asked for its status once for a whole answer, and both are intersected as columns. Only stretches that lie far
-apart in it are asked about one by one.
+One query per result asks a child for its status, and the columns of both are intersected. Separate queries are made only for
+ranges that are far apart in the child.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from .format_node import Columns
     from .request import Child
 
-#: What lies between two stretches of a file that are further apart than this is not asked about.
+#: Ranges of a child with a larger distance than this are far apart: the bytes between them are not queried.
 _GAP = MIB
-#: Rows that are asked for to see whether there is a hole at all.
+#: Rows of the first query, which finds out whether there is a hole at all.
 _QUICK = 4
-#: Of so many stretches that lie apart each is asked about; where there are more, all from the first to the last at once.
+#: The most separate queries. For more ranges, one query covers everything from the first to the last.
 _MOST_APART = 1 << 10
 
 
 def lies_in_hole(child: Child, offset: int, length: int) -> bool:
-    """Whether these bytes of a child are known to read as zero. So are those past its end, where its edge allows to read
+    """Whether these bytes of a child are known to read as zero, including bytes past its end if the edge permits reading
     them."""
     return (child.grows or offset + length <= child.size) and child.reads_zero(offset, length)
 
 
 def runs_with_holes(flags: int, child: Child, offset: int, length: int, most: int) -> list[tuple[int, int]]:
-    """(flags, length) of the first of these bytes, which a format maps to `offset` of `child` with these flags, up to `most`
-    runs: as `with_holes`, in plain Python."""
+    """(flags, length) of the first runs, at most `most`, of a range that a format maps to `offset` of `child` with the flags
+    `flags`: as `with_holes`, in plain Python."""
     inside = min(child.size - offset, length)
-    bare = ZERO | PRESENT if flags == PRESENT else flags | ZERO  # in a hole, where the child stores nothing
+    bare = ZERO | PRESENT if flags == PRESENT else flags | ZERO  # the flags in a hole of the child
     found = []
     if inside > 0:
         for told, run, _, _, _ in child.first_extents(offset, inside, most):
@@ -51,7 +51,7 @@ def runs_with_holes(flags: int, child: Child, offset: int, length: int, most: in
 
 
 def stored(own: Columns) -> Columns:
-    """`own`, where nobody asked the children: what has no flag but PRESENT is DATA."""
+    """`own` without the holes of the children: rows with the flag PRESENT alone are DATA."""
     from .numeric import np
 
     if PRESENT not in own.flags.tobytes():  # faster than a comparison in numpy
@@ -60,9 +60,9 @@ def stored(own: Columns) -> Columns:
 
 
 def with_holes(own: Columns) -> Columns:
-    """`own`, where data that lies in a hole of its child is ZERO too, and what has no flag but PRESENT gets those of the
-    child: DATA, ZERO or both. Or a part of it, from its beginning: neither time nor memory depend on how many holes there
-    are."""
+    """`own` with the holes of the children: data in a hole is ZERO too, and rows with the flag PRESENT alone get the flags of
+    the child: DATA, ZERO or both. The result may cover only the beginning of `own`, so that the number of holes does not
+    affect the maximum of time and memory."""
     from .numeric import np
 
     asked = (own.offset >= 0) & ((own.flags & ZERO) == 0)
@@ -78,16 +78,16 @@ def with_holes(own: Columns) -> Columns:
         if known and (known >= rows // 2 or known >= _MOST_APART):
             return _overlaid(own, zeros, known)
         if rows == 1:
-            # One row is longer than what its child tells at once: the part that it has told.
+            # The row is longer than one result of its child: the part that the result covers.
             part = np.array([end - int(own.offset[0])])
             return _overlaid(own._replace(length=part), zeros, 1)
-        # Much of the file was looked at for little. Fewer rows lie closer together.
+        # A long query covered few rows. Fewer rows are closer together.
         rows = max(min(rows // 2, _MOST_APART), 1)
 
 
 def _at_once(own: Columns, which: Any) -> Columns | None:
-    """The answer where one question in plain Python tells it, and no row is to be cut: all that the rows numbered `which`
-    store lies in a few stretches of the file, each of which is a hole or is none. None where that is not so."""
+    """The result if one query in plain Python suffices and no row must be split: the rows with the numbers `which` are in a
+    few ranges of the child, each of which is a hole or has none. Otherwise None."""
     from .numeric import np
 
     if len(own.children) > 1:
@@ -116,7 +116,7 @@ def _at_once(own: Columns, which: Any) -> Columns | None:
 
 
 def _with(own: Any, told: Any) -> Any:
-    """The flags `own` of rows, where the child said `told`, DATA, ZERO or both, of the bytes of each; 0: it was not asked."""
+    """The flags of rows with the own flags `own`, for which the child returned `told`: DATA, ZERO or both; 0: no query."""
     from .numeric import np
 
     flat = (own == PRESENT) & (told != 0)
@@ -124,7 +124,7 @@ def _with(own: Any, told: Any) -> Any:
 
 
 class _Zeros(NamedTuple):
-    """Stretches of the disk that read as zero, each inside the row number `row`, and what the child says there: ZERO, or
+    """Ranges of the disk that read as zero, each inside the row with the number `row`, and the flags of the child: ZERO, or
     DATA and ZERO."""
 
     row: Any
@@ -134,8 +134,8 @@ class _Zeros(NamedTuple):
 
 
 def _zeros(own: Columns, asked: Any, rows: int) -> tuple[list[_Zeros], int, int]:
-    """What is zero in the first `rows` rows; how many rows, from the first on, are known in full; and up to where the first
-    of them is known, as an offset in its child."""
+    """The zeros in the first `rows` rows; the number of rows, from the first, that are known completely; and the end of the
+    known part of the first row, as an offset in its child."""
     from .numeric import np
 
     found: list[_Zeros] = []
@@ -152,7 +152,7 @@ def _zeros(own: Columns, asked: Any, rows: int) -> tuple[list[_Zeros], int, int]
 
 
 def _zeros_in(child: Child, own: Columns, which: Any) -> tuple[_Zeros, int, int]:
-    """The same for the rows numbered `which`, all of which lie in `child`."""
+    """The same for the rows with the numbers `which`, all of which are in `child`."""
     from .numeric import np
 
     place = own.offset[which]
@@ -164,7 +164,7 @@ def _zeros_in(child: Child, own: Columns, which: Any) -> tuple[_Zeros, int, int]
         apart = apart[:0]
     spans = list(zip(low[np.append(0, apart)].tolist(), high[np.append(apart - 1, -1)].tolist(), strict=True))
     zero_start, zero_stop, flags, told = _holes(child, spans)
-    # Of each row, whether the child told all of its span up to the end of the row.
+    # Whether the results of the child cover the span of each row up to the end of the row.
     span = np.empty(len(which), np.int64)
     span[in_order] = np.searchsorted(apart, np.arange(len(which)), "right")
     unknown = which[stop > told[span]]
@@ -172,7 +172,8 @@ def _zeros_in(child: Child, own: Columns, which: Any) -> tuple[_Zeros, int, int]
 
     first = np.searchsorted(zero_stop, place, "right")
     count = np.maximum(np.searchsorted(zero_start, stop, "left") - first, 0)
-    # Many rows may lie in one place, with many holes: no more pieces than two answers have. (A single row has few more.)
+    # Many rows may have the same offset, with many holes: no more pieces than rows of two results. (A single row has at most
+    # one piece more.)
     total = np.cumsum(count)
     if len(which) > 1 and total[-1] > 2 * limits.MAX_ROWS:
         enough = int(np.searchsorted(total, 2 * limits.MAX_ROWS, "right"))
@@ -187,8 +188,8 @@ def _zeros_in(child: Child, own: Columns, which: Any) -> tuple[_Zeros, int, int]
 
 
 def _holes(child: Child, spans: list[tuple[int, int]]) -> tuple[Any, Any, Any, Any]:
-    """What reads as zero in these spans of a child: start, stop, and its flags DATA and ZERO; and of each span, up to where
-    that is known: the first in part at least, and all of them if they are told in as many rows as one answer has."""
+    """The zeros in these spans of a child: start, stop, and its flags DATA and ZERO; and the end of the known part of each
+    span. A part of the first span is known at least, and all spans if the results have no more rows than one result may."""
     from .extents import Extents
     from .numeric import np
 
@@ -203,7 +204,7 @@ def _holes(child: Child, spans: list[tuple[int, int]]) -> tuple[Any, Any, Any, A
             pieces.append(found.where(zero=True))
             at = found.end
         if inside <= at < high:
-            if child.grows:  # what is read past the end is zero
+            if child.grows:  # bytes past the end read as zero
                 pieces.append(Extents.single(at, high - at, zero=True))
             at = high
         told.append(at)
@@ -215,7 +216,7 @@ def _holes(child: Child, spans: list[tuple[int, int]]) -> tuple[Any, Any, Any, A
 
 
 def _overlaid(own: Columns, zeros: list[_Zeros], known: int) -> Columns:
-    """The first `known` rows of `own`, cut where something in them begins or ends to read as zero."""
+    """The first `known` rows of `own`, split where zeros begin and end."""
     from .numeric import np
 
     child = None if own.child is None else own.child[:known]
@@ -230,7 +231,7 @@ def _overlaid(own: Columns, zeros: list[_Zeros], known: int) -> Columns:
         kept = row < known
         row, begin, stop, told = row[kept], begin[kept], stop[kept], told[kept]
     zero_flags = _with(flags[row], told)
-    # Most zeros are whole rows, such as clusters, and nothing is to be cut for them.
+    # Most zeros are whole rows, such as clusters, which need no split.
     whole = (begin == start[row]) & (stop == start[row] + length[row])
     own_flags = own_flags.copy()
     own_flags[row[whole]] = zero_flags[whole]
@@ -238,8 +239,8 @@ def _overlaid(own: Columns, zeros: list[_Zeros], known: int) -> Columns:
     if not cut.any():
         return own._replace(flags=own_flags)
     row, begin, stop, zero_flags = row[cut], begin[cut], stop[cut], zero_flags[cut]
-    # Where something changes, and what holds from there: a row begins, a zero begins, a zero ends. Of several at one place
-    # the last counts: a zero that ends where another begins, or its row ends, says nothing.
+    # The offsets of changes, and the flags from there on: a zero ends, a row begins, a zero begins. Of several changes at one
+    # offset the last counts: the end of a zero has no effect if another zero, or a row, begins there.
     at = np.concatenate((stop, start, begin))
     rows = np.concatenate((row, np.arange(known), row))
     new = np.concatenate((own_flags[row], own_flags, zero_flags))

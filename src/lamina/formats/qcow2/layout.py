@@ -146,7 +146,7 @@ OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  #: bits 9 to 55
 #: Entries of the refcount table: bits 9 to 63.
 REFBLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 
-#: A disk is whole sectors of this many bytes, for QEMU at least; files that say otherwise exist.
+#: The size of a disk is a multiple of this number of bytes in QEMU. Images with other sizes exist.
 SECTOR: Final = 512
 
 # Limits. Those of the format's reference implementation, so that each opens what the other makes.
