@@ -25,6 +25,7 @@ from .format import Format
 from .holes import lies_in_hole, runs_with_holes, stored, with_holes
 from .limits import MIB
 from .node import MAY_UNMAP, bounded, fill_zero, is_plain, plain
+from .pending import DONE, Pending
 from .status import DATA, PRESENT, ZERO, Status
 
 if TYPE_CHECKING:
@@ -232,6 +233,18 @@ class FormatNode(Format):
                 return
             offset += length
             view = view[length:]
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        """Start the read in the child, if one mapping covers the range; else read at once. The caller holds the range of the
+        disk until the request is finished, so the mapping stays."""
+        flags, length, host, child, _ = self.map(offset, len(view))
+        if length == len(view) and self.file.event is None:
+            if not flags:
+                child, host = self.backing, offset
+            if child is not None and host >= 0 and not flags & ZERO and host + length <= child.size:
+                return child.start_read(host, view)
+        self.read_into(offset, view)
+        return DONE
 
     def read_below(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes of the layers below, and with zeros past their end."""

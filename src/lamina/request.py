@@ -224,9 +224,11 @@ class Child(Edge):
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
         """Start a read of the bytes at `offset` into `view`."""
-        end = offset + len(view)
-        if not self._reads_wait and self._passes(offset, end, self._max_transfer, self._align):
-            return self.node.start_read(offset, view)
+        if self._passes(offset, offset + len(view), self._max_transfer, self._align):
+            start = self.node.start_read
+            started = self._start(start, offset, view) if self._reads_wait else start(offset, view)
+            if started is not None:
+                return started
         self.read_into(offset, view)
         return DONE
 

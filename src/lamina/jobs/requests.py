@@ -35,16 +35,17 @@ _I = TypeVar("_I")
 
 
 class Requests:
-    """Makes the requests of a job to one image, `count` of them at once. If the storage does not pipeline, a pool of `count`
-    threads makes them after two consecutive calls of high latency; if `eager`, from the first on. `Pending.wait` raises the
-    error of a request, never the method that started it. For use by one thread at a time."""
+    """Makes the requests of a job to one image, `count` of them at once. Storage that pipelines has them in flight. Where a
+    request is done when it is started, a pool of `count` threads makes further ones after two such calls of high latency in a
+    row; if `eager`, and the storage does not pipeline, from the first on. `Pending.wait` raises the error of a request, never
+    the method that started it. For use by one thread at a time."""
 
     def __init__(self, image: Image, count: int, name: str, *, eager: bool = False) -> None:
         self.count = count
         self._edge = image.root
         self._pipelines = count > 1 and image.node.pipelines
-        self._workers = Workers(count, name) if count > 1 and not self._pipelines else None
-        self._waited = 2 if eager else 0
+        self._workers = Workers(count, name) if count > 1 else None
+        self._waited = 2 if eager and not self._pipelines else 0
         self._tasks: deque[Task[None]] = deque()  # those that may be under way
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
@@ -77,8 +78,12 @@ class Requests:
         begun = time.monotonic()
         try:
             if self._pipelines:
-                return start(*arguments)
-            call(*arguments)
+                request = start(*arguments)
+                if request is not DONE:
+                    self._waited = 0
+                    return request
+            else:
+                call(*arguments)
         except Exception as error:  # noqa: BLE001 - whoever waits for the request gets it
             return Failed(error)
         self._waited = self._waited + 1 if time.monotonic() - begun > WAITED else 0
