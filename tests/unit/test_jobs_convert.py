@@ -283,3 +283,22 @@ def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
         convert_to_file(source, str(tmp_path / "b.raw"), "raw", {}, monitor=Monitor(lambda *at: told.append(at)))
     assert told == sorted(told)
     assert told[-1] == (20 * MIB, 20 * MIB)
+
+
+def test_the_images_may_be_closed_meanwhile(tmp_path: Path) -> None:
+    """The job has roots of its own; the files are closed at its end."""
+    content = patched(9 * MIB, 1, density=40)
+    one = lamina.open(image(tmp_path / "one.qcow2", content), format="qcow2")
+    other = lamina.open(image(tmp_path / "other.qcow2", bytes(9 * MIB)), format="qcow2", read_only=False)
+    nodes = [one.node, other.node]
+    told: list[int] = []
+
+    def close(done: int, size: int) -> None:
+        one.close()
+        other.close()
+        told.append(done)
+
+    convert(one, other, monitor=Monitor(close))
+    assert told[0] < len(content)
+    assert not any(node.held or node.parents() for node in nodes)
+    assert content_of(tmp_path / "other.qcow2", "qcow2") == content

@@ -299,3 +299,16 @@ def test_a_partial_file_is_the_same_or_refused(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o600
     with pytest.raises(LaminaError, match="gone"):
         PartialFile(str(target), first.identity)
+
+
+def test_the_source_may_be_closed_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "one.raw").write_bytes(CONTENT)
+    image = lamina.open(tmp_path / "one.raw", format="raw")
+    node = image.node
+    source = StorageSource(image)
+    image.close()
+    target = _Memory(bytes(len(CONTENT)))
+    Copy(source, target, Plan(4096, 3)).run()
+    assert node.held
+    source.close()
+    assert not node.held

@@ -128,7 +128,8 @@ def _open_source(name: str, args: Namespace) -> Source | PipeSource:
     node = opener.open(name, storage=True)
     if args.force_share:
         tell_of_writers(node)
-    return StorageSource(Image(node, budget=args.limits), extents=not args.no_extents)
+    with Image(node, budget=args.limits) as image:
+        return StorageSource(image, extents=not args.no_extents)
 
 
 def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:

@@ -116,6 +116,8 @@ def convert(
     `max_output`: the most bytes of data that the job writes or copies, before compression; None: the limit of the source's
     budget. Zeros that are skipped, or that the target makes without a write, do not count.
 
+    Both images may be used, edited and closed meanwhile: the job has roots of its own.
+
     Raises LimitExceeded if there are more; OptionError if the target is too small, or shares a file with the source; the
     errors of reading and writing; and Cancelled. The content of the target is then undefined.
     """
@@ -126,18 +128,19 @@ def convert(
             path=target.filename,
             hint="make a target that is large enough",
         )
-    # What is compared must be read.
-    reads = not offload or (below is not None and below.image is not None)
-    offloader = None if reads else Offloader(source, target, only_share=offload == "share")
-    watch = monitor or Monitor()
-    reading = requests_for(source, asked=parallel, name="lamina-convert-read")
-    if in_order is None:
-        in_order = not is_far(target.node)
-    writes = Requests(target, 1, "")
-    if not in_order:
-        writes = requests_for(target, source.node, asked=parallel, name="lamina-convert-write")
-    output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
-    return _Copy(source, target, blank, smallest_hole, below, offloader, output, watch).run(reading, writes)
+    with source.share() as own_source, target.share() as own_target:
+        # What is compared must be read.
+        reads = not offload or (below is not None and below.image is not None)
+        offloader = None if reads else Offloader(own_source, own_target, only_share=offload == "share")
+        reading = requests_for(own_source, asked=parallel, name="lamina-convert-read")
+        if in_order is None:
+            in_order = not is_far(own_target.node)
+        writing = Requests(own_target, 1, "")
+        if not in_order:
+            writing = requests_for(own_target, own_source.node, asked=parallel, name="lamina-convert-write")
+        output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
+        job = _Copy(own_source, own_target, blank, smallest_hole, below, offloader, output, monitor or Monitor())
+        return job.run(reading, writing)
 
 
 def convert_to_file(

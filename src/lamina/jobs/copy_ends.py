@@ -85,11 +85,11 @@ class Target(Protocol):
 
 
 class StorageSource:
-    """An opened image, which this closes: a file, a block device, an export, or whatever lies over one. `extents`: skip its
-    holes."""
+    """The bytes of an image: a file, a block device, an export of a server, or a graph over one. It has a root of its own, so
+    that the image may be used and closed meanwhile. `extents`: skip the holes."""
 
     def __init__(self, image: Image, *, extents: bool = True) -> None:
-        self._image = image
+        self._image = image.share()
         self._extents = extents
         self.name = image.filename
         self.size = image.size
