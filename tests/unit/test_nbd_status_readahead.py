@@ -177,3 +177,40 @@ def test_an_extent_that_must_be_rounded_is_not_known(raw: Path) -> None:
         readahead.told(4 * UNIT, 8 * UNIT)
         readahead.fetch()
         assert not readahead.known
+
+
+def test_rows_and_columns_tell_the_same(tmp_path: Path) -> None:
+    @settings(max_examples=30)
+    @given(st.text("d.", min_size=12, max_size=12), st.sampled_from([1, UNIT, 2 * UNIT, 4 * UNIT]), st.integers(0, 2))
+    def law(kinds: str, minimum: int, begin: int) -> None:
+        path = tmp_path / "disk.raw"
+        path.unlink(missing_ok=True)
+        with lamina.open(sparse(path, kinds), format="raw") as image:
+            export = Export(image)
+            export.minimum = minimum
+            told = []
+            for columns in (False, True):
+                readahead = StatusReadahead(export, CONTEXTS[wire.BASE_ALLOCATION])
+                readahead.told(0, begin * 4 * UNIT)
+                length = export.size - begin * 4 * UNIT
+                if columns:
+                    readahead._learn_columns(image.root.extents(begin * 4 * UNIT, length))
+                else:
+                    readahead._learn(export.first_rows(begin * 4 * UNIT, length, 100))
+                told.append(list(readahead.known))
+            assert told[0] == told[1]
+
+    law()
+
+
+def test_a_hole_is_verified_wherever_it_was_read_ahead(raw: Path) -> None:
+    """Also far behind the first rows, where columns were read."""
+    with lamina.open(raw, format="raw") as image:
+        readahead = begun(image)
+        for number in range(2, COUNT - 3):
+            assert readahead.reply(question(number * UNIT)) is not None
+            if not readahead.known:
+                readahead.fetch()
+        with raw.open("r+b") as file:
+            os.pwrite(file.fileno(), b"x", (COUNT - 3) * UNIT + 7)
+        assert readahead.reply(question((COUNT - 3) * UNIT)) is None

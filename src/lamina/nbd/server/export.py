@@ -16,7 +16,6 @@ from ...errors import BlockIOError, ReadOnly
 from ...image import Image
 from ...limits import MIB, align_down, align_up, is_power_of_two
 from ...node import FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
-from ...status import rows_of
 from ...zeros import is_zero
 from .. import wire
 from .contexts import CONTEXTS, DIRTY, Context, dirty_extents, pack, pack_columns
@@ -204,24 +203,17 @@ class Export:
             return None
         return size, context.status(flags, depth)
 
-    def known_rows(
-        self, offset: int, most: int, length: int | None = None
-    ) -> tuple[list[Status], Callable[[], bool]] | None:
-        """The first rows, at most `most`, of the extents from `offset` on, and a function that says whether they still hold,
-        to be called when they are used. (A ZERO row with a file is to be verified there: another program may fill the hole.)
-        `length`: look at so many bytes at once, which is better for many rows. None where a request may change the status
-        of this export at any time, or asking has an effect."""
+    def unchanged(self) -> Callable[[], bool] | None:
+        """A function that says whether the status of the image is still what it was when this was called. None where any
+        request may change it, or asking has an effect. (Another program may fill a hole of a file: a ZERO row with a file is
+        to be verified there.)"""
         root = self.root
         gate = root.gate
         changes = gate.changes
         # An edit that begins after this counts, and one before it is over.
-        if gate.holders or offset >= self._end or not root.node.immutable:
+        if gate.holders or not root.node.immutable:
             return None
-        if length is None:
-            rows = self._first_rows(offset, self._end - offset, most)
-        else:
-            rows = rows_of(root.extents(offset, min(length, self._end - offset)), most)
-        return rows, lambda: gate.changes == changes and not root.closing
+        return lambda: gate.changes == changes and not root.closing
 
     def status_of_few(
         self, names: Sequence[str], offset: int, length: int, *, one: bool, wide: bool
@@ -232,7 +224,7 @@ class Export:
         if end > self._end or (offset | length) & mask:
             return None
         for most in _FEW if one else _FEW[-1:]:
-            rows = self._first_rows(offset, length, most)
+            rows = self.first_rows(offset, length, most)
             answers = []
             for name in names:
                 context = CONTEXTS.get(name)
@@ -244,7 +236,7 @@ class Export:
                 return answers
         return None
 
-    def _first_rows(self, offset: int, length: int, most: int) -> list[Status]:
+    def first_rows(self, offset: int, length: int, most: int) -> list[Status]:
         """The first `most` rows of the extents of the image, or all."""
         first_extents = self.root.first_extents
         rows = first_extents(offset, length, most)

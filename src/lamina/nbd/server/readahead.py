@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Final
 from ...errors import LaminaError
 from ...limits import MIB, align_up
 from ...node import StorageNode
-from ...status import ZERO, Status
+from ...status import ZERO, HostFile, Status
 from .. import wire
 
 if TYPE_CHECKING:
+    from ...extents import Extents
     from .contexts import Context
     from .export import Export
     from .transmission import Request
 
+#: A hole that is verified before it is told: file, offset, length.
+Hole = tuple[HostFile, int, int]
+
 #: Rows of the image that are read ahead first, and then at once while the client goes on: from columns, which cost less for
-#: each row (1 us in place of 5), and more to begin with.
+#: each row (0.5 us in place of 5), and more to begin with.
 _FIRST: Final = 16
 _MOST: Final = 512
 #: The most bytes to look at for these: however small their extents are, the client's next request does not wait long.
@@ -41,7 +45,7 @@ class StatusReadahead:
         #: Whether the client asked for several extents, each where the one before it ended, and where the last one ended.
         self.walks, self._next = False, -1
         #: (begin, end, status, and the holes to verify) of extents from `_next` on.
-        self.known: deque[tuple[int, int, int, list[Status]]] = deque()
+        self.known: deque[tuple[int, int, int, list[Hole]]] = deque()
         self._still: Callable[[], bool] = lambda: False
         #: Bytes to look at next; None: it is the first time.
         self._window: int | None = None
@@ -76,19 +80,28 @@ class StatusReadahead:
 
     def fetch(self) -> None:
         """Read ahead, where the client `walks` and nothing is `known`. An error is raised when the client asks."""
-        try:
-            found = self._export.known_rows(self._next, _FIRST if self._window is None else _MOST, self._window)
-        except LaminaError:
-            found = None
-        if found is None:
-            self.walks = False
-            return
-        rows, self._still = found
-        self._learn(rows)
+        still = self._export.unchanged() if self._next < self._export.size else None
+        if still is not None:
+            self._still = still
+            try:
+                self._fetch()
+            except LaminaError:
+                self.known.clear()
         self.walks = bool(self.known)
+
+    def _fetch(self) -> None:
+        export, begin = self._export, self._next
+        if self._window is None:
+            rows = export.first_rows(begin, export.size - begin, _FIRST)
+            self._learn(rows)
+            count = len(rows)
+        else:
+            found = export.root.extents(begin, min(self._window, export.size - begin))
+            self._learn_columns(found)
+            count = len(found)
         # As many bytes as hold _MOST rows, if what follows is like this; where many bytes hold few rows: one by one.
-        span = self.known[-1][1] - self._next if self.walks else 0
-        window = align_up(span * _MOST // max(len(rows), 1), self._mask + 1)
+        span = self.known[-1][1] - begin if self.known else 0
+        window = align_up(span * _MOST // count, self._mask + 1)
         self._window = min(window, _LONGEST) if 0 < window <= _FIRST * _LONGEST else None
 
     def _learn(self, rows: list[Status]) -> None:
@@ -96,24 +109,44 @@ class StatusReadahead:
         status, known = self._context.status, self.known
         at = begin = self._next
         last = -1
-        holes: list[Status] = []
-        for row in rows:
-            number = status(row.flags, row.depth)
+        holes: list[Hole] = []
+        for flags, length, depth, file, offset in rows:
+            number = status(flags, depth)
             if number != last:
                 if at & self._mask:
                     break
                 if last >= 0:
                     known.append((begin, at, last, holes))
                 begin, last, holes = at, number, []
-            if row.flags & ZERO and row.file is not None:
-                holes.append(row)
-            at += row.length
+            if flags & ZERO and file is not None:
+                holes.append((file, offset, length))
+            at += length
         else:
             if at == self._export.size:
                 known.append((begin, at, last, holes))
 
+    def _learn_columns(self, found: Extents) -> None:
+        """The same of columns."""
+        from ...numeric import np
 
-def _is_hole(row: Status) -> bool:
+        numbers = self._context.answers(found)
+        first = np.concatenate(([0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1))  # the first row of each extent
+        edges = np.append(found.start[first], found.end)
+        count = len(first) if found.end == self._export.size else len(first) - 1
+        if self._mask and (unaligned := np.flatnonzero(edges[: count + 1] & self._mask)).size:
+            count = max(int(unaligned[0]) - 1, 0)
+        holes: list[list[Hole]] = [[] for _ in range(count)]
+        rows = np.flatnonzero(((found.flags & ZERO) != 0) & (found.file >= 0))
+        which = np.searchsorted(first, rows, "right") - 1
+        columns = (which, found.file[rows], found.offset[rows], found.length[rows])
+        for extent, file, offset, length in zip(*(column.tolist() for column in columns), strict=True):
+            if extent < count:
+                holes[extent].append((found.files[file], offset, length))
+        begins, ends = edges[:count].tolist(), edges[1 : count + 1].tolist()
+        self.known.extend(zip(begins, ends, numbers[first[:count]].tolist(), holes, strict=True))
+
+
+def _is_hole(hole: Hole) -> bool:
     """Whether the file has a hole there, or ends."""
-    file = row.file
-    return isinstance(file, StorageNode) and file.reads_zero(row.offset, row.length)
+    file, offset, length = hole
+    return isinstance(file, StorageNode) and file.reads_zero(offset, length)
