@@ -107,7 +107,10 @@ def test_where_nothing_can_be_shared_the_file_is_the_same_as_without(
     monkeypatch.setattr(os, "copy_file_range", no_copy)
     monkeypatch.setattr("lamina.storage.system.fcntl.ioctl", says(number))
     result = to(tmp_path / source, tmp_path / f"b.{format}", format)
-    assert result == to(tmp_path / source, tmp_path / f"c.{format}", format, offload="")
+    plain = to(tmp_path / source, tmp_path / f"c.{format}", format, offload="")
+    # An attempt to share names data alone; a plan without one reads short gaps between data as well.
+    assert 0 <= plain.read - result.read < result.read // 20
+    assert result._replace(read=0) == plain._replace(read=0)
     assert result.copied == 0
     assert (tmp_path / f"b.{format}").read_bytes() == (tmp_path / f"c.{format}").read_bytes()
 
