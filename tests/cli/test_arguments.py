@@ -177,8 +177,8 @@ def test_no_value_of_an_option_is_hidden_by_argparse(parsers: dict[str, Parser])
         (["map", "-s", "12q", "x"], "argument -s/--start-offset: '12q' is not a size; write bytes"),
         (["info", "--references", "everything", "x"], "argument --references: "),
         (["serve", "-e", "many", "x"], "argument -e/--shared: 'many' is not a whole number"),
-        (["serve", "--handshake-limit", "nan", "x"], "argument --handshake-limit: nan is no time limit"),
-        (["serve", "-p", "99999", "x"], "argument -p/--port: 99999 is no port; 0 to 65535"),
+        (["serve", "--handshake-limit", "nan", "x"], "argument --handshake-limit: nan is not a time limit"),
+        (["serve", "-p", "99999", "x"], "argument -p/--port: 99999 is not a port; give 0 to 65535"),
         (["copy", "-R", "5%", "x", "y"], "argument -R/--requests: '5%' is not a size"),
     ],
 )
