@@ -232,7 +232,7 @@ class L2Layout:
         kinds = known.astype(np.uint8) & np.uint8(3) | has_offset.view(np.uint8) << np.uint8(2)
         known &= _OFFSET
         known[~has_offset] = -1
-        return heads, np.frombuffer(_FLAGS, np.uint8)[kinds], known
+        return heads, np.frombuffer(_FLAGS, np.uint8).take(kinds), known
 
 
 # -- columns of entries (uint64), for the check
