@@ -326,7 +326,7 @@ def test_a_copy_to_a_file_is_taken_up_again(
     with Wire(tmp_path / "wire", tmp_path / "disk.sock", budget=5 * MIB) as wire:
         told = complaint(capsys, *arguments, wire.uri, "back.raw")
         position = json.loads(Path("journal").read_text())["position"]
-        assert f"goes on from {position}" in told
+        assert f"resumes at {position}" in told
         assert 0 < position < SIZE
         partial = Path("back.raw.partial").read_bytes()
         assert partial[:position] == dense[:position]
@@ -362,7 +362,7 @@ def test_a_journal_holds_only_what_was_flushed(
         told = complaint(capsys, *resume, there.uri)
         position = json.loads(Path("journal").read_text())["position"]
         assert "flush" in told
-        assert f"goes on from {position}" in told
+        assert f"resumes at {position}" in told
         assert 0 < position < SIZE
         assert main(["copy", *resume, there.uri]) == 0
         assert there.image.read(0, SIZE) == content
@@ -490,5 +490,5 @@ def test_convert_from_and_to_exports(served: Served, content: bytes, capsys: pyt
     with lamina.open("disk.qcow2", format="qcow2") as image:
         assert image.read(0, SIZE) == content
     assert main(["convert", "-O", "raw", "source.raw", served.uri]) == 1
-    assert "use it with -n" in capsys.readouterr().err
+    assert "add -n" in capsys.readouterr().err
     assert "nbd+unix:" not in os.listdir()

@@ -201,7 +201,7 @@ def test_an_interrupt_is_told_how_to_go_on(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("lamina.cli.terminal.Meter.report", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         main(COMMAND)
-    assert any("the same command again goes on from" in note for note in caught.value.__notes__)
+    assert any("the same command resumes at" in note for note in caught.value.__notes__)
     assert sorted(os.listdir()) == ["journal", "source.raw", "target.raw.partial"]
     monkeypatch.undo()
     monkeypatch.chdir(folder)

@@ -97,8 +97,8 @@ def test_what_is_written_in_place_is_told_after_a_signal(tmp_path: Path, endless
     convert = ["convert", "-n", "-p", "-S", "0", "-f", "raw", "-O", "raw", str(endless), str(target)]
     copy = ["copy", "-p", "-S", "0", "--no-extents", str(endless), "--resume-file", str(journal), str(tmp_path / "new")]
     for command, words in (
-        (convert, f"; {target} is overwritten in part"),
-        (copy, r"; the same command again goes on from \d+ \([\w. ]+\)"),
+        (convert, f"; {target} is partly overwritten"),
+        (copy, r"; the same command resumes at \d+ \([\w. ]+\)"),
     ):
         with started(*LAMINA, *command) as process:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""`lamina compare`: do two images hold the same? Exit status 0 if so, 1 if not, 2 if that could not be found out."""
+"""`lamina compare`: compare two images. Exit status: 0 equal, 1 different, 2 an error."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ _EXAMPLES = """
   lamina compare -f raw -F qcow2 disk.raw disk.qcow2
   lamina compare -s before.qcow2 after.qcow2             sizes and allocation must be equal too
 
-exit status: 0 the same, 1 different, 2 an error
+exit status: 0 equal, 1 different, 2 an error
 """
 
 FAILURE = 2
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("compare", "Compare the contents of two images. A longer image may end in zeros.", _EXAMPLES)
+    parser = Parser("compare", "Compare the contents of two images. The longer one may end in zeros.", _EXAMPLES)
     parser.add_format("-f", "--a-format", dest="format", help="format of the first image (default: detected)")
     parser.add_format("-F", "--b-format", dest="other_format", help="format of the second image")
-    parser.add_argument(
-        "-s", "--strict", action="store_true", help="sizes must be equal, and so must be what is allocated"
-    )
+    parser.add_argument("-s", "--strict", action="store_true", help="sizes and allocation must be equal as well")
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_access()
@@ -45,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def _verdict(difference: Difference | None) -> str:
-    """The line that scripts know."""
+    """The result in the words that scripts parse."""
     if difference is None:
         return "Images are identical."
     if difference.kind == "size":

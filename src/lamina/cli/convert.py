@@ -1,4 +1,4 @@
-"""`lamina convert`: copy an image into another one, of any format. Only what is stored is read and written."""
+"""`lamina convert`: copy an image to another image, in any format. Only stored data is read and written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _EXAMPLES = """
   lamina convert -O qcow2 -o cluster_size=2M disk.raw disk.qcow2
   lamina convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   lamina convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 overlay.qcow2      only what differs from the base
-  lamina convert -n -O raw disk.qcow2 /dev/vg/disk                            into what is there already
+  lamina convert -n -O raw disk.qcow2 /dev/vg/disk                            to an existing device
   lamina convert --connections 4 -O qcow2 nbd://server/disk disk.qcow2
-  lamina convert -n -O raw disk.qcow2 nbd://server/disk                       into an export, which is there already
+  lamina convert -n -O raw disk.qcow2 nbd://server/disk                       to an existing export
 """
 
 
@@ -44,16 +44,18 @@ def main(argv: list[str]) -> int:
         action="append",
         help="options of the target; -o help lists them",
     )
-    parser.add_argument("-B", "--backing", metavar="FILE", help="make an overlay over FILE, of what differs from it")
-    parser.add_format(
-        "-F", "--backing-format", dest="backing_format", help="format of that backing file; never guessed"
+    parser.add_argument(
+        "-B", "--backing", metavar="FILE", help="create an overlay over FILE with the differences from it"
     )
-    parser.add_argument("-n", "--no-create", action="store_true", help="write into a target that is there already")
-    parser.add_argument("--target-image-opts", action="store_true", help="the target is named by options (with -n)")
+    parser.add_format(
+        "-F", "--backing-format", dest="backing_format", help="format of that backing file; never detected"
+    )
+    parser.add_argument("-n", "--no-create", action="store_true", help="write to an existing target")
+    parser.add_argument("--target-image-opts", action="store_true", help="with -n: the target is a list of options")
     parser.add_argument("--target-is-zero", action="store_true", help="with -n: the target is known to read as zero")
     parser.add_size(
         "-S", "--sparse-size", metavar="SIZE",
-        help="runs of zeros of at least SIZE bytes are not written (default: 4k); 0: everything is",
+        help="runs of zeros of at least SIZE bytes are not written (default: 4k); 0: data is not searched for zeros",
     )  # fmt: skip
     offload = parser.add_mutually_exclusive_group()
     offload.add_argument(
@@ -63,41 +65,41 @@ def main(argv: list[str]) -> int:
         action="store_const",
         const="copy",
         default="",
-        help="have the system copy data from file to file, or share its blocks; no zeros are looked for in it (not with -S)",
+        help="let the kernel copy data between files, or share its blocks; data is not searched for zeros (not with -S)",
     )
     offload.add_argument(
         "--reflink",
         dest="offload",
         action="store_const",
         const="share",
-        help="the same where the file system shares blocks (btrfs, xfs, ...); elsewhere read and write",
+        help="share blocks if the file system supports that (btrfs, xfs, ...), otherwise read and write",
     )
-    offload.add_argument("-c", "--compress", action="store_true", help="store it compressed, as far as that is smaller")
+    offload.add_argument("-c", "--compress", action="store_true", help="compress the data where that makes it smaller")
     parser.add_connections(
         "--connections", default=None,
-        help="connections to each server that says that several are coherent (1 to 16; default: 1)",
+        help="connections to each server that supports several coherent ones (1 to 16; default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--flush",
         action="store_true",
-        help="the target is on stable storage when the command ends (a file that is replaced is in any case)",
+        help="flush the target to stable storage at the end (a replaced file is flushed in any case)",
     )
     parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_size(
         "-m", "--parallel", metavar="NUMBER",
-        help="requests of 2 MiB to have under way at once (1 to 16; default: 1, or 8 from and to servers that take long)",
+        help="requests of 2 MiB in flight (1 to 16; default: 1, or 8 if the source or the target is remote)",
     )  # fmt: skip
     parser.add_argument(
         "-W", "--oob-writes", action="store_true",
-        help="write in any order, and as much at once as is read (to servers that is the default)",
+        help="write in any order, with as many requests in flight as for reads (the default for a remote target)",
     )  # fmt: skip
     for flags, metavar in (
         (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
-        (("-r", "--rate", "limiting the rate is not there yet"), "RATE"),
+        (("-r", "--rate", "a limit of the rate is not there yet"), "RATE"),
         (("--bitmaps", "persistent bitmaps are not there yet"), None),
-        (("--salvage", "going on after read errors is not there yet"), None),
+        (("--salvage", "continuing after read errors is not there yet"), None),
     ):
         parser.add_later(*flags, metavar=metavar)
     parser.add_access()
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> int:
     if len(args.names) != 2:
         parser.error("one source and one target are needed")
     if args.offload and args.sparse_size is not None:
-        parser.error("-S looks for zeros in what -C and --reflink pass unseen: leave one out")
+        parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
     with open_image(name, args, args.format) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
@@ -126,10 +128,10 @@ def main(argv: list[str]) -> int:
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
     if args.target_image_opts or args.target_is_zero:
         word = "--target-image-opts" if args.target_image_opts else "--target-is-zero"
-        raise OptionError(f"{word} is about a target that is there already", hint="use it with -n")
+        raise OptionError(f"{word} requires an existing target", hint="add -n")
     driver = parse_name(target).get("driver", "file")
     if driver not in ("file", "host_device") and registry.entry(driver).kind == "storage":
-        raise OptionError("this is no file, and cannot be made anew", path=target, hint="use it with -n")
+        raise OptionError("this target is not a file, and cannot be created", path=target, hint="add -n")
     backing, backing_format = args.backing, args.backing_format
     if backing is None:
         backing, backing_format = options.pop("backing_file", None), backing_format or options.pop("backing_fmt", None)
@@ -158,10 +160,10 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
 
 def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
     if options or args.backing is not None:
-        raise OptionError("-o and -B are about a new target", hint="leave them out, or leave -n out")
+        raise OptionError("-o and -B require a new target", hint="omit them, or omit -n")
     if args.target_format is None and not args.target_image_opts:
         raise OptionError(
-            "the format of the target is not given, and what is there is not overwritten on a guess",
+            "the format of the target is not given, and an existing target is not overwritten on a guess",
             path=target,
             hint="give it (-O)",
         )
@@ -172,7 +174,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         )
     except Locked as error:
         if error.path is not None:
-            refuse_own(source.node, error.path)  # then it is we who hold it
+            refuse_own(source.node, error.path)  # this process itself holds the lock
         raise
     with opened as there:
         if args.compress:
@@ -192,5 +194,5 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             )
             there.flush()
         except KeyboardInterrupt as stop:
-            append_hint(stop, f"{target} is overwritten in part")
+            append_hint(stop, f"{target} is partly overwritten")
             raise

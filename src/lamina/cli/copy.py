@@ -1,4 +1,4 @@
-"""`lamina copy`: bytes as they are, from a file, a device, a pipe or an export to another. `convert` is for formats."""
+"""`lamina copy`: copy raw bytes between files, devices, pipes and exports. `convert` is for image formats."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _EXAMPLES = """
   lamina copy nbd://server/disk disk.raw
   lamina copy -p --flush disk.raw nbd://server/disk
   lamina copy --destination-is-zero disk.raw 'nbd+unix:///disk?socket=/run/nbd.sock'
-  lamina copy --resume-file disk.journal nbd://server/disk disk.raw      again after a failure: goes on where it was
+  lamina copy --resume-file disk.journal nbd://server/disk disk.raw      the same command again resumes after a failure
   gunzip -c disk.raw.gz | lamina copy - nbd://server/disk
 
-Nothing is converted: an image that lies in a file or export is copied as the bytes that it is there. Holes of the source
-are not read, and zeros are not written where the target is known to be zero. A new file appears when it is whole; a device
-or an export is written in place, and after an error it is told how far the copy came.
+The command does not convert formats: it copies an image file byte by byte. It does not read holes of the source, and does not
+write zeros if the target is known to read as zero. A new file gets its name when it is complete; a device or an export is
+written in place, and an error message contains the position of the copy.
 """
 
 _OTHER = "name another file"
@@ -47,32 +47,32 @@ def main(argv: list[str]) -> int:
     parser = Parser("copy", "Copy raw bytes between files, block devices, pipes (-) and exports of servers.", _EXAMPLES)
     parser.add_connections(
         "-C", "--connections", default=0,  # the storage chooses
-        help="connections to each server that says that several are coherent (1 to 16; default: 4 over TCP, else 1)",
+        help="connections to each server that supports several coherent ones (1 to 16; default: 4 over TCP, otherwise 1)",
     )  # fmt: skip
-    parser.add_size(
-        "-R", "--requests", metavar="NUMBER", default=32, help="requests on their way at once (default: 32)"
-    )
-    parser.add_size("--request-size", metavar="SIZE", default=512 << 10, help="the longest read (default: 512k)")
+    parser.add_size("-R", "--requests", metavar="NUMBER", default=32, help="requests in flight (default: 32)")
+    parser.add_size("--request-size", metavar="SIZE", default=512 << 10, help="the largest read (default: 512k)")
     parser.add_size(
         "-S", "--sparse-size", metavar="SIZE", default=4096,
-        help="runs of zeros of at least SIZE bytes are not written as data (default: 4k); 0: nothing is looked at",
+        help="runs of zeros of at least SIZE bytes are not written as data (default: 4k); 0: data is not searched for zeros",
     )  # fmt: skip
-    parser.add_argument("--no-extents", action="store_true", help="do not ask the source where its holes are: read all")
+    parser.add_argument(
+        "--no-extents", action="store_true", help="read the complete source, without a query of its extents"
+    )
     parser.add_argument(
         "--destination-is-zero",
         "--target-is-zero",
         dest="blank",
         action="store_true",
-        help="the target is known to read as zero, so that zeros need not be written",
+        help="the target is known to read as zero, so zeros are not written",
     )
-    parser.add_argument("--allocated", action="store_true", help="zeros take up room in the target")
-    parser.add_argument("--flush", action="store_true", help="the copy is on stable storage when the command ends")
+    parser.add_argument("--allocated", action="store_true", help="allocate zeros in the target")
+    parser.add_argument("--flush", action="store_true", help="flush the target to stable storage at the end")
     parser.add_reconnect(default=10)
     parser.add_argument(
         "--resume-file",
         metavar="PATH",
-        help="record there, every ten seconds, how much of the copy is on stable storage; if it is there already, go on "
-        "from there. It is removed at the end",
+        help="record the position of the copy in this file every ten seconds; if the file exists already, resume from that "
+        "position. It is removed at the end",
     )
     parser.add_max_output()
     parser.add_timeout()
@@ -80,24 +80,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_argument(
-        "-U", "--force-share", action="store_true", help="read beside a program that has the source open for writing"
+        "-U", "--force-share", action="store_true", help="read a source that another program has open for writing"
     )
     parser.add_output()
     parser.add_argument(
-        "source", metavar="SOURCE", help="where from: a file, a device, the URI of an export, or - for stdin"
+        "source", metavar="SOURCE", help="a file, a device, the URI of an export, or - for standard input"
     )
-    parser.add_argument("target", metavar="TARGET", help="where to; - for standard output")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a file, a device, the URI of an export, or - for standard output"
+    )
     args = parser.parse(argv)
     piped = args.target == "-"
     if piped and (args.output == "json" or args.flush or args.resume_file is not None):
-        raise OptionError("the copy goes to standard output: no summary can, and it can be neither flushed nor resumed")
+        raise OptionError("a copy to standard output has no summary, and can be neither flushed nor resumed")
     if args.resume_file == "-":
-        raise OptionError("a journal is a file, and - is standard output", hint="a file of that name is ./-")
+        raise OptionError("the journal cannot be standard output (-)", hint="write ./- for a file named -")
     if args.resume_file is not None and args.source == "-":
-        raise OptionError("what came through a pipe does not come again", hint="leave --resume-file out")
+        raise OptionError("a copy from a pipe cannot be resumed", hint="omit --resume-file")
     plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush, args.max_output)
     begin = monotonic()
-    # Lines of progress go to standard output, where no line must come between the bytes.
+    # Progress lines go to standard output and must not mix with the copied bytes.
     asked = args.progress and not (piped and not sys.stderr.isatty())
     with ExitStack() as stack:
         source = _open_source(args.source, args)
@@ -118,7 +120,7 @@ def _print_summary(args: Namespace, copied: Copied, flushed: bool, seconds: floa
     sys.stdout.write(dumps(found | {"flushed": flushed, "seconds": round(seconds, 3)}, indent=4) + "\n")
 
 
-# -- the ends
+# -- source and target
 
 
 def _open_source(name: str, args: Namespace) -> Source | PipeSource:
@@ -133,7 +135,7 @@ def _open_source(name: str, args: Namespace) -> Source | PipeSource:
 
 
 def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
-    """OptionError where the copy would write over a file that it reads, or over its own journal."""
+    """Raise OptionError if the copy would overwrite a file that it reads, or its own journal."""
     path = _path_of(args.target)
     if args.resume_file is not None:
         journal = os.path.realpath(args.resume_file)
@@ -154,7 +156,7 @@ def _refuse_same(source: Source | PipeSource, args: Namespace) -> None:
 
 
 def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> Target:
-    """A target that is there already: an export, a pipe, a device; or one that keeps nothing."""
+    """An existing target: an export, a pipe, a device; or a storage that discards data."""
     if name == "-":
         return PipeTarget(sys.stdout.fileno(), "standard output")
     options = parse_name(name)
@@ -173,7 +175,7 @@ def _open_in_place(name: str, source: Source | PipeSource, args: Namespace) -> T
 
 
 def _path_of(name: str) -> str | None:
-    """The path of a target that is a regular file, or becomes one; None for any other."""
+    """The path of a target that is or becomes a regular file; None for any other target."""
     if name == "-" or _is_in_place(parse_name(name)):
         return None
     path = path_in(name, what="the target of a copy")
@@ -181,7 +183,7 @@ def _path_of(name: str) -> str | None:
 
 
 def _is_in_place(options: dict[str, Any]) -> bool:
-    """Whether a target named by these options is storage, and no file."""
+    """Whether a target with these options is storage other than a file."""
     driver = options.get("driver", "file")
     return driver not in ("file", "host_device") and registry.entry(driver).kind == "storage"
 
@@ -206,7 +208,7 @@ def _run(source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Moni
 def _copy_in_place(
     source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor, journal: Journal | None = None
 ) -> Copied:
-    """Into what cannot be replaced: an error tells how far it came."""
+    """Copy to a target that cannot be replaced: an error message contains the position."""
     target = _open_in_place(args.target, source, args)
     try:
         job = Copy(source, target, plan, journal=journal, monitor=monitor)
@@ -222,11 +224,11 @@ def _copy_in_place(
 
 
 def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, monitor: Monitor) -> Copied:
-    """As `_run`, but what was copied stays and is found again."""
+    """As `_run`, but the copied bytes remain after an error and are used by the next run."""
     path = _path_of(args.target)
     known = Journal.resume(args.resume_file)
     if known is not None and path is not None and _is_there(path, known):
-        # The last run ended between the two: the copy has its name, and the journal is left.
+        # The last run ended between two steps: the copy has its name, but the journal still exists.
         known.expect(_facts(source, args) | {key: known.facts.get(key) for key in ("partial", "target-identity")})
         known.remove()
         return Copied(known.position, 0, 0, 0, 0, known.position)
@@ -237,7 +239,7 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
             replaces = None
             where = real_path(path)
             if os.path.lexists(where):
-                # Held until the copy has its name: a program that opens the old file meanwhile meets the lock.
+                # Locked until the copy has its name: a program that opens the old file meanwhile finds the lock.
                 replaces = HeldTarget(where, lock_for_writing)
                 stack.callback(replaces.close)
             status = replaces.status if replaces is not None else None
@@ -254,16 +256,14 @@ def _run_with_journal(source: Source | PipeSource, args: Namespace, plan: Plan, 
                 copied = _copy_to_partial(source, args, plan, monitor, journal, partial)
                 partial.finish()
         except (LaminaError, KeyboardInterrupt) as error:
-            append_hint(
-                error, f"the same command again goes on from {journal.position} ({format_size(journal.position)})"
-            )
+            append_hint(error, f"the same command resumes at {journal.position} ({format_size(journal.position)})")
             raise
     journal.remove()
     return copied
 
 
 def _is_there(path: str, known: Journal) -> bool:
-    """Whether the file at `path` is what the copy of this journal has made."""
+    """Whether the file at `path` is the copy of this journal."""
     try:
         status = os.stat(path)
     except OSError:
@@ -277,7 +277,7 @@ def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], part
         return known
     journal = Journal(path, facts)
     try:
-        journal.record(0)  # before the first byte: whatever ends this process leaves what can be taken up again
+        journal.record(0)  # before the first byte, so that the copy can be resumed whatever ends this process
     except BaseException:
         if partial is not None:
             partial.discard()
@@ -299,7 +299,7 @@ def _copy_to_partial(
 
 
 def _facts(source: Source | PipeSource, args: Namespace) -> dict[str, Any]:
-    """What a journal says of the copy: names, sizes, and of a source that is a file whether it is still the same."""
+    """The facts in a journal: names, sizes, and the identity and time of a source file, which must stay the same."""
     facts: dict[str, Any] = {}
     for word, name in (("source", args.source), ("target", args.target)):
         path = None if name == "-" else parse_name(name).get("filename")
