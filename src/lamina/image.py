@@ -6,10 +6,11 @@ of any kind, `bytes` as results, context management, and a file object."""
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .edit import Edit
 from .errors import Closed, LimitExceeded, UnsupportedFeature
+from .format import Format
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, Budget
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node
@@ -17,11 +18,13 @@ from .policy import Policy
 from .root import Graph, Root
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterator  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
+    from collections.abc import Buffer, Callable, Iterator  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
 
     from .extents import Extents
+    from .results import Snapshot
 
 
+_Result = TypeVar("_Result")
 #: Reads up to this length allocate their buffer before they check that they are inside the disk.
 _MODEST = 1 << 20
 
@@ -122,6 +125,36 @@ class Image:
     def truncate(self, size: int) -> None:
         """Change the size of the disk. Added bytes read as zero; bytes past the new end are lost."""
         self.root.truncate(size)
+
+    # -- internal snapshots, of formats that have them
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots of the image, in its order. UnsupportedFeature if its format has none."""
+        return tuple(self._format().snapshots())
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        """Keep the disk of now under `name`. It is on stable storage when this returns; other requests wait meanwhile.
+        OptionError if there is a snapshot with that name."""
+        return self._change("takes a snapshot", self._format().create_snapshot, name)
+
+    def apply_snapshot(self, id: str) -> None:
+        """Make the disk read as when the snapshot with this id was taken, with the size of then. What was written since is
+        lost."""
+        self._change("applies a snapshot", self._format().apply_snapshot, id)
+
+    def delete_snapshot(self, id: str) -> None:
+        """Give up the snapshot with this id, and the space that only it uses."""
+        self._change("deletes a snapshot", self._format().delete_snapshot, id)
+
+    def _change(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        self.root.edge.require_writable("snapshot")
+        return self.root.alone(what, work, *arguments)
+
+    def _format(self) -> Format:
+        node = self.node
+        if not isinstance(node, Format):
+            raise UnsupportedFeature(f"the filter {node.driver} has no snapshots", hint="open the image below it")
+        return node
 
     def extents(self, offset: int = 0, length: int | None = None) -> Extents:
         """The exact status of these bytes (up to the end by default), as columns; see `lamina.extents.Extents`. A consumer

@@ -40,6 +40,12 @@ def consecutive(extents: Callable[[int, int], Extents], offset: int, length: int
         offset = found.end
 
 
+def sizes_changed() -> None:
+    """Called after the size of a node changed: no edge uses the size that it remembers any more."""
+    global _epoch
+    _epoch += 1
+
+
 class Child(Edge):
     """An edge that applies the rules of the request path. Thread-safe."""
 
@@ -189,11 +195,10 @@ class Child(Edge):
         self.node.ranges.exclusive(0, MAX_SIZE, self._truncate, size)
 
     def _truncate(self, size: int) -> None:
-        global _epoch
         try:
             self.node.truncate(size)
         finally:
-            _epoch += 1
+            sizes_changed()
 
     def extents(self, offset: int, length: int) -> Extents:
         """The exact status of these bytes, or of the first ones, as many as one result holds; see `Node.extents`."""

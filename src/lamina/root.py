@@ -255,22 +255,24 @@ class Root:
     def truncate(self, size: int) -> None:
         """Change the size while no request runs: a write that was checked against the old size would extend the file
         again."""
-        self._alone("changes the size of the disk", self.edge.truncate, size)
+        self.alone("changes the size of the disk", self.edge.truncate, size)
 
     def reopen(self, read_only: bool) -> None:
         """Make this root read-only or writable (see `Edge.reopen`) while no request runs."""
         if self.node.foreign:
             raise foreign(self.node, "reopen")
         if read_only != self.read_only:
-            self._alone("reopens the image", self.edge.reopen, read_only)
+            self.alone("reopens the image", self.edge.reopen, read_only)
 
-    def _alone(self, what: str, work: Callable[..., None], *arguments: Any) -> None:
+    def alone(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """work(*arguments), while no request of the graph runs. `what` completes "another thread ..." in errors."""
         self.require_open()
-        self.gate.holding(Holder(what), self._while_open, work, *arguments)
+        result: _Result = self.gate.holding(Holder(what), self._while_open, work, *arguments)
+        return result
 
-    def _while_open(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _while_open(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         self.require_open()
-        work(*arguments)
+        return work(*arguments)
 
     # -- closing
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lamina import BlockIOError
+from lamina import BlockIOError, LimitExceeded
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.formats.qcow2.header import Header
 from lamina.formats.qcow2.tables import Tables
@@ -265,6 +265,23 @@ def shrinking_and_growing(session: Session) -> None:
     session.flush()
 
 
+def snapshotting(session: Session) -> None:
+    """Snapshots are made, applied and deleted; the disk reads as before, and what is written meanwhile is lost by intent."""
+    node: Any = session.image.node
+    if not isinstance(node, Qcow2):
+        return
+    for one in node.snapshots():  # of an attempt that failed half-way
+        node.delete_snapshot(one.id)
+    try:
+        made = node.create_snapshot("one")
+    except LimitExceeded:  # counts of one bit
+        return
+    session.write(3 * KIB, session.image.read(3 * KIB, 2 * KIB))
+    session.flush()
+    node.apply_snapshot(made.id)
+    node.delete_snapshot(made.id)
+
+
 def creating(geometry: Geometry) -> Operation:
     def operation(session: Session) -> None:
         session.close()
@@ -295,6 +312,7 @@ OPERATIONS: list[Operation] = [
     growing_far,
     shrinking,
     shrinking_and_growing,
+    snapshotting,
 ]
 
 CASES = [

@@ -83,6 +83,10 @@ def edit(image: Image) -> None:
         changes.insert("blkdebug", {"align": 512})
 
 
+def node_of(image: Image) -> Any:
+    return image.node
+
+
 CASES: dict[str, Case] = {
     "write, new clusters and tables": Case(
         write(60 * KIB, pattern(36 * KIB, 1)), 60 * KIB, 96 * KIB, pattern(36 * KIB, 1)
@@ -169,6 +173,18 @@ CASES: dict[str, Case] = {
         ZEROS[: 63 * KIB],
         before=DIRTY,
         resized=90 * KIB,
+    ),
+    "create a snapshot": Case(lambda image: node_of(image).create_snapshot("one"), before=DIRTY),
+    "apply a snapshot": Case(
+        lambda image: node_of(image).apply_snapshot("1"),
+        20 * KIB,
+        24 * KIB,
+        pattern(64 * KIB, 42)[20 * KIB : 24 * KIB],
+        before=then(lambda image: node_of(image).create_snapshot("one"), write(20 * KIB, b"after" * 800 + bytes(96))),
+    ),
+    "delete a snapshot": Case(
+        lambda image: node_of(image).delete_snapshot("1"),
+        before=then(lambda image: node_of(image).create_snapshot("one"), write(20 * KIB, pattern(9 * KIB, 13))),
     ),
     "read": Case(lambda image: image.read(0, 64 * KIB), before=PACKED),
     "extents": Case(lambda image: image.extents(), before=DIRTY),

@@ -118,3 +118,44 @@ def test_the_size_of_each_snapshot(tmp_path: Path, qemu: Qemu) -> None:
             image.truncate(2 << 20)
         image.write(0, b"x")
     qemu.img("check", old)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("compat", "cluster", "bits"), [("1.1", 512, 64), ("1.1", 4096, 16), ("0.10", 1024, 16)])
+def test_snapshots_of_both(tmp_path: Path, qemu: Qemu, compat: str, cluster: int, bits: int) -> None:
+    """Snapshots are made, applied and deleted by QEMU and by Lamina in turn."""
+    path, raw = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
+    lamina.create(path, "qcow2", SIZE, compat=compat, cluster_size=cluster, refcount_bits=bits)
+    rng = random.Random(f"{compat}{cluster}{bits}")
+    disk = Disk(path, rng, cluster)
+    ids: dict[str, str] = {}
+    for number in range(16):
+        disk.write(8)
+        kind, ours = rng.choice(["create", "create", "apply", "delete"]), rng.randrange(2) == 0
+        name = f"s{number}" if kind == "create" or not ids else rng.choice(sorted(ids))
+        if name not in ids:
+            kind = "create"
+        if ours:
+            with lamina.open(path, format="qcow2", read_only=False) as image:
+                if kind == "create":
+                    assert image.create_snapshot(name).name == name
+                elif kind == "apply":
+                    image.apply_snapshot(ids[name])
+                else:
+                    image.delete_snapshot(ids[name])
+        else:
+            qemu.img("snapshot", {"create": "-c", "apply": "-a", "delete": "-d"}[kind], name, path)
+        if kind == "create":
+            disk.kept[name] = bytes(disk.now)
+            with lamina.open(path, format="qcow2") as image:
+                ids[name] = image.snapshots()[-1].id
+        elif kind == "apply":
+            disk.now[:] = disk.kept[name]
+        else:
+            del disk.kept[name], ids[name]
+        if ours:
+            qemu.img("check", path)
+            assert lamina.check(path, format="qcow2").clean
+    disk.judge(qemu, raw)
+    with lamina.open(path, format="qcow2") as image:
+        assert {one.name: one.id for one in image.snapshots()} == ids

@@ -63,12 +63,12 @@ class MemoryStorage(StorageNode):
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         with self._mutex:
             pages = self._require_open("write")
+            self._size = max(self._size, offset + len(view))  # first: no interrupt leaves bytes behind the end
             for number, lo, hi, at in _parts(offset, len(view)):
                 page = pages.get(number)
                 if page is None:
                     page = pages[number] = bytearray(PAGE)
                 page[lo:hi] = view[at : at + hi - lo]
-            self._size = max(self._size, offset + len(view))
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Free complete pages, with or without MAY_UNMAP: keeping them has no advantage."""

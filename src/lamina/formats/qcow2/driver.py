@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...errors import LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
-from ...limits import Limits
-from ...node import COMPRESS
+from ...graph import rebook
+from ...limits import MAX_SIZE, Limits
+from ...node import COMPRESS, require_writable
 from ...references import Reference
-from ...request import Child
+from ...request import Child, sizes_changed
 from ...schema import Option, Schema
 from . import allocation, l1_table, snapshot_table
 from . import create as _create
@@ -19,12 +21,13 @@ from .header import Header
 from .tables import Tables
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from collections.abc import Mapping as Options
-    from collections.abc import Sequence
 
     from ...graph import Opener
     from ...report import CheckReport
     from ...results import ImageInfo, Snapshot
+    from .snapshot_table import Entry
 
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
@@ -129,6 +132,49 @@ class Qcow2(FormatNode):
 
     def snapshots(self) -> Sequence[Snapshot]:
         return [entry.result(self.header.size) for entry in snapshot_table.read(self.file, self.header)]
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        from .snapshots import create
+
+        entry: Entry = self._rewrite(create, name)
+        return entry.result(self.header.size)
+
+    def apply_snapshot(self, id: str) -> None:
+        from .snapshots import apply
+
+        self._rewrite(apply, id)
+
+    def delete_snapshot(self, id: str) -> None:
+        from .snapshots import delete
+
+        self._rewrite(delete, id)
+
+    def _rewrite(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """work(tables, book, *arguments), which publishes new tables, while no request runs."""
+        require_writable(self, "snapshot")
+        try:
+            return self.ranges.exclusive(0, MAX_SIZE, self._rewritten, work, *arguments)
+        finally:
+            sizes_changed()
+
+    def _rewritten(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        tables = self.tables
+        tables.settle()
+        tables.file.flush()
+        kept = self.kept_bytes
+        try:
+            result, freed = tables.changing(work, tables, partial(self._book, kept), *arguments)
+            tables.given_back += 1  # before storage becomes a hole
+            for offset, length in freed:
+                self.file.discard(offset, length)
+            self.file.flush()  # before these clusters are written again: a discard that is late would destroy that
+            return result
+        finally:
+            self.kept_bytes = kept
+            self._map_one = tables.mappings.map_one
+
+    def _book(self, kept: int, count: int) -> None:
+        rebook(self, kept + count, "the reference counts of all clusters")
 
     def check(self) -> CheckReport:
         from .check import check

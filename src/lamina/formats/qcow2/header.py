@@ -9,6 +9,8 @@ from ...limits import MAX_SIZE, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...layout import Structure
     from ...request import Child
     from .snapshot_table import Entry
@@ -79,8 +81,11 @@ class Header:
     def at_snapshot(self, entry: Entry) -> Header:
         """The header with the disk as it was when this snapshot was taken."""
         size = self.size if entry.disk_size is None else entry.disk_size
-        active = {"l1_table_offset": entry.l1_table_offset, "l1_size": entry.l1_size, "size": size}
-        return Header(**{**self.__dict__, **active})
+        return self.but({"l1_table_offset": entry.l1_table_offset, "l1_size": entry.l1_size, "size": size})
+
+    def but(self, values: Mapping[str, Any]) -> Header:
+        """A copy with other values in these fields."""
+        return Header(**{**self.__dict__, **values})
 
     def require_openable(self, path: str, *, writable: bool) -> None:
         """Raise UnsupportedFeature if the image uses a feature that is not implemented, or CorruptImage if it needs a repair
@@ -250,6 +255,14 @@ class Header:
     @property
     def _structure(self) -> Structure:
         return q.HEADER_V2 if self.version == 2 else q.HEADER_V3
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """These fields."""
+        return {name: getattr(self, name) for name in names}
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Change these fields, all in one step that no interrupt divides."""
+        self.__dict__.update(values)
 
     def store(self, storage: Child, *names: str) -> None:
         """Write these fields, which are adjacent in the header, in one request of less than a sector."""

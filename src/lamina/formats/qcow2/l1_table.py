@@ -146,6 +146,13 @@ def reserved_mask(entries: Any) -> Any:
     return entries & np.uint64(~(q.COPIED | q.OFFSET_MASK) & (1 << 64) - 1) != 0
 
 
+def with_copied(entries: Any, owned: Any) -> Any:
+    """These entries with the flag COPIED where `owned` is true, and without it elsewhere."""
+    from ...numeric import np
+
+    return np.where(owned, entries | np.uint64(q.COPIED), entries & np.uint64(~q.COPIED & (1 << 64) - 1))
+
+
 # -- reading and writing
 
 

@@ -253,6 +253,13 @@ def copied_mask(entries: Any) -> Any:
     return _any(entries, _FLAG_COPIED)
 
 
+def with_copied(entries: Any, owned: Any) -> Any:
+    """These entries with the flag COPIED where `owned` is true, and without it elsewhere."""
+    from ...numeric import np
+
+    return np.where(owned, entries | np.uint64(_FLAG_COPIED), entries & np.uint64(~_FLAG_COPIED & (1 << 64) - 1))
+
+
 def zero_mask(entries: Any) -> Any:
     """Which of these entries, of uncompressed clusters, have the flag ZERO."""
     return _any(entries, _FLAG_ZERO)

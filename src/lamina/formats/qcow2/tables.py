@@ -75,8 +75,8 @@ class Tables:
         self._on_corrupt = on_corrupt
         self._refcounts: Refcounts | None = None
         self._freeing = Freeing(file, header.cluster_bits)
-        # An interrupted change of the size: the header on disk and the one in memory may differ.
-        self._size_unsure = False
+        # Fields of the header of which the disk may hold other values, because a change of them failed.
+        self._unsure: tuple[str, ...] = ()
         # The end of the last compressed data; at a cluster boundary there is no free space after it.
         self._compressed_end = 0
 
@@ -137,6 +137,8 @@ class Tables:
                 self.require_outside_changes()
             self.changes = True
             try:
+                if self._unsure:
+                    self._store_unsure()
                 return work(*arguments)
             except CorruptImage:
                 if self.writable:
@@ -154,6 +156,28 @@ class Tables:
                 path=self.file.node.filename,
                 hint="do it after the request (not in a signal handler), or in another thread",
             )
+
+    def forget_refcounts(self) -> None:
+        """Read the reference counts again before the next change. All of them are on disk."""
+        self._refcounts = None
+
+    def switch(self, values: dict[str, int]) -> None:
+        """Make other tables, which are on stable storage, those of the image: `values` are adjacent fields of the header,
+        written at once. After an error the tables are the old ones, whose header goes to the disk before anything else
+        changes."""
+        header, file = self.header, self.file
+        mappings = Mappings(file, header.but(values), self._cache_bytes // 2)
+        before, names = header.values(*values), tuple(values)
+        try:
+            header.set(values)
+            header.store(file, *names)
+            file.flush()
+        except BaseException:
+            header.set(before)
+            self._unsure = names
+            raise
+        # One statement without calls, so no interrupt can divide it.
+        self.mappings, self._refcounts, self._compressed_end = mappings, None, 0
 
     def _mark_corrupt(self) -> None:
         """Mark the image corrupt in its header, so that no program writes to it, and stop writing."""
@@ -312,15 +336,26 @@ class Tables:
 
     def set_size(self, size: int) -> None:
         """Store the size of the disk in the header."""
-        old = self.header.size
-        self._size_unsure = True  # if this is interrupted, the next flush stores the size that is in memory
-        self.header.size = size
+        self._store({"size": size})
+
+    def _store(self, values: dict[str, int]) -> None:
+        """Change these adjacent fields of the header, in memory and on the disk. After an error the fields in memory are the
+        old ones, and go to the disk before anything else changes."""
+        header = self.header
+        before, names = header.values(*values), tuple(values)
         try:
-            self.header.store(self.file, "size")
+            header.set(values)
+            header.store(self.file, *names)
+            self._unsure = ()
         except BaseException:
-            self.header.size = old
+            header.set(before)
+            self._unsure = names
             raise
-        self._size_unsure = False
+
+    def _store_unsure(self) -> None:
+        self.header.store(self.file, *self._unsure)
+        self.file.flush()
+        self._unsure = ()
 
     # -- to disk
 
@@ -347,7 +382,7 @@ class Tables:
         """Write the tables, in the order of `flush`; False if there were no changes, and therefore no flush."""
         mappings, file = self.mappings, self.file
         counted = self._refcounts is not None and self._refcounts.dirty
-        if not (counted or mappings.dirty or self._freeing or self._size_unsure):
+        if not (counted or mappings.dirty or self._freeing):
             return False
         if not self.writable:
             raise CorruptImage(
@@ -373,10 +408,6 @@ class Tables:
                 self.header.store(file, "l1_size", "l1_table_offset")
             file.flush()
             mappings.written()
-        if self._size_unsure:
-            self.header.store(file, "size")
-            file.flush()
-            self._size_unsure = False
         self.given_back += 1  # before the file gets a hole; see `FormatNode.given_back`
         self._freeing.flushed(counts)
         return True
