@@ -249,7 +249,7 @@ def no_leaked_files() -> Iterator[None]:
         return
     before = _open_files()
     yield
-    for pause in (0.0, 0.02, 0.2):
+    for pause in (0.0, 0.02, 0.2, 2.0):  # on a busy machine a thread takes that long to end
         if len(os.listdir(FILE_DESCRIPTORS)) - 1 <= len(before):
             return
         time.sleep(pause)

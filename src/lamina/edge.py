@@ -4,17 +4,30 @@ limits of the child for the request path."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 from weakref import ref
 
 from .errors import Closed, OptionError, ReadOnly
 from .limits import GIB, MAX_TRANSFER, align_down, is_power_of_two
 from .node import Node, require_writable
 
+if TYPE_CHECKING:
+    from .extents import Extents
+
 #: Overlapping writes leave each block of this many bytes in the state after one of them, even if a write is split.
 _ATOM = 512
 #: The largest step of a zero request or a discard, unless the driver declares a smaller one.
 _STEP = 4 * GIB
+
+
+def consecutive(extents: Callable[[int, int], Extents], offset: int, length: int) -> Iterator[Extents]:
+    """The status of the whole range: `extents(offset, length)`, called again from the end of each result."""
+    end = offset + length
+    while offset < end:
+        found = extents(offset, end - offset)
+        yield found
+        offset = found.end
 
 
 class Edge:

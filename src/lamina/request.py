@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .edge import Edge
+from .edge import Edge, consecutive
 from .errors import NotSupported, OutOfRange
 from .limits import MAX_SIZE, align_down, align_up
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, fill_zero
@@ -29,15 +29,6 @@ _BOUNCE = 1 << 20
 _ZEROS = memoryview(bytes(_BOUNCE))
 #: Incremented whenever a node becomes shorter; all edges then read the size of their node again.
 _epoch = 0
-
-
-def consecutive(extents: Callable[[int, int], Extents], offset: int, length: int) -> Iterator[Extents]:
-    """The status of the whole range: `extents(offset, length)`, called again from the end of each result."""
-    end = offset + length
-    while offset < end:
-        found = extents(offset, end - offset)
-        yield found
-        offset = found.end
 
 
 def sizes_changed() -> None:

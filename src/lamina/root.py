@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import lifecycle
+from .edge import consecutive
 from .errors import Closed, LaminaError, OptionError
 from .gate import Gate, Holder
 from .node import foreign
 from .pending import DONE, Holding, Pending, start_holding
-from .request import Child, consecutive
+from .request import Child
 
 if TYPE_CHECKING:
     from .extents import Extents, HostFile
