@@ -175,3 +175,18 @@ def test_the_depth_of_a_graph_counts_backing_images(tmp_path: Path) -> None:
     lamina.create(tmp_path / "b", "qcow2", backing_file="a", backing_fmt="qcow2")
     with lamina.open({"driver": "stats", "image": {"driver": "qcow2", "file": str(tmp_path / "b")}}) as image:
         assert chain_depth(image.node) == 1
+
+
+def test_a_name_that_ends_in_a_nul(tmp_path: Path) -> None:
+    """Some programs store the NUL of their string as well, and others stop there."""
+    lamina.create(tmp_path / "base.raw", "raw", 4096)
+    top = tmp_path / "top.qcow2"
+    lamina.create(top, "qcow2", backing_file="base.raw", backing_fmt="raw")
+    with top.open("r+b") as file:
+        file.seek(16)
+        size = int.from_bytes(file.read(4), "big")
+        file.seek(16)
+        file.write((size + 3).to_bytes(4, "big"))
+    assert lamina.info(top, format="qcow2").backing_filename == "base.raw"
+    with lamina.open(top, format="qcow2") as image:
+        assert "backing" in image.node.children

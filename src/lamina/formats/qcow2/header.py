@@ -163,8 +163,6 @@ class Header:
             _within("header_length", values["header_length"], q.HEADER_V3.size, cluster_size)
             if values["header_length"] > file_size:
                 raise CorruptImage(f"header_length is {values['header_length']}, but the file has {file_size} bytes")
-            if values["header_length"] % 8:
-                raise CorruptImage(f"header_length {values['header_length']} is not a multiple of 8")
             _within("refcount_order", values["refcount_order"], 0, q.MAX_REFCOUNT_ORDER)
         else:
             values["header_length"] = q.HEADER_V2.size
@@ -183,7 +181,8 @@ class Header:
                 raise LimitExceeded(f"backing_file_size is {name_size}, above the limit of {q.MAX_BACKING_NAME}")
             if name_at < header.header_length or name_at + name_size > min(cluster_size, file_size):
                 raise CorruptImage("the name of the backing file is not inside the first cluster", offset=name_at)
-            header.backing_file = cluster[name_at : name_at + name_size].decode("utf-8", "surrogateescape") or None
+            name = cluster[name_at : name_at + name_size].partition(b"\0")[0]  # some programs store the NUL as well
+            header.backing_file = name.decode("utf-8", "surrogateescape") or None
             end = name_at
         header.extensions = _extensions(cluster, header.header_length, min(end, len(cluster)))
         header._check_tables(file_size)
