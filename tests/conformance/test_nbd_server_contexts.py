@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from ..nbd_rules import (
     go,
     has,
     no_status,
-    rule_servers,
     run_case,
     some_status,
 )
@@ -185,12 +183,6 @@ META_CONTEXTS = [
 ]
 
 CASES = META_CONTEXTS
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    with rule_servers(tmp_path_factory.mktemp("nbd")) as paths:
-        yield paths
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -6,7 +6,6 @@ the next option, or the next request, is answered, and so is the next client. `n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ from ..nbd_rules import (
     go,
     has,
     refused,
-    rule_servers,
     run_case,
     some_status,
 )
@@ -385,12 +383,6 @@ INFO_AND_GO = [
 ]
 
 CASES = HANDSHAKE + SIMPLE_OPTIONS + INFO_AND_GO
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    with rule_servers(tmp_path_factory.mktemp("nbd")) as paths:
-        yield paths
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
