@@ -24,7 +24,7 @@ import pytest
 import lamina
 from lamina.bitmap import MemoryBitmap
 from lamina.limits import MIB
-from lamina.nbd import Export, Offer, Server
+from lamina.nbd import Export, RestrictedExport, Server
 from lamina.nbd import wire as w
 from lamina.nbd.tls import client_context, server_context
 from lamina.nbd.uri import Target
@@ -293,11 +293,11 @@ def victim(tmp_path: Path) -> Iterator[Callable[..., Victim]]:
         lamina.open({"driver": "blkdebug", "align": 4096, "image": memory}, read_only=False) as blocks,
     ):
         constant.write(0, fixed)
-        exports: list[Export | Offer] = [
+        exports: list[Export | RestrictedExport] = [
             Export(disk, "disk", writable=True, bitmaps={"b0": bitmap}),
             Export(constant, "fixed", bitmaps={"b0": bitmap}),
             Export(blocks, "blocks", writable=True, bitmaps={"b0": bitmap}),
-            Offer(Export(constant, "secret"), tls_only=True),
+            RestrictedExport(Export(constant, "secret"), tls_only=True),
         ]
         images = {"disk": disk, "fixed": constant, "blocks": blocks}
         servers: list[Server] = []

@@ -21,7 +21,7 @@ from lamina.nbd import Export
 from lamina.nbd import wire as w
 from lamina.nbd.server import connection as room
 from lamina.nbd.server import loop
-from lamina.nbd.server.loop import ExecutionTurn
+from lamina.nbd.server.loop import ExecutionLock
 from lamina.nbd.wire import CMD_READ as READ
 from lamina.nbd.wire import CMD_WRITE as WRITE
 
@@ -38,14 +38,14 @@ MODES = ["simple", "structured", "extended"]
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Everybody meets somebody; how many steps of the loop there were."""
-    take, step = ExecutionTurn.take, room._LoopMember.step
+    take, step = ExecutionLock.take, room._LoopMember.step
     counted: list[int] = []
 
     def counting(self: room._LoopMember) -> bool:
         counted.append(threading.get_ident())
         return step(self)
 
-    monkeypatch.setattr(ExecutionTurn, "take", lambda self: (take(self)[0], False))
+    monkeypatch.setattr(ExecutionLock, "take", lambda self: (take(self)[0], False))
     monkeypatch.setattr(room._LoopMember, "step", counting)
     yield counted
     assert counted, "nobody was served in the loop: this tested something else"

@@ -10,7 +10,7 @@ import pytest
 from lamina.errors import LaminaError, NotFound, NotSupported
 from lamina.nbd import wire
 from lamina.nbd.client.details import Mode
-from lamina.nbd.client.transmission import LARGE, MAX_PIECES, ROOM, Request, Transmission
+from lamina.nbd.client.transmission import LARGE, MAX_PIECES, RECEIVE_BUFFER, Request, Transmission
 
 from ..nbd_scripts import (
     STRUCTURED,
@@ -105,7 +105,7 @@ def test_small_replies_come_many_at_a_time() -> None:
     for request in requests:
         machine.start(request)
     room = machine.buffer()
-    assert len(script) < len(room) == ROOM
+    assert len(script) < len(room) == RECEIVE_BUFFER
     room[: len(script)] = script
     assert machine.received(len(script)) == requests
     assert all(request.view == bytes([n]) * 4096 for n, request in enumerate(requests))
@@ -122,7 +122,7 @@ def test_a_long_status_does_not_fit_into_the_room() -> None:
     extents = [(1 + number % 2, number % 4) for number in range(40_000)]
     request = status(0, 1 << 20)
     script = S.status(extents) + S.status([(1, 0)], 7, done=True)
-    assert len(script) > 2 * ROOM
+    assert len(script) > 2 * RECEIVE_BUFFER
     for step in (1 << 30, 4099):
         transmit(details(), [request], script, step=step)
         assert request.status is not None

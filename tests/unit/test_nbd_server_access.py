@@ -13,7 +13,7 @@ import pytest
 import lamina
 from lamina import OptionError
 from lamina.cli.main import main
-from lamina.nbd import Export, Folder, Offer, Server
+from lamina.nbd import Export, Folder, RestrictedExport, Server
 from lamina.nbd.tls import allow_list, server_context
 from tests.certificates import write_certificates
 
@@ -74,7 +74,7 @@ def test_the_library(
 ) -> None:
     def make() -> Server:
         return Server(
-            [Offer(export, tls_only=tls_only, allow=names)],
+            [RestrictedExport(export, tls_only=tls_only, allow=names)],
             folder=Folder(tmp_path, lambda path: lamina.open(path, format="raw")) if folder else None,
             unix=str(tmp_path / "socket"),
             tls=tls,

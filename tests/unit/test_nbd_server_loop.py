@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 
 from lamina.nbd.server import loop as room
-from lamina.nbd.server.loop import ExecutionTurn, Loop
+from lamina.nbd.server.loop import ExecutionLock, Loop
 
 PATIENCE = 20.0
 
@@ -250,7 +250,7 @@ def test_without_what_the_loop_needs_everyone_goes_on_alone(members: Members, mo
 
 
 def test_a_turn_is_one_thread_s_and_nobody_waits_long() -> None:
-    turn = ExecutionTurn()
+    turn = ExecutionLock()
     first, alone = turn.take()
     assert alone
     assert first.locked()

@@ -21,7 +21,7 @@ from lamina.limits import KIB, MIB
 from lamina.nbd import Export
 from lamina.nbd import wire as w
 from lamina.nbd.server.negotiation import MAX_OPTION, Agreed, Negotiation, Phase
-from lamina.nbd.server.transmission import PART, REFUSED, ROOM, Request, Transmission
+from lamina.nbd.server.transmission import PART, RECEIVE_BUFFER, REFUSED, Request, Transmission
 
 from ..nbd_memory import MemoryServer, Shelf
 from ..nbd_raw import CLIENT_FLAGS, Raw, info, meta, option_bytes
@@ -289,7 +289,7 @@ def _feed(session: Transmission, data: bytes) -> list[Request]:
     at = 0
     while at < len(data) and not session.finished:
         room = session.buffer()
-        assert 0 < len(room) <= ROOM
+        assert 0 < len(room) <= RECEIVE_BUFFER
         count = min(len(room), len(data) - at)
         room[:count] = data[at : at + count]
         at += count

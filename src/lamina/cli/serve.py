@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ..image import Image
     from ..nbd.server import Server
-    from ..nbd.server.exports import Folder, Offer
+    from ..nbd.server.exports import Folder, RestrictedExport
 
 _EXAMPLES = """
   lamina serve -k disk.sock disk.qcow2                       read-only, on a Unix socket; ends with the last client
@@ -62,25 +62,25 @@ def main(argv: list[str]) -> int:
         for sock in sockets:
             closing.callback(sock.close)
         ending = closing.enter_context(Ending())
-        offers = _offers(args, closing)
+        restricted = _restricted(args, closing)
         stats = (
             closing.enter_context(SideFile(args.stats, append=True, failure="the counters cannot be written"))
             if args.stats
             else None
         )
-        if stats is not None and any(stats.identity in _files(offer.export.image.node) for offer in offers):
+        if stats is not None and any(stats.identity in _files(each.export.image.node) for each in restricted):
             raise OptionError("the counters would overwrite a served image", path=args.stats)
         folder = _folder(args)
-        mode, context, allow = _tls(args, offers)
+        mode, context, allow = _tls(args, restricted)
         ending.start()
-        server = _server(args, offers, folder, mode, context, allow, sockets)
+        server = _server(args, restricted, folder, mode, context, allow, sockets)
         closing.callback(server.close)
         ending.at_once.append(server.unlink)
         if args.pid_file:
             pid_file = closing.enter_context(PidFile(args.pid_file))
             ending.at_once.append(pid_file.remove)
         server.start()
-        _announce(args, server, offers, folder)
+        _announce(args, server, restricted, folder)
         if ready is not None:
             ready()
         server.wait(last_client=not args.persistent, stop=ending.stop)
@@ -230,9 +230,9 @@ def _log(verbose: bool) -> None:
 # -- the exports
 
 
-def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
+def _restricted(args: Namespace, closing: ExitStack) -> list[RestrictedExport]:
     """Open the exports, so that errors of images appear before a client can connect."""
-    from ..nbd.server.exports import Offer
+    from ..nbd.server.exports import RestrictedExport
 
     several = len(args.filenames) > 1 or bool(args.export)
     if several and (args.export_name is not None or args.description):
@@ -242,7 +242,7 @@ def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
         name = os.path.basename(filename) if several else args.export_name or ""
         wanted.append({"name": name, "file": filename, "description": args.description})
     wanted += [_parsed(text) for text in args.export]
-    offers = []
+    restricted = []
     for options in wanted:
         image = _open(args, options)
         closing.callback(image.close)
@@ -256,8 +256,8 @@ def _offers(args: Namespace, closing: ExitStack) -> list[Offer]:
             from ..nbd.tls import allow_list
 
             names = allow_list(allow.split(";"))
-        offers.append(Offer(export, tls_only=options.get("tls-only", False), allow=names))
-    return offers
+        restricted.append(RestrictedExport(export, tls_only=options.get("tls-only", False), allow=names))
+    return restricted
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -389,7 +389,9 @@ def _files(node: Node) -> Iterator[tuple[int, int]]:
 # -- addresses and TLS
 
 
-def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
+def _tls(
+    args: Namespace, restricted: list[RestrictedExport]
+) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
     credentials = args.tls_certificates or args.tls_psk_file
     mode = args.tls or ("require" if credentials else "off")
     if (mode == "off") != (not credentials):
@@ -397,7 +399,7 @@ def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | No
             "the TLS mode contradicts the credentials: with certificates or keys TLS is on, without them it is off",
             hint="give --tls-certificates DIR or --tls-psk-file PATH, or --tls off without them",
         )
-    guarded = any(offer.tls_only for offer in offers)
+    guarded = any(each.tls_only for each in restricted)
     if mode == "off":
         if guarded:
             raise OptionError("an export requires TLS, which is off", hint="add --tls-certificates DIR")
@@ -415,7 +417,7 @@ def _tls(args: Namespace, offers: list[Offer]) -> tuple[str, ssl.SSLContext | No
 
 def _server(
     args: Namespace,
-    offers: list[Offer],
+    restricted: list[RestrictedExport],
     folder: Folder | None,
     mode: str,
     context: ssl.SSLContext | None,
@@ -431,7 +433,7 @@ def _server(
     if port is None and (args.bind is not None or not (args.socket or sockets)):
         port = PORT
     return Server(
-        offers,
+        restricted,
         folder=folder,
         unix=args.socket,
         host=args.bind,
@@ -449,8 +451,8 @@ def _server(
     )
 
 
-def _announce(args: Namespace, server: Server, offers: list[Offer], folder: Folder | None) -> None:
-    exports = [offer.export for offer in offers]
+def _announce(args: Namespace, server: Server, restricted: list[RestrictedExport], folder: Folder | None) -> None:
+    exports = [each.export for each in restricted]
     uris = server.uris
     if args.output == "json":
         told = [

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import Client
-    from .server import Export, Folder, Offer, Server
+    from .server import Export, Folder, RestrictedExport, Server
 
-__all__ = ["Client", "Export", "Folder", "Offer", "Server"]
+__all__ = ["Client", "Export", "Folder", "RestrictedExport", "Server"]
 
-_HOMES = {"Client": "client", "Export": "server", "Folder": "server", "Offer": "server", "Server": "server"}
+_HOMES = {"Client": "client", "Export": "server", "Folder": "server", "RestrictedExport": "server", "Server": "server"}
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name == "Offer":
+        from warnings import warn
+
+        warn("Offer is called RestrictedExport now", DeprecationWarning, stacklevel=2)
+        name = "RestrictedExport"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

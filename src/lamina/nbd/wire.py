@@ -1,7 +1,7 @@
 """The NBD protocol as a table: every number and every layout that goes over the wire, in the words of the specification.
 
 Names are those of the specification without their prefix `NBD_`. `docs/nbd-protocol.md` is generated from this file: a line
-`# == TITLE` begins a group, the comment `#:` of a constant is its meaning. Nothing else in the house writes a number of the
+`# == TITLE` begins a group, the comment `#:` of a constant is its meaning. No other module contains a number of the
 protocol. All integers are big-endian. Sections refer to the published `proto.md`; what it calls experimental (extended
 headers, payloads of block status) is as QEMU 8.2 and libnbd 1.18 speak it.
 """
@@ -97,7 +97,7 @@ CMD_RESIZE: Final = 8  #: withdrawn
 
 # == Command flags
 CMD_FLAG_FUA: Final = 1 << 0  #: the reply comes when the bytes are on stable storage
-CMD_FLAG_NO_HOLE: Final = 1 << 1  #: WRITE_ZEROES: the room must stay allocated
+CMD_FLAG_NO_HOLE: Final = 1 << 1  #: WRITE_ZEROES: the space must stay allocated
 CMD_FLAG_DF: Final = 1 << 2  #: READ: at most one content chunk
 CMD_FLAG_REQ_ONE: Final = 1 << 3  #: BLOCK_STATUS: only the first extent of each context
 CMD_FLAG_FAST_ZERO: Final = 1 << 4  #: WRITE_ZEROES: quickly, or ENOTSUP with nothing touched
@@ -117,7 +117,7 @@ REPLY_TYPE_ERROR: Final = (1 << 15) + 1  #: the request failed
 REPLY_TYPE_ERROR_OFFSET: Final = (1 << 15) + 2  #: the request failed at an offset
 
 # == Flags of the context base:allocation
-STATE_HOLE: Final = 1 << 0  #: no room is allocated; a write may fail for want of it
+STATE_HOLE: Final = 1 << 0  #: no space is allocated, so a write may fail with ENOSPC
 STATE_ZERO: Final = 1 << 1  #: the bytes read as zero
 
 # == Flags of the context qemu:dirty-bitmap:NAME
@@ -135,7 +135,7 @@ EPERM: Final = 1  #: not permitted: the export is read-only
 EIO: Final = 5  #: the storage failed
 ENOMEM: Final = 12  #: no memory
 EINVAL: Final = 22  #: the request makes no sense
-ENOSPC: Final = 28  #: no room, or past the end of the export
+ENOSPC: Final = 28  #: no space is left, or the range ends past the end of the export
 EOVERFLOW: Final = 75  #: too long to be answered in one chunk, or at all
 ENOTSUP: Final = 95  #: this cannot be zeroed quickly
 ESHUTDOWN: Final = 108  #: the server is about to end

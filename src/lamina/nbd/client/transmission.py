@@ -27,7 +27,7 @@ from .request import CHANGES, Request
 
 #: Replies are received this much at a time, unless large reads are on their way: then a header at a time, and the bytes
 #: into their view. (Measured: 4 KiB reads want many replies in one call, 256 KiB reads want no copy.)
-ROOM: Final = 128 * KIB
+RECEIVE_BUFFER: Final = 128 * KIB
 #: A read of this many bytes is large.
 LARGE: Final = 32 * KIB
 #: What is missing of a reply's bytes is received into its place if it is this much; less comes with what follows it.
@@ -91,8 +91,8 @@ class Transmission:
         # either side may only change its own. Of all replies with bytes, and of large reads.
         self._reads_started = self._reads_done = 0
         self._large_started = self._large_done = 0
-        self._room = bytearray(ROOM)
-        self._view = memoryview(self._room)
+        self._buffer = bytearray(RECEIVE_BUFFER)
+        self._view = memoryview(self._buffer)
         self._end = 0
         #: Bytes that still belong into `_into`; then `_finish` is called with the request and whether it is the last chunk.
         self._left = 0
@@ -171,7 +171,7 @@ class Transmission:
         if position:
             # What is left is the beginning of one message; a copy through bytes, since the two may overlap.
             rest = bytes(self._view[position:end])
-            self._room[: len(rest)] = rest
+            self._buffer[: len(rest)] = rest
             self._end = len(rest)
         return self._answered
 
@@ -200,7 +200,7 @@ class Transmission:
         self._of, self._into = None, self._view
 
     def _parse_simple(self, position: int, end: int) -> int:
-        in_flight, unpack, view = self.in_flight, wire.SIMPLE_REPLY.codec.unpack_from, self._room
+        in_flight, unpack, view = self.in_flight, wire.SIMPLE_REPLY.codec.unpack_from, self._buffer
         while end - position >= 16:
             magic, error, cookie = unpack(view, position)
             if magic != wire.SIMPLE_REPLY_MAGIC:
@@ -219,12 +219,12 @@ class Transmission:
                     self._of, self._last = request, True
                     return position
             self._finish(request)
-        if end - position >= 4 and self._room[position : position + 4] != _SIMPLE:
-            raise violation(f"a reply begins with {self._room[position : position + 4].hex()}")
+        if end - position >= 4 and self._buffer[position : position + 4] != _SIMPLE:
+            raise violation(f"a reply begins with {self._buffer[position : position + 4].hex()}")
         return position
 
     def _parse_chunks(self, position: int, end: int) -> int:
-        in_flight, head, room, extended = self.in_flight, self._head, self._room, self._extended
+        in_flight, head, room, extended = self.in_flight, self._head, self._buffer, self._extended
         unpack = (wire.EXTENDED_REPLY if extended else wire.STRUCTURED_REPLY).codec.unpack_from
         expected = wire.EXTENDED_REPLY_MAGIC if extended else wire.STRUCTURED_REPLY_MAGIC
         while True:
@@ -272,7 +272,7 @@ class Transmission:
             else:
                 self._check_length(request, kind, length, last)
                 if have < head + length:
-                    if head + length <= ROOM:
+                    if head + length <= RECEIVE_BUFFER:
                         return position
                     body = memoryview(bytearray(length))
                     self._long, self._of, self._last = (kind, body), request, last
@@ -286,7 +286,7 @@ class Transmission:
 
     def _simple_among_chunks(self, position: int) -> int:
         """A simple reply where chunks are spoken: allowed for what has no payload."""
-        _, error, cookie = wire.SIMPLE_REPLY.codec.unpack_from(self._room, position)
+        _, error, cookie = wire.SIMPLE_REPLY.codec.unpack_from(self._buffer, position)
         request = self.in_flight.get(cookie)
         if request is None:
             self._stray(cookie)

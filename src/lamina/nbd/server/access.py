@@ -10,21 +10,26 @@ from ...errors import OptionError
 if TYPE_CHECKING:
     import ssl
 
-    from .exports import Offer
+    from .exports import RestrictedExport
 
 _VERIFY = "verify the certificates of clients (--tls-verify-peer, server_context(..., verify_peer=True))"
 
 
 def check_access(
-    tls: str, context: ssl.SSLContext | None, allow: Collection[str] | None, offers: Iterable[Offer], *, folder: bool
+    tls: str,
+    context: ssl.SSLContext | None,
+    allow: Collection[str] | None,
+    restricted: Iterable[RestrictedExport],
+    *,
+    folder: bool,
 ) -> None:
     """OptionError for a combination under which clients would be let in that one of the settings keeps out. `folder`: there
     is a folder of exports, too, which everybody may see."""
     if tls not in ("off", "allow", "require") or (tls == "off") != (context is None):
         raise OptionError("TLS is off, or needs a context", hint='tls="allow" or "require", with context')
-    offers = list(offers)
-    listed = allow is not None or any(offer.allow is not None for offer in offers)
-    guarded = any(offer.tls_only or offer.allow is not None for offer in offers)
+    restricted = list(restricted)
+    listed = allow is not None or any(each.allow is not None for each in restricted)
+    guarded = any(each.tls_only or each.allow is not None for each in restricted)
     if context is None:
         if allow is not None:
             raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)

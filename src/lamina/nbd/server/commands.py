@@ -1,8 +1,8 @@
-"""What a server does for each request: it is executed on the export, and its answer sent.
+"""The commands of the server: each executes a request on the export and makes the reply.
 
-Reads are gathered in a slab that is used again for each send. Zeros are sent as holes where replies are structured, in
-stretches that begin and end at multiples of the minimum block. An error ends its own request only; names of files stay in
-the log.
+The data of several READs is collected in one buffer, which is reused after each send. If replies are structured, zeros are
+sent as holes, in ranges that begin and end at multiples of the minimum block. An error ends only its own request; file names
+are logged, and not sent.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lamina.nbd")
 
-#: Bytes of replies that are gathered before they are sent. Longer reads are sent in pieces of it.
-SLAB: Final = 1 * MIB
-#: Commands without a payload that may concern more than can be done at once. They are done in steps, which end at multiples
-#: of STEP bytes; the first is as long as that, and the next ones longer while they are quick, up to MOST.
+#: The bytes of replies that are collected before a send. Longer READs are answered in pieces of this length.
+REPLY_BUFFER: Final = 1 * MIB
+#: Commands without a payload, whose range may be long. They are executed in steps, which end at multiples of STEP bytes: the
+#: first step has that length, and the next ones are longer while the steps are quick, up to MOST.
 STEPPED: Final = frozenset({wire.CMD_WRITE_ZEROES, wire.CMD_TRIM})
 STEP: Final = 64 * MIB
 MOST: Final = 16 * GIB
 #: Seconds: a step that took less doubles the next one, one that took longer halves it.
 _QUICK, _LONG = 0.05, 0.2
-#: Data is searched for zeros in stretches of this many bytes, cut at multiples of it: the largest minimum block.
+#: The block size of the search for zeros in a READ, in bytes: the largest minimum block of the protocol.
 _LOOK = 64 * KIB
 _ZEROS = bytes(_LOOK)
-#: Buffers that one system call sends.
+#: The most buffers of one send.
 _BUFFERS = 1000
 
 
 class Commands:
-    """Executes the requests of one connection, for one thread. `send` takes the answers, from a slab of `room` bytes that is
-    then used again. Another thread has another one of these, from `for_one`."""
+    """Executes the requests of one connection, for one thread. `send` sends replies, whose data is in a buffer of `size`
+    bytes, which is reused afterwards. Another thread needs an object of its own, from `for_one`."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Commands:
         session: Transmission,
         agreed: Agreed,
         send: Callable[[list[Buffer]], object],
-        room: int = SLAB,
+        size: int = REPLY_BUFFER,
     ) -> None:
         self._connection = connection
         self._session = session
@@ -62,61 +62,61 @@ class Commands:
         self._export = agreed.export
         self._send = send
         self._count = connection.count
-        self._slab = memoryview(bytearray(room))
+        self._buffer = memoryview(bytearray(size))
         self._contexts = dict(agreed.contexts)
         self._part_failed: tuple[int, str] | None = None
-        #: The context, where there is one and no more, with its number.
+        #: The metadata context and its number, if the client selected exactly one.
         self._only: tuple[int, Context] | None = None
         if len(agreed.contexts) == 1 and agreed.contexts[0][1] in CONTEXTS:
             self._only = agreed.contexts[0][0], CONTEXTS[agreed.contexts[0][1]]
-        #: What follows the extents that such a client asks for one by one.
+        #: The readahead for such a client.
         self._readahead = None if self._only is None else StatusReadahead(agreed.export, self._only[1])
-        #: Where the last extent that was told alone ended, and its status.
+        #: The end and the status of the last extent that was sent alone.
         self._last_extent = (-1, 0)
-        #: How many of the requests that `answer` did last were BLOCK_STATUS, and how many seconds these took.
+        #: The number of BLOCK_STATUS requests in the last call of `answer`, and the seconds that they took.
         self.status_requests, self.status_time = 0, 0.0
 
     def for_one(self, request: Request, send: Callable[[list[Buffer]], object]) -> Commands:
-        """The same for another thread, with room for this request. READ: at most SLAB bytes, and then nothing that is sent is
-        overwritten by what is sent after it."""
-        room = min(request.length, SLAB) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
-        return Commands(self._connection, self._session, self._agreed, send, room)
+        """The same for another thread, with a buffer for this request: at most REPLY_BUFFER bytes of a READ, so that no reply
+        overwrites an earlier one."""
+        size = min(request.length, REPLY_BUFFER) if request.type in (wire.CMD_READ, wire.CMD_CACHE) else 0
+        return Commands(self._connection, self._session, self._agreed, send, size)
 
-    def room_for(self, request: Request) -> int:
-        """How many bytes `for_one`, the payload and the answer of this request take at most."""
+    def memory_for(self, request: Request) -> int:
+        """The most bytes that `for_one`, the payload and the reply of this request take."""
         kind = request.type
         if kind in (wire.CMD_READ, wire.CMD_CACHE, wire.CMD_WRITE):
-            return min(request.length, SLAB)
+            return min(request.length, REPLY_BUFFER)
         if kind == wire.CMD_BLOCK_STATUS:
             rows = 1 if request.flags & wire.CMD_FLAG_REQ_ONE else min(request.length, MAX_EXTENTS)
             return rows * wire.EXTENT_EXT.size * len(self._contexts)
         return 0
 
     def answer(self, requests: list[Request]) -> list[Buffer]:
-        """Do all of these. The answers, or the last of them, are returned, to be sent before this is called again; what has
-        no room in the slab is sent. Raises a LaminaError if that fails."""
+        """Execute all `requests`, and return their replies, which the caller sends before the next call. When the buffer is
+        full, the replies so far are sent here. Raises a LaminaError if that fails."""
         out: list[Buffer] = []
         if self._connection.draining:
             for request in requests:
                 out += self._too_late(request)
             return out
-        session, read_into, slab = self._session, self._export.read_into, self._slab
+        session, read_into, buffer = self._session, self._export.read_into, self._buffer
         data, structured, is_zero = session.data, session.structured, _ZEROS.startswith
-        room = len(slab)
+        size = len(buffer)
         write, done, clock = self._export.write, session.done, time.monotonic
         used = reads = amount = writes = written = status_requests = answered = 0
         status_time = 0.0
         for request in requests:
             kind, flags, _, offset, length, _ = request
             if kind == wire.CMD_READ and 0 < length <= _LOOK and not flags:
-                if used + length > room or len(out) > _BUFFERS:
+                if used + length > size or len(out) > _BUFFERS:
                     self._send(out)
                     out = []
                     used = 0
-                view = slab[used : used + length]
+                view = buffer[used : used + length]
                 try:
                     read_into(offset, view)
-                except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+                except Exception as error:  # noqa: BLE001 - the client gets a reply in any case
                     out += self._failed(request, error)
                     continue
                 reads += 1
@@ -159,7 +159,7 @@ class Commands:
                 status_time += clock() - begun
                 continue
             if out:
-                self._send(out)  # what follows may take long, or use the slab
+                self._send(out)  # what follows may take long, or use the buffer
                 out, used = [], 0
             out += self._perform(request)
         self.status_requests, self.status_time = status_requests, status_time
@@ -172,13 +172,13 @@ class Commands:
         return out
 
     def _status_of_few(self, request: Request) -> list[Buffer] | None:
-        """The answer to BLOCK_STATUS where a few extents are enough; else None."""
+        """The reply to BLOCK_STATUS if a few extents are enough; else None."""
         if self._only is not None and request.flags & wire.CMD_FLAG_REQ_ONE and request.payload is None:
             if self._readahead is not None and (reply := self._known_reply(request, self._readahead)) is not None:
                 return reply
             number, context = self._only
             found = self._export.status_of_first(context, request.offset, request.length)
-            # Who goes on where the last extent ended and would be told the same again is told of longer ones.
+            # A client that continues at the end of the last extent, and would get the same status, gets longer extents.
             if found is not None and self._last_extent != (request.offset, found[1]):
                 return self._tell(request, number, *found)
         chosen = request.payload or self._contexts
@@ -213,7 +213,7 @@ class Commands:
         return self._session.status_of_one(request, self._only[0], length, status)
 
     def read_ahead(self) -> None:
-        """Learn what the client is likely to ask about next, while it works on the last reply."""
+        """Look up the extents that the client will probably ask for, while it processes the last reply."""
         readahead, speed = self._readahead, self._connection.status_speed
         if readahead is not None and readahead.walks and not readahead.known and not speed.slow:
             begun = time.monotonic()
@@ -250,7 +250,7 @@ class Commands:
         return self._session.error(request, *self._told(request, error), at)
 
     def _told(self, request: Request, error: Exception) -> tuple[int, str]:
-        """The error of the wire and the text that stand for `error`. Names of files stay here."""
+        """The protocol's number for `error`, and a text without file names."""
         if isinstance(error, NotSupported) and request.flags & wire.CMD_FLAG_FAST_ZERO:
             return wire.ENOTSUP, "this cannot be zeroed quickly"
         if isinstance(error, LaminaError):
@@ -266,18 +266,18 @@ class Commands:
     # -- reading
 
     def _read(self, request: Request) -> list[Buffer]:
-        """A READ that is long, or wants something special: in pieces of the slab, with zeros as holes."""
+        """A READ that is long or has flags: answered in pieces of the buffer, zeros as holes."""
         session, offset, length = self._session, request.offset, request.length
         if not length:
             return self._done(request, "READ")
-        if request.flags & wire.CMD_FLAG_DF and length > SLAB:
+        if request.flags & wire.CMD_FLAG_DF and length > REPLY_BUFFER:
             self._count(failed=1)
-            return session.error(request, wire.EOVERFLOW, f"an unfragmented READ is at most {SLAB} bytes long")
+            return session.error(request, wire.EOVERFLOW, f"an unfragmented READ is at most {REPLY_BUFFER} bytes long")
         out: list[Buffer] = []
         if not session.structured:
             out = self._read_simply(request)
         elif request.flags & wire.CMD_FLAG_DF:
-            view = self._slab[:length]
+            view = self._buffer[:length]
             self._export.read_into(offset, view)
             out = session.data(request, offset, view, last=True)
         else:
@@ -285,31 +285,31 @@ class Commands:
             while offset < end:
                 if out:
                     self._send(out)
-                stop = end if end - offset <= len(self._slab) else align_down(offset + SLAB, _LOOK)
+                stop = end if end - offset <= len(self._buffer) else align_down(offset + REPLY_BUFFER, _LOOK)
                 try:
                     out = self._pieces(request, offset, stop, last=stop == end)
                 except Exception as error:  # noqa: BLE001 - as in `_perform`; here the offset is known
                     return self._failed(request, error, offset)
                 offset = stop
-        # What is in the slab goes out before it is used again.
+        # The buffer is sent before it is reused.
         if out:
             self._send(out)
         self._count(READ=1, bytes_read=length)
         return []
 
     def _read_simply(self, request: Request) -> list[Buffer]:
-        """A simple reply says that all went well before all was read: an error after that can only end the connection. So as
-        much as the slab holds is read first. No other answer may come in between."""
+        """A simple reply reports success before all data is read; an error after that can only end the connection. Therefore
+        the server reads as much as the buffer holds first. No other reply may be sent in between."""
         offset, end = request.offset, request.offset + request.length
-        view = self._slab[: end - offset]
+        view = self._buffer[: end - offset]
         self._export.read_into(offset, view)
         first = self._session.data(request, offset, view, last=True)
         if len(view) == request.length:
             return first
         with self._connection.sending:
             self._send(first)
-            for at in range(offset + len(view), end, SLAB):
-                view = self._slab[: end - at]
+            for at in range(offset + len(view), end, REPLY_BUFFER):
+                view = self._buffer[: end - at]
                 try:
                     self._export.read_into(at, view)
                 except Exception:
@@ -320,17 +320,17 @@ class Commands:
         return []
 
     def _pieces(self, request: Request, offset: int, end: int, *, last: bool) -> list[Buffer]:
-        """Chunks for this stretch, at most a slab long; cut at multiples of _LOOK, and so of the minimum block."""
+        """Chunks for this range, which fits into the buffer; cut at multiples of _LOOK, and so of the minimum block."""
         session = self._session
         if self._export.reads_zero(offset, end - offset):
             return session.hole(request, offset, end - offset, last=last)
-        slab = self._slab[: end - offset]
-        self._export.read_into(offset, slab)
+        buffer = self._buffer[: end - offset]
+        self._export.read_into(offset, buffer)
         runs: list[tuple[bool, int, int]] = []
         at = offset
         while at < end:
             stop = min(align_down(at + _LOOK, _LOOK), end)
-            zero = _ZEROS.startswith(slab[at - offset : stop - offset])
+            zero = _ZEROS.startswith(buffer[at - offset : stop - offset])
             if runs and runs[-1][0] == zero:
                 runs[-1] = (zero, runs[-1][1], stop)
             else:
@@ -342,11 +342,11 @@ class Commands:
             if zero:
                 out += session.hole(request, start, stop - start, last=final)
             else:
-                out += session.data(request, start, slab[start - offset : stop - offset], last=final)
+                out += session.data(request, start, buffer[start - offset : stop - offset], last=final)
         return out
 
     def _cache(self, request: Request) -> list[Buffer]:
-        self._export.cache(request.offset, request.length, self._slab)
+        self._export.cache(request.offset, request.length, self._buffer)
         return self._done(request, "CACHE")
 
     def _block_status(self, request: Request) -> list[Buffer]:
@@ -366,13 +366,13 @@ class Commands:
     # -- writing
 
     def _write(self, request: Request) -> list[Buffer]:
-        """A WRITE of nothing; the others are done in `answer`."""
+        """A WRITE of length 0; `answer` executes the others."""
         if request.flags & wire.CMD_FLAG_FUA:
             self._export.flush()
         return self._done(request, "WRITE")
 
     def _part(self, request: Request) -> list[Buffer]:
-        """A part of a long WRITE. After a failure the rest is not written; the last part is answered."""
+        """A part of a long WRITE. After a failure the other parts are not written; the reply follows the last part."""
         at, data, last = request.payload
         if self._part_failed is None:
             try:
@@ -391,9 +391,9 @@ class Commands:
         return self._done(request, "WRITE")
 
     def _in_steps(self, request: Request, act: Callable[[int, int, int], None]) -> None:
-        """Call `act(offset, length, flags)` for one stretch of the request after the other. FUA is a flush at the end, and
-        FAST_ZERO is for the first: when that succeeded the rest must. BlockIOError (ESHUTDOWN) when it is cut short between
-        two of them."""
+        """Call `act(offset, length, flags)` for each step of the request. FUA becomes a flush at the end; FAST_ZERO applies
+        to the first step: if that succeeds, the others must succeed. BlockIOError (ESHUTDOWN) if the request is cut short
+        between two steps."""
         offset, flags = request.offset, request.flags
         end, step = offset + request.length, STEP
         if request.length <= step:

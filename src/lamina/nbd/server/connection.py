@@ -1,13 +1,13 @@
-"""One client of a server: its negotiation, then its requests, from the first byte to the last.
+"""One client of a server: its negotiation and its requests.
 
-Which thread executes a request is said in the docstring of this package.
+The docstring of this package says which thread executes a request.
 
-Memory: 1 MiB of requests (`transmission.ROOM`) and 1 MiB of replies (`commands.SLAB`) for each client, and up to 1 MiB more
-for each of its 16 requests that are in the pool, or answered and not sent; all clients together have as much as the server
-has (`pool.Memory`). The length that a client names allocates nothing.
+Memory: each client has 1 MiB for requests (`transmission.RECEIVE_BUFFER`) and 1 MiB for replies (`commands.REPLY_BUFFER`),
+and up to 1 MiB more for each of its 16 requests that are in the pool, or whose reply is not sent yet; all clients together
+have the memory of the server (`pool.Memory`). A length that a client sends allocates nothing.
 
-Time: the thread that accepts clients looks at all of them now and then (`overdue`), and puts out those that stopped. A client
-that does not take its replies is disconnected by the time limit of the socket.
+Time: the thread that accepts clients checks all of them periodically (`overdue`), and disconnects those that exceed a limit.
+The time limit of the socket disconnects a client that does not receive its replies.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Final
 from ...errors import BlockIOError, LaminaError
 from ...limits import KIB
 from .. import wire
-from .commands import SLAB, STEP, STEPPED, Commands
+from .activity import ClientActivity
+from .commands import REPLY_BUFFER, STEP, STEPPED, Commands
 from .loop import Loop
 from .negotiation import Agreed, Negotiation, Phase
 from .pool import Memory, Speed, StoragePool
-from .transmission import PART, REFUSED, ROOM, Request, Transmission
-from .waits import Waits
+from .transmission import PART, RECEIVE_BUFFER, REFUSED, Request, Transmission
 
 if TYPE_CHECKING:
     import ssl
@@ -42,24 +42,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lamina.nbd")
 
-#: Bytes from which on a request counts as long.
+#: The length in bytes from which a request counts as long.
 _LONG = 64 * KIB
-#: Requests that the loop of several clients executes for one of them at a time.
+#: The most requests of one client that the loop executes at a time.
 _SOME = 256
-#: So many of these are answered at once: the client works on them while the others are executed. (Of four clients with 16
-#: requests each, 180,000 a second instead of 165,000.)
+#: The number of replies after which the loop sends: the client processes them while the others are executed. (Four clients
+#: with 16 requests each: 180,000 per second instead of 165,000.)
 _PIECE = 8
-#: Requests of one client that the pool has at a time, and how many of these may be long ones.
+#: The most requests of one client in the pool, and the most long ones among them.
 _IN_POOL, _LONG_ONES = 16, 2
-#: What a client takes of the server's memory: where requests are received, and where replies are gathered.
-CLIENT_MEMORY: Final = ROOM + SLAB
+#: The memory of one client: its receive buffer and its reply buffer.
+CLIENT_MEMORY: Final = RECEIVE_BUFFER + REPLY_BUFFER
 
 
 class Connection:
-    """A client. `run` does everything, in a thread of its own; `drain` and `close` come from other threads.
+    """A client. `run` serves it, in a thread of its own; other threads call `drain` and `close`.
 
     `view`: the exports, as this client may see them. `tls`: "off", "allow" or "require", with `context` for the handshake and
-    `admit(names)` to say whom TLS lets in. `admitted()` is called when transmission begins; False: there is no room.
+    `admit(names)` to say whom TLS lets in. Transmission begins only if `admitted()` returns True.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Connection:
         self.channel: PlainChannel | TlsChannel = channel
         self._plain = channel
         self.peer = channel.peer
-        #: Where the client is, without the port.
+        #: The address of the client, without the port.
         self.origin = channel.peer.rpartition(":")[0] or channel.peer
         self.begun = time.monotonic()
         self.export_name: str | None = None
-        #: That for which `pool` was asked.
+        #: The export of the pool.
         self.export: Export | None = None
         #: Requests by command, bytes read and written, requests that failed.
         self.counts = dict.fromkeys((*wire.COMMAND_NAMES.values(), "failed", "bytes_read", "bytes_written"), 0)
@@ -94,8 +94,7 @@ class Connection:
         self._tls, self._context, self._admit = tls, context, admit
         self._deadline = self.begun + handshake_time
         self._stall_time = stall_time
-        #: How long the client lets the server wait.
-        self.waits = Waits(self.begun, idle_time, stall_time)
+        self.activity = ClientActivity(self.begun, idle_time, stall_time)
         self._memory = memory
         #: Whether the server let it into transmission.
         self.admitted = False
@@ -103,16 +102,16 @@ class Connection:
         self._admitted = admitted
         self._pool_of, self._loop = pool, loop
         self._pool = StoragePool()
-        #: Of this client's questions for status alone: they say nothing of how fast others read.
+        #: The speed of this client's BLOCK_STATUS requests, which says nothing about the speed of reads.
         self.status_speed = Speed(0.0)
         self._negotiation: Negotiation | None = None
         self.draining = False
-        #: Requests that are done in steps end before the next one.
+        #: Requests that are executed in steps end after the current step.
         self.cutting = False
         self._slots, self._long_ones = threading.Semaphore(_IN_POOL), threading.Semaphore(_LONG_ONES)
-        #: Held while an answer is sent that must not have others in between, if it takes several sends.
+        #: Held during the sends of one reply, so that no other reply is sent in between.
         self.sending = threading.RLock()
-        #: What the pool has to say, with the memory it takes, and who sends it; None there: that is all.
+        #: The replies of the pool with the memory that they take, and the thread that sends them; None ends it.
         self._answers: queue.SimpleQueue[tuple[list[Buffer], int] | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
         self.closing = False
@@ -120,7 +119,7 @@ class Connection:
     # -- life
 
     def run(self) -> None:
-        """Serve the client until it leaves. Raises nothing: what goes wrong is this client's affair, and logged."""
+        """Serve the client until it disconnects. Raises nothing: errors end this connection, and are logged."""
         why = "left"
         try:
             agreed = self._negotiate()
@@ -142,42 +141,42 @@ class Connection:
         log.info("%s: %s after %.1f s, %s", self.peer, self._why or why, time.monotonic() - self.begun, self._summary())
 
     def drain(self) -> None:
-        """The server ends: what was received is answered, new requests are refused, and no more is received."""
+        """The server ends: received requests get replies, further ones are refused, and nothing more is received."""
         self.draining = True
         if self._negotiation is not None:
             self._negotiation.shutting_down = True
         self._plain.end_input()
 
     def cut(self) -> None:
-        """Let requests that are done in steps end before the next one."""
+        """End requests that are executed in steps after their current step."""
         self.cutting = True
 
     def close(self) -> None:
-        """End it now."""
+        """Close the connection now."""
         self.closing = self.cutting = True
         self._plain.close()
 
     def forsake(self) -> None:
-        """Give the descriptor back in a forked child; the connection is the parent's, and goes on."""
+        """Close the descriptor in a forked child. The connection of the parent continues."""
         self._plain.forsake()
 
     def put_out(self, why: str) -> None:
-        """End it now, for a reason that is to be logged."""
+        """Close the connection now; `why` is logged."""
         self._why = self._why or f"put out: {why}"
         self.close()
 
     def overdue(self) -> str | None:
-        """Why the client is to be put out, if it is: it is over one of the time limits."""
+        """The time limit that the client exceeded, as a text, or None."""
         if self.closing or self.draining:
             return None
         if not self.transmitting:
             return "the negotiation took too long" if time.monotonic() > self._deadline else None
-        why = self.waits.overdue()
-        return why if self._pool_is_empty() or self.waits.stalled() else None
+        why = self.activity.overdue()
+        return why if self._pool_is_empty() or self.activity.stalled() else None
 
     def is_gone(self) -> bool:
-        """Whether the client has left without waiting for replies. Asks the system; for requests that take long."""
-        # Who only ends its own half of a Unix stream may wait for replies; with TCP the two look the same.
+        """Whether the client has disconnected without waiting for replies. A system call, for long requests."""
+        # A client that only shuts down its sending half of a Unix socket may wait for replies; with TCP both look the same.
         ended = 0 if self._plain.family == socket.AF_UNIX else select.POLLRDHUP
         poll = select.poll()
         try:
@@ -224,13 +223,13 @@ class Connection:
             if not negotiation.keeps_export:
                 self._view.release()
             view = negotiation.buffer()
-            self.waits.listening = True
+            self.activity.waiting = True
             count = self.channel.recv_into(view)
-            self.waits.listening = False
+            self.activity.waiting = False
             if not count:
                 return None
             if count == len(view):
-                self.waits.heard()
+                self.activity.message_received()
             negotiation.received(count)
 
     def _enter(self) -> None:
@@ -249,10 +248,10 @@ class Connection:
 
         assert self._context is not None  # STARTTLS is refused without one
         left = max(self._deadline - time.monotonic(), 0.1)
-        self.waits.heard()
-        self.waits.listening = True
+        self.activity.message_received()
+        self.activity.waiting = True
         secured = TlsChannel(self._plain, self._context, server_side=True, timeout=left)
-        self.waits.listening = False
+        self.activity.waiting = False
         self.channel = secured
         if not self._admit(secured.peer_names):
             raise BlockIOError(f"its certificate is not on the list: {', '.join(secured.peer_names) or 'it has none'}")
@@ -272,11 +271,11 @@ class Connection:
     # -- transmission
 
     def _transmit(self, agreed: Agreed) -> str:
-        # Neither is an attribute: with what refers to this one in turn they would stay, megabytes, until the next collection.
+        # No attributes: as parts of a reference cycle, these megabytes would stay until the next garbage collection.
         session = Transmission(agreed)
         commands = Commands(self, session, agreed, self._send)
         self._pool, self.export = self._pool_of(agreed.export), agreed.export
-        self.waits.answered()
+        self.activity.reply_sent()
         try:
             while not session.finished:
                 try:
@@ -288,14 +287,14 @@ class Connection:
                 if not count:
                     return "ended by the server" if self.draining else "gone without a farewell"
                 requests = session.received(count)
-                self.waits.took_in(session.halfway, requests, count)
+                self.activity.received(session.partial, requests, count)
                 known = commands.known_reply(requests[0]) if len(requests) == 1 else None
                 if known is not None:
                     self._send(known)
                     requests = []
                 while requests:
                     requests = self._answer(session, commands, requests)
-                self.waits.rest()
+                self.activity.requests_done()
                 commands.read_ahead()
         finally:
             self._wait_for_pool()
@@ -306,22 +305,22 @@ class Connection:
             self.channel.send(buffers)
 
     def _answer(self, session: Transmission, commands: Commands, requests: list[Request]) -> list[Request]:
-        """See to it that these are answered: here and now while storage is quick, else in the pool. What was received
-        meanwhile is returned, to be answered next."""
+        """Execute the requests: in this thread while the storage is fast, else in the pool. Returns requests that arrived
+        meanwhile, which the caller executes next."""
         first = requests[0]
         asks = first.type == wire.CMD_BLOCK_STATUS and len(requests) == 1
         if self.status_speed.slow if asks else self._pool.slow:
             self._answer_in_pool(commands, requests)
             return []
-        # Long requests are spent in the system, side by side: only short ones meet at every call. A question for status may
-        # take long, whatever its length: nobody waits for it.
-        turn, alone = (None, True) if asks or first.length >= _LONG else self._loop.turn.take()
+        # Long requests spend their time in system calls, in parallel; threads with short ones compete for the interpreter.
+        # BLOCK_STATUS may take long whatever its length, so it does not take the lock.
+        lock, alone = (None, True) if asks or first.length >= _LONG else self._loop.execution.take()
         begun = time.monotonic()
         try:
             answer = commands.answer(requests)
         finally:
-            if turn is not None:
-                turn.release()  # before it is sent: the next one wakes up meanwhile
+            if lock is not None:
+                lock.release()  # before the send, so that the next thread wakes up meanwhile
         others = len(requests) - commands.status_requests
         if others:
             self._pool.took((time.monotonic() - begun - commands.status_time) / others)
@@ -329,7 +328,7 @@ class Connection:
             self._send(answer)
         if alone or session.finished or self.channel.secure or not self._pool_is_empty():
             return []
-        self.waits.rest()
+        self.activity.requests_done()
         stay = _LoopMember(self, self._plain, session, commands, self._pool, self._loop)
         self._loop.serve(stay)
         if stay.unsent:
@@ -346,16 +345,16 @@ class Connection:
             if request.type == wire.CMD_BLOCK_STATUS and not self.status_speed.slow:
                 self._answer_here(commands, request)
                 continue
-            long = request.type == wire.CMD_READ and request.length > SLAB
+            long = request.type == wire.CMD_READ and request.length > REPLY_BUFFER
             if long or request.type in (PART, REFUSED, wire.CMD_DISC):
                 self._answer_here(commands, request)
                 continue
-            cost = commands.room_for(request)
+            cost = commands.memory_for(request)
             if not self._memory.take(cost):
                 self._answer_here(commands, request)
                 continue
             if request.type == wire.CMD_WRITE:
-                request = request._replace(payload=memoryview(bytes(request.payload)))  # its place is used again
+                request = request._replace(payload=memoryview(bytes(request.payload)))  # the receive buffer is reused
             stepped = request.type in STEPPED and request.length > STEP
             if stepped:
                 self._long_ones.acquire()
@@ -366,7 +365,7 @@ class Connection:
                     threading.Thread(target=self._long_one, args=arguments, name="nbd-request", daemon=True).start()
                 else:
                     self._pool.submit(self._one, commands, request, cost)
-            except RuntimeError:  # there are no more threads, or the server ends, and its pool has
+            except RuntimeError:  # no thread can be started, or the server has ended
                 self._slots.release()
                 if stepped:
                     self._long_ones.release()
@@ -379,7 +378,7 @@ class Connection:
             self._send(answer)
 
     def _one(self, commands: Commands, request: Request, cost: int) -> None:
-        """Execute a request, in a thread of the pool."""
+        """Execute a request in a thread of the pool."""
         begun = time.monotonic()
         answer: list[Buffer] = []
         try:
@@ -390,25 +389,25 @@ class Connection:
             self._answers.put((answer, cost))
 
     def _long_one(self, commands: Commands, request: Request, cost: int) -> None:
-        """Execute a request that is done in steps, in a thread of its own."""
+        """Execute a request in steps, in a thread of its own."""
         try:
             self._one(commands, request, cost)
         finally:
             self._long_ones.release()
 
     def _send_all(self) -> None:
-        """Send what the pool has to say; a request leaves the pool when its answer is out."""
+        """Send the replies of the pool; a request leaves the pool when its reply is sent."""
         while (item := self._answers.get()) is not None:
             answer, cost = item
             try:
                 if answer:
                     self._send(answer)
-                self.waits.answered()
+                self.activity.reply_sent()
             except LaminaError as error:
                 log.debug("%s: %s", self.peer, error)
                 if error.errno == ETIMEDOUT:
                     self._why = self._why or f"put out: it took no reply for {self._stall_time:g} s"
-                self.close()  # wakes the thread of the connection, which says why
+                self.close()  # wakes the thread of the connection, which logs the reason
             finally:
                 del item, answer
                 self._memory.give(cost)
@@ -423,7 +422,7 @@ class Connection:
         self._sender.join()
 
     def _pool_is_empty(self) -> bool:
-        """Whether nothing is in the pool, or answered there and not sent."""
+        """Whether the pool has no request of this client, and no reply that is not sent."""
         if self._sender is None:
             return True
         free = 0
@@ -435,8 +434,8 @@ class Connection:
 
 
 class _LoopMember:
-    """A client while it is in the loop; nobody else sends to it then. When it leaves, `unsent` is what it did not take, to be
-    sent next, and `left` the requests to be answered after that."""
+    """A client in the loop; no other thread sends to it. When it leaves the loop, `unsent` are buffers that the socket did
+    not take, to be sent next, and `left` the requests to be executed after that."""
 
     def __init__(
         self,
@@ -449,7 +448,7 @@ class _LoopMember:
     ) -> None:
         self._connection = connection
         self._channel, self._session, self._commands = channel, session, commands
-        self._pool, self._turn = pool, loop.turn
+        self._pool, self._execution = pool, loop.execution
         self.unsent: Sequence[Buffer] = ()
         self.left: list[Request] = []
 
@@ -457,19 +456,19 @@ class _LoopMember:
         return self._channel.fileno()
 
     def step(self) -> bool:
-        """Answer what has come, unless that may take long, and send as much as the client takes."""
+        """Execute the received requests, unless that may take long, and send as much as the socket takes."""
         session, channel, commands = self._session, self._channel, self._commands
         count = channel.receive_now(session.buffer())
         if count is None:
             return True
         requests = session.received(count)
-        self._connection.waits.took_in(session.halfway, requests, count)
+        self._connection.activity.received(session.partial, requests, count)
         if not count or session.finished or self._pool.slow or not _is_short(requests):
             self.left = requests
             return False
         if not requests:
             return True
-        turn, _ = self._turn.take()
+        lock, _ = self._execution.take()
         try:
             begun = time.monotonic()
             for at in range(0, len(requests), _PIECE):
@@ -479,18 +478,17 @@ class _LoopMember:
                     break
             self._pool.took((time.monotonic() - begun) / len(requests))
         finally:
-            turn.release()
+            lock.release()
         if not self.unsent:
-            self._connection.waits.rest()
+            self._connection.activity.requests_done()
         return not self.unsent
 
 
 def _is_short(requests: list[Request]) -> bool:
-    """Whether all of this is done soon, and its answer has room: a few READs and WRITEs that are short, and wait for no
-    disk."""
-    room = SLAB
+    """Whether these are a few short READs and WRITEs without flags, whose replies fit into the reply buffer."""
+    left = REPLY_BUFFER
     for kind, flags, _, _, length, _ in requests:
         if length >= _LONG or flags or kind not in (wire.CMD_READ, wire.CMD_WRITE):
             return False
-        room -= length
-    return room >= 0 and len(requests) <= _SOME
+        left -= length
+    return left >= 0 and len(requests) <= _SOME

@@ -1,7 +1,7 @@
-"""What a server has to offer, and what of it a client may see: exports by name, single or as a folder of images.
+"""The exports of a server, and the rules by which a client sees them: single exports, and folders of images.
 
-Nothing is opened because somebody connects. An image in a folder is opened when a client that may see it asks for it by name,
-is shared by all who have it, and closed when the last of them leaves. A client has one of them at a time.
+The server opens an image of a folder when a client that may see it requests it by name. All clients of the image share it,
+and the last one closes it. A client uses one export at a time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger("lamina.nbd")
 _NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 
-class Offer:
-    """One export, and who may see it: `tls_only`: under TLS alone; `allow`: names of certificates, one of which the client
-    must have (None: everybody)."""
+class RestrictedExport:
+    """An export that only some clients see. `tls_only`: clients that use TLS; `allow`: clients whose certificate has one of
+    these names (None: all clients)."""
 
     def __init__(self, export: Export, *, tls_only: bool = False, allow: Collection[str] | None = None) -> None:
         self.export = export
@@ -217,9 +217,14 @@ class VisibleExports:
     """What one client may see at this point of its connection. `close` gives back what it had opened."""
 
     def __init__(
-        self, offers: Iterable[Offer], folder: Folder | None, *, secure: bool = False, names: Sequence[str] = ()
+        self,
+        restricted: Iterable[RestrictedExport],
+        folder: Folder | None,
+        *,
+        secure: bool = False,
+        names: Sequence[str] = (),
     ) -> None:
-        self._all = list(offers)
+        self._all = list(restricted)
         self._folder = folder
         self._secure, self._names = secure, names
         self._held: tuple[str, Export] | None = None  # the one file of the folder that this client has
@@ -231,7 +236,7 @@ class VisibleExports:
 
     def names(self) -> list[tuple[str, str]]:
         """(name, description) of every export."""
-        shown = [offer.export for offer in self._all if offer.shown_to(self._secure, self._names)]
+        shown = [each.export for each in self._all if each.shown_to(self._secure, self._names)]
         found = [(export.name, export.description) for export in shown]
         if self._folder is not None:
             found += [(name, "") for name in self._folder.names()]
@@ -240,11 +245,11 @@ class VisibleExports:
     def find(self, name: str) -> Export:
         """The export of that name. "" is the only one, where there is but one. Raises Refused, or the LaminaError of opening
         a file in a folder."""
-        for offer in self._all:
-            if offer.export.name == name or (not name and len(self._all) == 1 and self._folder is None):
-                if offer.shown_to(self._secure, self._names):
-                    return offer.export
-                if offer.tls_only and not self._secure:
+        for each in self._all:
+            if each.export.name == name or (not name and len(self._all) == 1 and self._folder is None):
+                if each.shown_to(self._secure, self._names):
+                    return each.export
+                if each.tls_only and not self._secure:
                     raise Refused(wire.REP_ERR_TLS_REQD, "this export needs TLS")
                 break  # whoever may not see it is not told that it is there
         else:
@@ -278,14 +283,14 @@ class VisibleExports:
         self.release()
 
 
-def check_names(offers: Sequence[Offer]) -> None:
+def check_names(restricted: Sequence[RestrictedExport]) -> None:
     """LaminaError if two exports have one name, or a name cannot be sent."""
     seen: set[str] = set()
-    for offer in offers:
-        name = offer.export.name
+    for each in restricted:
+        name = each.export.name
         if name in seen:
             raise OptionError(f'two exports are named "{printable(name)}"', hint="give each a name of its own")
         seen.add(name)
-        for text in (name, offer.export.description):
+        for text in (name, each.export.description):
             if "\0" in text or len(text.encode()) > wire.MAX_STRING:
                 raise OptionError("names and descriptions are at most 4096 bytes long, without NUL")

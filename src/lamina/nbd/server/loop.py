@@ -1,9 +1,9 @@
-"""Who executes requests when several clients are busy at once: one thread for all of them.
+"""The loop: one thread that executes the requests of several busy clients.
 
-Alone, a client is served best by a thread of its own. Threads of several clients meet at every system call, where the
-interpreter passes from one to the other: a request of four clients then cost 7 us instead of 5. So clients that meet are
-served in one loop, each as soon as something of it came, while their own threads sleep; those take over again for all that
-may take long, and when the others have fallen silent.
+A single client is served best by a thread of its own. The threads of several clients compete for the interpreter at every
+system call: a request of four clients then takes 7 us instead of 5. So the loop serves clients that are busy at once,
+while their own threads sleep. A client returns to its own thread for requests that may take long, and when the other clients
+are idle.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import threading
 import time
 from typing import Final, Protocol
 
-#: Seconds that a client waits for its turn.
-_PATIENCE: Final = 0.002
-#: Seconds after which a client leaves a loop that stands still (in another one's slow storage).
-_STUCK: Final = 0.02
-#: Seconds between two looks for clients that have fallen silent.
-_SWEEP: Final = 0.1
+#: The seconds for which a thread waits for the lock before it makes a new one.
+_LOCK_TIMEOUT: Final = 0.002
+#: The seconds of one step after which the loop counts as blocked (by slow storage), and its other clients leave it.
+_BLOCKED: Final = 0.02
+#: The interval in seconds at which idle clients leave the loop.
+_SWEEP_INTERVAL: Final = 0.1
 
 
-class ExecutionTurn:
-    """Lets one thread at a time execute what was received, as long as that is quick. Nobody waits long: behind one that
-    stands still (in slow storage, or because its client does not read) the others begin a new line."""
+class ExecutionLock:
+    """A lock under which one thread at a time executes requests. If its holder is blocked (by slow storage, or by a client
+    that does not read), the other threads go on with a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
     def take(self) -> tuple[threading.Lock, bool]:
-        """A lock that is held, to be released when it is the next one's turn; and whether it was free."""
+        """Acquire the lock. Returns it, for the caller to release, and whether it was free."""
         lock = self._lock
         if lock.acquire(blocking=False):
             return lock, True
-        if not lock.acquire(timeout=_PATIENCE):
+        if not lock.acquire(timeout=_LOCK_TIMEOUT):
             lock = self._lock = threading.Lock()
             lock.acquire()
         return lock, False
@@ -44,16 +44,16 @@ class Member(Protocol):
     """A client in the loop."""
 
     def fileno(self) -> int:
-        """Its socket; -1 when that is closed."""
+        """The descriptor of its socket; -1 after `close`."""
         ...
 
     def step(self) -> bool:
-        """Answer what has come, without waiting for the client. False: what is next is for its own thread."""
+        """Execute the received requests, without waiting for the client. False: its own thread is to continue."""
         ...
 
 
-class _Place:
-    """A member's place in the loop. `back` is released when its own thread shall go on, `error` is for that to raise."""
+class _Entry:
+    """A member of the loop. Its own thread waits for the lock `back`, and then raises `error`, if there is one."""
 
     __slots__ = ("back", "error", "member", "number", "stepped")
 
@@ -67,41 +67,42 @@ class _Place:
 
 
 class Loop:
-    """Serves several clients from one thread, which is there while they are. `turn`: of all who execute, in it or not."""
+    """Serves several clients from one thread, which runs while there are any. `execution`: the lock of all threads that
+    execute requests, inside the loop or not."""
 
     def __init__(self) -> None:
-        self.turn = ExecutionTurn()
-        #: Guards all that follows.
+        self.execution = ExecutionLock()
+        #: Guards the attributes below.
         self._mutex = threading.Lock()
-        self._places: dict[int, _Place] = {}
+        self._entries: dict[int, _Entry] = {}
         self._epoll: select.epoll | None = None
-        #: Whose `step` runs, and since when.
-        self._current: _Place | None = None
+        #: The member whose `step` runs, and since when.
+        self._current: _Entry | None = None
         self._since = 0.0
 
     def serve(self, member: Member) -> None:
-        """Let the loop serve `member`, and return when its own thread shall go on: at once where the loop stands still, or
-        cannot begin. Raises what its `step` raised."""
+        """Let the loop serve `member`, and return when its own thread is to continue: at once if the loop is blocked or
+        cannot start. Raises the error of its `step`."""
         with self._mutex:
-            if self._stands_still() or member.fileno() < 0:
+            if self._is_blocked() or member.fileno() < 0:
                 return
-            place = _Place(member)
+            entry = _Entry(member)
             try:
                 if self._epoll is None:
                     self._epoll = self._begin()
-                self._epoll.register(place.number, select.EPOLLIN)
+                self._epoll.register(entry.number, select.EPOLLIN)
             except (OSError, RuntimeError, ValueError):
-                return  # no descriptor or no thread is left, or the socket was closed by now, as its own thread will see
-            self._places[place.number] = place
-        while not place.back.acquire(timeout=_STUCK):
+                return  # no descriptor or thread is available, or the socket was closed, as its own thread will see
+            self._entries[entry.number] = entry
+        while not entry.back.acquire(timeout=_BLOCKED):
             with self._mutex:
-                if self._current is not place and (self._stands_still() or member.fileno() < 0):
-                    self._remove(place)
-        if place.error is not None:
-            raise place.error
+                if self._current is not entry and (self._is_blocked() or member.fileno() < 0):
+                    self._remove(entry)
+        if entry.error is not None:
+            raise entry.error
 
     def _begin(self) -> select.epoll:
-        """Start the thread. (`_mutex` is held: it looks for places only when there is one.)"""
+        """Start the thread. (`_mutex` is held until there is an entry.)"""
         epoll = select.epoll()
         try:
             threading.Thread(target=self._run, args=(epoll,), name="nbd-loop", daemon=True).start()
@@ -110,54 +111,54 @@ class Loop:
             raise
         return epoll
 
-    def _stands_still(self) -> bool:
-        """Whether somebody's `step` takes too long. (`_mutex` is held.)"""
-        return self._current is not None and time.monotonic() - self._since > _STUCK
+    def _is_blocked(self) -> bool:
+        """Whether the current `step` takes too long. (`_mutex` is held.)"""
+        return self._current is not None and time.monotonic() - self._since > _BLOCKED
 
-    def _remove(self, place: _Place) -> None:
-        """Let its own thread go on. (`_mutex` is held; the number of a closed socket may be another one's by now.)"""
-        if self._places.get(place.number) is place:
-            del self._places[place.number]
+    def _remove(self, entry: _Entry) -> None:
+        """Return the member to its own thread. (`_mutex` is held. The number of a closed socket may be reused.)"""
+        if self._entries.get(entry.number) is entry:
+            del self._entries[entry.number]
             if self._epoll is not None:
                 with contextlib.suppress(OSError):
-                    self._epoll.unregister(place.number)
-        if place.back.locked():
-            place.back.release()
+                    self._epoll.unregister(entry.number)
+        if entry.back.locked():
+            entry.back.release()
 
     def _run(self, epoll: select.epoll) -> None:
         clock = time.monotonic
-        mutex, places = self._mutex, self._places
-        look = clock() + _SWEEP
+        mutex, entries = self._mutex, self._entries
+        look = clock() + _SWEEP_INTERVAL
         while True:
-            for number, _ in epoll.poll(_SWEEP):
+            for number, _ in epoll.poll(_SWEEP_INTERVAL):
                 with mutex:
-                    place = places.get(number)
-                    if place is None:
+                    entry = entries.get(number)
+                    if entry is None:
                         continue
-                    self._current, self._since = place, clock()
+                    self._current, self._since = entry, clock()
                 try:
-                    stays = place.member.step()
-                    place.stepped = True
-                except BaseException as error:  # noqa: BLE001 - its own thread says what happened
-                    place.error, stays = error, False
+                    stays = entry.member.step()
+                    entry.stepped = True
+                except BaseException as error:  # noqa: BLE001 - its own thread raises it
+                    entry.error, stays = error, False
                 with mutex:
                     self._current = None
                     if not stays:
-                        self._remove(place)
-            if clock() > look or not places:
-                look = clock() + _SWEEP
+                        self._remove(entry)
+            if clock() > look or not entries:
+                look = clock() + _SWEEP_INTERVAL
                 with mutex:
                     self._sweep()
-                    if not places:
+                    if not entries:
                         self._epoll = None
                         epoll.close()
                         return
 
     def _sweep(self) -> None:
-        """Whoever fell silent leaves, and whoever is alone then. (`_mutex` is held.)"""
-        for place in [place for place in self._places.values() if not place.stepped]:
-            self._remove(place)
-        if len(self._places) == 1:
-            self._remove(next(iter(self._places.values())))
-        for place in self._places.values():
-            place.stepped = False
+        """Remove idle members, and then a single remaining one. (`_mutex` is held.)"""
+        for entry in [entry for entry in self._entries.values() if not entry.stepped]:
+            self._remove(entry)
+        if len(self._entries) == 1:
+            self._remove(next(iter(self._entries.values())))
+        for entry in self._entries.values():
+            entry.stepped = False

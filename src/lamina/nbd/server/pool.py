@@ -1,4 +1,4 @@
-"""What the clients of a server share while they wait for storage: threads that execute requests, and memory."""
+"""Resources that the clients of a server share: the threads that execute requests to slow storage, and memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-#: Seconds that a request may take on average before the others do not wait for it any more.
+#: The average seconds of a request above which storage counts as slow, and the pool executes its requests.
 SLOW: Final = 0.001
-#: Threads that execute requests of one export's slow storage.
+#: The most threads of the pool of one export.
 POOL: Final = 32
 
 _Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class Speed:
-    """How long requests took of late: `mean`, in seconds. Any thread may call this; where two race, one request more or less
-    counts."""
+    """A moving average of the duration of requests: `mean`, in seconds. Thread-safe, except that a race may lose one
+    request."""
 
     def __init__(self, mean: float) -> None:
         self.mean = mean
@@ -27,16 +27,16 @@ class Speed:
         return self.mean > SLOW
 
     def took(self, seconds: float) -> None:
-        """A request took so long."""
+        """Add the duration of a request."""
         self.mean += (seconds - self.mean) / 8
 
 
 class StoragePool(Speed):
-    """How fast the storage of an export reads and writes, and the threads that execute its requests while it is slow. For all
-    its clients; storage that stands still holds up nobody else's. What nobody has asked yet counts as slow.
+    """The speed of reads and writes of one export, and the threads that execute its requests while it is slow; all clients of
+    the export share it. Before the first request the storage counts as slow. Blocked storage delays no other export.
 
-    The threads end with the program, whatever they do then: one that storage never answers must not keep a server from
-    ending. (Those of `concurrent.futures` are waited for.)
+    The threads are daemons: a request that the storage never completes must not prevent the program from ending. (It waits
+    for the threads of `concurrent.futures`.)
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class StoragePool(Speed):
         self._closed = False
 
     def submit(self, execute: Callable[..., None], *arguments: object) -> None:
-        """Call it in one of the threads. RuntimeError after `close`, or when no thread can be started; then it is not
-        called."""
+        """Call `execute(*arguments)` in one of the threads. RuntimeError, without a call, after `close`, or if no thread can
+        be started."""
         with self._mutex:
             if self._closed:
                 raise RuntimeError("the server has ended")
@@ -65,7 +65,7 @@ class StoragePool(Speed):
             self._work.put((execute, arguments))
 
     def close(self) -> None:
-        """Let the threads end when they have done what was submitted. Waits for nothing."""
+        """End the threads when they have executed all submitted requests. Does not wait."""
         with self._mutex:
             if not self._closed:
                 self._closed = True
@@ -77,7 +77,7 @@ class StoragePool(Speed):
         while item is not None:
             execute, arguments = item
             execute(*arguments)
-            del item, execute, arguments  # a thread that waits keeps nobody's buffers
+            del item, execute, arguments  # an idle thread must not keep the buffers
             try:
                 item = self._work.get_nowait()
             except queue.Empty:
@@ -86,17 +86,16 @@ class StoragePool(Speed):
 
 
 class Memory:
-    """The bytes that all clients of a server may have together, for what is received and for replies. `take` never waits: a
-    client that gets no more goes on with what it has, one request after the other, so that nobody waits for memory that
-    somebody else holds."""
+    """The memory limit of all clients of a server together, for requests and replies. `take` never waits: a client that gets
+    no more memory continues with what it has, one request after the other, so clients never wait for each other's memory."""
 
     def __init__(self, limit: int) -> None:
         self._mutex = threading.Lock()
-        #: Bytes that nobody has.
+        #: The free bytes.
         self.left = limit
 
     def take(self, count: int) -> bool:
-        """Whether there were `count` bytes left; they are the caller's now."""
+        """Allocate `count` bytes. False if so many are not free."""
         with self._mutex:
             if count > self.left:
                 return False
@@ -104,6 +103,6 @@ class Memory:
             return True
 
     def give(self, count: int) -> None:
-        """Give `count` bytes back."""
+        """Free `count` bytes."""
         with self._mutex:
             self.left += count

@@ -29,7 +29,7 @@ from ..uri import Target
 from .access import check_access
 from .connection import CLIENT_MEMORY, Connection
 from .export import Export
-from .exports import Folder, Offer, VisibleExports, check_names
+from .exports import Folder, RestrictedExport, VisibleExports, check_names
 from .listen import check_reach, keep_alive, listen_tcp, listen_unix
 from .loop import Loop
 from .pool import Memory, StoragePool
@@ -82,7 +82,7 @@ class Server:
 
     def __init__(
         self,
-        exports: Sequence[Export | Offer] = (),
+        exports: Sequence[Export | RestrictedExport] = (),
         *,
         folder: Folder | None = None,
         unix: str | None = None,
@@ -99,9 +99,9 @@ class Server:
         stall_time: float | None = 60.0,
         memory_limit: int | None = None,
     ) -> None:
-        self._offers = [one if isinstance(one, Offer) else Offer(one) for one in exports]
-        check_access(tls, context, allow, self._offers, folder=folder is not None)
-        check_names(self._offers)
+        self._restricted = [one if isinstance(one, RestrictedExport) else RestrictedExport(one) for one in exports]
+        check_access(tls, context, allow, self._restricted, folder=folder is not None)
+        check_names(self._restricted)
         self._folder = folder
         self._tls, self._context, self._allow = tls, context, allow
         self._clients, self._handshake_time = clients, handshake_time
@@ -156,9 +156,9 @@ class Server:
         """Serve, in threads of its own. Closed after `close`, and in a child of the process whose server it is."""
         if self._woken.fileno() < 0:
             raise Closed("the server was closed, or is another process's", hint="make a new one")
-        for offer in self._offers:
-            offer.export.begin()
-            self._begun.append(offer.export)
+        for each in self._restricted:
+            each.export.begin()
+            self._begun.append(each.export)
         selector = selectors.DefaultSelector()
         for listener in self._listeners:
             listener.setblocking(False)
@@ -271,7 +271,7 @@ class Server:
     @property
     def uris(self) -> list[str]:
         """Where the first export can be reached: an NBD URI for each socket."""
-        name = self._offers[0].export.name if self._offers else ""
+        name = self._restricted[0].export.name if self._restricted else ""
         return [str(target) for listener in self._listeners if (target := self._target(listener, name)) is not None]
 
     @property
@@ -345,10 +345,12 @@ class Server:
             negotiating = [one for one in self._connections if not one.transmitting and not one.closing]
         if len(negotiating) < self._clients:
             return True
-        silent = Counter(one.origin for one in negotiating if not one.waits.spoke)
-        worst = max(negotiating, key=lambda one: (not one.waits.spoke, silent[one.origin], one.waits.silent_for()))
-        silent_for = worst.waits.silent_for()
-        if silent_for < (_STOPPED if worst.waits.spoke else _SILENT):
+        silent = Counter(one.origin for one in negotiating if not one.activity.sent_message)
+        worst = max(
+            negotiating, key=lambda one: (not one.activity.sent_message, silent[one.origin], one.activity.silence())
+        )
+        silent_for = worst.activity.silence()
+        if silent_for < (_STOPPED if worst.activity.sent_message else _SILENT):
             return False
         worst.put_out(f"another client needed its place, and it had sent nothing for {silent_for:.1f} s")
         return True
@@ -377,7 +379,7 @@ class Server:
             return
         connection = Connection(
             channel,
-            VisibleExports(self._offers, self._folder),
+            VisibleExports(self._restricted, self._folder),
             tls=self._tls,
             context=self._context,
             admit=lambda names: allowed(names, self._allow),
@@ -440,7 +442,7 @@ class Server:
         """A client of `export` is gone. (`_mutex` is held.)"""
         pool, clients = self._pools[export]
         self._pools[export] = (pool, clients - 1)
-        if clients == 1 and all(offer.export is not export for offer in self._offers):
+        if clients == 1 and all(each.export is not export for each in self._restricted):
             del self._pools[export]  # an image of the folder, which is closed now
             pool.close()
 

@@ -1,11 +1,11 @@
-"""Transmission as a server sees it, as a machine without I/O: bytes in, requests out; results in, buffers to send out.
+"""The transmission phase of the server, without I/O: bytes become requests, results become buffers to send.
 
-Whoever drives it receives into `buffer()`, and `received(count)` gives the requests that are whole now, judged by the rules
-of the protocol. Each is answered by what `done`, `error`, `data`, `hole` and `status` return. Those have no state, so that
-any number of threads may answer at once. Sections of the specification: "Transmission", "Request types".
+The caller receives into `buffer()`; `received(count)` returns the complete requests, checked against the rules of the
+protocol. The methods `done`, `error`, `data`, `hole` and `status` make the replies; they have no state, so any number of
+threads may call them. Sections of the specification: "Transmission", "Request types".
 
-A request is parsed where it was received, and the bytes of a write are a view of that place: valid until `buffer()` is called
-again. A write that does not fit there comes in parts, so that no client has more than that one place.
+Requests are parsed in the receive buffer, and the data of a WRITE is a view of it, valid until the next call of `buffer()`. A
+WRITE that does not fit is handed on in parts, so a client needs no more memory than this buffer.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     from .negotiation import Agreed
 
-#: Where requests are received: one system call brings many of them.
-ROOM: Final = 1024 * KIB
-#: Parts of a long write are about this long, and end at multiples of the other: no cluster or block is cut.
+#: The size of the receive buffer in bytes: one system call receives many requests.
+RECEIVE_BUFFER: Final = 1024 * KIB
+#: The approximate length of the parts of a long WRITE, and the alignment of their ends, so that no cluster is cut.
 _PART, _PART_ALIGNMENT = 512 * KIB, 64 * KIB
-#: Room that a receive should have at least.
+#: The least free space of the receive buffer at a receive.
 _SPARE = 64 * KIB
 #: The longest payload of BLOCK_STATUS: the ids of a thousand contexts.
 _MAX_SELECTION = 4 * KIB + 8
-#: Stand in for commands. REFUSED by the rules: `payload` is (error, text). A PART of a long WRITE: `payload` is (offset,
-#: bytes, whether it is the last), and only the last part is answered, for all of them.
+#: Types of requests that are no commands. REFUSED: the request breaks a rule; `payload` is (error, text). PART: a part of a
+#: long WRITE; `payload` is (offset, bytes, whether it is the last part). The last part gets the reply.
 REFUSED: Final = -1
 PART: Final = -2
 
@@ -60,8 +60,8 @@ _STATUS_EXT = struct.Struct(_CHUNK_EXT.format + "IIQQ").pack
 
 
 class Request(NamedTuple):
-    """One request. `length` is that of its effect; `payload`: the bytes of a WRITE, the ids that BLOCK_STATUS asks for (None:
-    all that were selected), or what REFUSED and PART say."""
+    """One request. `length`: the length of its range; `payload`: the data of a WRITE, the context ids of a BLOCK_STATUS
+    (None: all selected contexts), or the payload of REFUSED and PART."""
 
     type: int
     flags: int
@@ -72,72 +72,72 @@ class Request(NamedTuple):
 
 
 class Transmission:
-    """One client's transmission. `received` is for one thread at a time; the answers for any number."""
+    """The transmission phase of one client. One thread at a time calls `received`; any number makes replies."""
 
     def __init__(self, agreed: Agreed) -> None:
         export = agreed.export
         self.extended = agreed.extended
         self.structured = agreed.structured
-        #: The client left, or broke a rule after which the stream cannot be trusted: nothing after this is looked at.
+        #: The client disconnected, or broke a rule such that the stream cannot be parsed further.
         self.finished = False
-        #: That rule, in words.
+        #: The violated rule, as a text.
         self.violation: str | None = None
         self._size = export.size
         self._read_only = export.read_only
         self._maximum = export.maximum
-        # A client that asked for the block sizes keeps to them; others may do as they like, and the request path aligns.
+        # A client that negotiated block sizes must respect them; the request path aligns the requests of others.
         self._mask = export.minimum - 1 if agreed.aligned else 0
         self._contexts = frozenset(number for number, _ in agreed.contexts)
         self._allowed = dict(_FLAGS)
         if agreed.structured:
             self._allowed[wire.CMD_READ] |= wire.CMD_FLAG_DF
-        #: Flags that a WRITE may have.
+        #: The flags that a WRITE may have.
         self._write_flags = wire.CMD_FLAG_FUA | (wire.CMD_FLAG_PAYLOAD_LEN if agreed.extended else 0)
         self._header = wire.EXTENDED_REQUEST.codec if agreed.extended else wire.REQUEST.codec
         self._magic = wire.EXTENDED_REQUEST_MAGIC if agreed.extended else wire.REQUEST_MAGIC
-        self._room = memoryview(bytearray(ROOM))
-        self._begin = self._end = 0  # what was received and not yet parsed
-        self._need = self._header.size  # how long the message is that begins there
-        self._waiting: Request | None = None  # whose payload is still coming: a long WRITE, or a REFUSED one
-        self._left = 0  # and how many bytes of it
+        self._buffer = memoryview(bytearray(RECEIVE_BUFFER))
+        self._begin = self._end = 0  # the received bytes that are not parsed
+        self._need = self._header.size  # the length of the message that begins there
+        self._waiting: Request | None = None  # the request whose payload is incomplete: a long WRITE, or a REFUSED one
+        self._left = 0  # the missing bytes of that payload
 
     # -- bytes in
 
     def buffer(self) -> memoryview:
-        """Where the next bytes go; never empty. What earlier requests view is no longer valid."""
+        """The buffer for the next receive; never empty. Views of earlier requests become invalid."""
         left = self._end - self._begin
         if not left:
             self._begin = self._end = 0
-        elif ROOM - self._begin < self._need or ROOM - self._end < _SPARE:
-            self._room[:left] = bytes(self._room[self._begin : self._end])
+        elif RECEIVE_BUFFER - self._begin < self._need or RECEIVE_BUFFER - self._end < _SPARE:
+            self._buffer[:left] = bytes(self._buffer[self._begin : self._end])
             self._begin, self._end = 0, left
-        return self._room[self._end :]
+        return self._buffer[self._end :]
 
     @property
-    def halfway(self) -> bool:
-        """Whether a part of a request was received, and not all of it."""
+    def partial(self) -> bool:
+        """Whether an incomplete request was received."""
         return self._end > self._begin or self._waiting is not None
 
     def received(self, count: int) -> list[Request]:
-        """The requests that `count` more bytes in `buffer()` made whole. They are to be answered even if it is `finished`."""
+        """The requests that `count` more bytes in `buffer()` completed. They get replies even if it is `finished`."""
         requests: list[Request] = []
         self._end += count
-        if self._waiting is not None and not self._go_on(self._waiting, requests):
+        if self._waiting is not None and not self._continue(self._waiting, requests):
             return requests
-        room, end, finished = self._room, self._end, self.finished
+        buffer, end, finished = self._buffer, self._end, self.finished
         unpack, size, magic_here = self._header.unpack_from, self._header.size, self._magic
         disk, most, mask = self._size, self._maximum, self._mask
-        # What an export that is read-only must never see begins with this.
+        # The short path accepts a WRITE only for a writable export.
         writable, asks = not self._read_only, bool(self._contexts)
         refused = ~self._write_flags
         make = tuple.__new__  # half the time of Request(...)
         while end - self._begin >= size and not finished:
-            magic, flags, type, cookie, offset, length = unpack(room, self._begin)
+            magic, flags, type, cookie, offset, length = unpack(buffer, self._begin)
             if magic != magic_here:
                 self._break(f"{magic:#010x} where a request must begin")
                 break
             if not (offset | length) & mask and 0 < length <= disk - offset:
-                # The common cases, spelt out: 0.5 us less for a read, 1.5 for a write.
+                # The common cases have code of their own: 0.5 us less for a READ, 1.5 us less for a WRITE.
                 if type == wire.CMD_READ and not flags and length <= most:
                     self._begin += size
                     requests.append(make(Request, (type, flags, cookie, offset, length, None)))
@@ -155,9 +155,9 @@ class Transmission:
                     and length <= most
                 ):
                     self._begin = at + length
-                    requests.append(make(Request, (type, flags, cookie, offset, length, room[at : at + length])))
+                    requests.append(make(Request, (type, flags, cookie, offset, length, buffer[at : at + length])))
                     continue
-            if not self._take(Request(type, flags, cookie, offset, length), requests):
+            if not self._parse(Request(type, flags, cookie, offset, length), requests):
                 break
             finished = self.finished
         else:
@@ -168,22 +168,22 @@ class Transmission:
         self.violation = violation
         self.finished = True
 
-    def _go_on(self, request: Request, requests: list[Request]) -> bool:
-        """Take in what came of the payload of the request that waits for it. True: that is over."""
-        there = min(self._left, self._end - self._begin)
+    def _continue(self, request: Request, requests: list[Request]) -> bool:
+        """Consume the received part of the payload of `request`. Returns whether the payload is complete."""
+        available = min(self._left, self._end - self._begin)
         if request.type == REFUSED:
-            self._begin += there
-            self._left -= there
+            self._begin += available
+            self._left -= available
             if not self._left:
                 requests.append(request)
         else:
             at = request.offset + request.length - self._left
-            if there < self._left:
-                there = align_down(at + there, _PART_ALIGNMENT) - at if there >= _PART else 0
-            if there > 0:
-                data = self._room[self._begin : self._begin + there]
-                self._begin += there
-                self._left -= there
+            if available < self._left:
+                available = align_down(at + available, _PART_ALIGNMENT) - at if available >= _PART else 0
+            if available > 0:
+                data = self._buffer[self._begin : self._begin + available]
+                self._begin += available
+                self._left -= available
                 requests.append(request._replace(type=PART, payload=(at, data, not self._left)))
             self._need = min(self._left, _PART)
         if self._left:
@@ -191,33 +191,33 @@ class Transmission:
         self._waiting = None
         return True
 
-    def _take(self, request: Request, requests: list[Request]) -> bool:
-        """Judge the request whose header is at `_begin`. False: more bytes are needed before the next one."""
+    def _parse(self, request: Request, requests: list[Request]) -> bool:
+        """Check the request whose header is at `_begin`. Returns False if more bytes are needed before the next one."""
         kind, flags, _, _, length, _ = request
         header = self._header.size
         if kind == wire.CMD_DISC:
-            # Nothing may follow: whatever its flags announce is not looked at.
+            # Nothing may follow; its flags are ignored.
             self.finished = True
             requests.append(request)
             return False
         payload = 0
-        # QEMU's client (10.0) leaves PAYLOAD_LEN out of the WRITE that must have it: its payload comes all the same.
+        # The client of QEMU 10.0 omits the required flag PAYLOAD_LEN of a WRITE, but sends the payload.
         if kind == wire.CMD_WRITE or (self.extended and flags & wire.CMD_FLAG_PAYLOAD_LEN):
             payload = length
             if self.extended and payload > max(self._maximum, wire.MAX_PAYLOAD):
                 self._break(f"a payload of {payload} bytes")
                 return False
-        there = self._end - self._begin - header
+        available = self._end - self._begin - header
         refusal = self._refusal(request, payload)
-        if refusal is None and there < payload and header + payload <= ROOM:
-            self._need = header + payload  # it stays where it is until it is whole
+        if refusal is None and available < payload and header + payload <= RECEIVE_BUFFER:
+            self._need = header + payload  # it stays in the buffer until it is complete
             return False
         self._begin += header
-        if refusal is not None or there < payload:
+        if refusal is not None or available < payload:
             self._waiting = request if refusal is None else request._replace(type=REFUSED, payload=refusal)
             self._left = payload
-            return self._go_on(self._waiting, requests)
-        data = self._room[self._begin : self._begin + payload]
+            return self._continue(self._waiting, requests)
+        data = self._buffer[self._begin : self._begin + payload]
         self._begin += payload
         if kind == wire.CMD_WRITE:
             request = request._replace(payload=data)
@@ -227,7 +227,7 @@ class Transmission:
         return True
 
     def _refusal(self, request: Request, payload: int) -> tuple[int, str] | None:
-        """What is wrong with a request, if anything: an error of the wire, and a text."""
+        """The rule that a request breaks, as (error number of the protocol, text), or None."""
         kind, flags, _, offset, length, _ = request
         allowed = self._allowed.get(kind)
         if allowed is None:
@@ -245,7 +245,7 @@ class Transmission:
             if not self._contexts:
                 return wire.EINVAL, "no metadata context was selected"
             if payload:
-                # The length of the effect is in the payload: it is judged when that is there.
+                # The length of the range is in the payload, and is checked when that is complete.
                 wrong = payload > _MAX_SELECTION or payload < 8 or payload % 4
                 return (wire.EINVAL, "this is no list of contexts") if wrong else None
         return self._outside(kind, offset, length)
@@ -264,7 +264,7 @@ class Transmission:
         return None
 
     def _selection(self, request: Request, data: memoryview) -> Request:
-        """A BLOCK_STATUS that names contexts: its effect length, then their ids."""
+        """A BLOCK_STATUS whose payload is the length of the range and context ids."""
         (length,) = struct.unpack_from(">Q", data)
         ids = struct.unpack_from(f">{(len(data) - 8) // 4}I", data, 8)
         refusal = self._outside(request.type, request.offset, length)
@@ -274,10 +274,10 @@ class Transmission:
             return request._replace(type=REFUSED, payload=refusal)
         return request._replace(length=length, payload=ids)
 
-    # -- answers: buffers to send, in order and without others in between
+    # -- replies: buffers to send, in order and without others in between
 
     def done(self, request: Request) -> list[Buffer]:
-        """It succeeded, and there is nothing (more) to say."""
+        """The reply to a request that succeeded, without data, or after its data."""
         if self.extended:
             none = wire.REPLY_TYPE_NONE
             done = wire.REPLY_FLAG_DONE
@@ -289,7 +289,7 @@ class Transmission:
         return [_SIMPLE(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie)]
 
     def error(self, request: Request, error: int, text: str, at: int | None = None) -> list[Buffer]:
-        """It failed: an error of the wire, a text for people, and at which offset, where that is known."""
+        """The reply to a request that failed: the error number of the protocol, a text, and the offset, if it is known."""
         if not self.structured:
             return [_SIMPLE(wire.SIMPLE_REPLY_MAGIC, error, request.cookie)]
         message = text.encode()[: wire.MAX_STRING].decode(errors="ignore").encode()
@@ -301,7 +301,7 @@ class Transmission:
         return [self._header_of(request, kind, len(payload), last=True) + payload]
 
     def data(self, request: Request, offset: int, view: memoryview, *, last: bool) -> list[Buffer]:
-        """Bytes of a READ, from `offset`. With simple replies: all of them, at once. `last`: nothing follows."""
+        """Data of a READ, from `offset`; a simple reply has all of it. `last`: no further chunk follows."""
         if self.extended:
             kind, length = wire.REPLY_TYPE_OFFSET_DATA, len(view) + 8
             return [
@@ -314,7 +314,7 @@ class Transmission:
         return [_SIMPLE(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie), view]
 
     def hole(self, request: Request, offset: int, length: int, *, last: bool) -> list[Buffer]:
-        """Zeros of a READ that are not sent; only with structured replies."""
+        """A range of zeros of a READ, without data; only in structured replies."""
         kind = wire.REPLY_TYPE_OFFSET_HOLE
         if self.extended:
             magic = wire.EXTENDED_REPLY_MAGIC
@@ -322,8 +322,8 @@ class Transmission:
         return [_HOLE(wire.STRUCTURED_REPLY_MAGIC, last, kind, request.cookie, 12, offset, length)]
 
     def status(self, request: Request, contexts: Sequence[tuple[int, int, bytes]]) -> list[Buffer]:
-        """The answer to BLOCK_STATUS: of each context its id, the number of extents (at least 1), and those as `wire.EXTENT`,
-        or with extended headers as `wire.EXTENT_EXT`."""
+        """The reply to BLOCK_STATUS. `contexts`: the id of each context, the number of extents (at least 1), and the extents
+        packed as `wire.EXTENT`, or with extended headers as `wire.EXTENT_EXT`."""
         out: list[Buffer] = []
         for number, (context, count, extents) in enumerate(contexts, 1):
             if self.extended:
@@ -334,7 +334,7 @@ class Transmission:
         return out
 
     def status_of_one(self, request: Request, context: int, length: int, status: int) -> list[Buffer]:
-        """The same where there is one context, and one extent of it."""
+        """The same for one extent of one context."""
         done = wire.REPLY_FLAG_DONE
         if self.extended:
             magic, kind = wire.EXTENDED_REPLY_MAGIC, wire.REPLY_TYPE_BLOCK_STATUS_EXT
