@@ -261,7 +261,7 @@ def test_storage_that_is_there_already(blank: bool, align: int) -> None:
 
 
 def test_a_pipe_has_no_journal(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="taken up again"):
+    with pytest.raises(OptionError, match="cannot be resumed"):
         Copy(PipeSource(0), _Memory(b""), Plan(), journal=Journal(str(tmp_path / "j"), {}))
 
 

@@ -33,8 +33,8 @@ _ATTEMPTS = 3
 
 
 class Copied(NamedTuple):
-    """What a copy did, in bytes: `size` of the source; `read` from it; `written` to the target; `zeroed` there without
-    writing; `skipped` because the target read as zero already; `resumed`: where this run began."""
+    """The result of a copy, in bytes: `size` of the source; `read` from it; `written` to the target; `zeroed` there without
+    data; `skipped` because the target read as zero already; `resumed`: the offset at which this run began."""
 
     size: int
     read: int
@@ -45,10 +45,10 @@ class Copied(NamedTuple):
 
 
 class Plan:
-    """How to copy. `request`: the longest read, in bytes; `requests`: so many are on their way at once, so that their
-    product is the memory this takes (twice as many of half that length cost a tenth more time); `smallest_hole`: shorter
-    runs of zeros that were read are written, 0: all are; `flush`: the copy is on stable storage when it is done;
-    `max_output`: the most bytes that are written, not counting zeros that are left out or made without being written."""
+    """The parameters of a copy. `request`: the longest read, in bytes; `requests`: the number in flight. Their product
+    is the memory that a copy takes. (Twice as many requests of half the length took a tenth more time.) `smallest_hole`:
+    shorter runs of zeros are written as data; 0: all are. `flush`: the copy is on stable storage when `run` returns.
+    `max_output`: the most bytes that are written, without zeros that are skipped or made without data."""
 
     __slots__ = ("flush", "max_output", "request", "requests", "smallest_hole")
 
@@ -63,7 +63,7 @@ class Plan:
         if not (is_power_of_two(request) and 4096 <= request <= 32 << 20):
             raise OptionError("the size of a request is a power of two from 4k to 32M")
         if not 1 <= requests <= 1024:
-            raise OptionError("there are 1 to 1024 requests on their way")
+            raise OptionError("a copy has 1 to 1024 requests in flight")
         self.request = request
         self.requests = requests
         self.smallest_hole = smallest_hole
@@ -80,11 +80,11 @@ class _Piece(NamedTuple):
 
 
 class Copy:
-    """One copy: the first bytes of `target` become those of `source`; what the target has beyond them stays. Both stay open.
+    """One copy: the first bytes of `target` become those of `source`; its bytes beyond them stay. Both stay open.
 
-    With a `journal`, the target is flushed every ten seconds, and how far it is recorded; the copy begins where the journal
-    says. A target that `forgets` is flushed as well: what a lost connection may have taken along is written again.
-    Raises OptionError if the target is too small, or the copy cannot have a journal.
+    With a `journal`, the job flushes the target every ten seconds, and records the position; the copy begins at the position
+    of the journal. It also flushes a target that `forgets`, and repeats the writes that a lost connection may have lost. Raises
+    OptionError if the target is too small, or the copy cannot have a journal.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Copy:
                 hint="make a target that is large enough",
             )
         if journal is not None and (piped or target.ordered):
-            raise OptionError("a copy through a pipe cannot be taken up again", hint="leave the journal out")
+            raise OptionError("a copy through a pipe cannot be resumed", hint="leave the journal out")
         self._source = source
         self._target = target
         self._journal = journal
@@ -113,7 +113,7 @@ class Copy:
         self._request = max(plan.request, target.block)
         self._limit = plan.requests
         self._granule = max(_GRANULE, target.block)
-        # Zeros go through a pipe as any other bytes.
+        # A pipe takes zeros only as data.
         self._hole = 0 if target.ordered else plan.smallest_hole
         self._output = OutputLimit(plan.max_output, source.name)
         self._output_durable = 0
@@ -129,12 +129,12 @@ class Copy:
 
     @property
     def position(self) -> int:
-        """Everything before this offset is copied: it was read, and the target answered that it has it."""
+        """The offset up to which everything is copied: read, and written to the target."""
         return self._position
 
     def run(self) -> Copied:
-        """Copy. Raises what reading and writing raise, and Cancelled; `position` then says how far it came, and the journal,
-        if there is one, how much of that is durable."""
+        """Copy. Raises the errors of reading and writing, and Cancelled. Afterwards `position` tells how much is copied, and
+        the journal, if there is one, how much of that is durable."""
         try:
             if self._size is not None:
                 self._target.resize(self._size)
@@ -146,8 +146,8 @@ class Copy:
                 self._copy_all(self._source)
         except BaseException:
             if self._journal is not None and not self._flushing:
-                # The error is what matters. If this fails too, the journal holds what it held before, which is true as well.
-                # (After a flush that failed there is no second try: it could succeed, and cover nothing.)
+                # The error is raised below. If this record fails too, the journal keeps its old position, which is also true.
+                # (A failed flush is not repeated: the second one could succeed although data was lost.)
                 with contextlib.suppress(LaminaError):
                     self._record()
             raise
@@ -224,10 +224,10 @@ class Copy:
     def _buffer(self) -> memoryview:
         return self._free.pop() if self._free else memoryview(bytearray(self._request))
 
-    # -- what is written
+    # -- writing
 
     def _start_write(self, piece: _Piece) -> list[Pending]:
-        """What was read is written."""
+        """Start the writes for a piece that was read."""
         offset, length, buffer = piece
         if buffer is None:
             requests = self._zero(offset, length)
@@ -237,7 +237,7 @@ class Copy:
         return [request for request in requests if request is not DONE]
 
     def _store(self, offset: int, view: memoryview) -> list[Pending]:
-        """Write what holds something of these bytes, and make the rest zero."""
+        """Write the parts that are not zero, and zero the others."""
         if not self._hole:
             self._output.add(len(view))
             self._written += len(view)
@@ -267,10 +267,10 @@ class Copy:
         self._skipped += length - changed
         return [self._target.start_zero(at, length) for at, length in parts]
 
-    # -- what is durable
+    # -- checkpoints
 
     def _checkpoint(self) -> None:
-        """Nothing is on its way: all that is copied becomes durable, and is recorded."""
+        """Make all that is copied durable, and record it. No request is in flight."""
         self._record()
         self._next = monotonic() + _BETWEEN
 

@@ -1,8 +1,8 @@
-"""The ends of a copy: where bytes come from and where they go. Storage of any kind, and pipes.
+"""Sources and targets of a copy: storage of any kind, and pipes.
 
-Requests are started and waited for (`lamina.pending`). Storage that is far away has many on their way at once, from a single
-thread; what a file is asked is done when `start_...` returns. All offsets and lengths are bytes. Used by `copy` alone, from
-one thread.
+Requests are started and waited for later (`lamina.pending`): remote storage has many in flight from a single thread; requests
+to a file are finished when `start_...` returns. All offsets and lengths are bytes. Only `copy` uses this module, from one
+thread.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ if TYPE_CHECKING:
 #: A part of the source: offset, length, and whether it is known to read as zero.
 Part = tuple[int, int, bool]
 
-#: The longest request to make zero, so that progress is told.
+#: The longest request that zeroes, so that the job reports progress.
 _MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
-#: A target is asked whether it reads as zero where at least so many bytes are to become zero...
-_WORTH_ASKING = 64 * KIB
-#: ... and no longer once it was asked so often, and its answers told of less than 1 MiB each. Likewise a source, where
-#: they tell of less than 64 KiB.
-_FREE_QUESTIONS = 256
+#: The job queries the zeros of a target before it zeroes at least so many bytes...
+_LEAST_QUERIED = 64 * KIB
+#: ... until it has made so many queries whose results covered less than 1 MiB each. Queries of a source end when their
+#: results covered less than 64 KiB each.
+_FREE_QUERIES = 256
 
 
 class Source(Protocol):
-    """Where bytes come from, by offset. (A pipe is none: `PipeSource`.)"""
+    """A source that is read by offset. (For a pipe see `PipeSource`.)"""
 
     name: str
     size: int
 
     def parts(self, begin: int) -> Iterator[Part]:
-        """All from `begin` to the end, in order."""
+        """The parts from `begin` to the end, in order."""
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
-        """Begin to fill `view`."""
+        """Start a read into `view`."""
 
     def close(self) -> None: ...
 
 
 class Target(Protocol):
-    """Where bytes go. Requests begin and end at multiples of `block`, or at the end of the source. `blank`: it reads as zero
-    where nothing was written. `ordered`: everything must come in order. `forgets`: its flush may fail because what was
-    written before was lost with a connection, and succeed once it was written again. `size`: room for so many bytes; None:
-    for any number."""
+    """A target. Requests begin and end at multiples of `block`, or at the end of the source. `blank`: it reads as zero where
+    nothing was written. `ordered`: requests must come in the order of their offsets. `forgets`: its flush may fail because
+    earlier writes were lost with a connection, and succeeds when they are repeated. `size`: its capacity in bytes; None:
+    unlimited."""
 
     name: str
     block: int
@@ -63,23 +63,23 @@ class Target(Protocol):
     forgets: bool
 
     def start_write(self, offset: int, view: memoryview) -> Pending:
-        """Begin to write `view`, which must not change until it is done."""
+        """Start a write of `view`, which must not change until the request is finished."""
 
     def start_zero(self, offset: int, length: int) -> Pending:
-        """Begin to make these bytes zero."""
+        """Start to make these bytes zero."""
 
     def to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Which of these bytes must be made zero, as (offset, length): all that are not known to read as zero already. It is
-        asked in the order of the disk, before anything was written there."""
+        """The parts of the range that must be made zero, as (offset, length): all not known to read as zero. Called
+        in the order of offsets, before anything is written there."""
 
     def forget(self) -> None:
-        """What was written since the last flush may be lost: so is what `to_zero` knew."""
+        """Writes since the last flush may be lost, so what `to_zero` knows is outdated."""
 
     def flush(self) -> None:
-        """All that is done is on stable storage on return."""
+        """On return, all finished requests are on stable storage."""
 
     def resize(self, size: int) -> None:
-        """The source has so many bytes: a file becomes as long, anything else has its own size."""
+        """The source has `size` bytes: a file gets this length; the size of any other target is fixed."""
 
     def close(self) -> None: ...
 
@@ -106,8 +106,8 @@ class StorageSource:
             runs: list[tuple[int, bool]] = asked.wait()
             end = at + sum(length for length, _ in runs)
             answers += 1
-            # The next answer comes while this one is worked on; but answers so short cost more than reading.
-            worth = answers <= _FREE_QUESTIONS + (end - begin) // (64 * KIB)
+            # The next result arrives while this one is processed. But queries with such short results cost more than reads.
+            worth = answers <= _FREE_QUERIES + (end - begin) // (64 * KIB)
             asked = root.start_zero_runs(end, size - end) if end < size and worth else None
             for length, zero in runs:
                 yield at, length, zero
@@ -123,14 +123,14 @@ class StorageSource:
 
 
 class PipeSource:
-    """Bytes as they come through the descriptor `fd`, which stays open."""
+    """The bytes of a pipe, read through the descriptor `fd`, which stays open."""
 
     def __init__(self, fd: int, name: str = "-") -> None:
         self._fd = fd
         self.name = name
 
     def fill(self, view: memoryview) -> int:
-        """Fill `view` with what comes next; the number of bytes that came is smaller at the end alone."""
+        """Fill `view` with the next bytes, and return their number, which is smaller than `view` only at the end."""
         done = 0
         try:
             while done < len(view):
@@ -147,8 +147,8 @@ class PipeSource:
 
 
 class StorageTarget:
-    """Storage behind an edge, which this closes. `grows`: a file that becomes as long as the source is; else there must be
-    room. `allocated`: zeros take up room."""
+    """Storage below an edge, which `close` closes. `grows`: a file that gets the length of the source; other storage must be
+    long enough. `allocated`: zeros are allocated."""
 
     ordered = False
 
@@ -195,35 +195,35 @@ class StorageTarget:
 
 
 def _reconnects(node: Node) -> bool:
-    """Whether some storage below `node` makes lost connections anew."""
+    """Whether some storage below `node` reconnects after the loss of a connection."""
     if isinstance(node, StorageNode) and node.reconnects:
         return True
     return any(_reconnects(child.node) for child in node.children.values())
 
 
 class _KnownZeros:
-    """What a target reads as, asked as a copy comes along. Parts are whole blocks of `block` bytes."""
+    """The zeros of a target, queried as a copy progresses. Parts are whole blocks of `block` bytes."""
 
     def __init__(self, child: Child, block: int) -> None:
         self._child = child
         self._size = child.size
         self._block = block
-        self._asking = True
-        self._asked = self._told = 0  # questions, and bytes that were told of
+        self._querying = True
+        self._queries = self._covered = 0  # the number of queries, and the bytes that their results covered
         self.forget()
 
     def forget(self) -> None:
-        #: (end, whether it reads as zero) of stretches that follow each other from `_begin` to `_end`.
+        #: (end, whether it reads as zero) of consecutive ranges from `_begin` to `_end`.
         self._runs: deque[tuple[int, bool]] = deque()
         self._begin = self._end = 0
-        self._next: Pending | None = None  # the question about what follows `_end`
+        self._next: Pending | None = None  # the query for the range that follows `_end`
 
     def others(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The parts of these bytes that are not known to read as zero."""
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
         while at < end:
-            if not self._begin <= at < self._end and not (end - at >= _WORTH_ASKING and self._ask(at)):
+            if not self._begin <= at < self._end and not (end - at >= _LEAST_QUERIED and self._query(at)):
                 self._append(found, offset, at, end, end)
                 break
             while self._runs[0][0] <= at:
@@ -236,17 +236,17 @@ class _KnownZeros:
         return found
 
     def _append(self, found: list[tuple[int, int]], offset: int, lo: int, hi: int, end: int) -> None:
-        """Whole blocks around [lo, hi), as far as [offset, end) reaches, which begins with one."""
+        """Append the whole blocks around [lo, hi) that are in [offset, end), whose begin is aligned."""
         lo -= (lo - offset) % self._block
         hi = min(hi + -(hi - offset) % self._block, end)
         if found and sum(found[-1]) >= lo:
             lo = found.pop()[0]
         found.append((lo, hi - lo))
 
-    def _ask(self, at: int) -> bool:
-        """Learn what follows `at`. False where the target does not say, or in so small parts that to ask costs more than it
-        can save."""
-        if not self._asking:
+    def _query(self, at: int) -> bool:
+        """Query the zeros from `at` on. False if the target does not tell, or in parts so small that queries cost more than
+        they save."""
+        if not self._querying:
             return False
         asked = self._next if at == self._end else None
         self.forget()
@@ -259,19 +259,19 @@ class _KnownZeros:
                 if self._runs and self._runs[-1][1] == zero:
                     self._runs.pop()
                 self._runs.append((self._end, zero))
-            self._asked += 1
-            self._told += self._end - at
-            self._asking = self._asked < _FREE_QUESTIONS + self._told // MIB
+            self._queries += 1
+            self._covered += self._end - at
+            self._querying = self._queries < _FREE_QUERIES + self._covered // MIB
             if len(self._runs) == 1 and self._runs[0][1] and self._end < self._size:
-                # Much of it is empty: the next answer comes while this one is worked on.
+                # Much of the target is empty: the next result arrives while this one is processed.
                 self._next = self._child.start_zero_runs(self._end, self._size - self._end)
         except LaminaError:
-            self._asking = False  # nothing is lost by not knowing
+            self._querying = False  # without results the job makes zeros everywhere
         return self._end > at
 
 
 class PipeTarget:
-    """Bytes as they go through the descriptor `fd`, which stays open, in order."""
+    """A pipe, written in order through the descriptor `fd`, which stays open."""
 
     block = 1
     size: int | None = None
@@ -288,7 +288,7 @@ class PipeTarget:
             while len(view):
                 view = view[os.write(self._fd, view) :]
         except BrokenPipeError:
-            raise  # whoever reads there has enough: the command line ends quietly
+            raise  # the reader has closed the pipe: the command line ends without a message
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot write", path=self.name) from error
         return DONE
@@ -317,10 +317,10 @@ class PipeTarget:
 
 
 def on_grid(parts: Iterator[Part], begin: int, block: int, request: int, near: int = 0) -> Iterator[Part]:
-    """The same parts for a target that takes whole blocks: a block that holds anything is read, so that zeros begin and end
-    at multiples of `block`; and none is longer than one request: data is cut at multiples of `request`, itself one of
-    `block`. Zeros of at most `near` bytes are read together with what lies beside them."""
-    at = end = begin  # what lies between was not handed on yet: data, up to the end of a block and of a request
+    """The same parts for a target that takes whole blocks. Zeros begin and end at multiples of `block`, since a block that
+    has any data is read as a whole. No part is longer than one request: data is cut at multiples of `request`, which is a
+    multiple of `block`. Zeros of at most `near` bytes are read together with their neighbours."""
+    at = end = begin  # [at, end) is data that was not yielded yet, up to the end of a block and of a request
     for offset, length, zero in parts:
         end = offset + length
         if zero:
