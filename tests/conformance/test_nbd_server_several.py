@@ -218,7 +218,7 @@ def test_what_a_rule_is_broken_with_is_the_same_in_the_loop(tmp_path: Path, mode
 
 def test_who_says_farewell_in_the_loop_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when the loop next looks for the silent."""
-    monkeypatch.setattr(loop, "_SWEEP", 8.0)
+    monkeypatch.setattr(loop, "_SWEEP_INTERVAL", 8.0)
     with serving(tmp_path, fast()) as (_, path), ExitStack() as stack:
         leaving, *others = crowd(path, stack)
         begun = time.monotonic()

@@ -93,8 +93,8 @@ def test_what_must_be_made_zero(
     """In whole blocks, inside what was asked, and never without a byte that is not zero."""
     answers = _Answers(runs, most, fails)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copy_ends, "_WORTH_ASKING", 2)
-        patch.setattr(copy_ends, "_FREE_QUESTIONS", 7)
+        patch.setattr(copy_ends, "_LEAST_QUERIED", 2)
+        patch.setattr(copy_ends, "_FREE_QUERIES", 7)
         status = copy_ends._KnownZeros(Child(answers, "target"), block)
         at = 0
         for number, (gap, count) in enumerate(lengths):

@@ -79,7 +79,7 @@ Members = Callable[..., Echo]
 
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[Members]:
-    monkeypatch.setattr(room, "_SWEEP", 1.0)  # a test that is held up has not fallen silent
+    monkeypatch.setattr(room, "_SWEEP_INTERVAL", 1.0)  # a test that is held up has not fallen silent
     made: list[Echo] = []
 
     def make(**options: object) -> Echo:
@@ -145,7 +145,7 @@ def test_an_error_is_for_the_member_whose_it_is(members: Members) -> None:
 def test_the_silent_and_the_last_one_get_their_threads_back_and_the_loop_ends(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_SWEEP", 0.1)
+    monkeypatch.setattr(room, "_SWEEP_INTERVAL", 0.1)
     loop = Loop()
     busy, also_busy, silent = (members().join(loop) for _ in range(3))
     while not silent.is_back(0) and busy.ask() and also_busy.ask():
@@ -157,7 +157,7 @@ def test_the_silent_and_the_last_one_get_their_threads_back_and_the_loop_ends(
     assert busy.is_back()
     until(lambda: not loops())
     # And it begins again.
-    monkeypatch.setattr(room, "_SWEEP", 1.0)
+    monkeypatch.setattr(room, "_SWEEP_INTERVAL", 1.0)
     busy.ours.close()
     again, other = members().join(loop), members().join(loop)
     assert again.ask()

@@ -83,7 +83,7 @@ class Copy:
     """One copy: the first bytes of `target` become those of `source`; its bytes beyond them stay. Both stay open.
 
     With a `journal`, the job flushes the target every ten seconds, and records the position; the copy begins at the position
-    of the journal. It also flushes a target that `forgets`, and repeats the writes that a lost connection may have lost. Raises
+    of the journal. It also flushes a target that `forgets`, and repeats writes that were lost with a connection. Raises
     OptionError if the target is too small, or the copy cannot have a journal.
     """
 

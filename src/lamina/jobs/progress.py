@@ -17,7 +17,7 @@ INTERVAL = 0.1
 
 
 class Monitor:
-    """The link between a job and whoever watches it. The job calls `update`; any thread may call `cancel`."""
+    """The link between a job and its observer. The job calls `update`; any thread may call `cancel`."""
 
     def __init__(self, report: Progress | None = None) -> None:
         self._report = report

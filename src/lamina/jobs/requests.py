@@ -84,7 +84,7 @@ class Requests:
                     return request
             else:
                 call(*arguments)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the request gets it
+        except Exception as error:  # noqa: BLE001 - `Pending.wait` raises it
             return Failed(error)
         self._waited = self._waited + 1 if time.monotonic() - begun > WAITED else 0
         return DONE

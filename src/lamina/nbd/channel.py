@@ -29,10 +29,10 @@ SOCKET_BUFFER = 2 << 20
 #: Seconds that a TLS handshake may take, whatever the peer sends meanwhile.
 HANDSHAKE_TIMEOUT = 10.0
 
-#: Seconds for which a receiver asks again and again before it sleeps. To wake a thread takes 20 to 30 us: longer than most
-#: requests. One 4 KiB read after the other, over a Unix socket: 27,000 a second instead of 16,500.
+#: The seconds for which a receiver polls before it sleeps. Waking a thread takes 20 to 30 us, longer than most requests.
+#: One 4 KiB read after the other, over a Unix socket: 27,000 a second instead of 16,500.
 _EAGER = 50e-6
-#: How many waits at most are slept through at once after that was in vain, time after time.
+#: The most receives that sleep at once after the search was in vain repeatedly.
 _MOST_SKIPPED = 1024
 #: Until when one thread does so: several would only take the interpreter from one another. A time instead of a lock, which an
 #: interrupt could leave locked.
@@ -48,7 +48,7 @@ _PEEK = int(socket.MSG_PEEK)
 class Channel(Protocol):
     """What the two ends of NBD need of a connection."""
 
-    #: Who is at the other end, for people: `192.0.2.1:40312`, `pid 71 of user 1000`.
+    #: The peer, for messages: `192.0.2.1:40312`, `pid 71 of user 1000`.
     peer: str
     #: Whether bytes are encrypted on the way.
     secure: bool
@@ -93,7 +93,8 @@ class Channel(Protocol):
         ...
 
     def close(self) -> None:
-        """End the connection, both ways, waking whoever is blocked in it. From any thread, any number of times."""
+        """Close the connection in both directions, and wake the threads that are blocked in it. From any thread, any number
+        of times."""
         ...
 
     def forsake(self) -> None:
@@ -311,10 +312,10 @@ class PlainChannel:
 
     def close(self) -> None:
         self._closed = True
-        # Not connected any more is as good as shut down. Whoever is inside a call now comes out of it.
+        # A socket that is no longer connected counts as shut down. Blocked calls return.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        # The descriptor is given back only when nobody uses it: its number may at once be another file's.
+        # The descriptor is closed only when no thread uses it: its number may be reused at once.
         with self._receiving, self._sending:
             self._torn = True
             self._socket.close()
@@ -352,7 +353,7 @@ def _position(buffers: Sequence[Buffer], at: int, first: int = 0) -> tuple[int, 
 
 
 def _name_of_peer(sock: socket.socket) -> str:
-    """Who is at the other end of `sock`; Unix sockets tell the process."""
+    """The peer of `sock`, for messages; of a Unix socket its process."""
     try:
         if sock.family == socket.AF_UNIX:
             pid, user, _ = struct.unpack("iii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

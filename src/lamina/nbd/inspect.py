@@ -1,4 +1,4 @@
-"""What a server says of its exports, without entering one: for `lamina info` and for who wants to choose.
+"""A server's description of its exports, without opening one: for `lamina info` and for programs that choose one.
 
 Exports are listed and described over a single connection (LIST, INFO, LIST_META_CONTEXT). A server that is too old for these
 tells of one export only, by entering it.

@@ -20,7 +20,7 @@ def note(link: Link) -> None:
 
 
 def abandon_all() -> None:
-    """Break every connection of this process and make none anew: whoever waits for a server gets an error now. For a program
-    that ends and whose server says nothing; from any thread."""
+    """Break every connection of this process without reconnecting: the threads that wait for a server get an error now. For a
+    program that ends and whose server says nothing; from any thread."""
     for link in lifecycle.all_of(_links):
         link.abandon()

@@ -181,7 +181,7 @@ class NbdStorage(StorageNode):
     def _require_untold(self, error: BlockIOError, offset: int) -> None:
         """Raise `error`, of a question about the status from `offset` on, unless it means that the server does not say."""
         if self.client.terse:
-            return  # it answers, and so little each time that nobody would be through with it
+            return  # its replies cover so few bytes each that the whole disk would take too long
         if error.errno != EINVAL or offset < align_down(self.size, self.client.minimum):
             raise error
 

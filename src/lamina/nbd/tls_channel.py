@@ -187,7 +187,7 @@ class TlsChannel:
         return filled
 
     def _answer(self) -> None:
-        """Send what TLS itself wants to say, unless somebody is sending: their next bytes then carry it along."""
+        """Send the messages of TLS itself, unless another thread is sending, which then sends them with its next bytes."""
         if self._sending.acquire(blocking=False):
             try:
                 with self._state:
@@ -264,7 +264,7 @@ class TlsChannel:
 
     def close(self) -> None:
         self._plain._closed = True
-        # The farewell tells the peer that nobody cut the stream. If a sender is stuck there is no waiting for it.
+        # The close_notify tells the peer that the stream is complete. It is left out if a sender is blocked.
         if self._sending.acquire(blocking=False):
             try:
                 self._farewell()
@@ -280,7 +280,7 @@ class TlsChannel:
 
     def _farewell(self) -> None:
         with self._state:
-            # WantRead: the peer's own farewell is not there yet, and nobody waits for it. Others: it failed long ago.
+            # WantRead: the close_notify of the peer has not arrived, and is not needed. Others: the channel failed before.
             with contextlib.suppress(self._ssl.SSLError, ValueError):
                 self._object.unwrap()
             data = self._outgoing.read()

@@ -327,7 +327,7 @@ _FROM_WIRE: Final = {
 
 def to_wire(number: int | None) -> int:
     """The error on the wire for an errno of this system. ENOMEM is never sent (it SHOULD NOT be), and ENOTSUP and EOVERFLOW
-    have meanings of their own: whoever means those says so."""
+    have meanings of their own: the callers that mean those handle them."""
     return _TO_WIRE.get(number or errno.EIO, EIO)
 
 

@@ -1,8 +1,8 @@
-"""The calls of a client, cut into requests: what is too long is split, what is not aligned is widened, what the server cannot
-do is refused. `client` has them in their public form.
+"""The calls of a client as requests: long ones are split, unaligned ones are widened, and those that the server does not
+support are refused. `client` has their public form.
 
-Each call notes its requests in a list before they are sent. So whoever ends a call by an exception, at any line of it, can be
-told from the replies that still come (`take_leave`).
+Each call registers its requests in a list before it sends them. So after an exception at any line of the call, `take_leave`
+finds the requests whose replies still arrive.
 """
 
 from __future__ import annotations
@@ -259,7 +259,8 @@ class Calls:
         return request
 
     def _settle(self, offset: int, length: int) -> None:
-        """Wait for changes of these bytes that may still be carried out, though nobody waits for them any more."""
+        """Wait for changes of these bytes that may still be carried out, although the threads that made them were
+        interrupted."""
         unsettled = self._durability.unsettled
         for change in list(unsettled):
             if not change.done and change.touches(offset, length):

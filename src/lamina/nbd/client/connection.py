@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..uri import Target
 
-#: Errors that may be gone in a moment: nobody listens yet, or the server is just being started again.
+#: Errors that may be temporary: no server listens yet, or it is being restarted.
 TRANSIENT: Final = frozenset(
     {
         errno.ECONNREFUSED,
@@ -248,7 +248,7 @@ def leave(channel: Channel, farewell: bytes) -> None:
     """Say goodbye, if the server still listens, and close. Takes a second at most."""
     try:
         if farewell:
-            # Who leaves need not be heard: the server may be gone, and that is what closes the connection anyway.
+            # The farewell may fail: the server may be gone, and closing the connection says the same.
             with contextlib.suppress(LaminaError):
                 channel.watch = None
                 channel.settimeout(1.0)

@@ -1,13 +1,14 @@
-"""One connection of a client, shared by its threads, with what happens when it breaks.
+"""One connection of a client, which its threads share, and its recovery.
 
-No thread of its own: whoever waits for a reply receives for all (the leader), and hands that on when its own reply is there.
-Who sends while the server cannot take more receives meanwhile, so that two full sockets never wait for each other. A
-connection that breaks is made anew, where that was asked for, and what was not answered is sent again.
+The link has no thread of its own. One of the threads that wait for replies, the leader, receives for all; when its own reply
+arrives, another thread becomes the leader. A thread that sends receives as well while the server takes no more bytes, so two
+full sockets never wait for each other. If reconnecting is enabled, the link replaces a broken connection and sends the
+requests without a reply again.
 
-An exception may end any line here (Ctrl-C). Bytes are therefore taken from the connection only under a lock that nobody holds
-while he waits, so that it does no harm if two lead; that one leads is noted for a second at a time; and whoever waits looks
-up as often. An exception in the middle of a message breaks the connection, which is then made anew even where a loss is an
-error, and one anywhere else leaves it as it is. See `forget` for what becomes of the request.
+An exception (Ctrl-C) may strike at any line. So a thread takes bytes from the connection only under a lock that it does not
+hold while it waits, and two leaders do no harm; a leader is registered for a second at a time, and waiting threads check as
+often whether there is one. An exception in the middle of a message breaks the connection, and the link reconnects even if
+that is not enabled; an exception anywhere else leaves the connection as it is. `forget` tells what happens to the request.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from .transmission import Transmission
 if TYPE_CHECKING:
     from ..uri import Target
 
-#: So many requests on their way fit into the buffers of both sockets even if nobody reads there: headers and replies of a
-#: few bytes each, which a Unix socket counts as a kilobyte. Beyond that, who sends looks whether it can.
+#: So many requests in flight fit into the buffers of both sockets even if the server does not read: headers and replies of a
+#: few bytes each, which a Unix socket counts as a kilobyte. With more, a sender checks first whether the socket is writable.
 _FIT: Final = 100
-#: Then a payload goes out in pieces of this many bytes: a socket that takes anything takes so much.
+#: The length of the pieces in which a payload is then sent: a writable socket takes so many bytes.
 _PIECE: Final = 32 * KIB
-#: Seconds that `close` waits for what is on its way, even if the server makes progress.
+#: The most seconds for which `close` waits for requests in flight.
 _CLOSING: Final = 30.0
-#: Seconds for which a thread leads without saying so again.
+#: The seconds for which a leader is registered.
 _LEASE: Final = 2 * TICK
-#: The first and the longest pause before a lost connection is made anew, in seconds. It doubles until something is answered.
+#: The first and the longest pause before a reconnect, in seconds. Pauses double until a reply arrives.
 _PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
 
@@ -69,24 +70,24 @@ class Link:
         self._durability = durability
         #: Held to start and send a request, and to exchange the connection.
         self._sending = threading.Lock()
-        #: Held to take bytes from the connection; nobody waits for the server meanwhile. After `_sending`.
+        #: Held to take bytes from the connection, never while a thread waits for the server. Acquired after `_sending`.
         self._taking = threading.Lock()
-        #: Guards who leads and who waits. After both.
+        #: Guards the leader and the waiting threads. Acquired after both.
         self._mutex = threading.Lock()
-        #: Until when somebody leads, if he does not say so again.
+        #: The time at which the registration of the leader expires.
         self._led_until = 0.0
         self._waiting: dict[Sent, threading.Lock] = {}
-        #: Why nothing can be done any more.
+        #: The error of all further requests, if the link is dead.
         self._dead: LaminaError | None = None
-        #: Why the connection is of no use; who leads next deals with it.
+        #: The error that broke the connection; the next leader handles it.
         self._fault: LaminaError | None = None
-        #: It is of no use because an exception ended a message in the middle, and the server is told so first.
+        #: An exception ended a message in the middle; the server is told first.
         self._torn = False
-        #: No connection is made anew.
+        #: The link does not reconnect any more.
         self._final = False
         #: This process is a child of the one whose connection it is.
         self.inherited = False
-        #: The connection is just made anew.
+        #: The link is reconnecting.
         self._mending = False
         self._pause = 0.0
         self._look_at = 0.0
@@ -222,7 +223,7 @@ class Link:
             if channel is self._channel:
                 self._break(error)
         if request.cookie not in self._session.in_flight and not request.done and self._sending.acquire(blocking=False):
-            # An interrupt in the middle of `_recover` or `submit` could leave a request that nobody knows.
+            # An interrupt in the middle of `_recover` or `submit` could leave a request that is in no list.
             try:
                 known = [*self._session.in_flight.values(), *self._session.postponed]
                 if self._fault is None and not any(one is request for one in known):
@@ -287,12 +288,12 @@ class Link:
         if error is not None:
             self._break(error)
 
-    # -- who leaves
+    # -- interrupted threads
 
     def forget(self, request: Sent) -> None:
-        """Whoever waited for `request` was interrupted. Its buffers are free on return: a reply goes nowhere, and it is not
-        sent again. A change may still be carried out: it then stands in `Durability.unsettled` until the server answers.
-        Waits for nobody but threads that are about to be done with the buffers."""
+        """The thread that waited for `request` was interrupted. On return its buffers are free: the data of a reply is
+        dropped, and the request is not sent again. A change may still be carried out; it is in `Durability.unsettled` until
+        the server replies. Waits only for threads that use the buffers at this moment."""
         request.left = True
         self._clock.press()
         # While the connection is made anew nothing is sent, and `left` is looked at before it is.
@@ -300,7 +301,7 @@ class Link:
         with contextlib.ExitStack() as held:
             for lock in (self._sending, self._taking) if sends else (self._taking,):
                 taken = lock.acquire(timeout=SHORT)
-                if not taken:  # somebody is stuck in a send
+                if not taken:  # another thread is blocked in a send
                     self._break(self.interrupted())
                     taken = lock.acquire(timeout=SHORT)
                 if taken:
@@ -325,7 +326,7 @@ class Link:
         return BlockIOError("the server is shutting down", errno=errno.ESHUTDOWN, path=self.name, hint=hint)
 
     def _break(self, error: LaminaError) -> None:
-        """The connection is of no use any more; wakes whoever is blocked in it."""
+        """The connection is broken. Wakes the threads that are blocked in it."""
         if self._fault is None:
             error.path = error.path or str(self._target)
             self._fault = error
@@ -366,7 +367,7 @@ class Link:
                 for flush in [request for request in requests if request.command == wire.CMD_FLUSH]:
                     self._fail([flush], durability.error())
             if self._clock.pressed and not torn:
-                # Who was interrupted does not wait for a server that says nothing, over no connection.
+                # An interrupted thread does not wait for a silent server, on any connection.
                 self._clock.relax()
                 self._fail(requests, cause)
                 return
@@ -416,7 +417,7 @@ class Link:
             session.postponed.remove(request)
 
     def interrupted(self) -> BlockIOError:
-        """The error of a request whose outcome nobody knows, since whoever waited for it does no more."""
+        """The error of a request whose outcome is unknown, since the thread that waited for it was interrupted."""
         message = "the request was interrupted, or another one in the middle of a message"
         return BlockIOError(message, errno=errno.EINTR, path=self.name)
 
@@ -468,7 +469,7 @@ class Link:
         self._clock.press()
 
     def close(self) -> None:
-        """Wait a short time for what is on its way, say goodbye, close. Who still waits then gets an error."""
+        """Wait a short time for requests in flight, send DISC, and close. Requests that are not finished fail."""
         self.hasten()
         try:
             with self._sending:

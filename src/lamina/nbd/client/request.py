@@ -1,4 +1,5 @@
-"""Requests of a client on their way, alone or several that are one to the caller, and how a caller takes leave of them."""
+"""Requests of a client in flight: single ones, several that are one request of the caller, and the end of interrupted
+ones."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ class Request:
         self.lost_at = 0.0
         #: Of a flush: whether there was something to flush.
         self.covers = False
-        #: Nobody waits for it any more.
+        #: The thread that waited for it was interrupted.
         self.left = False
         self.done = False
         self.error: LaminaError | None = None
@@ -208,7 +209,7 @@ class Durability:
 
 
 def take_leave(requests: Iterable[Pending]) -> None:
-    """Whoever waited for `requests` was interrupted: on return nobody touches their buffers any more. Those that are done are
-    left alone, and so are those that were never sent."""
+    """The thread that waited for `requests` was interrupted: on return no thread uses their buffers. Finished requests, and
+    those that were never sent, stay as they are."""
     for request in requests:
         request.leave()

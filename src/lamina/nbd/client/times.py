@@ -70,11 +70,11 @@ class Clock:
 
     @property
     def pressed(self) -> bool:
-        """Whether the server has only a short time, since somebody who waited for it was interrupted."""
+        """Whether the server has only a short time, since a thread that waited for it was interrupted."""
         return self._pressed is not None
 
     def press(self) -> None:
-        """Whoever waits was interrupted: the server has a short time to show that it is there."""
+        """A waiting thread was interrupted: the server has only a short time for the next bytes."""
         self._pressed = monotonic()
 
     def relax(self) -> None:

@@ -32,7 +32,7 @@ RECEIVE_BUFFER: Final = 128 * KIB
 LARGE: Final = 32 * KIB
 #: What is missing of a reply's bytes is received into its place if it is this much; less comes with what follows it.
 DIRECT: Final = 16 * KIB
-#: Separate pieces in which the bytes of one read may have come so far. Who sends them in order has one.
+#: The most separate ranges in which the data of one READ may have arrived. A server that sends it in order needs one.
 MAX_PIECES: Final = 1 << 14
 #: Chunks of content in which a read may come, besides one for each 512 bytes: smaller ones SHOULD NOT be.
 MAX_CHUNKS: Final = 1 << 16
@@ -99,7 +99,7 @@ class Transmission:
         self._into = self._view
         self._of: Request | None = None
         self._last = False
-        #: A chunk too long for the room: its type, and all of its bytes.
+        #: A chunk that does not fit into the buffer: its type, and all of its bytes.
         self._long: tuple[int, memoryview] | None = None
         self._answered: list[Request] = []
 
@@ -230,7 +230,7 @@ class Transmission:
         while True:
             have = end - position
             if have < head:
-                # A simple reply is shorter than a chunk's header; and who sends something else may never send so much.
+                # A simple reply is shorter than a chunk's header, and a peer that sends neither may never send so much.
                 if have >= 4 and room[position : position + 4] != self._begins:
                     if extended or room[position : position + 4] != _SIMPLE:
                         raise violation(f"a reply begins with {room[position : position + 4].hex()}")
@@ -429,7 +429,7 @@ class Transmission:
                 raise violation(f"an extent past the {request.length} bytes that were asked about")
             total += length
         if total > request.length:
-            # The last one may say more than was asked; nobody asked.
+            # The last extent may end after the range of the request; the rest is dropped.
             length, flags = extents[-1]
             extents[-1] = (length - (total - request.length), flags)
         request.status[name] = extents

@@ -1,4 +1,4 @@
-"""Whether what a server is told about TLS and its clients fits together: no setting may take the force out of another."""
+"""Checks of the options for TLS and access: no option may make another one ineffective."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check_access(
     *,
     folder: bool,
 ) -> None:
-    """OptionError for a combination under which clients would be let in that one of the settings keeps out. `folder`: there
-    is a folder of exports, too, which everybody may see."""
+    """Raise OptionError for a combination that admits clients which one of the options excludes. `folder`: there is also a
+    folder of exports, which all clients see."""
     if tls not in ("off", "allow", "require") or (tls == "off") != (context is None):
         raise OptionError("TLS is off, or needs a context", hint='tls="allow" or "require", with context')
     restricted = list(restricted)
@@ -33,7 +33,7 @@ def check_access(
     if context is None:
         if allow is not None:
             raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)
-        return  # exports that are for TLS alone, or for some names, are seen by nobody then
+        return  # without TLS no client sees the restricted exports
     verifies = int(context.verify_mode) == 2  # ssl.CERT_REQUIRED: a client without a certificate does not come in
     if listed and not verifies:
         raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)

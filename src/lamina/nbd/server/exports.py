@@ -49,15 +49,15 @@ class Folder:
     turns out to be is judged, not what the name meant a moment before. How the image in it is opened is said by one of:
 
     `open_fd(path, fd)` gives the image in the file that the descriptor `fd` is open on, and opens nothing by the name
-    `path`, which is absolute and for messages. `fd` is the folder's: whoever needs it takes a copy, as
-    `graph.open_graph(..., fd=fd)` does.
+    `path`, which is absolute and for messages. The folder closes `fd`; a function that keeps it
+    duplicates it, as `graph.open_graph(..., fd=fd)` does.
 
-    `open(path)` opens it by its absolute path. If somebody put another file there meanwhile, the image is closed again and
-    the client refused.
+    `open(path)` opens it by its absolute path. If another file has that path meanwhile, the image is closed again and the
+    client refused.
 
     `writable`: clients may write. `snapshot`: what they write is kept in memory, so that files are opened for reading only.
 
-    Any number of threads. A file that is slow to open or close holds up those alone who want the same one.
+    Thread-safe. A file that is slow to open or close delays only clients of this file.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Folder:
             entry = self._entries.setdefault(name, _Entry())
             entry.users += 1
         try:
-            with entry.lock:  # only those wait who want this very image
+            with entry.lock:  # only clients of this image wait
                 if entry.export is None:
                     entry.export = self._opened(name)
                 if entry.export is not None:
@@ -152,7 +152,7 @@ class Folder:
         try:
             image = self._image(path, fd)
         finally:
-            os.close(fd)  # who needs it has a copy
+            os.close(fd)  # the image has a duplicate
         try:
             return Export(image, name, writable=self._writable)
         except BaseException:
@@ -251,7 +251,7 @@ class VisibleExports:
                     return each.export
                 if each.tls_only and not self._secure:
                     raise Refused(wire.REP_ERR_TLS_REQD, "this export needs TLS")
-                break  # whoever may not see it is not told that it is there
+                break  # a client that may not see it gets the same error as for an unknown name
         else:
             if self._folder is not None:
                 return self._in_folder(self._folder, name)

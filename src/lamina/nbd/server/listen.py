@@ -28,7 +28,7 @@ def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int] | None]:
         named = not path.startswith("\0")
         if named:
             _remove_stale(path)
-            # What bind makes gets the mode of the socket: nobody else can connect, not even for a moment.
+            # `bind` creates the file with the mode of the socket, so no other user can connect even for a moment.
             os.fchmod(listener.fileno(), 0o600)
         listener.bind(path)
         made = os.lstat(path) if named else None
@@ -105,7 +105,7 @@ def listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that a server left behind: one to which nobody answers. Anything else there is an error of `bind`."""
+    """Remove the stale socket of an ended server: one that refuses connections. `bind` fails if anything else is there."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             hint = "remove it, or choose another place"

@@ -1,12 +1,11 @@
-"""The negotiation of a server, as a machine without I/O: bytes in, bytes out, until the client is in transmission or gone.
+"""The negotiation phase of the server, without I/O: bytes in, bytes out, until transmission begins or the client is gone.
 
-Whoever drives it receives into `buffer()`, tells `received(count)`, sends what `take()` gives, and looks at `phase`. Never
-more is asked for than the next message needs, so that nothing read in the clear is left over when TLS begins
-(CVE-2021-3716).
+The caller receives into `buffer()`, reports `received(count)`, sends the result of `take()`, and checks `phase`. The buffer
+is never longer than the next message, so that no plaintext is left in it when TLS begins (CVE-2021-3716).
 
-Options are drained before they are answered, whatever is wrong with them, so that the next one is found where it begins.
-What a client names is held against a limit before it is kept. Sections of the specification: "Handshake", "Option types".
-"""
+An option is received in full before its reply, even if it is invalid, so that the next one is found where it begins. Every
+length that a client sends is checked against a limit before it is used. Sections of the specification: "Handshake", "Option
+types"."""
 
 from __future__ import annotations
 

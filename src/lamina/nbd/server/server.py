@@ -1,8 +1,8 @@
-"""The NBD server: listens, lets clients in within limits, and ends in good order.
+"""The NBD server: listens, accepts clients within limits, and ends in good order.
 
-Each client has a thread (`connection.py`). A client that only connects costs that thread, and leaves after
-the handshake time. When as many negotiate as may, one that has said nothing for a while makes room for the next; while none
-has, newcomers wait in the backlog of the socket. So a flood of clients that say nothing puts out no client that goes on.
+Each client has a thread (`connection.py`). A client that only connects costs this thread, and is disconnected after the
+handshake time. When the limit of negotiating clients is reached, a new client replaces one that has been silent for a while;
+if there is none, new clients wait in the backlog of the socket. So a flood of silent clients disconnects no active one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lamina.nbd")
 
-#: Seconds after which one who has said nothing yet may be put out for a newcomer, and one who has, and stopped.
+#: The seconds after which a new client may replace one that has sent nothing yet, and one that has stopped.
 _SILENT, _STOPPED = 0.01, 2.0
-#: Seconds between two looks whether somebody may be put out, while newcomers wait.
+#: The interval in seconds at which the server looks for such clients while new ones wait.
 _FULL = 0.005
-#: Seconds between two looks for clients that are over a time limit, at most.
+#: The longest interval in seconds between two checks of the time limits.
 _LOOK = 1.0
 #: Memory for requests of slow storage, of all clients together, by default.
 _MEMORY = 256 * MIB
@@ -74,10 +74,10 @@ class Server:
     storage is slow and there is more. At most three quarters are for the former. By default there is enough for `clients`,
     and 256 MiB more.
 
-    From `start` until `close` each export is a user of its image's graph by itself (`Export.begin`): images are closed by
-    whoever opened them, before the server or after it; images of a folder by the server.
+    From `start` until `close` each export has a root of its own (`Export.begin`). So the caller may close its images before
+    the server or after it; the server closes the images of a folder.
 
-    A child that the process forks gives back the server's descriptors at once, and serves nobody; its `close` does nothing.
+    A forked child closes the server's descriptors at once, and serves no client; its `close` does nothing.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Server:
             raise OptionError(
                 f"{memory} bytes are too few to serve anybody", hint=f"a client takes {CLIENT_MEMORY} bytes"
             )
-        # Two purses: requests of those who are here never keep somebody out.
+        # Two limits: the requests of the clients never use the memory that a new client needs.
         self._clients_memory = Memory(min(wanted, max(memory * 3 // 4, CLIENT_MEMORY)))
         self._memory = Memory(memory - self._clients_memory.left)
         self._mutex = threading.Lock()
@@ -129,7 +129,7 @@ class Server:
         self._accepting: threading.Thread | None = None
         self._begun: list[Export] = []  # the exports that this server serves
         self._wake, self._woken = socket.socketpair()
-        self._news, self._heard = socket.socketpair()  # for `wait`: somebody left, or the server was closed
+        self._news, self._heard = socket.socketpair()  # for `wait`: a client has disconnected, or the server was closed
         for end in (self._news, self._heard):
             end.setblocking(False)
         self._listeners: list[socket.socket] = list(sockets)
@@ -169,8 +169,8 @@ class Server:
         return self
 
     def wait(self, *, last_client: bool = False, stop: threading.Event | None = None) -> None:
-        """Return when the server was closed, or `stop` is set; with `last_client` also when somebody was served and nobody is
-        any more."""
+        """Return when the server is closed, or `stop` is set; with `last_client` also when the last client has
+        disconnected."""
         while not (stop is not None and stop.is_set()) and self._listeners:
             if last_client and self._served and self._left_again == self._served:
                 return
@@ -179,10 +179,10 @@ class Server:
                     self._heard.recv(_NEWS)
 
     def close(self, grace: float = 5.0) -> None:
-        """Let nobody in any more, answer what was received, and end. What takes longer is cut off: requests that are done in
-        steps when two thirds of `grace` (seconds) are over, all others at its end. Takes at most a second longer than that;
-        a thread that storage does not answer may be left. May be called again, from any thread and from a signal handler; in
-        a handler that interrupted this very function it returns at once, and the interrupted call goes on."""
+        """Accept no further clients, execute the received requests, and end. Requests that take longer are cut short: those
+        that are executed in steps after two thirds of `grace` (seconds), all others at its end. Takes at most a second more;
+        a thread that is blocked in storage may stay. May be called again, from any thread and from a signal handler; in a
+        handler that interrupted this function it returns at once, and the interrupted call continues."""
         self._close_listeners()
         me = threading.get_ident()
         if me in self._closing:
@@ -339,8 +339,8 @@ class Server:
                     look = time.monotonic() + self._look
 
     def _make_room(self) -> bool:
-        """Whether one more may negotiate. If as many do as may, one that has said nothing for a while is put out: those who
-        have not said anything at all first, and among them those of whom most come from one place."""
+        """Whether one more client may negotiate. If the limit is reached, a client that has been silent for a while is
+        disconnected: preferably one that has sent nothing at all, from the address with most of such clients."""
         with self._mutex:
             negotiating = [one for one in self._connections if not one.transmitting and not one.closing]
         if len(negotiating) < self._clients:
