@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lamina
 from lamina.image import Image
 from lamina.nbd import Client, Export, Server, wire
+from lamina.nbd.server import readahead as readahead_module
 from lamina.nbd.server.contexts import CONTEXTS
 from lamina.nbd.server.readahead import StatusReadahead
 from lamina.nbd.server.transmission import Request
@@ -40,6 +41,11 @@ def begun(image: Image) -> StatusReadahead:
     assert readahead.walks
     readahead.fetch()
     return readahead
+
+
+@pytest.fixture(autouse=True)
+def columns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead_module, "_WITHOUT_COLUMNS", 0)
 
 
 @pytest.fixture
