@@ -193,3 +193,11 @@ def test_a_server_with_a_full_backlog_is_not_taken_for_a_dead_one(export: Export
         finally:
             for sock in waiting:
                 sock.close()
+
+
+def test_the_old_name_of_a_restricted_export_is_deprecated() -> None:
+    import lamina.nbd.server
+
+    for module in (lamina.nbd, lamina.nbd.server):
+        with pytest.warns(DeprecationWarning, match="RestrictedExport"):
+            assert module.Offer is RestrictedExport
