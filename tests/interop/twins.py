@@ -161,7 +161,9 @@ class Twins:
 def _rows(image: lamina.Image) -> list[tuple[Any, ...]]:
     """The exact map, as `_joined` tells QEMU's."""
     past = _backing_size(image)
-    rows = ((e.start, e.length, e.depth, e.present, e.zero and not e.data, e.data) for e in image.extents())
+    pieces = [(0, min(past, image.size)), (past, image.size - past)]
+    known = [e for start, length in pieces if length > 0 for e in image.extents(start, length)]
+    rows = ((e.start, e.length, e.depth, e.present, e.zero and not e.data, e.data) for e in known)
     return _join(
         # Past the end of a shorter backing file both say: zero, stored nowhere. Ours adds that the backing layer decides
         # that (it is what commit and stream need to know); qemu-img map names the overlay, as if nobody did.

@@ -1,23 +1,18 @@
-"""What `L2Layout` bears: entries of 16 bytes with a bitmap of subclusters, as a layout of its own below the mapping of qcow2.
-
-The driver does not open images with such entries. This layout is here to hold that nothing but a layout is missing for the
-mapping of one: sizes, single entries on the path of small reads, and columns."""
+"""Extended L2 entries below the mapping of qcow2: single entries on the path of small reads, runs, and columns, each compared
+with the bits as the specification words them."""
 
 from __future__ import annotations
 
-from array import array
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lamina
 from lamina.errors import CorruptImage
-from lamina.format_node import Mapping
-from lamina.formats.qcow2 import mapping
+from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.header import Header
-from lamina.formats.qcow2.l2_entry import InvalidEntry, L2Layout, data_cluster, is_compressed
 from lamina.formats.qcow2.mapping import Mappings
 from lamina.request import Child
 from lamina.status import COMPRESSED, DATA, PRESENT, ZERO
@@ -25,78 +20,6 @@ from lamina.storage.memory import MemoryStorage
 
 _WORD, _BITMAP = (1 << 64) - 1, (1 << 32) - 1
 STORED, ZEROED, PACKED = DATA | PRESENT, ZERO | PRESENT, DATA | PRESENT | COMPRESSED
-
-
-class Pairs:
-    """Entries of 16 bytes in memory."""
-
-    def __init__(self, words: array[int]) -> None:
-        self.words = words
-
-    def __len__(self) -> int:
-        return len(self.words) // 2
-
-    def __getitem__(self, index: int) -> int:
-        return self.words[2 * index] | self.words[2 * index + 1] << 64
-
-
-class Extended(L2Layout):
-    """Entries with 32 subclusters to a cluster. A unit is a subcluster."""
-
-    __slots__ = ()
-    entry_bits = 4
-    units_bits = 5
-
-    def load(self, file: Child, offset: int) -> Any:
-        words = array("Q", bytes(self.cluster_size))
-        file.read_into(offset, memoryview(words).cast("B"))
-        words.byteswap()
-        return Pairs(words)
-
-    def column(self, entries: Any) -> Any:
-        return np.frombuffer(entries.words, np.uint64)
-
-    def map_one(self, entry: int, within: int, length: int, file: Child) -> Mapping | None:
-        if entry & self.not_simple:
-            return None
-        bits = self.cluster_bits - self.units_bits
-        asked = (2 << (within + length - 1 >> bits)) - (1 << (within >> bits))
-        stored, zero, host = entry >> 64 & asked, entry >> 96 & asked, data_cluster(entry)
-        if (stored and zero) or stored not in (0, asked) or zero not in (0, asked) or (stored and not host):
-            return None
-        flags = STORED if stored else ZEROED if zero else 0
-        return Mapping(flags, length, host + within, file) if flags and host else Mapping(flags, length)
-
-    def run(self, entries: Any, unit: int, stop: int) -> tuple[int, int, int, int]:
-        entry, at = entries[unit >> 5], unit & 31
-        count = min(32 - at, stop - unit)
-        if is_compressed(entry):
-            return PACKED, -1, count, entry
-        host, stored, zero = data_cluster(entry), entry >> 64 + at & _BITMAP, entry >> 96 + at & _BITMAP
-        if host & self.misaligned or (stored & zero) & 1 or (stored & 1 and not host):
-            raise self.invalid(host)
-        alike = 1
-        while alike < count and (stored >> alike ^ stored) & 1 == 0 and (zero >> alike ^ zero) & 1 == 0:
-            alike += 1
-        flags = STORED if stored & 1 else ZEROED if zero & 1 else 0
-        place = host + (at << self.cluster_bits - 5) if flags and host else -1
-        return flags, place, alike, entry
-
-    def runs(self, words: Any, first: int, stop: int) -> tuple[Any, Any, Any]:
-        descriptors, bitmaps = words[0::2].repeat(32)[first:stop], words[1::2].repeat(32)[first:stop]
-        at = np.arange(first, stop, dtype=np.uint64) & np.uint64(31)
-        packed = descriptors >> np.uint64(62) & np.uint64(1) != 0
-        host = (descriptors & np.uint64((1 << 56) - 512)).astype(np.int64)
-        stored = (bitmaps >> at & np.uint64(1) != 0) & ~packed
-        zero = (bitmaps >> at + np.uint64(32) & np.uint64(1) != 0) & ~packed
-        if ((host & self.misaligned != 0) & ~packed | stored & zero | stored & (host == 0)).any():
-            raise InvalidEntry("an extended L2 entry contradicts itself")
-        flags = np.select([packed, stored, zero], [PACKED, STORED, ZEROED], 0).astype(np.uint8)
-        size = 1 << self.cluster_bits - 5
-        place = np.where((flags != 0) & ~packed & (host != 0), host + at.astype(np.int64) * size, -1)
-        goes_on = np.where(place[:-1] >= 0, place[1:] == place[:-1] + size, place[1:] < 0) & (flags[1:] == flags[:-1])
-        heads = np.concatenate(([0], np.flatnonzero(~goes_on) + 1))
-        return heads, flags[heads], place[heads]
 
 
 BITS = 14  # the least for such entries
@@ -112,17 +35,16 @@ def mappings(entries: dict[int, int], tables: int) -> Mappings:
     for cluster, entry in entries.items():
         raw = (entry & _WORD).to_bytes(8, "big") + (entry >> 64).to_bytes(8, "big")
         file.write(2 * CLUSTER + 16 * cluster, memoryview(raw))
-    header = Header(cluster_bits=BITS, l1_table_offset=CLUSTER, l1_size=tables)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapping, "L2Layout", Extended)
-        return Mappings(Child(file, "file"), header, 1 << 20)
+    header = Header(cluster_bits=BITS, l1_table_offset=CLUSTER, l1_size=tables, incompatible_features=q.EXTENDED_L2)
+    return Mappings(Child(file, "file"), header, 1 << 20)
 
 
 @st.composite
 def entry(draw: st.DrawFn) -> int:
     host = draw(st.sampled_from([0, 8, 9, 10])) * CLUSTER
     if draw(st.integers(0, 9)) == 0:
-        return 1 << 62 | draw(st.integers(0, (1 << 62) - 1))
+        unused = draw(st.sampled_from([0, 0, 1 << 64, 1 << 96]))  # the bitmap of a compressed cluster
+        return 1 << 62 | draw(st.integers(0, (1 << 62) - 1)) | unused
     masks = st.sampled_from([0, _BITMAP, _BITMAP, 1, 1 << 31, 0xFFFF0000, 0x0FFFFFF0]) | st.integers(0, _BITMAP)
     stored = draw(masks) if host else 0
     zero = draw(masks) & ~stored
@@ -184,3 +106,13 @@ def test_an_entry_that_contradicts_itself(number: int) -> None:
     with pytest.raises(CorruptImage):
         found.map_columns(0, UNIT)
     assert found.map_one(0, UNIT) is None
+
+
+def test_clusters_too_small_for_subclusters(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    lamina.create(path, "qcow2", 1 << 20, cluster_size=8192)
+    with path.open("r+b") as file:
+        file.seek(72)
+        file.write(q.EXTENDED_L2.to_bytes(8))
+    with pytest.raises(CorruptImage, match="clusters of 8192 bytes"):
+        lamina.open(path, format="qcow2")

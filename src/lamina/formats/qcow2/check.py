@@ -39,8 +39,6 @@ def check(storage: Child, header: Header) -> CheckReport:
     stored tables; offsets past the end of the file take none.
     """
     unknown = []
-    if header.incompatible_features & q.EXTENDED_L2:
-        unknown.append("extended L2 entries")
     if header.incompatible_features & q.DATA_FILE:
         unknown.append("an external data file")
     if header.extension(q.EXT_BITMAPS) is not None:

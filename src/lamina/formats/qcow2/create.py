@@ -157,11 +157,6 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
-    if q.l1_entries(size, bits) * 8 > q.MAX_L1_BYTES:
-        raise LimitExceeded(
-            f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes",
-            hint="use a larger cluster_size",
-        )
     version = _version(values)
     header = Header(
         version=version,
@@ -177,6 +172,11 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     )
     if values["compression_type"] == "zstd":
         header.compression_type, header.incompatible_features = 1, q.COMPRESSION_TYPE
+    if header.l1_entries(size) * 8 > q.MAX_L1_BYTES:
+        raise LimitExceeded(
+            f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes",
+            hint="use a larger cluster_size",
+        )
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
     if storage.node.growable:

@@ -55,6 +55,20 @@ class Header:
     def refcount_bits(self) -> int:
         return 1 << self.refcount_order
 
+    @property
+    def extended_l2(self) -> bool:
+        """Whether L2 entries have 16 bytes, with a bitmap of subclusters."""
+        return bool(self.incompatible_features & q.EXTENDED_L2)
+
+    @property
+    def l1_covers_bits(self) -> int:
+        """An L1 entry covers 1 << `l1_covers_bits` bytes of the disk: an L2 table is one cluster."""
+        return 2 * self.cluster_bits - (4 if self.extended_l2 else 3)
+
+    def l1_entries(self, size: int) -> int:
+        """The number of L1 entries for a disk of `size` bytes."""
+        return -(-size >> self.l1_covers_bits) if size >= 0 else 0
+
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of this type."""
         return next((data for type_, data in self.extensions if type_ == kind), None)
@@ -94,6 +108,10 @@ class Header:
             raise UnsupportedFeature(
                 f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
             )
+        if writable and self.extended_l2:
+            raise UnsupportedFeature(
+                "the image has extended L2 entries: it can only be read", path=path, hint="open it read-only"
+            )
         if writable and self.incompatible_features & q.CORRUPT:
             raise CorruptImage(
                 "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
@@ -114,8 +132,6 @@ class Header:
             found.append("external data file")
         if self.compression_type not in q.COMPRESSION_TYPES:
             found.append("unknown compression type")
-        if self.incompatible_features & q.EXTENDED_L2:
-            found.append("extended L2 entries")
         if self.extension(q.EXT_BITMAPS) is not None:
             found.append("persistent bitmaps")
         unknown = q.INCOMPATIBLE.unknown(self.incompatible_features)
@@ -173,6 +189,9 @@ class Header:
         storage.read_into(0, memoryview(cluster))
         if header.header_length > q.COMPRESSION_TYPE_OFFSET:
             header.compression_type = cluster[q.COMPRESSION_TYPE_OFFSET]
+        if header.extended_l2 and raw.cluster_bits < q.MIN_EXTENDED_CLUSTER_BITS:
+            size, least = cluster_size, 1 << q.MIN_EXTENDED_CLUSTER_BITS
+            raise CorruptImage(f"clusters of {size} bytes have no extended L2 entries, only those of {least} or more")
         if bool(header.incompatible_features & q.COMPRESSION_TYPE) != bool(header.compression_type):
             raise CorruptImage(f"compression_type {header.compression_type} and its feature bit contradict each other")
         end = cluster_size
@@ -193,7 +212,7 @@ class Header:
             raise LimitExceeded(f"size is {self.size}, above the limit of {MAX_SIZE}")
         if self.l1_size * 8 > q.MAX_L1_BYTES:
             raise LimitExceeded(f"l1_size is {self.l1_size}, above the limit of {q.MAX_L1_BYTES // 8}")
-        needed = q.l1_entries(self.size, self.cluster_bits)
+        needed = self.l1_entries(self.size)
         if needed > self.l1_size:
             raise CorruptImage(f"l1_size is {self.l1_size}, too small for a disk of {self.size} bytes")
         self._check_table("l1_table_offset", self.l1_table_offset, self.l1_size * 8, file_size)

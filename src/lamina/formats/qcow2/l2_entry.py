@@ -1,13 +1,12 @@
 """Entries of L2 tables: decoding and encoding.
 
-After "Cluster mapping" of the published specification. This is the only module that uses the bits of an L2 entry; mappings,
-writes, compression and the check call it, and treat entries as opaque numbers.
+After "Cluster mapping" of the published specification. Only this module and `l2_extended` use the bits of an L2 entry;
+mappings, writes, compression and the check call them, and treat entries as opaque numbers.
 
 The functions decode the first 64 bits of an entry, which have the same format in every image, except for the flag ZERO. An
 `L2Layout` decodes what differs between images: the size of an entry, and ZERO. An entry of 16 bytes ("extended L2 entries")
-is a number of 128 bits, whose upper half is the subcluster bitmap; a subclass of `L2Layout` decodes it, and replaces the
-arrays of `blank` and `load` by sequences of such numbers. The status of a disk is reported in *units*: clusters here,
-subclusters in that subclass. (`tests/unit/test_qcow2_l2_layouts.py` contains one.)
+is a number of 128 bits, whose upper half is the subcluster bitmap; the subclass of `L2Layout` in `l2_extended` decodes it.
+The status of a disk is reported in *units*: clusters here, subclusters in that subclass.
 
 Plain Python decodes single entries (`map_one`, `run`), numpy decodes columns of whole tables (`runs`).
 """

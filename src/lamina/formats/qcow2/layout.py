@@ -152,6 +152,8 @@ SECTOR: Final = 512
 # Limits. Those of the format's reference implementation, so that each opens what the other makes.
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
+#: Extended L2 entries need clusters of 16 KiB or more, so that a subcluster is a sector or more.
+MIN_EXTENDED_CLUSTER_BITS: Final = 14
 MAX_L1_BYTES: Final = 32 << 20
 MAX_REFTABLE_BYTES: Final = 8 << 20
 MAX_REFCOUNT_ORDER: Final = 6
@@ -161,9 +163,3 @@ MAX_SNAPSHOT_EXTRA: Final = 1024
 MAX_BACKING_NAME: Final = 1023
 MAX_EXTENSIONS: Final = 256
 MAX_HOST_OFFSET: Final = 1 << 56
-
-
-def l1_entries(size: int, cluster_bits: int) -> int:
-    """How many L1 entries a disk of `size` bytes needs."""
-    covered = 2 * cluster_bits - 3  # an L2 table of one cluster holds cluster_size / 8 entries
-    return -(-size >> covered) if size >= 0 else 0

@@ -14,7 +14,6 @@ first change. A flush therefore writes only to storage that the file system has 
 from __future__ import annotations
 
 import sys
-from array import array
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +44,20 @@ _L1_BATCH = 1 << 16
 _STEPS = 1 << 9
 
 
+def _layout(header: Header) -> L2Layout:
+    if header.extended_l2:
+        from .l2_extended import ExtendedL2Layout
+
+        return ExtendedL2Layout(header.cluster_bits)
+    return L2Layout(header.cluster_bits)
+
+
 class Table:
     """One L2 table: its entries, its offset in the file, and the part that is not on disk."""
 
     __slots__ = ("entries", "high", "low", "new", "offset", "own", "stored")
 
-    def __init__(self, offset: int, entries: array[int], *, new: bool = False, own: bool = True) -> None:
+    def __init__(self, offset: int, entries: Any, *, new: bool = False, own: bool = True) -> None:
         self.offset = offset
         self.entries = entries
         self.new = new  # nothing on disk points to it
@@ -66,7 +73,7 @@ class Mappings:
         self._file = file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self.layout = L2Layout(header.cluster_bits)
+        self.layout = _layout(header)
         self.per_table = self.layout.per_table
         self._table_bits = self.layout.index_bits
         #: A unit of the status is 1 << `_unit_bits` bytes, and a table describes 1 << `_units_bits` units.
@@ -74,7 +81,7 @@ class Mappings:
         self._units_bits = self.layout.index_bits + self.layout.units_bits
         self._map_entry = self.layout.map_one  # called for every read
         self._writable = writable
-        self._blank: array[int] | None = None
+        self._blank: Any = None
         self._max_tables = max(cache_bytes >> header.cluster_bits, 4)
         self._tables: dict[int, Table] = {}  # by L1 index, the first loaded first
         self._dirty: set[int] = set()  # L1 indexes of tables that are not wholly on disk

@@ -1,8 +1,8 @@
 """The references to each cluster of a qcow2 image, collected from its tables for `check`.
 
-The walk reads the image file without the caches of the driver, and shares with it only `layout`, `l1_table` and `l2_entry`,
-which decode entries, so that it finds errors of the driver. After "Host cluster management", "Cluster mapping" and
-"Snapshots" of the published specification "Qcow2 Image File Format".
+The walk reads the image file without the caches of the driver, and shares with it only `layout`, `l1_table`, `l2_entry` and
+`l2_extended`, which decode entries, so that it finds errors of the driver. After "Host cluster management", "Cluster mapping"
+and "Snapshots" of the published specification "Qcow2 Image File Format".
 
 References are collected in arrays of cluster indexes. The memory therefore depends on the tables that the file stores, and
 not on the offsets in them. Each table is read once, regardless of the number of entries that point to it, and its references
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from ...errors import LaminaError
 from ...numeric import NDArray, np
-from ...report import ERROR, MAX_FINDINGS, UNREADABLE, CheckReport
-from . import l1_table, l2_entry
+from ...report import ERROR, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
+from . import l1_table, l2_entry, l2_extended
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -363,6 +363,9 @@ class References:
     def l2_entries(self, tables: Entries, weight: int, looks: int) -> None:
         """Add the references of the entries of these tables. Each counts `weight` times, `looks` of them as an active one."""
         report = self.report
+        if self.header.extended_l2:
+            tables, bitmaps = l2_extended.halves(tables)
+            self.subclusters(tables, bitmaps, weight)
         flat = tables.reshape(-1)
         used = np.flatnonzero(flat)
         entries = flat[used]
@@ -377,11 +380,11 @@ class References:
             entries, rows = entries[~compressed], rows[~compressed]
         reserved = entries[l2_entry.reserved_mask(entries)]
         self.each(ERROR, lambda entry: f"L2 entry {entry:#018x} has reserved bits set", reserved, weight)
-        if self.header.version < 3:
+        if self.header.version < 3 or self.header.extended_l2:
             zero = entries[l2_entry.zero_mask(entries)]
-            self.each(
-                ERROR, lambda entry: f"L2 entry {entry:#018x} has the zero flag, unknown in version 2", zero, weight
-            )
+            # The reference tools count it in version 2, and ignore it in extended entries.
+            kind, where = (NOTE, "in extended entries") if self.header.extended_l2 else (ERROR, "in version 2")
+            self.each(kind, lambda entry: f"L2 entry {entry:#018x} has the zero flag, unknown {where}", zero, weight)
         offsets = l2_entry.offsets_of(entries)
         copied = l2_entry.copied_mask(entries)
         nowhere = offsets == 0
@@ -399,6 +402,17 @@ class References:
         for flag, chosen in ((True, offsets[copied]), (False, offsets[~copied])):
             if len(chosen):
                 self.point(Use(DATA, weight, flag, looks), chosen, "data cluster")
+
+    def subclusters(self, entries: Entries, bitmaps: Entries, weight: int) -> None:
+        """Report invalid subcluster bitmaps of these extended entries."""
+        compressed, offsets = l2_entry.compressed_mask(entries), l2_entry.offsets_of(entries)
+        both, stray = l2_extended.contradictory_mask(bitmaps), l2_extended.allocated_mask(bitmaps)
+        for wrong, what in (
+            (compressed & (bitmaps != 0), "of a compressed cluster has subclusters"),
+            (~compressed & (offsets != 0) & both, "has a subcluster that is both allocated and zero"),
+            (~compressed & (offsets == 0) & stray, "has allocated subclusters but no offset"),
+        ):
+            self.each(ERROR, f"L2 entry {{:#018x}} {what}".format, entries[wrong], weight)
 
     def compressed(self, entries: Entries, weight: int) -> None:
         """Add the references to compressed data: one for each cluster that its sectors overlap, at most three."""

@@ -47,7 +47,7 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
             )
     if size > old:
         # An interrupted earlier shrink, or a power cut, may have left clusters past the end, which must not become visible.
-        covered = len(tables.mappings.l1) << 2 * header.cluster_bits - 3
+        covered = len(tables.mappings.l1) << header.l1_covers_bits
         _give_back(node, align_up(old, header.cluster_size), min(align_up(size, header.cluster_size), covered))
         grow_l1(tables, size, node)
         _blank(node, header, old, size)
@@ -64,7 +64,7 @@ def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
     """Extend the L1 table for a disk of `size` bytes: a longer table replaces it at the next flush. Its memory is booked for
     `node`, and LimitExceeded raised if that exceeds the budget; None: a new image, for which there is no node yet."""
     header = tables.header
-    entries = q.l1_entries(size, header.cluster_bits)
+    entries = header.l1_entries(size)
     if entries <= len(tables.mappings.l1):
         return
     if entries * 8 > q.MAX_L1_BYTES:

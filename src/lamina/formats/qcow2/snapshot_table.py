@@ -152,7 +152,7 @@ def require_usable(entry: Entry, file: Child, header: Header) -> None:
         raise CorruptImage(f"{what} at {entry.l1_table_offset:#x} is not on a cluster boundary", path=path)
     if entry.l1_table_offset + entry.l1_size * 8 > align_up(file.size, header.cluster_size):
         raise CorruptImage(f"{what} at {entry.l1_table_offset:#x} is not inside the file", path=path)
-    if entry.l1_size < q.l1_entries(size, header.cluster_bits):
+    if entry.l1_size < header.l1_entries(size):
         raise CorruptImage(f"{what} has {entry.l1_size} entries, too few for a disk of {size} bytes", path=path)
 
 

@@ -307,7 +307,7 @@ class Tables:
             raise CorruptImage(
                 f"an L2 entry points to {host:#x} for data: that is metadata, misaligned or outside the file",
                 path=self.file.node.filename,
-                offset=None if table is None else table.offset + 8 * index,
+                offset=None if table is None else table.offset + (index << self.mappings.layout.entry_bits),
                 hint="check the image; nothing was written",
             )
 
