@@ -1,7 +1,8 @@
-"""Hostile snapshot tables, and bitmaps, which are refused so far: rows 35, 50, 55 and 57 of the known attacks."""
+"""Hostile snapshot tables and bitmap directories: rows 35, 50, 55 and 57 of the known attacks."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,23 +138,110 @@ def test_row_57_cve_2026_40251_more_snapshots_than_the_table_holds(tmp_path: Pat
 )
 @pytest.mark.parametrize("promised", [True, False])
 def test_row_55_bitmap_directory(tmp_path: Path, fields: tuple[int, int, int], promised: bool) -> None:
-    """Bitmaps are refused, whether the autoclear bit says they are good or not, and never looked at."""
+    """If the autoclear bit says that the bitmaps are good, they must be, or nothing is written; else nobody looks at them."""
     count, size, offset = fields
     data = count.to_bytes(4, "big") + bytes(4) + size.to_bytes(8, "big") + offset.to_bytes(8, "big")
-    found = victim(tmp_path).extension(q.EXT_BITMAPS, data).set(autoclear_features=int(promised))
-    path = found.save()
-    assert inspect(path)["unsupported"] == ["persistent bitmaps"]
-    with pytest.raises(UnsupportedFeature, match="bitmaps"):
-        lamina.open(path, format="qcow2", read_only=False)
-    assert path.read_bytes() == bytes(found.bytes)
+    bitmaps_are(victim(tmp_path).extension(q.EXT_BITMAPS, data), promised=promised)
+
+
+@pytest.mark.parametrize("promised", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 23, 25])
+def test_row_55_bitmap_extension_of_a_wrong_length(tmp_path: Path, length: int, promised: bool) -> None:
+    bitmaps_are(victim(tmp_path).extension(q.EXT_BITMAPS, b"\xff" * length), promised=promised)
+
+
+def test_row_55_bitmap_extension_past_the_header(tmp_path: Path) -> None:
+    path = victim(tmp_path).extension(q.EXT_BITMAPS, b"\xff" * 4000).save()
+    with pytest.raises(FormatError):
+        lamina.open(path, format="qcow2")
     survives(path)
 
 
-@pytest.mark.parametrize("length", [0, 1, 23, 25, 4000])
-def test_row_55_bitmap_extension_of_a_wrong_length(tmp_path: Path, length: int) -> None:
-    path = victim(tmp_path).extension(q.EXT_BITMAPS, b"\xff" * length).save()
-    with pytest.raises(FormatError):
-        lamina.open(path, format="qcow2")
+def bitmaps_are(found: Victim, *, promised: bool) -> None:
+    """Bitmaps that cannot be: the disk is read all the same, and written only where the header does not vouch for them."""
+    path = found.set(autoclear_features=int(promised)).save()
+    told = inspect(path)
+    with lamina.open(path, format="qcow2") as image:
+        image.read(0, image.size)
+    if promised:
+        assert "bitmaps" in told["unsupported"][0]
+        with pytest.raises(FormatError):
+            lamina.open(path, format="qcow2", read_only=False)
+        assert path.read_bytes() == bytes(found.bytes)
+    else:
+        assert "unsupported" not in told
+        with lamina.open(path, format="qcow2", read_only=False) as image:
+            image.write(0, b"x")
+            assert not image.node.bitmaps
+    survives(path)
+    cost = measure(lambda: checked(path))
+    assert cost.seconds < 2
+    assert cost.memory < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"bitmap_table_offset": 0},
+        {"bitmap_table_offset": 512},
+        {"bitmap_table_offset": U64 & ~(CLUSTER - 1)},
+        {"bitmap_table_size": U32},
+        {"bitmap_table_size": 4 << 20},
+        {"name_size": 0},
+        {"name_size": 0xFFFF},
+        {"extra_data_size": U32},
+        {"extra_data_size": 8},
+        {"flags": U32},
+        {"type": 0},
+        {"type": 255},
+        {"granularity_bits": 0},
+        {"granularity_bits": 8},
+        {"granularity_bits": 63},
+        {"granularity_bits": 255},
+        {"pointer": 1 << 62},
+        {"pointer": 3},
+        {"pointer": CLUSTER},
+        {"pointer": 0},
+        {"pointer": 1},
+    ],
+    ids=str,
+)
+def test_row_55_bitmap_entry(tmp_path: Path, entry: dict[str, int]) -> None:
+    """One entry with a field that says too much, or a table that points to what is not its own: nothing is destroyed."""
+    found = victim(tmp_path)
+    pointer = entry.pop("pointer", None)
+    at = -(-len(found.bytes) // CLUSTER) * CLUSTER
+    fields = {"bitmap_table_offset": at + CLUSTER, "bitmap_table_size": 1, "flags": 2, "type": 1}
+    fields |= {"granularity_bits": 16, "name_size": 1, "extra_data_size": 0}
+    directory = (q.BITMAP_ENTRY.pack(**(fields | entry)) + b"b").ljust(32, b"\0")
+    table = (0 if pointer is None else pointer).to_bytes(8, "big")
+    found.bytes += bytes(at - len(found.bytes)) + directory.ljust(CLUSTER, b"\0") + table.ljust(CLUSTER, b"\0")
+    data = (1).to_bytes(4, "big") + bytes(4) + (32).to_bytes(8, "big") + at.to_bytes(8, "big")
+    path = found.extension(q.EXT_BITMAPS, data).set(autoclear_features=1).save()
+    before, disk = path.read_bytes(), b""
+    inspect(path)
+    with lamina.open(path, format="qcow2") as image:
+        disk = image.read(0, image.size)
+
+    def use() -> None:
+        with lamina.open(path, format="qcow2", read_only=False) as image:
+            image.write(0, disk[:CLUSTER])
+            for bitmap in image.node.bitmaps.values():
+                list(bitmap.dirty(0, image.size))
+
+    def attempt() -> None:
+        with contextlib.suppress(FormatError, OptionError):
+            use()
+        with contextlib.suppress(FormatError):
+            checked(path)
+
+    cost = measure(attempt)
+    assert cost.seconds < 2
+    assert cost.memory < 64 << 20
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, image.size) == disk
+    after = path.read_bytes()
+    assert after[:40] == before[:40], "the header and what it points to are there still"
     survives(path)
 
 

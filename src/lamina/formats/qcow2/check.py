@@ -41,8 +41,6 @@ def check(storage: Child, header: Header) -> CheckReport:
     unknown = []
     if header.incompatible_features & q.DATA_FILE:
         unknown.append("an external data file")
-    if header.extension(q.EXT_BITMAPS) is not None:
-        unknown.append("persistent bitmaps")
     if q.INCOMPATIBLE.unknown(header.incompatible_features):
         unknown.append("unknown incompatible features")
     if unknown:

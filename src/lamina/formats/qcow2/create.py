@@ -12,8 +12,8 @@ from ...options import stored_name
 from ...own_files import refuse_own
 from ...results import ImageInfo, Snapshot
 from ...schema import Option, Schema
+from . import bitmap_directory, snapshot_table
 from . import layout as q
-from . import snapshot_table
 from .header import Header
 from .resize import grow_l1
 from .tables import Tables
@@ -245,6 +245,12 @@ def describe(storage: Child, header: Header) -> ImageInfo:
         snapshots = tuple(entry.result(header.size) for entry in snapshot_table.read(storage, header))
     except FormatError as error:  # also a broken image is described
         unsupported.append(f"its snapshots ({error.message})")
+    try:
+        bitmaps = [entry.to_json() for entry in bitmap_directory.read(storage, header)]
+        if bitmaps:
+            data["bitmaps"] = bitmaps
+    except FormatError as error:
+        unsupported.append(f"its bitmaps ({error.message})")
     return ImageInfo(
         virtual_size=header.size,
         cluster_size=header.cluster_size,

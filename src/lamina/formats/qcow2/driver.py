@@ -13,25 +13,31 @@ from ...node import COMPRESS, require_writable
 from ...references import Reference
 from ...request import Child, sizes_changed
 from ...schema import Option, Schema
-from . import allocation, l1_table, snapshot_table
+from . import allocation, bitmap_directory, l1_table, snapshot_table
 from . import create as _create
+from . import layout as q
 from .compression import Compression
 from .encrypted import Encrypted
 from .header import Header
 from .tables import Tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from collections.abc import Mapping as Options
 
+    from ...bitmap import DirtyBitmap
+    from ...extents import HostFile
     from ...graph import Opener
     from ...report import CheckReport
     from ...results import ImageInfo, Snapshot
+    from .bitmaps import Bitmaps
     from .snapshot_table import Entry
 
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
 _STEP_CLUSTERS = 1 << 15
+#: What must be as it was when an image that was open for reading is opened for writing.
+_SAME = ("l1_table_offset", "l1_size", "size", "extensions", "autoclear_features")
 
 
 _ENCRYPT = Schema(
@@ -62,6 +68,9 @@ class Qcow2(FormatNode):
     prepare_create = staticmethod(_create.prepare)
     #: Whether the tables are loaded. A node whose opening failed has none.
     _loaded = False
+    #: The bitmaps of an image that is open for writing, and bytes of memory that they keep.
+    _recording: Bitmaps | None = None
+    _bitmap_bytes = 0
 
     def __init__(
         self, file: Child, header: Header, *, read_only: bool, cache_bytes: int, name: str | None = None
@@ -109,6 +118,7 @@ class Qcow2(FormatNode):
         if backing is not None:
             node.children["backing"] = backing
         if not opener.read_only:
+            node._take_bitmaps()
             node._clear_autoclear_features()
         return node
 
@@ -142,7 +152,16 @@ class Qcow2(FormatNode):
     def apply_snapshot(self, id: str) -> None:
         from .snapshots import apply
 
+        recording = self._recording
+        if recording is not None:
+            recording.require_all_usable()
+            entry = snapshot_table.find(snapshot_table.read(self.file, self.header), id, None, self.filename)
+            size = max(self.size, entry.disk_size or 0)
+            recording.resize(size)
+            recording.mark(0, size)
         self._rewrite(apply, id)
+        if recording is not None:
+            recording.resize(self.size)
 
     def delete_snapshot(self, id: str) -> None:
         from .snapshots import delete
@@ -175,6 +194,52 @@ class Qcow2(FormatNode):
 
     def _book(self, kept: int, count: int) -> None:
         rebook(self, kept + count, "the reference counts of all clusters")
+
+    # -- dirty bitmaps
+
+    @property
+    def bitmaps(self) -> Options[str, DirtyBitmap]:
+        found = self._recording or self._bitmaps_of_image()
+        return {name: one for name, one in found.all.items() if not one.inconsistent}
+
+    def add_bitmap(self, name: str, granularity: int, *, enabled: bool = True) -> None:
+        self._change_bitmaps(lambda bitmaps: bitmaps.add(name, granularity, enabled=enabled))
+
+    def remove_bitmap(self, name: str) -> None:
+        self._change_bitmaps(lambda bitmaps: bitmaps.remove(name))
+
+    def clear_bitmap(self, name: str) -> None:
+        self._change_bitmaps(lambda bitmaps: bitmaps.clear(name))
+
+    def enable_bitmap(self, name: str, enabled: bool) -> None:
+        self._change_bitmaps(lambda bitmaps: bitmaps.enable(name, enabled))
+
+    def merge_bitmaps(self, name: str, sources: Iterable[DirtyBitmap]) -> None:
+        self._change_bitmaps(lambda bitmaps: bitmaps.merge(name, sources))
+
+    def _change_bitmaps(self, change: Callable[[Bitmaps], None]) -> None:
+        """change(bitmaps), while no request runs."""
+        require_writable(self, "bitmap")
+        self.ranges.exclusive(0, MAX_SIZE, self._with_bitmaps, change)
+
+    def _with_bitmaps(self, change: Callable[[Bitmaps], None]) -> None:
+        recording = self._recording or self._bitmaps_of_image()
+        change(recording)
+        self._recording = recording
+
+    def _bitmaps_of_image(self) -> Bitmaps:
+        from .bitmaps import Bitmaps
+
+        return Bitmaps(self.tables, self._book_bitmaps)
+
+    def _book_bitmaps(self, total: int) -> None:
+        rebook(self, self.kept_bytes - self._bitmap_bytes + total, "the dirty bitmaps")
+        self._bitmap_bytes = total
+
+    def _take_bitmaps(self) -> None:
+        """From now on each change of the disk is recorded in its bitmaps, if it has any."""
+        if bitmap_directory.read(self.file, self.header):
+            self._recording = self._bitmaps_of_image()
 
     def check(self) -> CheckReport:
         from .check import check
@@ -242,12 +307,21 @@ class Qcow2(FormatNode):
             self.tables.changing(allocation.abandon, self.tables, *reservation.token)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        if self._recording is not None:
+            self._recording.mark(offset, len(view))
         if flags & COMPRESS:
             self._compression.write(self, offset, view)
         else:
             FormatNode.write(self, offset, view)
 
+    def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        if self._recording is not None:
+            self._recording.mark(offset, length)
+        super().copy_from(offset, source, source_offset, length, flags)
+
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
+        if self._recording is not None:
+            self._recording.mark(offset, length)
         if self.header.version < 3 and to is not To.BELOW and self.backing is not None:
             # Version 2 has no zero flag: a dropped cluster shows the bytes of the backing file.
             what = "zero" if to is To.ZERO else "discard"
@@ -259,7 +333,17 @@ class Qcow2(FormatNode):
     def truncate(self, size: int) -> None:
         from .resize import resize
 
-        resize(self, self.tables, size)
+        recording, old = self._recording, self.size
+        if recording is not None and size != old:
+            recording.require_all_usable()
+            recording.resize(max(size, old))  # first: a write to what is added must find its bits
+        try:
+            self._recording = None  # what a change of the size clears was not written
+            resize(self, self.tables, size)
+        finally:
+            self._recording = recording
+        if recording is not None and size < old:
+            recording.resize(size)
 
     # -- flush, and the modes of access
 
@@ -274,30 +358,35 @@ class Qcow2(FormatNode):
         """As in `open`. The tables are loaded again, since those of a read-only image may share memory."""
         header, known = Header.read(self.file), self.header
         header.require_openable(self.filename, writable=True)
-        if (header.l1_table_offset, header.l1_size, header.size) != (known.l1_table_offset, known.l1_size, known.size):
+        if header.values(*_SAME) != known.values(*_SAME):
             raise LaminaError(
                 "another process changed the image, which was open without locks",
                 path=self.filename,
                 hint="close it and open it again",
             )
-        self._clear_autoclear_features()
         self._compression.close()
         self._load_tables(True)
+        self._take_bitmaps()
+        self._clear_autoclear_features()
 
     def stop_writing(self) -> None:
         self.settle()
         self.file.flush()
+        self._recording = None
 
     def _clear_autoclear_features(self) -> None:
-        # They say that all writers kept certain structures up to date, which this driver does not.
-        if self.header.autoclear_features:
-            self.header.autoclear_features = 0
+        # They say that all writers kept certain structures up to date, which this driver does for bitmaps alone.
+        kept = self.header.autoclear_features & (q.AUTOCLEAR["bitmaps"] if self._recording is not None else 0)
+        if self.header.autoclear_features != kept:
+            self.header.autoclear_features = kept
             self.header.store(self.file, "autoclear_features")
 
     def _stop_writing(self) -> None:
         self.read_only = True
 
     def settle(self) -> None:
+        if self._recording is not None and self.tables.writable:
+            self._recording.store()
         self.tables.settle()
 
     def after_fork(self) -> None:

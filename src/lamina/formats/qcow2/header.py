@@ -132,8 +132,6 @@ class Header:
             found.append("external data file")
         if self.compression_type not in q.COMPRESSION_TYPES:
             found.append("unknown compression type")
-        if self.extension(q.EXT_BITMAPS) is not None:
-            found.append("persistent bitmaps")
         unknown = q.INCOMPATIBLE.unknown(self.incompatible_features)
         names = self._feature_names() if unknown else {}
         found += [names.get((0, bit), f"unknown incompatible feature {bit}") for bit in range(64) if unknown >> bit & 1]
@@ -269,6 +267,94 @@ class Header:
                 hint="use a shorter name or larger clusters",
             )
         return whole
+
+    # -- extensions of an image that is open
+
+    def set_bitmaps(self, storage: Child, count: int, offset: int, size: int) -> None:
+        """Let the bitmaps extension point to this directory; without bitmaps there is none. Everything that the directory
+        points to is on stable storage. Wherever the power is cut, the header holds the old directory, or the new one, or says
+        that its bitmaps are out of date. LimitExceeded where the first cluster has no space for the extension."""
+        kinds = [kind for kind, _ in self.extensions]
+        index = kinds.index(q.EXT_BITMAPS) if q.EXT_BITMAPS in kinds else -1
+        if not count:
+            if index >= 0:
+                self._set_bitmaps_bit(storage, on=False)
+                self._remove_extension(storage, index)
+            return
+        data = q.BITMAPS.pack(nb_bitmaps=count, bitmap_directory_size=size, bitmap_directory_offset=offset)
+        at = self._extension_at(index) + q.EXTENSION.size
+        if index >= 0 and len(self.extensions[index][1]) != len(data):
+            self._set_bitmaps_bit(storage, on=False)
+            self._remove_extension(storage, index)
+            index = -1
+        if index < 0:
+            self._append_extension(storage, q.EXT_BITMAPS, data)
+        else:
+            if at // q.SECTOR != (at + len(data) - 1) // q.SECTOR:  # a write of two sectors may be torn
+                self._set_bitmaps_bit(storage, on=False)
+            storage.write(at, memoryview(data))
+            storage.flush()
+            self.extensions[index] = (q.EXT_BITMAPS, data)
+        self._set_bitmaps_bit(storage, on=True)
+
+    def _set_bitmaps_bit(self, storage: Child, *, on: bool) -> None:
+        """Say whether the bitmaps are up to date."""
+        bit = q.AUTOCLEAR["bitmaps"]
+        if bool(self.autoclear_features & bit) != on:
+            self.autoclear_features ^= bit
+            self.store(storage, "autoclear_features")
+            storage.flush()
+
+    def _extension_at(self, index: int) -> int:
+        """Where the extension with this index begins in the file, or for the number of all the end of their list."""
+        before = self.extensions[:index] if index >= 0 else self.extensions
+        return self.header_length + sum(q.EXTENSION.size + align_up(len(data), 8) for _, data in before)
+
+    def _append_extension(self, storage: Child, kind: int, data: bytes) -> None:
+        """Add an extension to the end of the list, in steps of which each leaves a list that ends."""
+        cluster = bytearray(self.cluster_size)
+        storage.read_into(0, memoryview(cluster))
+        old = q.HEADER_V2.unpack(cluster)
+        end = self._extension_at(-1)
+        needed = align_up(end + 2 * q.EXTENSION.size + align_up(len(data), 8), 8)
+        if any(cluster[end : end + 4]):
+            raise CorruptImage("the list of header extensions has no end", path=storage.node.filename)
+        name_at, name_size = old.backing_file_offset, old.backing_file_size
+        name = bytes(cluster[name_at : name_at + name_size]) if name_at else b""
+        moved = align_up(max(needed, name_at + name_size), 8)
+        fits = moved + name_size if name and name_at < needed else needed
+        if fits > self.cluster_size:
+            raise LimitExceeded(
+                "the first cluster has no space for another header extension",
+                path=storage.node.filename,
+                hint="use larger clusters, or a shorter name of the backing file",
+            )
+        if name and name_at < needed:  # it lies where the extension goes: it moves first
+            storage.write(moved, memoryview(name))
+            storage.flush()
+            storage.write(
+                q.HEADER_V2["backing_file_offset"].offset,
+                memoryview(q.HEADER_V2.pack_field("backing_file_offset", moved)),
+            )
+            storage.flush()
+        rest = data.ljust(align_up(len(data), 8), b"\0") + q.EXTENSION.pack(type=q.EXT_END, length=0)
+        storage.write(end + q.EXTENSION.size, memoryview(rest))
+        storage.flush()
+        storage.write(end, memoryview(q.EXTENSION.pack(type=kind, length=len(data))))  # in place of the end
+        storage.flush()
+        self.extensions.append((kind, data))
+
+    def _remove_extension(self, storage: Child, index: int) -> None:
+        at, (_, data) = self._extension_at(index), self.extensions[index]
+        last = index == len(self.extensions) - 1
+        # In the middle of the list it stays, as one that nobody knows.
+        kind, length = (q.EXT_END, 0) if last else (q.EXT_UNUSED, len(data))
+        storage.write(at, memoryview(q.EXTENSION.pack(type=kind, length=length)))
+        storage.flush()
+        if last:
+            del self.extensions[index]
+        else:
+            self.extensions[index] = (kind, data)
 
     @property
     def _structure(self) -> Structure:

@@ -107,6 +107,43 @@ SNAPSHOT = Structure(
     doc="Followed by extra data, identifier and name, and padding to a multiple of 8.",
 )
 
+BITMAPS = Structure(
+    "bitmaps extension",
+    ">",
+    [
+        Field("nb_bitmaps", "u32", "bitmaps in the image"),
+        Field("reserved", "4x", "must be 0"),
+        Field("bitmap_directory_size", "u64", "its length in bytes"),
+        Field("bitmap_directory_offset", "u64", "where the bitmap directory starts"),
+    ],
+)
+
+BITMAP_ENTRY = Structure(
+    "bitmap directory entry",
+    ">",
+    [
+        Field("bitmap_table_offset", "u64", "where the bitmap table starts"),
+        Field("bitmap_table_size", "u32", "its entries"),
+        Field(
+            "flags",
+            "u32",
+            "state of the bitmap",
+            flags=Flags(
+                {
+                    0: ("in_use", "it was not saved since it was last changed"),
+                    1: ("auto", "it records all writes"),
+                    2: ("extra_data_compatible", "it may be used though its extra data is unknown"),
+                }
+            ),
+        ),
+        Field("type", "u8", "kind of bitmap", values={1: "dirty tracking"}),
+        Field("granularity_bits", "u8", "a bit stands for 1 << granularity_bits bytes"),
+        Field("name_size", "u16", "length of the name"),
+        Field("extra_data_size", "u32", "bytes of extra data that follow"),
+    ],
+    doc="Followed by extra data and name, and padding to a multiple of 8.",
+)
+
 COMPRESSION_TYPES: Final = {0: "zlib", 1: "zstd"}
 
 DIRTY: Final = 1 << 0
@@ -133,6 +170,7 @@ EXT_FEATURE_NAMES: Final = 0x6803F857
 EXT_BITMAPS: Final = 0x23852875
 EXT_ENCRYPTION: Final = 0x0537BE77
 EXT_DATA_FILE: Final = 0x44415441
+EXT_UNUSED: Final = 0x554E5553  #: unknown to all: an extension that was removed from the middle of the list
 
 #: Size of one entry of the feature name table: type, bit, name.
 FEATURE_NAME_SIZE: Final = 48

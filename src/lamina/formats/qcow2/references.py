@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from ...errors import LaminaError
 from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
-from . import l1_table, l2_entry, l2_extended
+from . import bitmap_references, l1_table, l2_entry, l2_extended
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ SNAPSHOT_TABLE: Final = 32
 SNAPSHOT_L1: Final = 64
 ENCRYPTION: Final = 128
 DATA: Final = 256
+BITMAPS: Final = 512
 
 NAMES: Final = {
     HEADER: "header",
@@ -54,6 +55,7 @@ NAMES: Final = {
     SNAPSHOT_L1: "L1 table of a snapshot",
     ENCRYPTION: "encryption header",
     DATA: "guest data",
+    BITMAPS: "bitmaps",
 }
 
 #: Bytes of L2 tables in one batch.
@@ -117,6 +119,7 @@ class References:
         tables += self.snapshots()
         self.l2_tables([table for table in tables if table is not None])
         self.encryption()
+        bitmap_references.add(self, Use(BITMAPS))
         self.region(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * self.cluster)
         self.refcount_blocks()
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import CorruptImage, LaminaError, LimitExceeded
 from ...limits import align_up
+from . import bitmap_directory, snapshot_table
 from . import layout as q
-from . import snapshot_table
 from .freeing import Freeing
 from .l1_table import L1Table
 from .l2_entry import compressed_clusters, data_cluster, is_compressed, max_compressed_offset
@@ -93,7 +93,7 @@ class Tables:
             encryption = range(0) if place is None else range(place[0] >> bits, -(-sum(place) >> bits))
             kept, kept_l2 = self._snapshots()
             counts.claim(
-                chain([own, encryption], kept, l1.l2_clusters(bits, copied=True)),
+                chain([own, encryption], kept, self._bitmaps(), l1.l2_clusters(bits, copied=True)),
                 chain(kept_l2, l1.l2_clusters(bits, copied=False)),
             )
             self._refcounts = counts
@@ -125,6 +125,19 @@ class Tables:
             l1 = L1Table.load(self.file, entry.l1_table_offset, entry.l1_size)
             for copied in (True, False):  # the flag is only accurate in the active table
                 yield from l1.l2_clusters(self.cluster_bits, copied=copied)
+
+    def _bitmaps(self) -> list[range]:
+        """The clusters of the bitmap directory, of the bitmap tables, and of bits."""
+        header, bits = self.header, self.cluster_bits
+        where = bitmap_directory.extension(header)
+        if where is None:
+            return []
+        places = [where[1:]]
+        for entry in bitmap_directory.read(self.file, header):
+            places.append((entry.table_offset, 8 * entry.table_size))
+            table = bitmap_directory.read_table(self.file, header, entry)
+            places += [(value, self.cluster_size) for value in table if value > 1]
+        return [range(start >> bits, -(-(start + length) >> bits)) for start, length in places]
 
     # -- one change at a time
 
@@ -321,6 +334,16 @@ class Tables:
             first, clusters = compressed_clusters(entry, self.cluster_bits)
             for cluster in range(first, first + clusters):
                 self.require_data(cluster << self.cluster_bits, table, index)
+
+    def give_back(self, offset: int, length: int) -> None:
+        """The clusters of a structure at `offset`, to which nothing points now, lose a reference once that is durable."""
+        self._freeing.add(offset, -(-length >> self.cluster_bits))
+
+    def publish_bitmaps(self, count: int, offset: int, size: int) -> None:
+        """Make the directory at `offset`, which is written, that of the image."""
+        if not self.write_out():
+            self.file.flush()
+        self.header.set_bitmaps(self.file, count, offset, size)
 
     # -- the size of the disk
 

@@ -1,0 +1,232 @@
+"""Persistent dirty bitmaps from the library: what is recorded and refused, and where they lie in the file."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lamina
+from lamina.bitmap import MemoryBitmap
+from lamina.errors import BlockIOError
+from lamina.formats.qcow2 import layout as q
+from lamina.formats.qcow2.header import Header
+from lamina.limits import Budget
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", SIZE, cluster_size=4096)
+    return path
+
+
+def node_of(image: lamina.Image) -> Any:
+    return image.node
+
+
+def open_for(path: Path) -> lamina.Image:
+    return lamina.open(path, format="qcow2", read_only=False)
+
+
+def dirty(path: Path, name: str) -> list[tuple[int, int]]:
+    with lamina.open(path, format="qcow2") as image:
+        return list(image.node.bitmaps[name].dirty(0, image.size))
+
+
+def test_a_bitmap_knows_what_was_written_since(path: Path) -> None:
+    with open_for(path) as image:
+        image.write(0, b"before")
+        node_of(image).add_bitmap("since", 1024)
+        assert list(image.node.bitmaps["since"].dirty(0, SIZE)) == []
+        image.write(5000, b"x" * 3000)
+        image.zero(100 * 1024, 4096)
+        image.discard(200 * 1024, 8192)
+        image.write(300 * 1024, b"c" * 4096, compress=True)
+        found = list(image.node.bitmaps["since"].dirty(0, SIZE))
+        assert found == [(4096, 8192), (102400, 106496), (204800, 212992), (307200, 311296)]
+        assert list(image.node.bitmaps["since"].dirty(5000, 103000)) == [(5000, 8192), (102400, 103000)]
+    assert dirty(path, "since") == found
+    with open_for(path) as image:
+        node_of(image).enable_bitmap("since", False)
+        image.write(900 * 1024, b"not recorded")
+    assert dirty(path, "since") == found
+    assert lamina.check(path, format="qcow2").clean
+
+
+def test_what_is_refused(path: Path, tmp_path: Path) -> None:
+    with open_for(path) as image:
+        node = node_of(image)
+        node.add_bitmap("one", 65536)
+        for name, granularity, match in (
+            ("one", 65536, "already"),
+            ("", 65536, "empty"),
+            ("x" * 1024, 65536, "too long"),
+            ("two", 1000, "power of two"),
+            ("two", 256, "power of two"),
+            ("two", 1 << 32, "power of two"),
+        ):
+            with pytest.raises(lamina.OptionError, match=match):
+                node.add_bitmap(name, granularity)
+        for change in (node.remove_bitmap, node.clear_bitmap, lambda name: node.merge_bitmaps(name, [])):
+            with pytest.raises(lamina.OptionError, match="no bitmap two"):
+                change("two")
+    with lamina.open(path, format="qcow2") as image, pytest.raises(lamina.ReadOnly):
+        node_of(image).add_bitmap("two", 65536)
+    old = tmp_path / "old.qcow2"
+    lamina.create(old, "qcow2", SIZE, compat="0.10")
+    with open_for(old) as image, pytest.raises(lamina.OptionError, match="version 2"):
+        node_of(image).add_bitmap("one", 65536)
+
+
+def test_bits_are_booked(path: Path) -> None:
+    with lamina.open(path, format="qcow2", read_only=False, budget=Budget(memory=1500)) as image:
+        with pytest.raises(lamina.LimitExceeded, match="dirty bitmaps"):
+            node_of(image).add_bitmap("one", 512)
+        node_of(image).add_bitmap("two", 4096)
+        image.write(0, b"x")
+    assert dirty(path, "two") == [(0, 4096)]
+
+
+def test_a_write_that_fails_is_recorded(path: Path) -> None:
+    with open_for(path) as image:
+        image.write(0, b"x" * SIZE)
+        node_of(image).add_bitmap("one", 4096)
+    file = {"driver": "file", "filename": str(path)}
+    spec = {"driver": "qcow2", "file": {"driver": "faults", "rules": [{"kind": "write"}], "image": file}}
+    image = lamina.open(spec, read_only=False)
+    with pytest.raises(BlockIOError):
+        image.write(8192, b"y")
+    assert list(image.node.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288)]
+    with pytest.raises(BlockIOError):  # the bitmap cannot be stored
+        image.close()
+
+
+def test_a_disk_that_changes_its_size(path: Path) -> None:
+    with open_for(path) as image:
+        node = node_of(image)
+        node.add_bitmap("one", 4096)
+        image.write(SIZE - 10, b"x" * 10)
+        image.truncate(3 * SIZE)
+        image.write(2 * SIZE, b"y")
+        assert list(node.bitmaps["one"].dirty(0, 3 * SIZE)) == [(SIZE - 4096, SIZE), (2 * SIZE, 2 * SIZE + 4096)]
+    assert dirty(path, "one") == [(SIZE - 4096, SIZE), (2 * SIZE, 2 * SIZE + 4096)]
+    with open_for(path) as image:
+        image.truncate(SIZE)
+    assert dirty(path, "one")[0] == (SIZE - 4096, SIZE)
+    with open_for(path) as image:
+        image.truncate(2 * SIZE)
+    assert lamina.check(path, format="qcow2").clean
+    assert all(end <= SIZE or begin >= SIZE for begin, end in dirty(path, "one"))
+
+
+def test_a_snapshot_that_is_applied_changes_everything(path: Path) -> None:
+    with open_for(path) as image:
+        image.create_snapshot("then")
+        node_of(image).add_bitmap("one", 65536)
+        image.apply_snapshot("1")
+        assert list(image.node.bitmaps["one"].dirty(0, SIZE)) == [(0, SIZE)]
+        image.delete_snapshot("1")
+    assert dirty(path, "one") == [(0, SIZE)]
+    assert lamina.check(path, format="qcow2").clean
+
+
+def test_merging_takes_all_or_nothing(path: Path) -> None:
+    class Broken:
+        granularity = 512
+
+        def dirty(self, begin: int, end: int) -> Any:
+            yield 0, 512
+            raise BlockIOError("it cannot be read")
+
+    with open_for(path) as image:
+        node = node_of(image)
+        node.add_bitmap("one", 4096)
+        other = MemoryBitmap(512)
+        other.mark(10_000, 1)
+        with pytest.raises(BlockIOError):
+            node.merge_bitmaps("one", [other, Broken()])
+        assert list(node.bitmaps["one"].dirty(0, SIZE)) == []
+        node.merge_bitmaps("one", [other])
+        assert list(node.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288)]
+
+
+def test_marks_of_many_threads(path: Path) -> None:
+    with open_for(path) as image:
+        node_of(image).add_bitmap("one", 512)
+    with open_for(path) as image:
+        start = threading.Barrier(4)
+
+        def write(number: int) -> None:
+            start.wait()
+            for at in range(number * 512, SIZE, 4 * 512 * 8):
+                image.write(at, b"x")
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    expected = sorted(at for number in range(4) for at in range(number * 512, SIZE, 4 * 512 * 8))
+    found = [at for begin, end in dirty(path, "one") for at in range(begin, end, 512)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("length", [1, 8, 31, 32, 40, 200, 255])
+def test_the_extension_finds_its_place_before_the_name_of_the_backing_file(tmp_path: Path, length: int) -> None:
+    """The name lies behind the list of extensions, and gives way, whatever its length."""
+    name = "b" * length
+    (tmp_path / name).write_bytes(b"below" * 1000)
+    path = tmp_path / "top.qcow2"
+    lamina.create(path, "qcow2", SIZE, cluster_size=1024, backing_file=name, backing_fmt="raw")
+    for number in range(2):
+        with open_for(path) as image:
+            node_of(image).add_bitmap(f"bitmap {number}", 512)
+            image.write(8192 * (number + 1), b"x")
+        with lamina.open(path, format="qcow2") as image:
+            assert image.read(0, 5) == b"below"
+            assert len(image.node.bitmaps) == number + 1
+    assert dirty(path, "bitmap 0") == [(8192, 8704), (16384, 16896)]
+    with open_for(path) as image:
+        for number in range(2):
+            node_of(image).remove_bitmap(f"bitmap {number}")
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 5) == b"below"
+        assert not image.node.bitmaps
+        assert node_of(image).header.extension(q.EXT_BITMAPS) is None
+    assert lamina.check(path, format="qcow2").clean
+
+
+def test_a_header_without_space_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "top.qcow2"
+    (tmp_path / ("b" * 250)).write_bytes(b"")
+    lamina.create(
+        path, "qcow2", SIZE, cluster_size=512, backing_file="b" * 250, backing_fmt="raw", backing_unchecked=True
+    )
+    with open_for(path) as image:
+        node_of(image).add_bitmap("one", 512)
+        with pytest.raises(lamina.LimitExceeded, match="no space"):
+            image.close()
+    assert lamina.check(path, format="qcow2").corruptions == 0
+    with lamina.open(path, format="qcow2") as image:
+        assert not image.node.bitmaps
+
+
+def test_a_writer_without_bitmaps_makes_them_out_of_date(path: Path) -> None:
+    """It clears the autoclear bit. What they hold is not used, and a new one takes the place of the extension."""
+    with open_for(path) as image:
+        node_of(image).add_bitmap("one", 4096)
+    with lamina.open(path, format="raw", read_only=False) as raw:
+        header = Header.read(raw.node.children["file"])
+        header.autoclear_features = 0
+        header.store(raw.node.children["file"], "autoclear_features")
+    with open_for(path) as image:
+        assert not image.node.bitmaps
+        node_of(image).add_bitmap("two", 4096)
+        image.write(0, b"x")
+    assert dirty(path, "two") == [(0, 4096)]
+    assert "bitmaps" in lamina.info(path, format="qcow2").to_json()["format-specific"]["data"]
