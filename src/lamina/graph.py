@@ -41,11 +41,12 @@ class Opener:
 
     `read_only`: the node is opened for reading. `force_share`: the node takes no file locks and ignores those of others.
     `probe`: a missing format may be detected by its magic. `no_references`: files that the image names are not opened, which
-    suffices to read its tables. `fd`: an open descriptor, which the storage duplicates. `name`: the name that the user gave
-    the node. `trail`: the images above. `taken`, `unshared`: permissions (see `storage.locks`) that the file locks take and
-    refuse to other programs, besides their own; not those of backing nodes. `policy`: the grants of the user; None: there are
-    none. `probed`: the format that was detected. `budget`: the limit for the cost of all images of the graph together.
-    `graph`: the graph to which the nodes belong; options refer to its nodes by name.
+    suffices to read its tables. `repair`: the image is opened to be repaired: in any state, and opening changes nothing.
+    `fd`: an open descriptor, which the storage duplicates. `name`: the name that the user gave the node. `trail`: the
+    images above. `taken`, `unshared`: permissions (see `storage.locks`) that the file locks take and refuse to other
+    programs, besides their own; not those of backing nodes. `policy`: the grants of the user; None: there are none.
+    `probed`: the format that was detected. `budget`: the limit for the cost of all images of the graph together. `graph`:
+    the graph to which the nodes belong; options refer to its nodes by name.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Opener:
         force_share: bool = False,
         probe: bool = False,
         no_references: bool = False,
+        repair: bool = False,
         fd: int | None = None,
         graph: Graph | None = None,
     ) -> None:
@@ -69,6 +71,7 @@ class Opener:
         self.force_share = force_share
         self.probe = probe
         self.no_references = no_references
+        self.repair = repair
         self.fd = fd
         self.name: str | None = None
         self.trail = Trail(budget.chain_depth)
@@ -279,6 +282,7 @@ def open_graph(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
     no_references: bool = False,
+    repair: bool = False,
     snapshot: bool = False,
     fd: int | None = None,
     graph: Graph | None = None,
@@ -315,6 +319,7 @@ def open_graph(
         force_share=force_share,
         probe=format == "probe",
         no_references=no_references,
+        repair=repair,
         fd=fd,
         graph=graph,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import detect, registry
 from .errors import FormatError, OptionError, UnsupportedFeature
-from .format import Format, lookup_format
+from .format import Format, Repair, lookup_format
 from .graph import COMMON, Opener, Spec, named, open_graph, probe
 from .limits import DEFAULT_BUDGET, Budget
 from .node import Node, StorageNode
@@ -78,19 +78,43 @@ def info_chain(
 
 
 def check(
-    source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
+    source: Source,
+    *,
+    format: str = "probe",
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+    repair: Repair | None = None,
 ) -> CheckResult:
     """Compare the structures of an image with one another without a change. The result contains all findings, however damaged
     the image is. Only its own file is opened. `source`, `format` and `force_share` as for `info`; while another program
     writes to the image, the findings may mix several of its states.
 
+    `repair`: "leaks" frees clusters that nothing refers to, and "all" mends contradictions as well; the result then has what
+    is left, and how much was mended. No byte that can be read changes, and a power cut leaves the old image, or the repaired
+    one.
+
     Raises UnsupportedFeature if the format has no check, or if the image has a feature that would make every finding wrong;
     and the errors of opening.
     """
-    node = open_graph(named(source), format=format, budget=budget, force_share=force_share, no_references=True)
+    node = open_graph(
+        named(source),
+        format=format,
+        budget=budget,
+        force_share=force_share,
+        no_references=True,
+        read_only=repair is None,
+        repair=repair is not None,
+    )
     try:
         if not isinstance(node, Format):
             raise UnsupportedFeature(f"the driver {node.driver} has no check", path=node.filename)
+        if repair is not None:
+            before = node.repair(repair)
+            after = node.check().result(node.filename, node.driver)
+            return after._replace(
+                corruptions_fixed=max(before.corruptions - after.corruptions, 0),
+                leaks_fixed=max(before.leaks - after.leaks, 0),
+            )
         writers = other_writers(node) if force_share else ()
         return node.check().result(node.filename, node.driver)._replace(other_writers=writers)
     finally:

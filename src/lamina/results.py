@@ -118,6 +118,8 @@ class CheckResult(NamedTuple):
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
     image_end_offset: int = 0
+    corruptions_fixed: int = 0  #: by a repair, and not among `corruptions`
+    leaks_fixed: int = 0
     other_writers: tuple[str, ...] = ()  #: files beneath that another program had open for writing (not in the JSON)
 
     @property
@@ -131,6 +133,8 @@ class CheckResult(NamedTuple):
         counts = {
             "corruptions": self.corruptions,
             "leaks": self.leaks,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
             "allocated-clusters": self.allocated_clusters,
             "fragmented-clusters": self.fragmented_clusters,
             "compressed-clusters": self.compressed_clusters,

@@ -162,7 +162,6 @@ def test_row_36_cve_2014_0146_late_errors_free_everything(tmp_path: Path) -> Non
     cases = [
         victim(tmp_path, "1.qcow2").set(nb_snapshots=1, snapshots_offset=4096),
         victim(tmp_path, "2.qcow2").set(incompatible_features=q.CORRUPT),
-        victim(tmp_path, "3.qcow2").set(incompatible_features=q.DIRTY),
         Victim(overlay(tmp_path, broken.name, fmt="qcow2", name="4.qcow2")),
         Victim(overlay(tmp_path, "missing.qcow2", fmt="qcow2", name="5.qcow2")),
         Victim(overlay(tmp_path, "base.raw", fmt="qcow2", name="6.qcow2")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lamina
-from lamina import CorruptImage, FormatError, Image, UnsupportedFeature
+from lamina import CorruptImage, FormatError, Image
 from lamina.formats.qcow2 import layout as q
 
 from .images import KIB, MIB, U64, Victim, victim
@@ -202,14 +202,31 @@ def test_row_49_a_count_of_data_that_is_in_use_is_zero(tmp_path: Path) -> None:
     survives(found.save())
 
 
-def test_row_49_marked_images_are_read_but_not_written(tmp_path: Path) -> None:
-    for bit, kind in ((q.CORRUPT, CorruptImage), (q.DIRTY, UnsupportedFeature)):
-        path = victim(tmp_path).set(incompatible_features=bit).save()
-        with lamina.open(path, format="qcow2") as image:
-            assert image.read(0, 1) == b"\1"
-        with pytest.raises(kind):
-            lamina.open(path, format="qcow2", read_only=False)
-        survives(path)
+@pytest.mark.parametrize("bit", [q.CORRUPT, q.DIRTY])
+def test_row_49_marked_images_are_read_but_not_written(tmp_path: Path, bit: int) -> None:
+    """An image that was not closed is repaired first; one that cannot be is not written either."""
+    found = victim(tmp_path)
+    if bit == q.DIRTY:
+        found.put(found.l2(1), found.entry(found.l2(1)) + 512)  # no count can mend that
+    path = found.set(incompatible_features=bit).save()
+    before = path.read_bytes()
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 1) == b"\1"
+    with pytest.raises(CorruptImage):
+        lamina.open(path, format="qcow2", read_only=False)
+    assert path.read_bytes()[: q.HEADER_V3["l1_size"].offset] == before[: q.HEADER_V3["l1_size"].offset]
+    assert lamina.info(path, format="qcow2").dirty == (bit == q.DIRTY)
+    survives(path)
+
+
+def test_row_49_an_image_that_was_not_closed_is_repaired(tmp_path: Path) -> None:
+    found = victim(tmp_path).set(incompatible_features=q.DIRTY)
+    path = found.put(found.refblock(3), 0, 2).save()
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        assert image.read(0, 1) == b"\1"
+        image.write(0, b"written")
+    assert lamina.check(path, format="qcow2").clean
+    assert not lamina.info(path, format="qcow2").dirty
 
 
 @pytest.mark.parametrize("bit", range(2, 64))

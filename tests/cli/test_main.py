@@ -55,7 +55,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["create", "-f", "qcow3", "x", "1M"], 1, "did you mean qcow2"),
         (["create", "-f", "vmdk", "x", "1M"], 1, "vmdk"),
         (["info", "--object", "secret,id=x", "x"], 1, "the secret x needs one of file, fd, env, data"),
-        (["check", "-r", "all", "x"], 1, "-r: repairing is not there yet"),
+        (["check", "-r", "some", "x"], 1, "invalid choice: 'some'"),
         (["serve", "-c", "/dev/nbd0", "x"], 1, "-c: attaching a device needs the kernel's client: use nbd-client"),
         (["info", "--image-opts", "-f", "raw", "driver=raw"], 1, "exclude each other"),
     ],

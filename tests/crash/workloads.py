@@ -58,12 +58,12 @@ def fresh(options: dict[str, Any], size: int) -> bytes:
     return bytes(node.content)
 
 
-def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None) -> Image:
+def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None, repair: bool = False) -> Image:
     """The image that lies in `node`."""
     spec: dict[str, Any] = {"file": Child(node, "file", grows=True)}
     if backing is not None:
         spec["backing"] = Child(Recorder(backing), "backing")
-    return Image(Qcow2.open(Qcow2.schema.parse(spec), Opener(read_only=read_only)))
+    return Image(Qcow2.open(Qcow2.schema.parse(spec), Opener(read_only=read_only, repair=repair)))
 
 
 class Work:

@@ -17,6 +17,7 @@ from .arguments import Parser, image_source, warn_of_writers
 _EXAMPLES = """
   lamina check disk.qcow2
   lamina check --output=json -f qcow2 disk.qcow2
+  lamina check -r leaks disk.qcow2                 free what nothing refers to
 
 exit status: 0 clean, 1 incomplete, 2 errors, 3 leaks only, 63 the format has no check
 """
@@ -29,13 +30,19 @@ def main(argv: list[str]) -> int:
     parser.add_quiet()
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
     parser.add_output()
-    parser.add_later("-r", "--repair", "repairing is not there yet", metavar="WHAT")
+    parser.add_argument(
+        "-r",
+        "--repair",
+        choices=("leaks", "all"),
+        help="repair: leaks frees clusters that nothing refers to, all mends contradictions too",
+    )
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)
 
     source = image_source(args.filename, args, args.format)
     given: dict[str, Any] = {"format": args.format or "probe", "budget": args.limits, "force_share": args.force_share}
+    given["repair"] = args.repair
     try:
         found = check(source, **given)
     except UnsupportedFeature as error:
@@ -62,6 +69,12 @@ def main(argv: list[str]) -> int:
 
 def _human(found: CheckResult) -> str:
     text = ""
+    if found.corruptions_fixed or found.leaks_fixed:
+        text += (
+            "The following inconsistencies were found and repaired:\n\n"
+            f"    {found.leaks_fixed} leaked clusters\n    {found.corruptions_fixed} corruptions\n\n"
+            "Double checking the fixed image now...\n"
+        )
     if found.clean:
         text += "No errors were found on the image.\n"
     if found.corruptions:

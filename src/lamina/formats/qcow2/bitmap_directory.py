@@ -179,7 +179,7 @@ def read_table(file: Child, header: Header, entry: Entry) -> list[int]:
     file.read_into(entry.table_offset, memoryview(raw))
     table = list(struct.unpack(f">{entry.table_size}Q", raw))
     for value in table:
-        if value > 1 and (value % header.cluster_size or value & ~q.OFFSET_MASK or value >= file.size):
+        if value > 1 and (value % header.cluster_size or value & ~q.BITMAP_TABLE_MASK or value >= file.size):
             raise CorruptImage(
                 f"the table of bitmap {printable(entry.name)} points to {value:#x}, which cannot be",
                 path=file.node.filename,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...errors import LaminaError, NotSupported, OptionError
+from ...errors import CorruptImage, LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ...bitmap import DirtyBitmap
     from ...extents import HostFile
+    from ...format import Repair
     from ...graph import Opener
     from ...report import CheckReport
     from ...results import ImageInfo, Snapshot
@@ -100,7 +101,7 @@ class Qcow2(FormatNode):
         file = opener.child("file", options["file"], grows=True)
         header = Header.read(file)
         path = file.node.filename
-        header.require_openable(path, writable=not opener.read_only)
+        header.require_openable(path, writable=not (opener.read_only or opener.repair))
         id, name = options.get("snapshot-id"), options.get("snapshot-name")
         if id is not None or name is not None:
             if not opener.read_only:
@@ -117,10 +118,23 @@ class Qcow2(FormatNode):
         backing = opener.reference(file, named, options.get("backing", {}))
         if backing is not None:
             node.children["backing"] = backing
-        if not opener.read_only:
-            node._take_bitmaps()
-            node._clear_autoclear_features()
+        if not (opener.read_only or opener.repair):
+            node._begin()
         return node
+
+    def _begin(self) -> None:
+        """The image is open for writing. One that was not closed since its reference counts may be out of date is repaired,
+        as the dirty bit asks for."""
+        if self.header.incompatible_features & q.DIRTY:
+            self.repair("all")
+            if self.header.incompatible_features & q.DIRTY:
+                raise CorruptImage(
+                    "the image was not closed properly, and cannot be repaired",
+                    path=self.filename,
+                    hint="open it read-only, and copy what is left",
+                )
+        self._take_bitmaps()
+        self._clear_autoclear_features()
 
     def unlock(self, given: Options[str, Any] | None, opener: Opener) -> None:
         """Take the passphrase that the options give; here there is nothing that needs one."""
@@ -248,6 +262,23 @@ class Qcow2(FormatNode):
             self.flush()
         return check(self.file, self.header)
 
+    def repair(self, what: Repair) -> CheckReport:
+        from .repair import repair
+
+        require_writable(self, "repair")
+        report = rest = self.check()
+        for _ in range(2):  # an entry of flags alone names the header, until the first repair has cleared it
+            if rest.leaks or (what == "all" and rest.corruptions):
+                self._rewrite(repair, what)
+                rest = self.check()
+        marks = q.DIRTY | q.CORRUPT
+        mended = what == "all" and not rest.corruptions and not rest.check_errors
+        if mended and self.header.incompatible_features & marks:
+            self.header.incompatible_features &= ~marks
+            self.header.store(self.file, "incompatible_features")
+            self.file.flush()
+        return report
+
     # -- properties
 
     @property
@@ -366,8 +397,7 @@ class Qcow2(FormatNode):
             )
         self._compression.close()
         self._load_tables(True)
-        self._take_bitmaps()
-        self._clear_autoclear_features()
+        self._begin()
 
     def stop_writing(self) -> None:
         self.settle()

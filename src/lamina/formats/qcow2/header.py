@@ -116,12 +116,6 @@ class Header:
             raise CorruptImage(
                 "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
             )
-        if writable and self.incompatible_features & q.DIRTY:
-            raise UnsupportedFeature(
-                "the image was not closed cleanly, and its reference counts must be repaired before writing",
-                path=path,
-                hint="open it read-only, or repair it (qemu-img check -r all)",
-            )
 
     def unsupported(self) -> list[str]:
         """The names of the features of this image that are not implemented."""

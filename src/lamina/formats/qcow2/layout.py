@@ -170,6 +170,7 @@ EXT_FEATURE_NAMES: Final = 0x6803F857
 EXT_BITMAPS: Final = 0x23852875
 EXT_ENCRYPTION: Final = 0x0537BE77
 EXT_DATA_FILE: Final = 0x44415441
+BITMAP_TABLE_MASK: Final = 0x00FF_FFFF_FFFF_FE00  #: of an entry of a bitmap table: bits 9 to 55
 EXT_UNUSED: Final = 0x554E5553  #: unknown to all: an extension that was removed from the middle of the list
 
 #: Size of one entry of the feature name table: type, bit, name.

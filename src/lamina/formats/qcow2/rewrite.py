@@ -23,6 +23,7 @@ from . import layout as q
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .cluster_set import ClusterSet
     from .snapshot_table import Entry
     from .tables import Tables
 
@@ -52,7 +53,7 @@ class Rewrite:
         self._file, self._header = tables.file, tables.header
         self._bits, self._cluster = self._header.cluster_bits, self._header.cluster_size
         self._layout = tables.mappings.layout
-        self._metadata = tables.refcounts.metadata  # no two structures lie over each other
+        self._metadata = self._claimed()
         # Where this fails, the counts are read again: they say from where on the file was never written.
         tables.forget_refcounts()
         self._path = self._file.node.filename
@@ -62,12 +63,19 @@ class Rewrite:
         allocated = self._file.node.allocated
         self._may_walk = 2 * (self._file.size if allocated is None else allocated) + _SLACK
         self._table = self._refcount_table()
+        self._passed = 0
+        self._prepare()
+
+    def _claimed(self) -> ClusterSet:
+        """The clusters with metadata; no two structures lie over each other."""
+        return self._tables.refcounts.metadata
+
+    def _prepare(self) -> None:
         #: The count of each cluster of the file, and some behind it.
         self._counts = self._load_counts()
         self._before = self._counts.copy()
-        #: The clusters that nothing on disk refers to, in order, and how many of them are not to be looked at any more.
+        #: The clusters that nothing on disk refers to, in order; `_passed` of them are not to be looked at any more.
         self._free = np.flatnonzero(self._counts == 0)
-        self._passed = 0
 
     # -- counts
 
@@ -269,7 +277,7 @@ class Rewrite:
         """These L2 entries with COPIED where the count of their cluster is one, and nowhere else."""
         plain = ~l2_entry.compressed_mask(entries)
         offsets = np.where(plain, l2_entry.offsets_of(entries), np.uint64(0)).astype(np.int64)
-        one = (offsets != 0) & (self._counts[offsets >> self._bits] == 1)
+        one = (offsets != 0) & (self._counts_at(offsets >> self._bits) == 1)
         return l2_entry.with_copied(entries, one)
 
     # -- the end
@@ -302,7 +310,7 @@ class Rewrite:
     def _write_counts(self) -> tuple[int, int]:
         """Write the blocks whose counts changed, and a table of all, to free clusters; its offset and its clusters."""
         header = self._header
-        self.release(header.refcount_table_offset, header.refcount_table_clusters << self._bits)
+        self._release_counts()
         new: dict[int, int] = {}
         table, table_clusters = -1, 0
         while True:
@@ -332,6 +340,14 @@ class Rewrite:
             self._write(offset, self._packed(self._counts[at : at + self._per_block]))
         self._write(table, bytes(entries.astype(">u8").tobytes()))
         return table, table_clusters
+
+    def _release_counts(self) -> None:
+        """The refcount table of now is replaced, and so is each block when it changes."""
+        header = self._header
+        self.release(header.refcount_table_offset, header.refcount_table_clusters << self._bits)
+
+    def _counts_at(self, clusters: Any) -> Any:
+        return self._counts[clusters]
 
     def _changed_blocks(self) -> list[int]:
         changed = np.flatnonzero(self._counts != self._before) // self._per_block

@@ -1,0 +1,187 @@
+"""Damaged reference counts and flags are mended: clean for both checks afterwards, not a byte of the guest changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lamina
+from lamina.cli.main import main
+from lamina.errors import LimitExceeded
+from lamina.formats.qcow2 import layout as q
+from lamina.testing.persistence import Bounds, CrashState, Persistence
+from lamina.testing.power_loss import record
+from lamina.testing.recorder import Marks, Recorder
+from tests.conftest import Qemu
+from tests.crash.workloads import open_on
+
+SIZE = 1 << 20
+GEOMETRIES = [(512, 16), (512, 64), (512, 2), (4096, 8), (4096, 16)]
+
+
+def made(path: Path, rng: random.Random, cluster: int, bits: int) -> bytes:
+    """A new image with data, and often a snapshot; what its disk reads as."""
+    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        for _ in range(12):
+            offset = rng.randrange(SIZE)
+            image.write(offset, rng.randbytes(min(rng.choice((1, 5000, 60_000)), SIZE - offset)))
+        if rng.randrange(3):
+            try:
+                image.create_snapshot("one")
+                image.write(rng.randrange(SIZE // 2), rng.randbytes(60_000))
+            except LimitExceeded:
+                pass
+        return image.read(0, SIZE)
+
+
+def word(raw: bytearray, at: int) -> int:
+    return int.from_bytes(raw[at : at + 8], "big")
+
+
+def put(raw: bytearray, at: int, value: int) -> None:
+    raw[at : at + 8] = value.to_bytes(8, "big")
+
+
+def damaged(content: bytes, rng: random.Random, cluster: int) -> bytes:
+    """Counts, pointers to counts, and flags are changed; nothing that says where a byte of the guest lies."""
+    raw = bytearray(content)
+    header = q.HEADER_V3.unpack(raw)
+    table, l1 = header.refcount_table_offset, header.l1_table_offset
+    blocks = [word(raw, table + 8 * at) for at in range(cluster // 8)]
+    for _ in range(rng.randrange(1, 10)):
+        kind = rng.randrange(8)
+        if kind < 4:
+            block = rng.choice([block for block in blocks if block])
+            raw[block + rng.randrange(cluster)] = rng.randrange(256)
+        elif kind == 4:
+            put(raw, table + 8 * rng.randrange(len([block for block in blocks if block])), rng.choice((0, 3, 1 << 50)))
+        else:
+            at = l1 + 8 * rng.randrange(header.l1_size)
+            l2 = word(raw, at) & q.OFFSET_MASK
+            at = l2 + 8 * rng.randrange(cluster // 8) if l2 and kind > 5 else at
+            if word(raw, at) & q.OFFSET_MASK and not word(raw, at) & q.COMPRESSED:
+                put(raw, at, word(raw, at) ^ q.COPIED)
+    return bytes(raw)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("cluster", "bits"), GEOMETRIES)
+def test_what_is_damaged_is_mended(tmp_path: Path, qemu: Qemu, cluster: int, bits: int) -> None:
+    path = tmp_path / "disk.qcow2"
+    mended = 0
+    for number in range(6):
+        rng = random.Random(f"{cluster} {bits} {number}")
+        disk = made(path, rng, cluster, bits)
+        path.write_bytes(damaged(path.read_bytes(), rng, cluster))
+        before = lamina.check(path, format="qcow2")
+        found = lamina.check(path, format="qcow2", repair="all")
+        assert found.clean
+        assert found.corruptions_fixed == before.corruptions
+        mended += not before.clean
+        qemu.img("check", path)
+        content = path.read_bytes()
+        assert lamina.check(path, format="qcow2", repair="all").clean
+        assert path.read_bytes() == content, "a second repair changes something"
+        with lamina.open(path, format="qcow2", read_only=False) as image:
+            assert image.read(0, SIZE) == disk
+            image.write(0, b"on we go")
+        qemu.img("check", path)
+    assert mended > 2
+
+
+@pytest.mark.peers
+def test_leaks_alone(tmp_path: Path, qemu: Qemu, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    disk = made(path, random.Random(1), 4096, 16)
+    raw = bytearray(path.read_bytes())
+    header = q.HEADER_V3.unpack(raw)
+    block = word(raw, header.refcount_table_offset)
+    used = [at for at in range(block, block + 4096, 2) if any(raw[at : at + 2])]
+    raw += bytes(-len(raw) % 4096 + 3 * 4096)
+    for at in (used[-1] + 2, used[-1] + 4):
+        raw[at : at + 2] = b"\0\1"
+    raw[used[-1] : used[-1] + 2] = b"\0\0"
+    path.write_bytes(raw)
+    assert main(["check", "-q", "-f", "qcow2", str(path)]) == 2
+    assert main(["check", "-f", "qcow2", "-r", "leaks", "--output=json", str(path)]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["leaks-fixed"], told["corruptions"]) == (2, 2)  # a count, and a flag that contradicts it
+    assert "leaks" not in told
+    assert main(["check", "-f", "qcow2", "-r", "all", str(path)]) == 0
+    assert "    0 leaked clusters\n    2 corruptions\n" in capsys.readouterr().out
+    qemu.img("check", path)
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, SIZE) == disk
+
+
+@pytest.mark.peers
+def test_an_image_that_was_not_closed_is_repaired_when_it_is_opened(tmp_path: Path, qemu: Qemu) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.img("create", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4096", path, "1M")
+    qemu.io("-f", "qcow2", "-c", "write -P 7 0 100k", "-c", "flush", "-c", "abort", path, check=False)
+    assert lamina.info(path, format="qcow2").dirty
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 102_400) == b"\x07" * 102_400
+    assert lamina.info(path, format="qcow2").dirty
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(200_000, b"written")
+    assert not lamina.info(path, format="qcow2").dirty
+    qemu.img("check", path)
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 102_400) == b"\x07" * 102_400
+        assert image.read(200_000, 7) == b"written"
+
+
+@pytest.mark.peers
+def test_a_mark_of_corruption_goes_with_what_it_was_for(tmp_path: Path, qemu: Qemu) -> None:
+    path = tmp_path / "disk.qcow2"
+    made(path, random.Random(2), 4096, 16)
+    with path.open("r+b") as file:
+        file.seek(q.HEADER_V3["incompatible_features"].offset)
+        file.write((q.CORRUPT).to_bytes(8, "big"))
+    with pytest.raises(lamina.CorruptImage):
+        lamina.open(path, format="qcow2", read_only=False)
+    assert lamina.check(path, format="qcow2", repair="leaks").clean
+    assert lamina.info(path, format="qcow2").to_json()["format-specific"]["data"]["corrupt"]
+    assert lamina.check(path, format="qcow2", repair="all").clean
+    lamina.open(path, format="qcow2", read_only=False).close()
+    qemu.img("check", path)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("cluster", "bits"), GEOMETRIES[:4])
+def test_a_power_cut_in_the_middle(tmp_path: Path, qemu10: Qemu, cluster: int, bits: int) -> None:
+    """Each state is the damaged image or the repaired one: the disk reads the same, and another repair mends it."""
+    path = tmp_path / "disk.qcow2"
+    states = 0
+    for number in range(3):
+        rng = random.Random(f"cut {cluster} {bits} {number}")
+        disk = made(path, rng, cluster, bits)
+        start = damaged(path.read_bytes(), rng, cluster)
+
+        def repair(storage: Recorder, marks: Marks) -> None:
+            with open_on(storage, read_only=False, repair=True) as image:
+                node: Any = image.node
+                node.repair("all")
+
+        def verify(content: bytes, state: CrashState, disk: bytes = disk) -> None:
+            nonlocal states
+            states += 1
+            storage = Recorder(content)
+            with open_on(storage, read_only=False, repair=True) as image:
+                assert image.read(0, SIZE) == disk
+                node: Any = image.node
+                node.repair("all")
+                assert node.check().clean
+                assert image.read(0, SIZE) == disk
+            if states % 10 == 0:
+                path.write_bytes(bytes(storage.content))
+                qemu10.img("check", path)
+
+        record(repair, start=start, model=Persistence.P4, bounds=Bounds(at_cut=20)).examine(verify)
+    assert states > 12
