@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -301,3 +303,21 @@ def test_a_peer_that_vanishes_is_noticed() -> None:
             ours = connection._plain._socket
             assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_the_time_of_the_storage_is_not_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long write is executed in parts. The limit on idle clients looks between two of them, too."""
+    from lamina.nbd.server import activity
+
+    now = [0.0]
+    monkeypatch.setattr(activity, "monotonic", lambda: now[0])
+    client = activity.ClientActivity(0.0, 0.5, 0.5)
+    part: Any = SimpleNamespace(type=activity.PART, payload=(0, 0, False))
+    for _ in range(4):
+        client.received(True, [part], 1 << 18)
+        now[0] += 2.0
+        assert client.overdue() is None
+        client.requests_done()
+        assert client.overdue() is None
+    now[0] += 0.6
+    assert client.overdue() is not None

@@ -31,7 +31,7 @@ class ClientActivity:
         #: Transmission: whether received bytes are being processed, and whether they include a complete request; the time
         #: when the last such request was executed, or the last reply of the pool was sent.
         self._busy = self._complete = False
-        self._idle_since = begun
+        self._idle_since = self._busy_since = begun
         #: Whether a partial request was received; the time of its last progress; the bytes that arrived since.
         self._partial, self._progressed_at, self._progress = False, begun, 0
 
@@ -51,6 +51,8 @@ class ClientActivity:
         """`count` bytes arrived, which completed `requests`; these are executed next. `partial`: a part of another one
         arrived."""
         if requests:
+            if not self._busy:
+                self._busy_since = monotonic()
             self._busy = True
             self._complete = self._complete or requests[0].type != PART or requests[0].payload[2]
         if partial:
@@ -65,6 +67,8 @@ class ClientActivity:
             now = self._progressed_at = monotonic()
             if self._complete:
                 self._idle_since, self._complete = now, False
+            else:  # parts of a long request: the time that they took is not the client's
+                self._idle_since += now - self._busy_since
             self._busy = False
 
     def reply_sent(self) -> None:
