@@ -88,6 +88,8 @@ class SectorCipher:
 
     def __init__(self, spec: CipherSpec, key: bytes) -> None:
         self.spec = spec
+        #: The key: in no text, and for nobody but who gives it to another passphrase.
+        self.key = key
         self._block = _CIPHERS[spec.cipher][0]
         half = len(key) // 2
         if spec.mode == "xts":

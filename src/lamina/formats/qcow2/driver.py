@@ -14,6 +14,7 @@ from ...references import Reference
 from ...request import Child, sizes_changed
 from ...schema import Option, Schema
 from . import allocation, bitmap_directory, l1_table, snapshot_table
+from . import amend as _amend
 from . import create as _create
 from . import layout as q
 from .compression import Compression
@@ -66,6 +67,7 @@ class Qcow2(FormatNode):
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
+    amend_schema: ClassVar[Schema] = _amend.SCHEMA
     prepare_create = staticmethod(_create.prepare)
     #: Whether the tables are loaded. A node whose opening failed has none.
     _loaded = False
@@ -208,6 +210,33 @@ class Qcow2(FormatNode):
 
     def _book(self, kept: int, count: int) -> None:
         rebook(self, kept + count, "the reference counts of all clusters")
+
+    def amend(self, values: Options[str, Any]) -> None:
+        require_writable(self, "amend")
+        _amend.require_possible(self.header, values, self.filename)
+        bits, size, slot = (values.get(name) for name in ("refcount_bits", "size", "encrypt"))
+        if bits not in (None, self.header.refcount_bits):
+            from .refcount_width import set_width
+
+            self._rewrite(set_width, bits)
+            self._compression.close()
+            self._compression = Compression(self.tables)
+        if values.get("lazy_refcounts") is not None:
+            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, self._set_lazy, values["lazy_refcounts"])
+        if slot is not None:
+            self.amend_key_slot(slot)
+        if size is not None:
+            try:
+                self.ranges.exclusive(0, MAX_SIZE, self.truncate, size)
+            finally:
+                sizes_changed()
+
+    def _set_lazy(self, lazy: bool) -> None:
+        rest = self.header.compatible_features & ~q.LAZY_REFCOUNTS
+        self.tables.store({"compatible_features": rest | (q.LAZY_REFCOUNTS if lazy else 0)})
+
+    def amend_key_slot(self, values: Options[str, Any]) -> None:
+        """Change a key slot; only an encrypted image has any (see `amend.require_possible`)."""
 
     # -- dirty bitmaps
 

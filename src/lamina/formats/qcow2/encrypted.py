@@ -43,6 +43,11 @@ class Encrypted(FormatNode):
         self._by_host = self.header.crypt_method == 2
         self.cipher = cipher_of(self.file, self.header, options or {}, needed=not opener.no_references)
 
+    def amend_key_slot(self, values: Options[str, Any]) -> None:
+        from .amend import amend_key_slot
+
+        amend_key_slot(self.file, self.header, self._cipher("amend").key, values)
+
     @property
     def limits(self) -> Limits:
         return super().limits._replace(request_alignment=SECTOR)

@@ -57,7 +57,9 @@ class Rewrite:
         # Where this fails, the counts are read again: they say from where on the file was never written.
         tables.forget_refcounts()
         self._path = self._file.node.filename
-        self._most = (1 << self._header.refcount_bits) - 1
+        #: Bits of a count in the blocks that are written.
+        self._bits_of_counts = self._header.refcount_bits
+        self._most = (1 << self._bits_of_counts) - 1
         self._per_block = self._cluster * 8 >> self._header.refcount_order
         self._walked = 0
         allocated = self._file.node.allocated
@@ -110,7 +112,7 @@ class Rewrite:
         return (packed[:, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(-1)
 
     def _packed(self, counts: Any) -> bytes:
-        bits = self._header.refcount_bits
+        bits = self._bits_of_counts
         if bits >= 8:
             return bytes(counts.astype(f">u{bits // 8}").tobytes())
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -305,7 +307,11 @@ class Rewrite:
             self._write(values["snapshots_offset"], listed)
         values["refcount_table_offset"], values["refcount_table_clusters"] = self._write_counts()
         self._file.flush()
-        self._tables.switch(values)
+        self._tables.switch(values | self._header_values())
+
+    def _header_values(self) -> dict[str, int]:
+        """Further fields that the same write changes; they follow those of `publish`, without a gap."""
+        return {}
 
     def _write_counts(self) -> tuple[int, int]:
         """Write the blocks whose counts changed, and a table of all, to free clusters; its offset and its clusters."""

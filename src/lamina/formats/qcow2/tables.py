@@ -359,9 +359,9 @@ class Tables:
 
     def set_size(self, size: int) -> None:
         """Store the size of the disk in the header."""
-        self._store({"size": size})
+        self.store({"size": size})
 
-    def _store(self, values: dict[str, int]) -> None:
+    def store(self, values: dict[str, int]) -> None:
         """Change these adjacent fields of the header, in memory and on the disk. After an error the fields in memory are the
         old ones, and go to the disk before anything else changes."""
         header = self.header
