@@ -147,3 +147,34 @@ class TestQcow2EncryptedCbc(EncryptedQcow2):
     }
     unit = 512
     backing = 30_001
+
+
+class TestQcow2Subclusters(Qcow2):
+    """Zeroes are in subclusters of 512 bytes."""
+
+    create_options = {"cluster_size": 16_384, "extended_l2": True}
+    unit = 16_384
+
+
+class TestQcow2SubclustersOverShorter(Qcow2):
+    create_options = {"cluster_size": 16_384, "extended_l2": True, "refcount_bits": 1}
+    unit = 16_384
+    backing = 30_001
+
+
+class TestQcow2SubclustersOddSizeOverLonger(Qcow2):
+    create_options = {"cluster_size": 32_768, "extended_l2": True}
+    unit = 32_768
+    size = 70_001
+    size_unit = 512
+    backing = 100_000
+
+
+class TestQcow2SubclustersEncrypted(EncryptedQcow2):
+    create_options = {
+        "cluster_size": 16_384,
+        "extended_l2": True,
+        "encrypt": {"format": "luks", "key-secret": SECRET, "iter-time": 1},
+    }
+    unit = 16_384
+    backing = 30_001

@@ -34,6 +34,7 @@ GEOMETRIES = [
     Geometry({"cluster_size": 1024, "compat": "0.10"}),
     Geometry({"cluster_size": 4096, "refcount_bits": 2}, (64 << 10, 130 << 10), backing=True),
     Geometry({"cluster_size": 4096, "compression_type": "zstd"}, (64 << 10, 130 << 10), grow=True),
+    Geometry({"cluster_size": 16384, "extended_l2": True}, (64 << 10, 130 << 10), backing=True),
 ]
 
 

@@ -36,6 +36,7 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"cluster_size": 512, "refcount_bits": 2},
     {"cluster_size": 1024, "compat": "0.10"},
     {"cluster_size": 4096, "refcount_bits": 16},
+    {"cluster_size": 16384, "extended_l2": True},
 ]
 
 

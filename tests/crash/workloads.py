@@ -45,6 +45,8 @@ GEOMETRIES = [
     Geometry({"cluster_size": 4096, "refcount_bits": 16}, (64 << 10, 256 << 10), backing=True),
     Geometry({"cluster_size": 4096, "refcount_bits": 64}, (64 << 10, 256 << 10), grow=True),
     Geometry({"cluster_size": 65536}, (256 << 10,)),
+    Geometry({"cluster_size": 16384, "extended_l2": True}, (64 << 10, 200 << 10), backing=True),
+    Geometry({"cluster_size": 16384, "extended_l2": True}, (64 << 10, 200 << 10), grow=True),
     # One table of counts, a cluster, reaches 2 MiB: it must grow.
     Geometry({"cluster_size": 512, "refcount_bits": 64}, (2100 << 10,), filled=1976 << 10),
 ]

@@ -66,6 +66,7 @@ GEOMETRIES = [
     Geometry(
         "1 KiB, version 2, over a file", Qcow2, {"cluster_size": 1024, "compat": "0.10"}, 70 * KIB, 1024, 60 * KIB
     ),
+    Geometry("subclusters over a file", Qcow2, {"cluster_size": 16384, "extended_l2": True}, 102_912, 16384, 71_757),
 ]
 
 

@@ -10,10 +10,11 @@ import pytest
 
 import lamina
 from lamina.errors import CorruptImage
+from lamina.node import COMPRESS
 from tests.conftest import Qemu
 
 from .test_qcow2_check_peers import compare, ours, theirs
-from .twins import _joined, _rows
+from .twins import Geometry, Twins, _joined, _rows, draw_operations
 
 KIB = 1024
 SIZES = [16 * KIB, 64 * KIB, 2048 * KIB]
@@ -75,6 +76,96 @@ def offsets(image: lamina.Image, rows: list[dict[str, Any]]) -> None:
         if row["present"] and not row["depth"] and "offset" in row:
             found = image.extents(row["start"], row["length"])
             assert [(one.start - row["start"] + row["offset"]) for one in found] == [one.offset for one in found]
+
+
+@pytest.mark.peers
+def test_ours_and_theirs_change_alike(tmp_path: Path, qemu: Qemu, seed: int) -> None:
+    """The same requests make the same map, to the subcluster."""
+    for number in range(6):
+        rng = random.Random(f"{seed}/{number}")
+        cluster = rng.choice([16 * KIB, 16 * KIB, 64 * KIB])
+        size = cluster * rng.choice([1, 3, 17]) - 512 * rng.choice([0, 0, 1, 3])
+        backing = None
+        if number % 2:
+            length = rng.choice([size, size // 2 // 512 * 512, size + 3 * cluster, 512])
+            backing = (rng.choice(["raw", "qcow2"]), max(length, 512), rng.randrange(1 << 30))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        geometry = Geometry(cluster, "1.1", rng.choice([1, 16, 64]), size, backing, extended_l2=True)
+        twins = Twins(qemu, folder, geometry)
+        for _ in range(2):
+            twins.run(draw_operations(rng, geometry, 20))
+            twins.compare()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("cluster", SIZES[:2])
+def test_both_write_in_turn(tmp_path: Path, qemu: Qemu, seed: int, cluster: int) -> None:
+    """One image, over a backing file, with snapshots of either: clean for both checks, and the same bytes for both."""
+    path, base, raw = (tmp_path / name for name in ("image", "base", "raw"))
+    rng = random.Random(f"{seed}/{cluster}")
+    size = 20 * cluster
+    qemu.img("create", "-q", "-f", "qcow2", "-o", f"extended_l2=on,cluster_size={cluster}", base, str(15 * cluster))
+    qemu.io("-f", "qcow2", *commands(rng, 15 * cluster, cluster, 10), base, check=False)
+    lamina.create(
+        path, "qcow2", size, cluster_size=cluster, extended_l2=True, backing_file=str(base), backing_fmt="qcow2"
+    )
+    kept: dict[str, bytes] = {}
+    for number in range(4):
+        with lamina.open(path, format="qcow2", read_only=False) as image:
+            disk = bytearray(image.read(0, size))
+            for _ in range(12):
+                step = rng.choice([512, cluster // 32, cluster // 32, cluster])
+                offset = rng.randrange(size // step) * step
+                length = min(rng.choice([1, 2, 5, 40]) * step, size - offset)
+                kind = rng.choice(["write", "write", "write", "compress", "zero", "unmap", "discard"])
+                if kind in ("write", "compress"):
+                    disk[offset : offset + length] = data = rng.randbytes(4) * (length // 4)
+                    image.root.write(offset, memoryview(data), COMPRESS if kind == "compress" else 0)
+                elif kind == "discard":
+                    image.discard(offset, length)
+                    disk[offset : offset + length] = image.read(offset, length)
+                else:
+                    image.zero(offset, length, unmap=kind == "unmap")
+                    disk[offset : offset + length] = bytes(length)
+            assert image.read(0, size) == disk
+            if number == 1:
+                image.node.create_snapshot("ours")  # type: ignore[attr-defined]
+                kept["ours"] = bytes(disk)
+        qemu.img("convert", "-f", "qcow2", "-O", "raw", path, raw)
+        assert raw.read_bytes() == disk
+        whole(qemu, path)
+        there = [word for word in commands(rng, size, cluster, 12) if not word.startswith("write -c")]
+        qemu.io("-f", "qcow2", *[part for word in there if word != "-c" for part in ("-c", word)], path)
+        whole(qemu, path)
+        if number == 2:
+            qemu.img("snapshot", "-c", "theirs", path)
+            qemu.img("convert", "-f", "qcow2", "-O", "raw", path, raw)
+            kept["theirs"] = raw.read_bytes()
+    for name, content in kept.items():
+        with lamina.open({"driver": "qcow2", "file": str(path), "snapshot-name": name}) as image:
+            assert image.read(0, size) == content
+        qemu.img("convert", "-f", "qcow2", "-l", f"snapshot.name={name}", "-O", "raw", path, raw)
+        assert raw.read_bytes() == content
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        node: Any = image.node
+        ids = {one.name: one.id for one in node.snapshots()}
+        node.apply_snapshot(ids["ours"])
+        assert image.read(0, size) == kept["ours"]
+        node.delete_snapshot(ids["theirs"])
+        image.write(512, b"x" * 512)
+    whole(qemu, path)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        node = image.node
+        node.delete_snapshot(ids["ours"])
+    whole(qemu, path)
+    assert qemu.img("snapshot", "-l", path).stdout == ""
+
+
+def whole(qemu: Qemu, path: Path) -> None:
+    assert qemu.check(path)[0] == 0, qemu.check(path)
+    report = ours(path.read_bytes())
+    assert report.clean, report.findings
 
 
 @pytest.mark.peers

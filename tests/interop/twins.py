@@ -22,6 +22,7 @@ class Geometry:
     refcount_bits: int
     size: int
     backing: tuple[str, int, int] | None  # format, size, seed of its content
+    extended_l2: bool = False
 
     @classmethod
     def draw(cls, rng: random.Random) -> Geometry:
@@ -94,7 +95,8 @@ class Twins:
     def __post_init__(self) -> None:
         self.ours, self.theirs = self.folder / "ours.qcow2", self.folder / "theirs.qcow2"
         g = self.geometry
-        options = {"cluster_size": g.cluster_size, "compat": g.compat, "refcount_bits": g.refcount_bits}
+        options: dict[str, Any] = {"cluster_size": g.cluster_size, "compat": g.compat, "refcount_bits": g.refcount_bits}
+        options["extended_l2"] = g.extended_l2
         named: list[str] = []
         if g.backing is not None:
             self._make_backing(*g.backing)
@@ -102,6 +104,7 @@ class Twins:
             named = ["-b", "base", "-F", g.backing[0]]
         lamina.create(self.ours, "qcow2", g.size, **options)
         settings = f"cluster_size={g.cluster_size},compat={g.compat},refcount_bits={g.refcount_bits}"
+        settings += ",extended_l2=on" if g.extended_l2 else ""
         self.qemu.img("create", "-q", "-f", "qcow2", *named, "-o", settings, self.theirs, str(g.size))
 
     def _make_backing(self, format: str, size: int, seed: int) -> None:

@@ -47,7 +47,7 @@ class Offloader:
         self._flags = NO_FALLBACK if only_share else 0
         limits = target.node.limits
         # Only whole clusters: a format merges parts of a cluster in memory.
-        self._unit = math.lcm(limits.zero_alignment, limits.request_alignment, _BLOCK)
+        self._unit = math.lcm(limits.zero_alignment, limits.request_alignment, target.node.serialise or 1, _BLOCK)
         self._works: dict[HostFile, bool] = {}  # whether the first attempt succeeded
 
     def file_ranges(self, found: Extents, wanted: NDArray[np.bool_]) -> list[FileRange]:

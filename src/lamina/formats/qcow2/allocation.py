@@ -67,7 +67,7 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _al
             tables.require_droppable(table, index + at)
         else:
             replaced[at] = 0  # the write filled the storage that the entry had
-    tables.mappings.set_run(which, index, host, clusters)
+    tables.mappings.put(which, index, tables.mappings.layout.own_entries(host, clusters))
     for entry in replaced:
         if entry:
             tables.give_up(entry)

@@ -15,7 +15,6 @@ from ...schema import Option, Schema
 from . import bitmap_directory, snapshot_table
 from . import layout as q
 from .header import Header
-from .preallocation import preallocate
 from .resize import grow_l1
 from .tables import Tables
 
@@ -45,20 +44,13 @@ SCHEMA = Schema(
             "cluster_size", "size", "unit of allocation, a power of two", default=64 * KIB, minimum=512, maximum=2 * MIB
         ),
         Option("compat", "enum", "version: 0.10 (v2) or 1.1 (v3)", default="1.1", choices=("0.10", "1.1", "v2", "v3")),
+        Option("extended_l2", "bool", "allocate in subclusters, 32 to a cluster of 16 KiB or more", default=False),
         Option("refcount_bits", "int", "width of a reference count: 1, 2, 4 ... 64", default=16, minimum=1, maximum=64),
         Option(
             "compression_type", "enum", "algorithm of compressed clusters", default="zlib", choices=("zlib", "zstd")
         ),
         Option("backing_file", "str", "path of the backing file, relative to the folder of the new image"),
         Option("backing_fmt", "str", "format of the backing file; never detected"),
-        Option(
-            "preallocation",
-            "enum",
-            "clusters that exist from the beginning: mapped (metadata), with storage (falloc), or written (full)",
-            default="off",
-            choices=("off", "metadata", "falloc", "full"),
-        ),
-        Option("lazy_refcounts", "bool", "let other programs update reference counts late", default=False),
         Option("encrypt", "dict", "encrypt the data of the guest", items=_ENCRYPT),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
     ],
@@ -77,14 +69,16 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
         )
     if _version(values) == 2 and values["compression_type"] != "zlib":
         raise OptionError("version 2 (compat 0.10) has zlib compression only", path=target, hint="use compat=1.1")
-    if _version(values) == 2 and values["lazy_refcounts"]:
-        raise OptionError("version 2 (compat 0.10) has no lazy refcounts", path=target, hint="use compat=1.1")
-    if values["preallocation"] != "off" and (values.get("backing_file") or values.get("encrypt") is not None):
-        raise OptionError(
-            "clusters that exist already would hide the backing file, or read as anything under encryption",
-            path=target,
-            hint="omit preallocation",
-        )
+    if values["extended_l2"]:
+        least = 1 << q.MIN_EXTENDED_CLUSTER_BITS
+        if _version(values) == 2:
+            raise OptionError("version 2 (compat 0.10) has no extended L2 entries", path=target, hint="use compat=1.1")
+        if values["cluster_size"] < least:
+            raise OptionError(
+                f"extended L2 entries need clusters of {least} bytes or more",
+                path=target,
+                hint="use a larger cluster_size",
+            )
     if values.get("encrypt") is not None:
         _prepare_encryption(values["encrypt"], target)
     name = values.get("backing_file")
@@ -189,13 +183,13 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     )
     if values["compression_type"] == "zstd":
         header.compression_type, header.incompatible_features = 1, q.COMPRESSION_TYPE
+    if values["extended_l2"]:
+        header.incompatible_features |= q.EXTENDED_L2
     if header.l1_entries(size) * 8 > q.MAX_L1_BYTES:
         raise LimitExceeded(
             f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes",
             hint="use a larger cluster_size",
         )
-    if values["lazy_refcounts"]:
-        header.compatible_features = q.LAZY_REFCOUNTS
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
     if storage.node.growable:
@@ -219,16 +213,13 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         grow_l1(tables, size)
         tables.flush()
         tables.set_size(size)
-        if values["preallocation"] != "off":
-            preallocate(tables, values["preallocation"])
     if values.get("encrypt") is not None:
         from .encryption import add_luks
 
         add_luks(tables, values["encrypt"])
         tables.flush()
         storage.write(0, memoryview(header.to_bytes()))
-    tables.settle()  # a refcount table that grew leaves its old one
-    storage.flush()
+    tables.flush()
 
 
 def _three_used(refcount_bits: int) -> bytes:

@@ -9,7 +9,7 @@ from ...errors import CorruptImage, LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
-from ...node import COMPRESS, require_writable
+from ...node import COMPRESS, NO_FALLBACK, require_writable
 from ...references import Reference
 from ...request import Child, sizes_changed
 from ...schema import Option, Schema
@@ -97,6 +97,11 @@ class Qcow2(FormatNode):
         self._loaded = True
         self._map_one = self.tables.mappings.map_one  # called for every read
         self._compression = Compression(self.tables)
+        self._changes: Any = allocation
+        if self.header.extended_l2:
+            from . import subclusters
+
+            self._changes = subclusters
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
@@ -323,7 +328,7 @@ class Qcow2(FormatNode):
         size = self._cluster_size
         step = _STEP_CLUSTERS * size
         return Limits(
-            zero_alignment=size,
+            zero_alignment=size >> self.tables.mappings.layout.units_bits,
             max_zero=step,
             discard_alignment=size,
             max_discard=step,
@@ -356,15 +361,16 @@ class Qcow2(FormatNode):
 
     def reserve(self, offset: int, length: int) -> Reservation:
         tables = self.tables
-        return tables.changing(allocation.reserve, tables, offset, length)
+        found: Reservation = tables.changing(self._changes.reserve, tables, offset, length)
+        return found
 
     def commit(self, reservation: Reservation) -> None:
         if reservation.token is not None:
-            self.tables.changing(allocation.commit, self.tables, *reservation.token)
+            self.tables.changing(self._changes.commit, self.tables, *reservation.token)
 
     def abandon(self, reservation: Reservation) -> None:
         if reservation.token is not None:
-            self.tables.changing(allocation.abandon, self.tables, *reservation.token)
+            self.tables.changing(self._changes.abandon, self.tables, *reservation.token)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         if self._recording is not None:
@@ -388,7 +394,12 @@ class Qcow2(FormatNode):
             raise NotSupported(
                 f"version 2 cannot {what} clusters over a backing file", node=self.name, operation=what, offset=offset
             )
-        self.tables.changing(allocation.drop, self.tables, offset, length, to, keep, self.backing is not None)
+        self.tables.changing(self._changes.drop, self.tables, offset, length, to, keep, self.backing is not None)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        if self.header.extended_l2 and not flags & NO_FALLBACK:
+            self._changes.expand_ends(self, offset, length)
+        FormatNode.zero(self, offset, length, flags)
 
     def truncate(self, size: int) -> None:
         from .resize import resize

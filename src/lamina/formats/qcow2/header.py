@@ -108,10 +108,6 @@ class Header:
             raise UnsupportedFeature(
                 f"the image uses {', '.join(missing)}", path=path, hint="this version cannot open it"
             )
-        if writable and self.extended_l2:
-            raise UnsupportedFeature(
-                "the image has extended L2 entries: it can only be read", path=path, hint="open it read-only"
-            )
         if writable and self.incompatible_features & q.CORRUPT:
             raise CorruptImage(
                 "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"

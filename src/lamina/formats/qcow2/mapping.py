@@ -277,16 +277,16 @@ class Mappings:
             table.high = index + 1
         table.entries[index] = entry
 
-    def set_run(self, which: int, index: int, host: int, clusters: int) -> None:
-        """Map consecutive clusters to consecutive host clusters with a reference count of one."""
+    def put(self, which: int, index: int, entries: Any) -> None:
+        """Change consecutive entries of a cached table. `entries`: as the layout makes them."""
         table = self._tables[which]
-        entries = self.layout.own_entries(host, clusters)
+        stop = index + len(entries)
         self._dirty |= {which}
         if index < table.low:
             table.low = index
-        if index + clusters > table.high:
-            table.high = index + clusters
-        table.entries[index : index + clusters] = entries
+        if stop > table.high:
+            table.high = stop
+        table.entries[index:stop] = entries
 
     # -- writes, in the order of `Tables.flush`
 

@@ -57,7 +57,7 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
         node.flush()
         tables.set_size(size)
         tables.file.flush()
-        _give_back(node, align_up(size, header.cluster_size), old)
+        _give_back(node, align_up(size, header.cluster_size), align_up(old, header.cluster_size))
 
 
 def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
@@ -86,7 +86,7 @@ def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
 
 
 def _give_back(node: FormatNode, start: int, end: int) -> None:
-    """Free the clusters of [start, end), past the end of the disk. Both are multiples of the cluster size, or the old end."""
+    """Free the clusters of [start, end), past the end of the disk. Both are multiples of the cluster size."""
     if start < end:
         node.drop(start, end - start, To.BELOW)
 
