@@ -15,6 +15,7 @@ from ...schema import Option, Schema
 from . import bitmap_directory, snapshot_table
 from . import layout as q
 from .header import Header
+from .preallocation import preallocate
 from .resize import grow_l1
 from .tables import Tables
 
@@ -51,6 +52,14 @@ SCHEMA = Schema(
         ),
         Option("backing_file", "str", "path of the backing file, relative to the folder of the new image"),
         Option("backing_fmt", "str", "format of the backing file; never detected"),
+        Option(
+            "preallocation",
+            "enum",
+            "clusters that exist from the beginning: mapped (metadata), with storage (falloc), or written (full)",
+            default="off",
+            choices=("off", "metadata", "falloc", "full"),
+        ),
+        Option("lazy_refcounts", "bool", "let other programs update reference counts late", default=False),
         Option("encrypt", "dict", "encrypt the data of the guest", items=_ENCRYPT),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
     ],
@@ -79,6 +88,14 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
                 path=target,
                 hint="use a larger cluster_size",
             )
+    if _version(values) == 2 and values["lazy_refcounts"]:
+        raise OptionError("version 2 (compat 0.10) has no lazy refcounts", path=target, hint="use compat=1.1")
+    if values["preallocation"] != "off" and (values.get("backing_file") or values.get("encrypt") is not None):
+        raise OptionError(
+            "clusters that exist already would hide the backing file, or read as anything under encryption",
+            path=target,
+            hint="omit preallocation",
+        )
     if values.get("encrypt") is not None:
         _prepare_encryption(values["encrypt"], target)
     name = values.get("backing_file")
@@ -190,6 +207,8 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
             f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes",
             hint="use a larger cluster_size",
         )
+    if values["lazy_refcounts"]:
+        header.compatible_features = q.LAZY_REFCOUNTS
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
     if storage.node.growable:
@@ -213,13 +232,16 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         grow_l1(tables, size)
         tables.flush()
         tables.set_size(size)
+        if values["preallocation"] != "off":
+            preallocate(tables, values["preallocation"])
     if values.get("encrypt") is not None:
         from .encryption import add_luks
 
         add_luks(tables, values["encrypt"])
         tables.flush()
         storage.write(0, memoryview(header.to_bytes()))
-    tables.flush()
+    tables.settle()  # a refcount table that grew leaves its old one
+    storage.flush()
 
 
 def _three_used(refcount_bits: int) -> bytes:

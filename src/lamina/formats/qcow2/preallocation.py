@@ -1,0 +1,33 @@
+"""Clusters that a new image has from the beginning, so that no write has to allocate them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...limits import MIB, align_up
+from . import allocation
+
+if TYPE_CHECKING:
+    from .tables import Tables
+
+_ZEROS = memoryview(bytes(MIB))
+
+
+def preallocate(tables: Tables, how: str) -> None:
+    """Map the whole disk of an empty image to clusters one after the other, which read as zeros: "metadata" leaves them a
+    hole of the file, "falloc" gives them storage, "full" writes them."""
+    file, at = tables.file, 0
+    end = align_up(tables.header.size, tables.cluster_size)
+    reached = 0
+    while at < end:
+        found = tables.changing(allocation.reserve, tables, at, end - at)
+        if how == "falloc":
+            file.zero(found.host, found.length)
+        elif how == "full":
+            for done in range(0, found.length, len(_ZEROS)):
+                file.write(found.host + done, _ZEROS[: min(len(_ZEROS), found.length - done)])
+        tables.changing(allocation.commit, tables, *found.token)
+        reached = max(reached, found.host + found.length)
+        at += found.length
+    if file.size < reached:
+        file.truncate(reached)

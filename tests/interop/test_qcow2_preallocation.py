@@ -1,0 +1,54 @@
+"""New images whose clusters exist from the beginning, judged by QEMU, and in size like those that QEMU makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lamina
+from tests.conftest import Qemu
+
+SIZE = (9 << 20) + 512
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("how", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(("compat", "cluster"), [("1.1", 512), ("0.10", 4096), ("1.1", 65_536), ("1.1", 2 << 20)])
+def test_every_cluster_exists(tmp_path: Path, qemu: Qemu, how: str, compat: str, cluster: int) -> None:
+    ours, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    lamina.create(ours, "qcow2", SIZE, compat=compat, cluster_size=cluster, preallocation=how)
+    options = f"compat={compat},cluster_size={cluster},preallocation={how}"
+    qemu.img("create", "-f", "qcow2", "-o", options, theirs, str(SIZE))
+    qemu.img("check", ours)
+    report, other = lamina.check(ours, format="qcow2"), lamina.check(theirs, format="qcow2")
+    assert report.clean
+    assert report.allocated_clusters == other.allocated_clusters == report.total_clusters
+    with lamina.open(ours, format="qcow2", read_only=False) as image:
+        assert image.read(0, SIZE) == bytes(SIZE)
+        assert all(row.present and row.offset is not None for row in image.extents())
+        before = ours.stat().st_size
+        image.write(1_000_000, b"x" * 300_000)
+        image.flush()
+        assert ours.stat().st_size == before, "a write allocated something"
+    qemu.img("compare", "-f", "qcow2", "-F", "qcow2", theirs, ours, check=False)
+    stored = ours.stat().st_blocks * 512
+    assert stored < SIZE // 2 + 3 * cluster if how == "metadata" else stored >= SIZE
+    qemu.img("check", ours)
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(4096))
+    secret = lamina.Secret(b"x")
+    for options, match in (
+        ({"backing_file": "base", "backing_fmt": "raw"}, "backing file"),
+        ({"encrypt": {"format": "luks", "key-secret": secret}}, "encryption"),
+    ):
+        with pytest.raises(lamina.OptionError, match=match):
+            lamina.create(tmp_path / "new.qcow2", "qcow2", SIZE, preallocation="metadata", **options)
+    with pytest.raises(lamina.OptionError, match="lazy"):
+        lamina.create(tmp_path / "new.qcow2", "qcow2", SIZE, compat="0.10", lazy_refcounts=True)
+    assert not (tmp_path / "new.qcow2").exists()
+    lamina.create(tmp_path / "new.qcow2", "qcow2", SIZE, lazy_refcounts=True)
+    data = lamina.info(tmp_path / "new.qcow2", format="qcow2").to_json()["format-specific"]["data"]
+    assert data["lazy-refcounts"] is True
