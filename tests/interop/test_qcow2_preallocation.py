@@ -37,6 +37,34 @@ def test_every_cluster_exists(tmp_path: Path, qemu: Qemu, how: str, compat: str,
     qemu.img("check", ours)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("how", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("backed", [False, True])
+def test_clusters_without_allocated_subclusters(tmp_path: Path, qemu: Qemu, how: str, backed: bool) -> None:
+    ours, theirs, base, raw = (tmp_path / name for name in ("ours", "theirs", "base", "raw"))
+    base.write_bytes(b"b" * SIZE)
+    named = {"backing_file": str(base), "backing_fmt": "raw"} if backed else {}
+    lamina.create(ours, "qcow2", SIZE, extended_l2=True, cluster_size=16_384, preallocation=how, **named)
+    options = f"extended_l2=on,cluster_size=16k,preallocation={how}"
+    words = ["-b", str(base), "-F", "raw"] if backed else []
+    qemu.img("create", "-q", "-f", "qcow2", *words, "-o", options, theirs, str(SIZE))
+    disk = bytearray(base.read_bytes() if backed else bytes(SIZE))
+    reports = [lamina.check(path, format="qcow2") for path in (ours, theirs)]
+    assert all(report.clean and report.allocated_clusters == report.total_clusters for report in reports)
+    with lamina.open(theirs, format="qcow2") as image:
+        rows = [(row.start, row.length, row.depth, row.data) for row in image.extents()]
+    with lamina.open(ours, format="qcow2", read_only=False) as image:
+        assert [(row.start, row.length, row.depth, row.data) for row in image.extents()] == rows
+        before = ours.stat().st_size
+        image.write(1_000_000, b"x" * 300_000)
+        disk[1_000_000:1_300_000] = b"x" * 300_000
+        image.flush()
+        assert ours.stat().st_size == before, "a write allocated something"
+    qemu.img("check", ours)
+    qemu.img("convert", "-f", "qcow2", "-O", "raw", ours, raw)
+    assert raw.read_bytes() == disk
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(4096))
     secret = lamina.Secret(b"x")

@@ -90,11 +90,12 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
             )
     if _version(values) == 2 and values["lazy_refcounts"]:
         raise OptionError("version 2 (compat 0.10) has no lazy refcounts", path=target, hint="use compat=1.1")
-    if values["preallocation"] != "off" and (values.get("backing_file") or values.get("encrypt") is not None):
+    hides = values.get("backing_file") or values.get("encrypt") is not None
+    if values["preallocation"] != "off" and hides and not values["extended_l2"]:
         raise OptionError(
             "clusters that exist already would hide the backing file, or read as anything under encryption",
             path=target,
-            hint="omit preallocation",
+            hint="omit preallocation, or use extended_l2",
         )
     if values.get("encrypt") is not None:
         _prepare_encryption(values["encrypt"], target)

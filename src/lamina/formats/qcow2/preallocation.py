@@ -8,6 +8,8 @@ from ...limits import MIB, align_up
 from . import allocation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .tables import Tables
 
 _ZEROS = memoryview(bytes(MIB))
@@ -15,8 +17,14 @@ _ZEROS = memoryview(bytes(MIB))
 
 def preallocate(tables: Tables, how: str) -> None:
     """Map the whole disk of an empty image to clusters one after the other, which read as zeros: "metadata" leaves them a
-    hole of the file, "falloc" gives them storage, "full" writes them."""
+    hole of the file, "falloc" gives them storage, "full" writes them. With extended L2 entries no subcluster of theirs is
+    allocated, so they read as the backing file, if there is one."""
     file, at = tables.file, 0
+    commit: Callable[..., None] = allocation.commit
+    if tables.header.extended_l2:
+        from .subclusters import commit_bare
+
+        commit = commit_bare
     end = align_up(tables.header.size, tables.cluster_size)
     reached = 0
     while at < end:
@@ -26,7 +34,7 @@ def preallocate(tables: Tables, how: str) -> None:
         elif how == "full":
             for done in range(0, found.length, len(_ZEROS)):
                 file.write(found.host + done, _ZEROS[: min(len(_ZEROS), found.length - done)])
-        tables.changing(allocation.commit, tables, *found.token)
+        tables.changing(commit, tables, *found.token)
         reached = max(reached, found.host + found.length)
         at += found.length
     if file.size < reached:

@@ -10,7 +10,8 @@ The bits reach the disk after the bytes that they describe, as all entries do (s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CorruptImage, NotSupported
 from ...format_node import Reservation, To
@@ -131,6 +132,15 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _ne
             tables.give_up(replaced[at])
     if tables.mappings.pressure:
         tables.write_out()
+
+
+def commit_bare(tables: Tables, which: int, index: int, host: int, clusters: int, _new: bool) -> None:
+    """Map clusters that were not mapped to host clusters, without an allocated subcluster."""
+    tables.own_table(which)
+    entries: Any = tables.mappings.layout.own_entries(host, clusters)
+    entries.words[1::2] = array("Q", (0,)) * clusters
+    tables.mappings.put(which, index, entries)
+    tables.relieve()
 
 
 def abandon(
