@@ -19,6 +19,9 @@ from .limits import MAX_SIZE
 MAX_DEPTH = 32
 MAX_TEXT = 1 << 20
 
+#: Levels of nesting of options in JSON.
+_DEEPEST = 100
+
 _SIZE = r"\s*\+?(?:0x([0-9a-f]+)|([0-9]*)\.?([0-9]*)([bkmgtpe]?))"
 SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE_HINT = "write bytes, alone or with k, M, G, T, P or E for powers of 1024 (512, 64k, 1.5G), or hex (0x200)"
@@ -243,6 +246,7 @@ def _json_name(text: str) -> dict[str, Any]:
         raise ValueError(f"{word} is not JSON")
 
     try:
+        _require_flat(text)
         options = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         hint = "strings are written in double quotes" if "'" in text else "write json:{...}, one JSON object"
@@ -250,6 +254,18 @@ def _json_name(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise OptionError(f"the text after json: is {shown(options)}, not an object", hint='write json:{"driver": ...}')
     return nest(options)
+
+
+def _require_flat(text: str) -> None:
+    """Raise ValueError if this JSON is nested more than `_DEEPEST` levels deep. (Near the limit of recursion Python's own
+    callbacks fail, and say so on standard error.)"""
+    import re
+
+    depth = 0
+    for mark in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text, re.DOTALL):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark, 0)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def _nbd_name(text: str, prefix: str, rest: str) -> dict[str, Any]:

@@ -438,3 +438,11 @@ def test_names_and_options_mean_what_they_mean_to_qemu_img(
         with pytest.raises(OptionError):
             parse_name(other)
         assert qemu.img("info", other, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("depth", [101, 5000, 100_000])
+def test_json_that_is_nested_deeply_is_refused_before_it_is_parsed(depth: int) -> None:
+    for text in ("[" * depth, '{"a":' * depth, '{"driver": "raw", "x": ' + "[" * depth + "]" * depth + "}"):
+        with pytest.raises(OptionError, match="nested more than 100 levels"):
+            parse_name("json:" + text)
+    assert parse_name('json:{"driver": "raw", "name": "' + "[" * depth + '"}')["name"] == "[" * depth

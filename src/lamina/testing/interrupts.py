@@ -84,7 +84,7 @@ def interrupts(start: int = 0, step: int = 1) -> Iterator[Interrupt]:
         number += step
 
 
-#: Decides whether a function, given by its code object, counts.
+#: Decides whether a function, given by its code object, counts. (Those of this module never do.)
 Counts = Callable[[CodeType], bool]
 
 
@@ -108,7 +108,8 @@ def interrupted_at_call(number: int, counts: Counts) -> AbstractContextManager[l
     seen = [0]
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event in ("call", "c_return") and counts(frame.f_code) and not _in_finalizer(frame):
+        code = frame.f_code
+        if event in ("call", "c_return") and code.co_filename != __file__ and counts(code) and not _in_finalizer(frame):
             seen[0] += 1
             if seen[0] == number:
                 raise KeyboardInterrupt
@@ -123,7 +124,11 @@ def interrupted_at_opcode(number: int, counts: Counts) -> AbstractContextManager
     seen = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not counts(frame.f_code) or (event == "call" and _in_finalizer(frame)):
+        if (
+            frame.f_code.co_filename == __file__
+            or not counts(frame.f_code)
+            or (event == "call" and _in_finalizer(frame))
+        ):
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
