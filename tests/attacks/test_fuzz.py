@@ -163,6 +163,7 @@ def originals(folder: Path) -> list[Victim]:
         victim(folder, "d.qcow2", size=64 * KIB, cluster_size=512, refcount_bits=1),
         victim(folder, "e.qcow2", size=1024 * KIB, cluster_size=64 * KIB, refcount_bits=64),
         victim(folder, "f.qcow2", size=200 * KIB + 512, cluster_size=1024, compat="0.10"),
+        victim(folder, "g.qcow2", size=512 * KIB, cluster_size=16 * KIB, extended_l2=True, **backed),
     ]
 
 

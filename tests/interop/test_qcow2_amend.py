@@ -20,7 +20,7 @@ SIZE = 1 << 20
 
 
 def made(path: Path, rng: random.Random, cluster: int, bits: int) -> bytes:
-    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits)
+    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits, extended_l2=cluster > 4096)
     with lamina.open(path, format="qcow2", read_only=False) as image:
         for _ in range(10):
             offset = rng.randrange(SIZE)
@@ -35,7 +35,7 @@ def amended(path: Path, spec: Any = None, **values: Any) -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("cluster", [512, 4096])
+@pytest.mark.parametrize("cluster", [512, 4096, 16_384])
 def test_every_width_becomes_every_other(tmp_path: Path, qemu: Qemu, cluster: int) -> None:
     path, rng = tmp_path / "disk.qcow2", random.Random(cluster)
     disk = bytearray(made(path, rng, cluster, 16))

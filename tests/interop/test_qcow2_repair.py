@@ -20,12 +20,14 @@ from tests.conftest import Qemu
 from tests.crash.workloads import open_on
 
 SIZE = 1 << 20
-GEOMETRIES = [(512, 16), (512, 64), (512, 2), (4096, 8), (4096, 16)]
+#: The size of the clusters of images with extended L2 entries.
+EXTENDED = 16_384
+GEOMETRIES = [(512, 16), (512, 64), (512, 2), (4096, 8), (4096, 16), (EXTENDED, 16)]
 
 
 def made(path: Path, rng: random.Random, cluster: int, bits: int) -> bytes:
     """A new image with data, and often a snapshot; what its disk reads as."""
-    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits)
+    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits, extended_l2=cluster == EXTENDED)
     with lamina.open(path, format="qcow2", read_only=False) as image:
         for _ in range(12):
             offset = rng.randrange(SIZE)
@@ -63,7 +65,8 @@ def damaged(content: bytes, rng: random.Random, cluster: int) -> bytes:
         else:
             at = l1 + 8 * rng.randrange(header.l1_size)
             l2 = word(raw, at) & q.OFFSET_MASK
-            at = l2 + 8 * rng.randrange(cluster // 8) if l2 and kind > 5 else at
+            size = 16 if cluster == EXTENDED else 8
+            at = l2 + size * rng.randrange(cluster // size) if l2 and kind > 5 else at
             if word(raw, at) & q.OFFSET_MASK and not word(raw, at) & q.COMPRESSED:
                 put(raw, at, word(raw, at) ^ q.COPIED)
     return bytes(raw)

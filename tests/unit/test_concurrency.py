@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,18 +48,20 @@ def aligned(alignment: int) -> tuple[Node, int, int]:
     return Blkdebug.open(options, Opener(read_only=False)), size, alignment
 
 
-def qcow2(cluster_size: int) -> tuple[Node, int, int]:
+def qcow2(cluster_size: int, **options: Any) -> tuple[Node, int, int]:
     storage = Child(MemoryStorage(0), "file", grows=True)
     size = max(5 * cluster_size, 64 * KIB)
-    Qcow2.create(storage, size, Qcow2.create_schema.parse({"cluster_size": cluster_size}))
+    Qcow2.create(storage, size, Qcow2.create_schema.parse({"cluster_size": cluster_size, **options}))
     node = Qcow2.open(Qcow2.schema.parse({"file": storage}), Opener(read_only=False))
     return node, size, cluster_size
 
 
 def cases() -> list[Any]:
-    return [pytest.param(aligned, a, id=f"align-{a}") for a in ALIGNMENTS] + [
-        pytest.param(qcow2, c, id=f"qcow2-{c}") for c in (512, 4 * KIB, 64 * KIB)
-    ]
+    return (
+        [pytest.param(aligned, a, id=f"align-{a}") for a in ALIGNMENTS]
+        + [pytest.param(qcow2, c, id=f"qcow2-{c}") for c in (512, 4 * KIB, 64 * KIB)]
+        + [pytest.param(partial(qcow2, extended_l2=True), 16 * KIB, id="qcow2-subclusters")]
+    )
 
 
 class Round:
