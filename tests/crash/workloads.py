@@ -104,8 +104,9 @@ class Work:
 
     def _one(self, image: Image, marks: Marks, number: int) -> None:
         rng, history = self.rng, self.history
-        names = ["write", "zero", "unmap", "discard", "flush", "grow"]
-        name = rng.choices(names, [8, 2, 2, 4, 3, int(self.geometry.grow)])[0]
+        names = ["write", "zero", "unmap", "discard", "flush", "grow", "shrink"]
+        grow = int(self.geometry.grow)
+        name = rng.choices(names, [8, 2, 2, 4, 3, grow, grow])[0]
         # Where little is free, work in one place finds it; unaligned writes merge with what is around them.
         offset = rng.randrange(0, history.size // SECTOR) * SECTOR
         if self.geometry.filled and rng.random() < 0.5:
@@ -125,8 +126,9 @@ class Work:
         elif name == "discard":
             image.discard(offset, length)
             history.discard(offset, length, reads=image.read(offset, length))
-        elif name == "grow":
-            size = history.size + rng.choice([16, 200]) * SECTOR
+        elif name in ("grow", "shrink"):
+            change = rng.choice([16, 200]) * SECTOR
+            size = history.size + change if name == "grow" else max(history.size - change, 40 * SECTOR)
             image.truncate(size)
             history.resize(size)
         else:

@@ -65,6 +65,25 @@ def test_clusters_without_allocated_subclusters(tmp_path: Path, qemu: Qemu, how:
     assert raw.read_bytes() == disk
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("cluster", [512, 4096, 65_536])
+def test_a_disk_that_shrinks_gives_its_storage_back(tmp_path: Path, qemu: Qemu, cluster: int) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", 24 << 20, cluster_size=cluster, preallocation="full")
+    assert path.stat().st_size > 24 << 20
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"kept" * 100)
+        image.truncate(1 << 20)
+        assert path.stat().st_size < 4 << 20
+        image.truncate(2 << 20)
+        image.write((2 << 20) - 5, b"added")
+    qemu.img("check", path)
+    assert lamina.check(path, format="qcow2").clean
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 400) == b"kept" * 100
+        assert image.read(1 << 20, (1 << 20) - 5) == bytes((1 << 20) - 5)
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(4096))
     secret = lamina.Secret(b"x")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...errors import CorruptImage, LaminaError, NotSupported, OptionError
+from ...errors import CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
 _STEP_CLUSTERS = 1 << 15
+#: Bytes by which the file must be too long before refcount blocks are moved for it.
+_WORTH = 4 << 20
 #: What must be as it was when an image that was open for reading is opened for writing.
 _SAME = ("l1_table_offset", "l1_size", "size", "extensions", "autoclear_features")
 
@@ -413,8 +416,27 @@ class Qcow2(FormatNode):
             resize(self, self.tables, size)
         finally:
             self._recording = recording
+        if size < old:
+            self._shrink_file()
         if recording is not None and size < old:
             recording.resize(size)
+
+    def _shrink_file(self) -> None:
+        """Cut off what lies behind the last cluster in use. Refcount blocks that count little but themselves lie all over the
+        file: they are written anew, near its beginning, where that makes it much shorter."""
+        tables = self.tables
+        tables.settle()
+        tables.changing(tables.unlink_behind, self.size)
+        tables.settle()
+        tables.file.flush()
+        tables.changing(tables.trim)
+        if tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
+            from .refcount_width import set_width
+
+            with contextlib.suppress(LimitExceeded):  # the counts of all clusters take more memory than the budget has
+                self._rewritten(set_width, self.header.refcount_bits)
+                tables.changing(tables.trim)
+        tables.file.flush()
 
     # -- flush, and the modes of access
 

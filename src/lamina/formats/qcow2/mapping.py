@@ -267,6 +267,15 @@ class Mappings:
         self.l1.entries[which] = entry
         self._evict()
 
+    def unlink_table(self, which: int) -> int:
+        """From now on this L1 entry points to no table. Returns the offset of the table, which was not changed since it was
+        written; 0: there was none."""
+        offset = self.l1.l2_offset(which)
+        self._tables.pop(which, None)  # first: no table is kept of an entry without one
+        self.l1.changed |= {which}
+        self.l1.entries[which] = 0
+        return offset
+
     def set(self, which: int, index: int, entry: int) -> None:
         """Change one entry of a cached table."""
         table = self._tables[which]

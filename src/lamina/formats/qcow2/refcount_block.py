@@ -48,6 +48,10 @@ class WideBlock:
         except ValueError:
             return -1
 
+    def last_used(self) -> int:
+        """The last index whose count is not 0, or -1."""
+        return (len(self.counts.tobytes().rstrip(b"\0")) - 1) // self.counts.itemsize
+
     def raw(self, low: int, high: int) -> bytes:
         width = self.counts.itemsize
         part = self.counts[low // width : -(-high // width)]
@@ -103,6 +107,13 @@ class NarrowBlock:
         while self.get(index):
             index += 1
         return index
+
+    def last_used(self) -> int:
+        """The last index whose count is not 0, or -1."""
+        at = len(self.bytes.rstrip(b"\0")) * self._per_byte - 1
+        while at >= 0 and not self.get(at):
+            at -= 1
+        return at
 
     def raw(self, low: int, high: int) -> bytes:
         return bytes(self.bytes[low:high])

@@ -104,6 +104,15 @@ class Refcounts:
         block = self._block(which)
         return 0 if block is None else block.get(index)
 
+    def last_used(self) -> int:
+        """The last cluster whose count is not 0."""
+        for which in range(len(self.table) - 1, -1, -1):
+            block = self._block(which)
+            last = -1 if block is None else block.last_used()
+            if last >= 0:
+                return which * self.per_block + last
+        return 0
+
     def allocate(self, count: int, *, whole: bool = False) -> tuple[int, int, bool]:
         """Allocate the first free run of up to `count` clusters, or of exactly `count` if `whole`, and return (host offset,
         clusters, blank); the refcounts become 1. `blank`: the clusters are known to read as zero. Raises BlockIOError

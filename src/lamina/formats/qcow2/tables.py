@@ -357,6 +357,23 @@ class Tables:
         if clusters:
             self._freeing.add(old.offset, clusters)
 
+    def unlink_behind(self, size: int) -> None:
+        """Give up the L2 tables of what lies behind a disk of `size` bytes. All changes are on stable storage."""
+        l1 = self.mappings.l1
+        for which in range(self.header.l1_entries(size), len(l1)):
+            if l1.l2_offset(which):
+                self._freeing.add(self.mappings.unlink_table(which))
+                if len(self._freeing) > _MAX_UNLINKED:
+                    self.write_out()
+
+    def trim(self) -> None:
+        """Cut off what lies behind the last cluster in use. All counts are on stable storage."""
+        node, counts = self.file.node, self.refcounts
+        end = counts.last_used() + 1 << self.cluster_bits
+        if node.growable and node.size > end:
+            self.file.truncate(end)
+            counts.blank_from = end
+
     def set_size(self, size: int) -> None:
         """Store the size of the disk in the header."""
         self.store({"size": size})
