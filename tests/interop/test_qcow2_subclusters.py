@@ -25,17 +25,19 @@ def commands(rng: random.Random, size: int, cluster: int, count: int) -> list[st
     words: list[str] = []
     unit = cluster // 32
     for _ in range(count):
-        kind = rng.choices(["write -P", "write -z", "write -z -u", "discard", "write -c -P"], [8, 3, 3, 2, 2])[0]
-        step = cluster if "-c" in kind else rng.choice([512, unit, unit, cluster])
+        kind = rng.choices(["write -P", "write -z", "write -z -u", "discard"], [8, 3, 3, 2])[0]
+        step = rng.choice([512, unit, unit, cluster])
         offset = rng.randrange(size // step) * step
         length = min(rng.choice([1, 1, 2, 5, 40]) * step, size - offset)
-        if "-c" in kind:
-            offset, length = offset - offset % cluster, cluster
-            if offset + length > size:
-                continue
         pattern = f" {rng.randrange(1, 256)}" if "-P" in kind else ""
         words += ["-c", f"{kind}{pattern} {offset} {length}"]
     return words
+
+
+def compressed(rng: random.Random, size: int, cluster: int) -> list[str]:
+    """Commands for a new image. (Where a cluster is not new, QEMU refuses to compress it, and sometimes breaks it.)"""
+    chosen = rng.sample(range(size // cluster), size // cluster // 4)
+    return [word for at in chosen for word in ("-c", f"write -c -P {rng.randrange(1, 256)} {at * cluster} {cluster}")]
 
 
 @pytest.mark.peers
@@ -49,12 +51,11 @@ def test_images_of_the_peers_are_read(tmp_path: Path, qemu: Qemu, seed: int, clu
     if backing:
         length = size * backing // 2 // 512 * 512
         qemu.img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=32k", base, str(length))
-        qemu.io("-f", "qcow2", *commands(rng, length, 32 * KIB, 20), base, check=False)
+        qemu.io("-f", "qcow2", *compressed(rng, length, 32 * KIB), *commands(rng, length, 32 * KIB, 20), base)
         named = ["-b", str(base), "-F", "qcow2"]
     qemu.img("create", "-q", "-f", "qcow2", *named, "-o", f"extended_l2=on,cluster_size={cluster}", path, str(size))
     for _ in range(2):
-        # Writes of compressed data over data fail.
-        qemu.io("-f", "qcow2", *commands(rng, size, cluster, 15), path, check=False)
+        qemu.io("-f", "qcow2", *commands(rng, size, cluster, 15), path)
         qemu.img("convert", "-f", "qcow2", "-O", "raw", path, raw)
         with lamina.open(path, format="qcow2") as image:
             disk = raw.read_bytes()
@@ -67,7 +68,8 @@ def test_images_of_the_peers_are_read(tmp_path: Path, qemu: Qemu, seed: int, clu
             assert _rows(image) == _joined(rows)
             offsets(image, rows)
         report = ours(path.read_bytes())
-        compare(report, theirs(qemu, path, path.read_bytes()))  # their compressed writes do not always leave it clean
+        assert report.clean, report.findings
+        compare(report, theirs(qemu, path, path.read_bytes()))
 
 
 def offsets(image: lamina.Image, rows: list[dict[str, Any]]) -> None:
@@ -106,7 +108,7 @@ def test_both_write_in_turn(tmp_path: Path, qemu: Qemu, seed: int, cluster: int)
     rng = random.Random(f"{seed}/{cluster}")
     size = 20 * cluster
     qemu.img("create", "-q", "-f", "qcow2", "-o", f"extended_l2=on,cluster_size={cluster}", base, str(15 * cluster))
-    qemu.io("-f", "qcow2", *commands(rng, 15 * cluster, cluster, 10), base, check=False)
+    qemu.io("-f", "qcow2", *compressed(rng, 15 * cluster, cluster), *commands(rng, 15 * cluster, cluster, 10), base)
     lamina.create(
         path, "qcow2", size, cluster_size=cluster, extended_l2=True, backing_file=str(base), backing_fmt="qcow2"
     )
@@ -135,8 +137,7 @@ def test_both_write_in_turn(tmp_path: Path, qemu: Qemu, seed: int, cluster: int)
         qemu.img("convert", "-f", "qcow2", "-O", "raw", path, raw)
         assert raw.read_bytes() == disk
         whole(qemu, path)
-        there = [word for word in commands(rng, size, cluster, 12) if not word.startswith("write -c")]
-        qemu.io("-f", "qcow2", *[part for word in there if word != "-c" for part in ("-c", word)], path)
+        qemu.io("-f", "qcow2", *commands(rng, size, cluster, 12), path)
         whole(qemu, path)
         if number == 2:
             qemu.img("snapshot", "-c", "theirs", path)
