@@ -29,6 +29,7 @@ from .version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from .api import open, probe
+    from .check_result import CheckResult, Finding
     from .creation import create
     from .crypto.secret import Secret
     from .errors import (
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from .inspection import check, info, info_chain
     from .limits import Budget, Limits
     from .policy import Policy
-    from .results import CheckResult, Finding, ImageInfo, Snapshot
+    from .results import ImageInfo, Snapshot
     from .root import Graph
 
 _HOME = {
@@ -63,7 +64,8 @@ _HOME = {
     "Image": "image",
     "Policy": "policy",
     **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
-    **dict.fromkeys(("CheckResult", "Finding", "ImageInfo", "Snapshot"), "results"),
+    **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
+    **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
     "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import detect, registry
 from .errors import FormatError, OptionError, UnsupportedFeature
@@ -19,7 +19,10 @@ from .options import parse_name
 from .policy import Policy
 from .references import Reference, Trail, file_of, not_in_a_file, open_file
 from .request import Child
-from .results import CheckResult, ImageInfo
+from .results import ImageInfo
+
+if TYPE_CHECKING:
+    from .check_result import CheckResult
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 

@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from .node import Node
     from .root import Root
 
+    class Inherited(Protocol):
+        """State of the parent process that a forked child inherits."""
+
+        def after_fork(self) -> None:
+            """Called in the child: release the state of the parent. Takes no lock; may be called twice, if a signal
+            interrupts it."""
+
+
 T = TypeVar("T")
 
 #: Seconds that exit waits for the requests of daemon threads, and for threads that close graphs.
 _PATIENCE = 10.0
 _POLL_INTERVAL = 0.001
-
-
-class Inherited(Protocol):
-    """State of the parent process that a forked child inherits."""
-
-    def after_fork(self) -> None:
-        """Called in the child: release the state of the parent. Takes no lock; may be called twice, if a signal interrupts
-        it."""
 
 
 #: All nodes, and all roots of their users.

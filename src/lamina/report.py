@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .results import CheckResult, Finding
+from .check_result import CheckResult, Finding
 
 #: The number of findings with a text; the counters include all findings.
 MAX_FINDINGS = 1000

@@ -23,6 +23,7 @@ LAYERS = [
     {"errors"},
     {
         "atomic_file",
+        "check_result",
         "codecs",
         "crypto",
         "bitmap",

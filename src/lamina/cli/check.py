@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..check_result import CheckResult
 from ..errors import UnsupportedFeature, printable
 from ..inspection import check
-from ..results import CheckResult
 from .arguments import Parser, image_source, warn_of_writers
 
 _EXAMPLES = """

@@ -5,19 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...creation import tell
 from ...errors import FormatError, LaminaError, LimitExceeded, OptionError
 from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
-from ...own_files import refuse_own
 from ...results import ImageInfo, Snapshot
 from ...schema import Option, Schema
-from . import bitmap_directory, snapshot_table
 from . import layout as q
 from .header import Header
-from .preallocation import preallocate
-from .resize import grow_l1
-from .tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,6 +139,8 @@ def _round_size(values: dict[str, Any], target: str) -> None:
     """Round the size up to whole sectors: QEMU drops an incomplete last sector."""
     size = values.get("size")
     if size is not None and size % q.SECTOR:
+        from ...creation import tell
+
         values["size"] = align_up(size, q.SECTOR)
         tell(
             target,
@@ -177,6 +173,8 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
         except LaminaError:
             return  # a backing file that cannot be opened is allowed
         try:
+            from ...own_files import refuse_own
+
             refuse_own(node, target, what="backing file")
         finally:
             node.close()
@@ -184,6 +182,9 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
+    from .resize import grow_l1
+    from .tables import Tables
+
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
     version = _version(values)
@@ -234,6 +235,8 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         tables.flush()
         tables.set_size(size)
         if values["preallocation"] != "off":
+            from .preallocation import preallocate
+
             preallocate(tables, values["preallocation"])
     if values.get("encrypt") is not None:
         from .encryption import add_luks
@@ -277,16 +280,22 @@ def describe(storage: Child, header: Header) -> ImageInfo:
         data["encrypt"] = describe_encryption(storage, header)
     snapshots: tuple[Snapshot, ...] = ()
     unsupported = header.unsupported()
-    try:
-        snapshots = tuple(entry.result(header.size) for entry in snapshot_table.read(storage, header))
-    except FormatError as error:  # also a broken image is described
-        unsupported.append(f"its snapshots ({error.message})")
-    try:
-        bitmaps = [entry.to_json() for entry in bitmap_directory.read(storage, header)]
-        if bitmaps:
-            data["bitmaps"] = bitmaps
-    except FormatError as error:
-        unsupported.append(f"its bitmaps ({error.message})")
+    if header.nb_snapshots:
+        from . import snapshot_table
+
+        try:
+            snapshots = tuple(entry.result(header.size) for entry in snapshot_table.read(storage, header))
+        except FormatError as error:  # also a broken image is described
+            unsupported.append(f"its snapshots ({error.message})")
+    if header.has_bitmaps:
+        from . import bitmap_directory
+
+        try:
+            bitmaps = [entry.to_json() for entry in bitmap_directory.read(storage, header)]
+            if bitmaps:
+                data["bitmaps"] = bitmaps
+        except FormatError as error:
+            unsupported.append(f"its bitmaps ({error.message})")
     return ImageInfo(
         virtual_size=header.size,
         cluster_size=header.cluster_size,

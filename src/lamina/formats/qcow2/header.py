@@ -92,6 +92,11 @@ class Header:
         pointer = q.ENCRYPTION_POINTER.unpack(data)
         return pointer.offset, pointer.length
 
+    @property
+    def has_bitmaps(self) -> bool:
+        """Whether the header vouches for a bitmap directory, which may be broken all the same."""
+        return bool(self.autoclear_features & q.AUTOCLEAR["bitmaps"])
+
     def at_snapshot(self, entry: Entry) -> Header:
         """The header with the disk as it was when this snapshot was taken."""
         size = self.size if entry.disk_size is None else entry.disk_size

@@ -12,7 +12,6 @@ from ...format_node import To
 from ...graph import rebook
 from ...limits import MIB, align_down, align_up
 from . import layout as q
-from . import snapshot_table
 
 if TYPE_CHECKING:
     from ...format_node import FormatNode
@@ -38,6 +37,8 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
             hint=f"choose {below} or {below + q.SECTOR}",
         )
     if size != old and header.nb_snapshots:
+        from . import snapshot_table
+
         entries = snapshot_table.read(tables.file, header)
         if any(entry.disk_size is None for entry in entries):
             raise OptionError(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import CorruptImage, LaminaError, LimitExceeded
 from ...limits import align_up
-from . import bitmap_directory, snapshot_table
 from . import layout as q
 from .freeing import Freeing
 from .l1_table import L1Table
@@ -105,6 +104,8 @@ class Tables:
         header, bits = self.header, self.cluster_bits
         if not header.nb_snapshots:
             return [], iter(())
+        from . import snapshot_table
+
         entries = snapshot_table.read(self.file, header)
         places = [(header.snapshots_offset, sum(len(entry.to_bytes()) for entry in entries))]
         for entry in entries:
@@ -129,6 +130,10 @@ class Tables:
     def _bitmaps(self) -> list[range]:
         """The clusters of the bitmap directory, of the bitmap tables, and of bits."""
         header, bits = self.header, self.cluster_bits
+        if not header.has_bitmaps:
+            return []
+        from . import bitmap_directory
+
         where = bitmap_directory.extension(header)
         if where is None:
             return []

@@ -1,0 +1,66 @@
+"""The result of a check, for users; see `results`. (A module of its own: `lamina info` has no use for it.)"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Finding(NamedTuple):
+    """One finding of a check. `kind`: "error" (a contradiction: data may be wrong, or a write may destroy data), "leak"
+    (clusters are counted as allocated without a reference), "unreadable" (the check could not read a part) or "note"
+    (correct, but unusual). `offset`: the byte of the image file that the finding concerns."""
+
+    kind: str
+    message: str
+    offset: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"kind": self.kind, "message": self.message}
+        return found if self.offset is None else found | {"offset": self.offset}
+
+
+class CheckResult(NamedTuple):
+    """The result of a check of an image (`lamina.check`). The first findings have a text; the counters include all of them.
+    Clusters are the unit of allocation of the format."""
+
+    filename: str
+    format: str
+    findings: tuple[Finding, ...] = ()
+    corruptions: int = 0  #: errors
+    leaks: int = 0
+    check_errors: int = 0  #: parts that could not be checked
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int = 0
+    corruptions_fixed: int = 0  #: by a repair, and not among `corruptions`
+    leaks_fixed: int = 0
+    other_writers: tuple[str, ...] = ()  #: files beneath that another program had open for writing (not in the JSON)
+
+    @property
+    def clean(self) -> bool:
+        """Whether the check was complete and found no error and no leak."""
+        return not (self.corruptions or self.leaks or self.check_errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same under the names of `qemu-img check --output=json`, and "findings". Zero counters are omitted, as programs
+        that read this form expect."""
+        counts = {
+            "corruptions": self.corruptions,
+            "leaks": self.leaks,
+            "corruptions-fixed": self.corruptions_fixed,
+            "leaks-fixed": self.leaks_fixed,
+            "allocated-clusters": self.allocated_clusters,
+            "fragmented-clusters": self.fragmented_clusters,
+            "compressed-clusters": self.compressed_clusters,
+        }
+        return {
+            "image-end-offset": self.image_end_offset,
+            "total-clusters": self.total_clusters,
+            "check-errors": self.check_errors,
+            **{key: count for key, count in counts.items() if count},
+            "filename": self.filename,
+            "format": self.format,
+            "findings": [one.to_json() for one in self.findings],
+        }
