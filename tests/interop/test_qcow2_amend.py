@@ -70,9 +70,26 @@ def test_counts_that_do_not_fit(tmp_path: Path, qemu: Qemu) -> None:
             amended(path, **values)
     old = tmp_path / "old.qcow2"
     lamina.create(old, "qcow2", SIZE, compat="0.10")
+    amended(old, lazy_refcounts=False, refcount_bits=16)  # as it is
     for values in ({"refcount_bits": 64}, {"lazy_refcounts": True}):
         with pytest.raises(lamina.OptionError, match="version 2"):
             amended(old, **values)
+
+
+@pytest.mark.peers
+def test_compressed_clusters_follow_the_width(tmp_path: Path, qemu: Qemu) -> None:
+    """Counts of one bit cannot count two of them in one cluster."""
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", SIZE, refcount_bits=16)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        node: Any = image.node
+        for bits, compressed in ((1, False), (16, True)):
+            node.amend(node.amend_schema.parse({"refcount_bits": bits}))
+            for at in range(0, 3 * 65_536, 65_536):
+                image.write(at, b"A" * 65_536, compress=True)
+            assert image.extents(0, 65_536).compressed.any() == compressed
+    qemu.img("check", path)
+    assert lamina.check(path, format="qcow2").clean
 
 
 @pytest.mark.peers

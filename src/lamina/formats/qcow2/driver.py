@@ -240,7 +240,8 @@ class Qcow2(WithBitmaps):
             self._rewrite(set_width, bits)
             self._compression.close()
             self._compression = Compression(self.tables)
-        if values.get("lazy_refcounts") is not None:
+            self.supported_flags = COMPRESS if self._compression.compresses else 0
+        if values.get("lazy_refcounts") is not None and self.header.version > 2:
             self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, self._set_lazy, values["lazy_refcounts"])
         if slot is not None:
             self.amend_key_slot(slot)
