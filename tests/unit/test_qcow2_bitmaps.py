@@ -73,7 +73,7 @@ def test_what_is_refused(path: Path, tmp_path: Path) -> None:
             with pytest.raises(lamina.OptionError, match=match):
                 node.add_bitmap(name, granularity)
         for change in (node.remove_bitmap, node.clear_bitmap, lambda name: node.merge_bitmaps(name, [])):
-            with pytest.raises(lamina.OptionError, match="no bitmap two"):
+            with pytest.raises(lamina.OptionError, match="no bitmap 'two'"):
                 change("two")
     with lamina.open(path, format="qcow2") as image, pytest.raises(lamina.ReadOnly):
         node_of(image).add_bitmap("two", 65536)

@@ -51,10 +51,12 @@ def test_what_is_refused(path: Path) -> None:
             with pytest.raises(lamina.OptionError, match=match):
                 image.create_snapshot(name)
         for change in (image.apply_snapshot, image.delete_snapshot):
-            with pytest.raises(lamina.OptionError, match="no snapshot with the id 7"):
+            with pytest.raises(lamina.OptionError, match="no snapshot with the id '7'"):
                 change("7")
-        with pytest.raises(lamina.OptionError, match="no snapshot with the name x"):
+        with pytest.raises(lamina.OptionError, match="no snapshot with the name 'x'"):
             lamina.open({"driver": "qcow2", "file": str(path), "snapshot-name": "x"}, force_share=True)
+        with pytest.raises(lamina.OptionError, match=r"no snapshot with the id 'a\\n\\x1b'"):
+            image.delete_snapshot("a\n\x1b")
     with lamina.open(path, format="qcow2") as image, pytest.raises(lamina.ReadOnly):
         image.create_snapshot("two")
     with pytest.raises(lamina.OptionError, match="only be read"):

@@ -7,7 +7,7 @@ import binascii
 import os
 from typing import NoReturn
 
-from ..errors import BlockIOError, OptionError
+from ..errors import BlockIOError, OptionError, printable
 from ..limits import KIB
 from ..named_file import read_named
 from ..options import parse_keyval, shown
@@ -69,16 +69,17 @@ def parse_object(text: str) -> tuple[str, Secret, bool]:
         raise OptionError("an object is of a kind that is not known here", hint=_HINT)
     if not isinstance(name, str) or not name:
         raise OptionError("a secret has no id", hint=_HINT)
-    unknown = sorted(set(given) - set(_SOURCES))
+    title = printable(name)
+    unknown = sorted(map(printable, set(given) - set(_SOURCES)))
     if unknown:
-        raise OptionError(f"the secret {name} has options that are not known here: {', '.join(unknown)}", hint=_HINT)
+        raise OptionError(f"the secret {title} has options that are not known here: {', '.join(unknown)}", hint=_HINT)
     if len(given) != 1:
-        raise OptionError(f"the secret {name} needs one of {', '.join(_SOURCES)}", hint=_HINT)
+        raise OptionError(f"the secret {title} needs one of {', '.join(_SOURCES)}", hint=_HINT)
     if coding not in (None, "raw", "base64"):
-        raise OptionError(f"the format of the secret {name} is neither raw nor base64")
+        raise OptionError(f"the format of the secret {title} is neither raw nor base64")
     ((source, value),) = given.items()
-    raw = _read(name, source, str(value))
-    return name, Secret(_decoded(name, raw) if coding == "base64" else raw), source == "data"
+    raw = _read(title, source, str(value))
+    return name, Secret(_decoded(title, raw) if coding == "base64" else raw), source == "data"
 
 
 _HINT = "name it with --object secret,id=NAME,file=PATH (or fd=NUMBER, env=VARIABLE; format=base64), or give a lamina.Secret"

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from ...errors import LimitExceeded, OptionError, ReadOnly
+from ...errors import LimitExceeded, OptionError, ReadOnly, printable
 from ...limits import align_up, is_power_of_two
+from ...options import shown
 from . import bitmap_directory as directory
 from . import layout as q
 from .bitmap_directory import AUTO, IN_USE, Entry
@@ -53,7 +54,7 @@ class StoredBitmap:
         """A byte for each granule. Loaded when it is first needed."""
         if self.inconsistent:
             raise OptionError(
-                f"the bitmap {self.name} is inconsistent: it was not saved after its last change",
+                f"the bitmap {printable(self.name)} is inconsistent: it was not saved after its last change",
                 hint="remove it; the next backup has to be a full one",
             )
         if self._marks is None:
@@ -110,7 +111,7 @@ class Bitmaps:
         file, header = self._tables.file, self._tables.header
         count = -(-header.size >> entry.granularity_bits)
         if entry.table_size < directory.table_entries(header.size, entry.granularity_bits, header.cluster_bits):
-            raise OptionError(f"the bitmap {entry.name} is too short for the disk", path=file.node.filename)
+            raise OptionError(f"the bitmap {printable(entry.name)} is too short for the disk", path=file.node.filename)
         self._keep(count)
         marks = bytearray(count)
         view = np.frombuffer(marks, np.uint8)
@@ -177,9 +178,9 @@ class Bitmaps:
         found = self.all.get(name)
         if found is None:
             raise OptionError(
-                f"the image has no bitmap {name}",
+                f"the image has no bitmap {shown(name)}",
                 path=self._tables.file.node.filename,
-                hint=f"it has {', '.join(self.all)}" if self.all else "lamina info lists them",
+                hint=f"it has {', '.join(map(printable, self.all))}" if self.all else "lamina info lists them",
             )
         return found
 
@@ -192,7 +193,7 @@ class Bitmaps:
                 f"a granularity of {granularity} bytes is not a power of two from {1 << low} to {1 << high}", path=path
             )
         if name in self.all:
-            raise OptionError(f"the image has a bitmap {name} already", path=path, hint="choose another name")
+            raise OptionError(f"the image has a bitmap {shown(name)} already", path=path, hint="choose another name")
         if not name or len(name.encode("utf-8", "surrogateescape")) > directory.MAX_NAME or "\0" in name:
             raise OptionError("the name of a bitmap is empty, or too long", path=path, hint="at most 1023 bytes")
         if header.version < 3:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...errors import CorruptImage, LimitExceeded, OptionError
+from ...errors import CorruptImage, LimitExceeded, OptionError, printable
 from ...limits import MAX_SIZE, MIB, align_up
+from ...options import shown
 from ...results import Snapshot
 from . import layout as q
 
@@ -144,7 +145,7 @@ def _entries(file: Child, header: Header) -> Iterator[Entry]:
 
 def require_usable(entry: Entry, file: Child, header: Header) -> None:
     """Raise CorruptImage, LimitExceeded where the L1 table of this snapshot cannot be what the entry says."""
-    path, what = file.node.filename, f"the L1 table of snapshot {entry.id}"
+    path, what = file.node.filename, f"the L1 table of snapshot {printable(entry.id)}"
     size = header.size if entry.disk_size is None else entry.disk_size
     if entry.l1_size * 8 > q.MAX_L1_BYTES:
         raise LimitExceeded(f"{what} has {entry.l1_size} entries, above the limit of {q.MAX_L1_BYTES // 8}", path=path)
@@ -159,7 +160,7 @@ def require_usable(entry: Entry, file: Child, header: Header) -> None:
 def find(entries: list[Entry], id: str | None, name: str | None, path: str) -> Entry:
     """The snapshot with this id and this name, as far as they are given. OptionError where there is none, or several."""
     found = [one for one in entries if id in (None, one.id) and name in (None, one.name)]
-    said = " and ".join(f"{what} {text}" for what, text in (("id", id), ("name", name)) if text is not None)
+    said = " and ".join(f"{what} {shown(text)}" for what, text in (("id", id), ("name", name)) if text is not None)
     if not found:
         raise OptionError(f"the image has no snapshot with the {said}", path=path, hint="lamina info lists them")
     if len(found) > 1:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ...errors import OptionError
+from ...options import shown
 from . import snapshot_table
 from .rewrite import L1Place, Rewrite
 from .snapshot_table import Entry
@@ -30,7 +31,7 @@ def create(tables: Tables, book: Callable[[int], None], name: str) -> tuple[Entr
     if not name or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME or "\0" in name:
         raise OptionError("the name of a snapshot is empty, or too long", path=path, hint=f"at most {MAX_NAME} bytes")
     if any(entry.name == name for entry in entries):
-        raise OptionError(f"the image has a snapshot {name} already", path=path, hint="choose another name")
+        raise OptionError(f"the image has a snapshot {shown(name)} already", path=path, hint="choose another name")
     change, active = Rewrite(tables, book), _active(header)
     found = change.entries_of(active)
     change.count_path(found, 1)
