@@ -71,7 +71,9 @@ class Work:
                             image.zero(offset, length)
                         disk[offset : offset + length] = data
                         self.disks.append(bytes(disk))
-            marks.durable(len(self.disks) - 1)
+                if opening % 2:  # a close alone promises no stable storage
+                    image.flush()
+                    marks.durable(len(self.disks) - 1)
 
     def verify(self, content: bytes, state: CrashState) -> None:
         low = state.durable[-1] if state.durable else 0

@@ -58,6 +58,27 @@ def test_a_bitmap_knows_what_was_written_since(path: Path) -> None:
     assert lamina.check(path, format="qcow2").clean
 
 
+def test_a_disk_of_size_0_has_no_bitmaps(path: Path) -> None:
+    """QEMU opens no image that has both."""
+    with open_for(path) as image:
+        node = node_of(image)
+        size = image.size
+        image.create_snapshot("whole")
+        image.truncate(0)
+        image.create_snapshot("empty")
+        with pytest.raises(lamina.OptionError, match="size 0"):
+            node.add_bitmap("one", 65536)
+        image.apply_snapshot("1")
+        node.add_bitmap("one", 65536)
+        for change in (lambda: image.truncate(0), lambda: image.apply_snapshot("2")):
+            with pytest.raises(lamina.OptionError, match="size 0"):
+                change()
+        assert image.size == size
+        image.write(0, b"x")
+    with open_for(path) as image:
+        assert list(node_of(image).bitmaps["one"].dirty(0, size)) == [(0, 65536)]
+
+
 def test_what_is_refused(path: Path, tmp_path: Path) -> None:
     with open_for(path) as image:
         node = node_of(image)

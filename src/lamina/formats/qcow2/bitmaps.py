@@ -202,6 +202,7 @@ class Bitmaps:
             raise LimitExceeded(f"an image has no more than {directory.MAX_BITMAPS} bitmaps", path=path)
         if directory.table_entries(header.size, bits, header.cluster_bits) > directory.MAX_TABLE:
             raise OptionError("the granularity is too fine for a disk of this size", path=path)
+        self._require_bytes(header.size)
         count = -(-header.size >> bits)
         self._keep(count)
         entry = Entry(0, 0, AUTO if enabled else 0, directory.DIRTY_TRACKING, bits, name)
@@ -247,10 +248,21 @@ class Bitmaps:
             one.resize(size)
             self._changed(one)
 
-    def require_all_usable(self) -> None:
-        """Raise OptionError if a bitmap cannot follow a change of the size of the disk."""
+    def require_all_usable(self, size: int) -> None:
+        """Raise OptionError if a bitmap cannot follow a change of the size of the disk to `size`."""
+        if self.all:
+            self._require_bytes(size)
         for one in self.all.values():
             one.marks  # noqa: B018 - it says so
+
+    def _require_bytes(self, size: int) -> None:
+        # The table of such a bitmap would have no entries, or one too many: QEMU opens the image with neither.
+        if not size:
+            raise OptionError(
+                "a disk of size 0 has no bitmaps",
+                path=self._tables.file.node.filename,
+                hint="remove them first, or choose a size",
+            )
 
     # -- to disk
 

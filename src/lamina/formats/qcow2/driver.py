@@ -186,10 +186,10 @@ class Qcow2(WithBitmaps):
 
         recording = self._recording
         if recording is not None:
-            recording.require_all_usable()
             from . import snapshot_table
 
             entry = snapshot_table.find(snapshot_table.read(self.file, self.header), id, None, self.filename)
+            recording.require_all_usable(self.size if entry.disk_size is None else entry.disk_size)
             size = max(self.size, entry.disk_size or 0)
             recording.resize(size)
             recording.mark(0, size)
@@ -375,7 +375,7 @@ class Qcow2(WithBitmaps):
 
         recording, old = self._recording, self.size
         if recording is not None and size != old:
-            recording.require_all_usable()
+            recording.require_all_usable(size)
             recording.resize(max(size, old))  # first: a write to what is added must find its bits
         try:
             self._recording = None  # what a change of the size clears was not written
@@ -396,7 +396,7 @@ class Qcow2(WithBitmaps):
         tables.settle()
         tables.file.flush()
         tables.changing(tables.trim)
-        if tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
+        if self.header.version >= 3 and tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
             from .refcount_width import set_width
 
             with contextlib.suppress(LimitExceeded):  # the counts of all clusters take more memory than the budget has
