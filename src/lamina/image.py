@@ -205,9 +205,10 @@ class Image:
         return _RawFile(self)
 
     def close(self) -> None:
-        """Write buffered data to the files and close them; only `flush` brings data to stable storage. Thread-safe. Requests in
-        progress complete first; new requests raise Closed. A second call does nothing, unless it completes an interrupted `close`. Raises LaminaError inside a request of this image (in a signal
-        handler, for example), or inside this thread's own `with image.edit()`.
+        """Write buffered data to the files and close them; only `flush` brings data to stable storage. Thread-safe.
+        Requests in progress complete first; new requests raise Closed. A second call does nothing, unless it completes an
+        interrupted `close`. Raises LaminaError inside a request of this image (in a signal handler, for example), or inside
+        this thread's own `with image.edit()`.
 
         An image that is not closed is closed when nothing refers to it any more, or at the end of the program, with a
         ResourceWarning that names the line that opened it. After a fork, a close in the child only closes descriptors."""
