@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ def run() -> NoReturn:
     handler would raise KeyboardInterrupt in the middle of an import, where nothing catches it, and print a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # `run_command` enables it when modules are imported; their objects live to the end
     from .main import run as run_command
 
     run_command()

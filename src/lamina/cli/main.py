@@ -7,9 +7,11 @@ for errors is not 1.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from errno import EIO
 from importlib import import_module
 from typing import NoReturn
@@ -35,10 +37,11 @@ COMMANDS = {
 _HINT = "lamina --help lists the commands"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of this process), which excludes the name of the program. Returns the exit
-    status: 0, 1 for an error, or a value that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with
-    LAMINA_DEBUG in the environment also unexpected exceptions, which are bugs of Lamina."""
+def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None = None) -> int:
+    """Run the command line `argv` (default: that of this process), which excludes the name of the program. `imported` is
+    called when the module of the command is imported, before it runs. Returns the exit status: 0, 1 for an error, or a value
+    that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with LAMINA_DEBUG in the environment also
+    unexpected exceptions, which are bugs of Lamina."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     failure = 1
     try:
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             raise _unknown(name)
         module = import_module(f"{__package__}.{COMMANDS[name][0]}")
         failure = getattr(module, "FAILURE", 1)
+        if imported is not None:
+            imported()
         return int(module.main(arguments[1:]))
     except BrokenPipeError:
         raise
@@ -89,7 +94,7 @@ def run() -> NoReturn:
     try:
         signals.install()
         prepare()
-        status = main()
+        status = main(imported=_collect_garbage)
         lost = lost_output()
         if lost is not None:
             print_error(f"standard output: {os.strerror(lost.errno or EIO)}")
@@ -111,6 +116,13 @@ def run() -> NoReturn:
     except OSError:
         drop(sys.stderr)
     sys.exit(status)
+
+
+def _collect_garbage() -> None:
+    # What is imported by now lives to the end of the process. The collector need not look at it, neither while the command
+    # runs nor at the end: 6 ms of the 39 of `lamina info`.
+    gc.freeze()
+    gc.enable()
 
 
 def _failure_status() -> int:
