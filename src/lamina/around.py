@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from . import clock as system_clock
 from .node import FilterNode
 from .request import Child
 
@@ -19,9 +19,11 @@ Request: TypeAlias = Callable[[], Any]
 
 class AroundNode(FilterNode):
     """A filter whose requests all pass through one method, `around`. `clock`, for filters that wait or measure, has the
-    functions of the module `time`; tests replace it."""
+    functions of the module `clock`; tests replace it."""
 
-    def __init__(self, image: Child, *, clock: Any = time, name: str | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self, image: Child, *, clock: Any = system_clock, name: str | None = None, read_only: bool = False
+    ) -> None:
         super().__init__(image, name=name, read_only=read_only)
         self.clock = clock
 

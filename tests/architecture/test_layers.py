@@ -24,6 +24,7 @@ LAYERS = [
     {
         "atomic_file",
         "check_result",
+        "clock",
         "codecs",
         "crypto",
         "bitmap",

@@ -12,10 +12,10 @@ Requests wait in the order of arrival, reads and writes separately. Rates are by
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 from weakref import WeakValueDictionary
 
+from .. import clock as system_clock
 from ..errors import NotSupported, OptionError
 from ..node import NO_FALLBACK, FilterNode
 from ..pending import Pending
@@ -76,7 +76,7 @@ class ThrottleGroup:
     """The limits that one or more nodes share: `limits` by the names of the options. Thread-safe. Raises OptionError for
     contradictory limits. `clock` has `monotonic()` and `sleep(seconds)`."""
 
-    def __init__(self, limits: dict[str, int], clock: Any = time) -> None:
+    def __init__(self, limits: dict[str, int], clock: Any = system_clock) -> None:
         self.limits = limits
         self.clock = clock
         self._mutex = threading.Lock()
@@ -156,7 +156,7 @@ class Throttle(FilterNode):
         image: Child,
         *,
         group: str | None = None,
-        clock: Any = time,
+        clock: Any = system_clock,
         name: str | None = None,
         read_only: bool = False,
         **limits: int,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ... import clock
 from ...errors import OptionError
 from ...options import parse_keyval
 from . import grammar
@@ -77,7 +77,7 @@ def sleep(session: Session, flags: Flags, operands: Sequence[str]) -> bool:
     if not 0 <= milliseconds <= _LONGEST:
         raise OptionError(f"cannot sleep for {milliseconds} milliseconds", hint=f"give 0 to {_LONGEST} (a day)")
     session.output.flush()
-    time.sleep(milliseconds / 1000)
+    clock.sleep(milliseconds / 1000)
     return True
 
 

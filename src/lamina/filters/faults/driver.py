@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno as _errno
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ... import clock as system_clock
 from ...errors import BlockIOError, NotSupported, OptionError
 from ...limits import MAX_SIZE, MIB
 from ...node import MAY_UNMAP, FilterNode
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """The interface of a clock: the module `time`, or a replacement in a test."""
+    """The interface of a clock: the module `clock`, or a replacement in a test."""
 
     def monotonic(self) -> float: ...
 
@@ -80,7 +80,7 @@ class Faults(FilterNode):
         read_only: bool = False,
     ) -> None:
         super().__init__(image, name=name, read_only=read_only)
-        self.clock: Clock = clock or time
+        self.clock: Clock = clock or system_clock
         self.seed = seed
         self.rules = [Rule(number, options, seed) for number, options in enumerate(rules)]
         #: The remaining bytes that may be allocated; None: no limit.
