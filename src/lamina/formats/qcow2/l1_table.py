@@ -76,6 +76,10 @@ class L1Table:
         """The offset of the L2 table to which this entry points; 0: there is none."""
         return self.entries[index] & q.OFFSET_MASK
 
+    def l2_offsets(self, first: int, count: int) -> list[int]:
+        """`l2_offset` of `count` entries, from `first` on."""
+        return [entry & q.OFFSET_MASK for entry in self.entries[first : first + count]]
+
     def owns(self, index: int) -> bool:
         """Whether this entry is the only reference to its L2 table."""
         return bool(self.entries[index] & q.COPIED)

@@ -185,30 +185,35 @@ class Mappings:
         table = self._tables.get(which)
         if table is not None and count == 1:
             return self.layout.column(table.entries)
-        raw = np.empty((count, self._cluster_size // 8), np.uint64)
+        size, end = self._cluster_size, align_up(self._file.node.size, self._cluster_size)
+        raw = np.empty((count, size // 8), np.uint64)
         view = raw.view(np.uint8).reshape(-1).data
+        offsets = self.l1.l2_offsets(which, count)
         at = 0
         while at < count:
             table = self._tables.get(which + at)
             if table is not None:
-                raw[at] = self.layout.column(table.entries)
+                column = self.layout.column(table.entries)
+                raw[at] = column.byteswap() if _SWAP else column
                 at += 1
                 continue
+            offset = offsets[at]
+            if offset & size - 1 or offset + size > end:
+                self._table_offset(which + at)
             # Adjacent tables are read in one request.
-            offset = self._table_offset(which + at)
-            run = 1
+            stop = at + 1
             while (
-                at + run < count
-                and which + at + run not in self._tables
-                and self.l1.l2_offset(which + at + run) == offset + run * self._cluster_size
-                and offset + (run + 1) * self._cluster_size <= self._file.node.size
+                stop < count
+                and offsets[stop] == offset + (stop - at) * size
+                and which + stop not in self._tables
+                and offsets[stop] + size <= end
             ):
-                run += 1
+                stop += 1
             self._file.tell("l2_load")
-            self._file.read_into(offset, view[at << self._cluster_bits : at + run << self._cluster_bits])
-            if _SWAP:
-                raw[at : at + run].byteswap(inplace=True)
-            at += run
+            self._file.read_into(offset, view[at * size : stop * size])
+            at = stop
+        if _SWAP:
+            raw.byteswap(inplace=True)
         return raw.reshape(-1)
 
     def table(self, which: int) -> Table | None:
