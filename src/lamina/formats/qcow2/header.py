@@ -9,7 +9,7 @@ from ...limits import MAX_SIZE, align_up
 from . import layout as q
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ...layout import Structure
     from ...request import Child
@@ -362,6 +362,11 @@ class Header:
     def set(self, values: Mapping[str, Any]) -> None:
         """Change these fields, all in one step that no interrupt divides."""
         self.__dict__.update(values)
+
+    def require_fields(self, names: Iterable[str]) -> None:
+        """Raise KeyError for a field that a header of this version does not have: an error of the caller."""
+        for name in names:
+            self._structure[name]
 
     def store(self, storage: Child, *names: str) -> None:
         """Write these fields, which are adjacent in the header, in one request of less than a sector."""

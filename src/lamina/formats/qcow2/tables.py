@@ -184,6 +184,7 @@ class Tables:
         written at once. After an error the tables are the old ones, whose header goes to the disk before anything else
         changes."""
         header, file = self.header, self.file
+        header.require_fields(values)
         mappings = Mappings(file, header.but(values), self._cache_bytes // 2)
         before, names = header.values(*values), tuple(values)
         try:
@@ -387,6 +388,7 @@ class Tables:
         """Change these adjacent fields of the header, in memory and on the disk. After an error the fields in memory are the
         old ones, and go to the disk before anything else changes."""
         header = self.header
+        header.require_fields(values)
         before, names = header.values(*values), tuple(values)
         try:
             header.set(values)
