@@ -6,6 +6,7 @@ of any kind, `bytes` as results, context management, and a file object."""
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .edit import Edit
@@ -18,8 +19,9 @@ from .policy import Policy
 from .root import Graph, Root
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Callable, Iterator  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
+    from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
 
+    from .bitmap import DirtyBitmap
     from .extents import Extents
     from .results import Snapshot
 
@@ -146,14 +148,55 @@ class Image:
         """Give up the snapshot with this id, and the space that only it uses."""
         self._change("deletes a snapshot", self._format().delete_snapshot, id)
 
+    # -- persistent dirty bitmaps, and options that change in place, of formats that have them
+
+    @property
+    def bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        """The dirty bitmaps by name, each a view of the present state. Inconsistent ones are missing (`lamina.info` lists
+        them): they were not stored after their last change."""
+        return self.node.bitmaps
+
+    def add_bitmap(self, name: str, granularity: int = 65536, *, enabled: bool = True) -> None:
+        """Add an empty bitmap with a bit for each `granularity` bytes (a power of two). An enabled one records writes from
+        now on. Bitmaps are stored when the image is closed; until then the file says that they are inconsistent."""
+        self._change("adds a bitmap", partial(self._format().add_bitmap, enabled=enabled), name, granularity)
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap, inconsistent or not, from the file."""
+        self._change("removes a bitmap", self._format().remove_bitmap, name)
+
+    def clear_bitmap(self, name: str) -> None:
+        """Make a bitmap forget the writes that it has recorded."""
+        self._change("clears a bitmap", self._format().clear_bitmap, name)
+
+    def enable_bitmap(self, name: str, enabled: bool = True) -> None:
+        """Make a bitmap record writes from now on, or stop it."""
+        self._change("enables a bitmap", self._format().enable_bitmap, name, enabled)
+
+    def merge_bitmaps(self, name: str, sources: Iterable[DirtyBitmap]) -> None:
+        """Add what `sources` have recorded to a bitmap: bitmaps of this image, of another one, or of memory."""
+        self._change("merges bitmaps", self._format().merge_bitmaps, name, tuple(sources))
+
+    def amend(self, **options: Any) -> None:
+        """Change options of the image in place; see `lamina create` for their names. qcow2 changes `size`, `refcount_bits`,
+        `lazy_refcounts` and `encrypt` (a key slot). Raises OptionError for others, before anything changes."""
+        node = self._format()
+        if node.amend_schema is None:
+            raise node.refusal("has no options that can be changed later")
+        self._change("changes options of the image", node.amend, node.amend_schema.parse(options))
+
     def _change(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        self.root.edge.require_writable("snapshot")
+        """work(*arguments), while no request of the graph runs."""
+        self.root.edge.require_writable("change")
         return self.root.alone(what, work, *arguments)
 
     def _format(self) -> Format:
         node = self.node
         if not isinstance(node, Format):
-            raise UnsupportedFeature(f"the filter {node.driver} has no snapshots", hint="open the image below it")
+            hint = "open the image below it"
+            raise UnsupportedFeature(
+                f"the filter {node.driver} has no snapshots, bitmaps or options to change", hint=hint
+            )
         return node
 
     def extents(self, offset: int = 0, length: int | None = None) -> Extents:
