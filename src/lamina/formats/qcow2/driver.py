@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+from errno import ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...errors import CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
+from ...errors import BlockIOError, CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
@@ -399,9 +399,14 @@ class Qcow2(WithBitmaps):
         if self.header.version >= 3 and tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
             from .refcount_width import set_width
 
-            with contextlib.suppress(LimitExceeded):  # the counts of all clusters take more memory than the budget has
+            try:
                 self._rewritten(set_width, self.header.refcount_bits)
-                tables.changing(tables.trim)
+            except LimitExceeded:
+                pass  # the counts of all clusters take more memory than the budget has
+            except BlockIOError as error:
+                if error.errno != ENOSPC:
+                    raise
+            tables.changing(tables.trim)
         tables.file.flush()
 
     # -- flush, and the modes of access
