@@ -114,6 +114,7 @@ class Qcow2(WithBitmaps):
         header = Header.read(file)
         path = file.node.filename
         header.require_openable(path, writable=not (opener.read_only or opener.repair))
+        header.require_l1(path, writable=not opener.read_only)
         id, name = options.get("snapshot-id"), options.get("snapshot-name")
         if id is not None or name is not None:
             if not opener.read_only:
@@ -136,6 +137,8 @@ class Qcow2(WithBitmaps):
             node.children["backing"] = backing
         if not (opener.read_only or opener.repair):
             node._begin()
+        if not header.l1_inside:
+            node.warn("%s: the L1 table is past the end of the file; what it maps reads as zero", path)
         return node
 
     def _begin(self) -> None:
@@ -422,6 +425,7 @@ class Qcow2(WithBitmaps):
         """As in `open`. The tables are loaded again, since those of a read-only image may share memory."""
         header, known = Header.read(self.file), self.header
         header.require_openable(self.filename, writable=True)
+        header.require_l1(self.filename, writable=True)
         if header.values(*_SAME) != known.values(*_SAME):
             raise LaminaError(
                 "another process changed the image, which was open without locks",

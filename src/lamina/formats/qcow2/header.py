@@ -40,6 +40,8 @@ class Header:
     autoclear_features: int = 0
     compression_type: int = 0
     backing_file: str | None = None
+    #: Whether the L1 table is inside the file.
+    l1_inside: bool = True
     #: (type, data) of all extensions, in order, including unknown ones.
     extensions: list[tuple[int, bytes]]
 
@@ -116,6 +118,17 @@ class Header:
         if writable and self.incompatible_features & q.CORRUPT:
             raise CorruptImage(
                 "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
+            )
+
+    def require_l1(self, path: str, *, writable: bool) -> None:
+        """Raise CorruptImage if the L1 table is not inside the file, and the image is to be written: its clusters there read
+        as zero, but the file may as well have lost its end."""
+        if writable and not self.l1_inside:
+            raise CorruptImage(
+                f"l1_table_offset {self.l1_table_offset:#x}: the L1 table of {self.l1_size * 8} bytes is not inside the"
+                " file: the image can only be read",
+                path=path,
+                hint="if the file is whole, convert it to a new image",
             )
 
     def unsupported(self) -> list[str]:
@@ -208,7 +221,9 @@ class Header:
         needed = self.l1_entries(self.size)
         if needed > self.l1_size:
             raise CorruptImage(f"l1_size is {self.l1_size}, too small for a disk of {self.size} bytes")
-        self._check_table("l1_table_offset", self.l1_table_offset, self.l1_size * 8, file_size)
+        # The end of the file may come first: some programs store no zeros there. `require_openable` says more.
+        self._check_table("l1_table_offset", self.l1_table_offset, self.l1_size * 8, q.MAX_HOST_OFFSET)
+        self.l1_inside = self.l1_table_offset + self.l1_size * 8 <= align_up(file_size, self.cluster_size)
         if not self.refcount_table_clusters:
             raise CorruptImage("refcount_table_clusters is 0")
         limit = q.MAX_REFTABLE_BYTES >> self.cluster_bits
