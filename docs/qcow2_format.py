@@ -32,7 +32,7 @@ integers are big-endian, all offsets are bytes of the image file.
 | persistent dirty bitmaps | yes | recorded | yes | cleared, enabled, merged, removed |
 | extended L2 entries: 32 subclusters to a cluster | yes | yes, to the subcluster | yes | |
 | preallocation | yes | yes | metadata, falloc, full | |
-| external data files | no | no | no | |
+| external data files, raw ones too | yes | yes | yes | |
 
 ## Order of writes
 

@@ -7,12 +7,13 @@ headers of all formats, are buffered and written last.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from .atomic_file import HEADER_BYTES, AtomicFile
+from .atomic_file import HEADER_BYTES, AtomicFile, sync_folder
 from .detect import HEAD_BYTES, TAIL_BYTES
-from .errors import NotSupported, OptionError, printable
+from .errors import BlockIOError, NotSupported, OptionError, printable
 from .format import Format, lookup_format
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, MIB, Budget
@@ -55,7 +56,7 @@ def create(
     kind.prepare_create(values, target, budget)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
-    with new_file(target, durable=True) as file:
+    with made_beside(kind, values, durable=True), new_file(target, durable=True) as file:
         write_image(kind, file, values)
 
 
@@ -63,6 +64,36 @@ def new_file(target: str, *, durable: bool = False) -> AtomicFile:
     """The file of a new image at `target`, a context manager; `open_new` opens it. Meanwhile no other program can open, as an
     image, the file that it replaces or writes in place. `durable` as for `AtomicFile`."""
     return AtomicFile(target, durable=durable, lock=lock_for_writing, tell=lambda text: tell(target, text))
+
+
+@contextmanager
+def made_beside(kind: type[Format], values: Mapping[str, Any], *, durable: bool = False) -> Iterator[None]:
+    """Create the files beside a new image (`Format.side_files`), empty; an exception deletes them. `durable`: their names are
+    on stable storage. OptionError if one of them exists."""
+    made: list[tuple[str, os.stat_result]] = []
+    try:
+        for path in kind.side_files(values):
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            except FileExistsError as error:
+                text = "this file is to be created for the guest data of the image, and exists already"
+                raise OptionError(text, path=path, hint="delete it first, or name another one") from error
+            except OSError as error:
+                raise BlockIOError.from_os(error, "cannot create this file", path=path) from error
+            try:
+                made.append((path, os.fstat(fd)))
+            finally:
+                os.close(fd)
+            if durable:
+                sync_folder(os.path.dirname(path))
+        yield
+    except BaseException:
+        for path, status in made:
+            with suppress(OSError):
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
+                    os.unlink(path)
+        raise
 
 
 def lock_for_writing(fd: int, path: str) -> None:

@@ -81,6 +81,12 @@ class Format(Node):
         raise cls.refusal("does not support the creation of images", hint="try qcow2 or raw")
 
     @classmethod
+    def side_files(cls, values: Mapping[str, Any]) -> Sequence[str]:
+        """The paths of the files beside the image that belong to it, and that `create` fills: they are created, empty, before
+        it is called, and deleted if the image is not completed. None of them may exist. By default there are none."""
+        return ()
+
+    @classmethod
     def options_to_open(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options with which `open` opens an image that `create` made with `values`: the secret of an encrypted one. By
         default none is needed."""

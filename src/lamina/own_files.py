@@ -25,6 +25,14 @@ def refuse_own(top: Node, path: str, *, what: str = "source") -> None:
             raise OptionError(f"{relation}, which would be overwritten", path=path, hint=_HINT)
 
 
+def is_same_file(first: str, second: str) -> bool:
+    """Whether two paths lead to one file, through links of either kind, or would if it existed."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return os.path.realpath(first) == os.path.realpath(second)
+
+
 def refuse_shared(source: Node, target: Node) -> None:
     """Raise OptionError if a file of the graph `target`, other than a backing file, is also a file of `source`."""
     for file, beneath in _files(target):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from lamina.crypto.secret import Secret
+from lamina.node import Node
+from lamina.request import Child
 from lamina.testing import FormatConformance
+from lamina.testing.formats import KeptMemory
 
 
 class TestRaw(FormatConformance):
@@ -177,4 +184,65 @@ class TestQcow2SubclustersEncrypted(EncryptedQcow2):
         "encrypt": {"format": "luks", "key-secret": SECRET, "iter-time": 1},
     }
     unit = 16_384
+    backing = 30_001
+
+
+class DataFile(Qcow2):
+    """Over an external data file, which is in memory too, and outlives the node."""
+
+    create_options = {"cluster_size": 4096, "data_file": "data"}
+    unit = 4096
+
+    @cached_property
+    def _data(self) -> dict[Node, KeptMemory]:
+        """The data files by the storage of their images."""
+        return {}
+
+    def make(self, storage: Child) -> None:
+        kind = self.kind()
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "data")
+            path.touch()
+            given = {**self.create_options, "size": self.size}
+            values = kind.creation_schema().parse(given) | {"data_file_path": str(path)}
+            kind.create(storage, self.size, values)
+        self._data[storage.node] = KeptMemory(self.size)
+
+    def over(self, storage: KeptMemory, below: KeptMemory | None, *, read_only: bool = False) -> Node:
+        data = self._data[storage]
+        data.read_only = read_only
+        self.open_options = {"data-file": Child(data, "data-file", grows=True)}
+        return super().over(storage, below, read_only=read_only)
+
+
+class TestQcow2DataFile(DataFile):
+    pass
+
+
+class TestQcow2DataFileClusters512(DataFile):
+    create_options = {"cluster_size": 512, "data_file": "data"}
+    unit = 512
+
+
+class TestQcow2DataFileRaw(DataFile):
+    create_options = {"cluster_size": 4096, "data_file": "data", "data_file_raw": True}
+
+
+class TestQcow2DataFileExtended(DataFile):
+    create_options = {"cluster_size": 16_384, "data_file": "data", "extended_l2": True}
+    unit = 512
+
+
+class TestQcow2DataFileRawExtended(DataFile):
+    create_options = {"cluster_size": 16_384, "data_file": "data", "data_file_raw": True, "extended_l2": True}
+    unit = 512
+
+
+class TestQcow2DataFileOverBacking(DataFile):
+    backing = 100_000
+
+
+class TestQcow2DataFileExtendedOverShorterBacking(DataFile):
+    create_options = {"cluster_size": 16_384, "data_file": "data", "extended_l2": True}
+    unit = 512
     backing = 30_001

@@ -21,7 +21,7 @@ from lamina.status import COMPRESSED, DATA, PRESENT, ZERO
 PACKAGE = Path(lamina.__file__).parent / "formats" / "qcow2"
 #: What only these modules use of `layout`: one owner for each kind of table.
 BITS = {"COPIED", "COMPRESSED", "ZERO", "OFFSET_MASK"}
-OWNERS = {"layout.py", "l1_table.py", "l2_entry.py", "l2_extended.py"}
+OWNERS = {"layout.py", "l1_table.py", "l2_entry.py", "l2_extended.py", "l2_external.py"}
 
 
 def told(entry: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..api import open as open_image
-from ..creation import create_driver, new_file, open_new, write_image
+from ..creation import create_driver, made_beside, new_file, open_new, write_image
 from ..errors import OptionError
 from ..extents import Extents
 from ..format_node import FormatNode
@@ -193,6 +193,7 @@ def convert_to_file(
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
+        stack.enter_context(made_beside(kind, values, durable=durable))
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
         with _open_made(file, format, given, references, source.budget, compress) as target:

@@ -37,13 +37,14 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
         while index + run < stop and layout.is_run(entry, entries[index + run], run):
             tables.require_data(host + run * cluster_size, table, index + run)
             run += 1
-        return Reservation(offset, min(length, run * cluster_size - within), host + within, tables.file)
+        place = host + within - tables.shift
+        return Reservation(offset, min(length, run * cluster_size - within), place, tables.data)
     run = 1
     while index + run < stop and not own_cluster(entries[index + run]):
         run += 1
     for at in range(index, index + run) if any(entries[index : index + run]) else ():
         tables.require_droppable(table, at)  # `commit` frees it, and must not fail
-    host, run, blank = tables.refcounts.allocate(run)
+    host, run, blank = tables.allocate_data(cluster, run)
     reservation = _fresh(tables, offset, length, host, run, (which, index, host, run, True))
     reservation.blank = blank
     return reservation
@@ -53,7 +54,8 @@ def _fresh(tables: Tables, offset: int, length: int, host: int, clusters: int, t
     within = offset & tables.cluster_size - 1
     length = min(length, (clusters << tables.cluster_bits) - within)
     tail = -(within + length) & tables.cluster_size - 1
-    return Reservation(offset, length, host + within, tables.file, new=True, head=within, tail=tail, token=token)
+    place = host + within - tables.shift
+    return Reservation(offset, length, place, tables.data, new=True, head=within, tail=tail, token=token)
 
 
 def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _allocated: bool) -> None:
@@ -78,7 +80,7 @@ def commit(tables: Tables, which: int, index: int, host: int, clusters: int, _al
 def abandon(tables: Tables, _which: int, _index: int, host: int, clusters: int, allocated: bool) -> None:
     """As `FormatNode.abandon`, of a reservation with this token."""
     if allocated:
-        tables.refcounts.lower(host, clusters)
+        tables.abandon_data(host, clusters)
 
 
 def drop(tables: Tables, offset: int, length: int, to: To, keep: bool, backed: bool) -> None:

@@ -38,14 +38,11 @@ def check(storage: Child, header: Header) -> CheckReport:
     result would be wrong. No other thread or process may write to the image meanwhile. The memory is proportional to the
     stored tables; offsets past the end of the file take none.
     """
-    unknown = []
-    if header.incompatible_features & q.DATA_FILE:
-        unknown.append("an external data file")
     if q.INCOMPATIBLE.unknown(header.incompatible_features):
-        unknown.append("unknown incompatible features")
-    if unknown:
         raise UnsupportedFeature(
-            f"an image with {' and '.join(unknown)} cannot be checked", path=storage.node.filename, operation="check"
+            "an image with unknown incompatible features cannot be checked",
+            path=storage.node.filename,
+            operation="check",
         )
     references = References(storage, header)
     if header.size % _SECTOR:

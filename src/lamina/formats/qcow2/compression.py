@@ -52,7 +52,7 @@ class Compression:
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
         # With refcounts of one bit no two clusters can share a host cluster, so compression would save nothing.
-        self.compresses = header.refcount_bits > 1 and not header.crypt_method
+        self.compresses = header.refcount_bits > 1 and not (header.crypt_method or header.external_data)
         self._cache: dict[int, bytes] = {}  # by L2 entry, the oldest first
         self._max_cached = max(_CACHE >> self._bits, 2)
         self._cache_lock = threading.Lock()

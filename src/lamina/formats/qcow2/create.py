@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import FormatError, LaminaError, LimitExceeded, OptionError
 from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
+from ...own_files import is_same_file
 from ...results import ImageInfo, Snapshot
 from ...schema import Option, Schema
 from . import layout as q
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ...request import Child
+    from .tables import Tables
 
 _ENCRYPT = Schema(
     "encrypt",
@@ -53,6 +55,9 @@ SCHEMA = Schema(
             default="off",
             choices=("off", "metadata", "falloc", "full"),
         ),
+        Option("data_file", "str", "name of an external data file for the guest data, which must not exist yet"),
+        Option("data_file_raw", "bool", "the data file reads as the disk does, without the tables", default=False),
+        Option("data_file_keep", "bool", "the data file exists: its bytes become those of the disk", default=False),
         Option("lazy_refcounts", "bool", "let other programs update reference counts late", default=False),
         Option("encrypt", "dict", "encrypt the data of the guest", items=_ENCRYPT),
         Option("backing_unchecked", "bool", "do not open the backing file now (-u)", default=False),
@@ -93,6 +98,12 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
         )
     if values.get("encrypt") is not None:
         _prepare_encryption(values["encrypt"], target)
+    if values.get("data_file") or values["data_file_raw"] or values["data_file_keep"]:
+        from .create_external import prepare as prepare_data_file
+
+        if _version(values) == 2:
+            raise OptionError("version 2 (compat 0.10) has no external data files", path=target, hint="use compat=1.1")
+        prepare_data_file(values, target)
     name = values.get("backing_file")
     if not name:
         if values.get("backing_fmt"):
@@ -108,7 +119,7 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
         )
     # Where the target is a link, names inside the new image are relative to the folder of the file itself.
     where = os.path.join(os.path.dirname(os.path.realpath(target)), name)
-    if _is_same_file(target, where):
+    if is_same_file(target, where):
         raise OptionError("the backing file is the new image itself", path=target, hint="name another file")
     if not values.get("backing_unchecked"):
         _check_backing(values, where, target, budget)
@@ -125,14 +136,6 @@ def _prepare_encryption(values: Mapping[str, Any], target: str) -> None:
         )
     settings_of(values)
     reveal(values.get("key-secret"))
-
-
-def _is_same_file(first: str, second: str) -> bool:
-    """Whether two paths lead to one file, through links of either kind, or would if it existed."""
-    try:
-        return os.path.samefile(first, second)
-    except (OSError, ValueError):
-        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def _round_size(values: dict[str, Any], target: str) -> None:
@@ -182,7 +185,6 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
-    from .resize import grow_l1
     from .tables import Tables
 
     cluster_size = values["cluster_size"]
@@ -211,6 +213,10 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         )
     if values["lazy_refcounts"]:
         header.compatible_features = q.LAZY_REFCOUNTS
+    if values.get("data_file"):
+        header.incompatible_features |= q.DATA_FILE
+        header.autoclear_features = q.AUTOCLEAR["raw external data"] if values["data_file_raw"] else 0
+        header.extensions.append((q.EXT_DATA_FILE, values["data_file"].encode("utf-8", "surrogateescape")))
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
     if storage.node.growable:
@@ -229,15 +235,29 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     counts = _three_used(header.refcount_bits)
     first[2 * cluster_size : 2 * cluster_size + len(counts)] = counts
     storage.write(0, memoryview(first))
-    tables = Tables(storage, header, cache_bytes=MIB, writable=True)
+    if header.external_data:
+        from .create_external import open_data_file
+
+        with open_data_file(values, size) as data:
+            _fill(Tables(storage, header, cache_bytes=MIB, writable=True, data=data), size, values)
+    else:
+        _fill(Tables(storage, header, cache_bytes=MIB, writable=True), size, values)
+
+
+def _fill(tables: Tables, size: int, values: Mapping[str, Any]) -> None:
+    """Give the empty image of `tables` its size, preallocated clusters, and a header for its encryption."""
+    from .resize import grow_l1
+
+    storage, header = tables.file, tables.header
     if size:
         grow_l1(tables, size)
         tables.flush()
         tables.set_size(size)
-        if values["preallocation"] != "off":
+        how = "metadata" if values["data_file_keep"] else values["preallocation"]
+        if how != "off":
             from .preallocation import preallocate
 
-            preallocate(tables, values["preallocation"])
+            preallocate(tables, how)
     if values.get("encrypt") is not None:
         from .encryption import add_luks
 
@@ -246,6 +266,22 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         storage.write(0, memoryview(header.to_bytes()))
     tables.settle()  # a refcount table that grew leaves its old one
     storage.flush()
+
+
+def options_to_open(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `Format.options_to_open`."""
+    found: dict[str, Any] = {}
+    if (encrypt := values.get("encrypt")) is not None:
+        found["encrypt"] = {"key-secret": encrypt["key-secret"]}
+    if values.get("data_file"):
+        if values["data_file_keep"]:
+            raise OptionError(
+                "the data file would be overwritten, and is to be kept",
+                path=values["data_file_path"],
+                hint="create the image alone (lamina create), or name a new data file",
+            )
+        found["data-file"] = {"driver": "file", "filename": values["data_file_path"]}
+    return found
 
 
 def _three_used(refcount_bits: int) -> bytes:
@@ -274,6 +310,8 @@ def describe(storage: Child, header: Header) -> ImageInfo:
         data["extended-l2"] = bool(header.incompatible_features & q.EXTENDED_L2)
         if header.data_file is not None:
             data["data-file"] = header.data_file
+        if header.external_data:
+            data["data-file-raw"] = header.raw_external_data
     if header.crypt_method in (1, 2):
         from .encryption import describe as describe_encryption
 

@@ -62,6 +62,7 @@ class Qcow2(WithBitmaps):
         [
             Option("file", "node", "storage of the image", required=True),
             Option("backing", "node", "backing node, in place of the backing file in the header"),
+            Option("data-file", "node", "storage of the guest data, in place of the data file in the header"),
             Option("snapshot-id", "str", "open the internal snapshot with this id, for reading"),
             Option("snapshot-name", "str", "open the internal snapshot with this name, for reading"),
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
@@ -76,10 +77,20 @@ class Qcow2(WithBitmaps):
     _compression: Compression
 
     def __init__(
-        self, file: Child, header: Header, *, read_only: bool, cache_bytes: int, name: str | None = None
+        self,
+        file: Child,
+        header: Header,
+        *,
+        read_only: bool,
+        cache_bytes: int,
+        name: str | None = None,
+        data: Child | None = None,
     ) -> None:
+        """`data`: the edge to the external data file, if there is one."""
         super().__init__(name=name, read_only=read_only)
-        self.children["file"] = self.file = file
+        self.children["file"] = self.file = self.data = file
+        if data is not None:
+            self.children["data-file"] = self.data = data
         self.header = header
         self._cluster_size = header.cluster_size
         self._cache_bytes = cache_bytes
@@ -97,6 +108,7 @@ class Qcow2(WithBitmaps):
             self.header,
             cache_bytes=self._cache_bytes,
             writable=writable,
+            data=self.data,
             on_corrupt=self._stop_writing,
         )
         self._loaded = True
@@ -129,7 +141,17 @@ class Qcow2(WithBitmaps):
         stored = stored_bytes(file, header.l1_table_offset, header.l1_size)
         opener.book(stored, "the L1 table", path)
         kind: Any = EncryptedQcow2 if header.crypt_method else cls
-        node: Self = kind(file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name)
+        data: Child | None = None
+        if header.external_data:
+            from .external import class_of, open_data_file
+
+            data = open_data_file(file, header, options.get("data-file", {}), opener)
+            kind = class_of(kind)
+        elif "data-file" in options:
+            raise OptionError("a data file is given, and the image has none", path=path)
+        node: Self = kind(
+            file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
+        )
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -165,9 +187,12 @@ class Qcow2(WithBitmaps):
         _create.create(storage, size, values)
 
     @classmethod
+    def side_files(cls, values: Options[str, Any]) -> Sequence[str]:
+        return [values["data_file_path"]] if values.get("data_file") and not values["data_file_keep"] else []
+
+    @classmethod
     def options_to_open(cls, values: Options[str, Any]) -> dict[str, Any]:
-        encrypt = values.get("encrypt")
-        return {} if encrypt is None else {"encrypt": {"key-secret": encrypt["key-secret"]}}
+        return _create.options_to_open(values)
 
     @classmethod
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
@@ -442,8 +467,10 @@ class Qcow2(WithBitmaps):
         self._recording = None
 
     def _clear_autoclear_features(self) -> None:
-        # They say that all writers kept certain structures up to date, which this driver does for bitmaps alone.
-        kept = self.header.autoclear_features & (q.AUTOCLEAR["bitmaps"] if self._recording is not None else 0)
+        # They say that all writers kept certain structures up to date, as this driver does for bitmaps and raw data files.
+        known = q.AUTOCLEAR["bitmaps"] if self._recording is not None else 0
+        known |= q.AUTOCLEAR["raw external data"] if self.header.external_data else 0
+        kept = self.header.autoclear_features & known
         if self.header.autoclear_features != kept:
             self.header.autoclear_features = kept
             self.header.store(self.file, "autoclear_features")

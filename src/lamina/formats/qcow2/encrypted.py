@@ -77,16 +77,18 @@ class Encrypted(FormatNode):
         if mapping.flags & COMPRESSED:
             super().load(mapping, offset, view)
             return
+        assert mapping.child is not None
+        stored = mapping.child
         cipher = self._cipher("read")
         host, length = mapping.token, len(view)
         sector = (host if self._by_host else offset) // SECTOR
         whole = length - length % SECTOR
-        self.file.tell("read_aio")
-        self.file.read_into(host, view[:whole])
+        stored.tell("read_aio")
+        stored.read_into(host, view[:whole])
         cipher.decrypt(sector, view[:whole])
         if whole < length:  # the disk ends inside a sector
             last = memoryview(bytearray(SECTOR))
-            self.file.read_into(host + whole, last)
+            stored.read_into(host + whole, last)
             cipher.decrypt(sector + whole // SECTOR, last)
             view[whole:] = last[: length - whole]
 

@@ -63,6 +63,16 @@ class Header:
         return bool(self.incompatible_features & q.EXTENDED_L2)
 
     @property
+    def external_data(self) -> bool:
+        """Whether an external data file contains the guest data."""
+        return bool(self.incompatible_features & q.DATA_FILE)
+
+    @property
+    def raw_external_data(self) -> bool:
+        """Whether the external data file reads as the disk does, without the tables."""
+        return self.external_data and bool(self.autoclear_features & q.AUTOCLEAR["raw external data"])
+
+    @property
     def l1_covers_bits(self) -> int:
         """An L1 entry covers 1 << `l1_covers_bits` bytes of the disk: an L2 table is one cluster."""
         return 2 * self.cluster_bits - (4 if self.extended_l2 else 3)
@@ -136,8 +146,10 @@ class Header:
         found = []
         if self.crypt_method not in q.CRYPT_METHODS:
             found.append("unknown encryption")
-        if self.incompatible_features & q.DATA_FILE:
-            found.append("external data file")
+        if self.external_data and self.nb_snapshots:
+            found.append("internal snapshots beside an external data file")
+        if self.external_data and self.size > q.MAX_HOST_OFFSET - self.cluster_size:
+            found.append("a disk that no external data file can hold")
         if self.compression_type not in q.COMPRESSION_TYPES:
             found.append("unknown compression type")
         unknown = q.INCOMPATIBLE.unknown(self.incompatible_features)

@@ -1,7 +1,7 @@
 """Entries of L2 tables: decoding and encoding.
 
-After "Cluster mapping" of the published specification. Only this module and `l2_extended` use the bits of an L2 entry;
-mappings, writes, compression and the check call them, and treat entries as opaque numbers.
+After "Cluster mapping" of the published specification. Only this module, `l2_extended` and `l2_external` use the bits of an
+L2 entry; mappings, writes, compression and the check call them, and treat entries as opaque numbers.
 
 The functions decode the first 64 bits of an entry, which have the same format in every image, except for the flag ZERO. An
 `L2Layout` decodes what differs between images: the size of an entry, and ZERO. An entry of 16 bytes ("extended L2 entries")
@@ -114,6 +114,8 @@ class L2Layout:
     entry_bits: ClassVar[int] = 3
     #: A cluster consists of 1 << `units_bits` units.
     units_bits: ClassVar[int] = 0
+    #: Whether the offsets are those of an external data file, so that tables from the disk must be adopted.
+    external: ClassVar[bool] = False
 
     def __init__(self, cluster_bits: int) -> None:
         self.cluster_bits = cluster_bits
@@ -154,6 +156,10 @@ class L2Layout:
         if _SWAP:
             entries.byteswap()
         return entries
+
+    def adopt(self, words: Any, cluster: int, *, strict: bool) -> None:
+        """Change the entries of consecutive tables (uint64) from their form on the disk to that in memory. `cluster`: the
+        guest cluster of the first entry. `strict`: raise InvalidEntry for an invalid entry now, not when it is used."""
 
     def to_disk(self, entries: array[int]) -> bytes:
         """The entries in the byte order of the file."""

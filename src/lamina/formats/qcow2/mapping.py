@@ -45,6 +45,10 @@ _STEPS = 1 << 9
 
 
 def _layout(header: Header) -> L2Layout:
+    if header.external_data:
+        from .l2_external import ExternalExtendedL2Layout, ExternalL2Layout
+
+        return (ExternalExtendedL2Layout if header.extended_l2 else ExternalL2Layout)(header.cluster_bits)
     if header.extended_l2:
         from .l2_extended import ExtendedL2Layout
 
@@ -69,8 +73,12 @@ class Table:
 class Mappings:
     """The L1 table and the L2 tables of one image. Not thread-safe: the driver holds its lock around every call."""
 
-    def __init__(self, file: Child, header: Header, cache_bytes: int, *, writable: bool = True) -> None:
+    def __init__(
+        self, file: Child, header: Header, cache_bytes: int, *, writable: bool = True, data: Child | None = None
+    ) -> None:
+        """`data`: the edge to the external data file, if the image has one."""
         self._file = file
+        self._data = file if data is None else data
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self.layout = _layout(header)
@@ -110,7 +118,7 @@ class Mappings:
         table = self._tables.get(cluster >> self._table_bits)
         if table is None:
             return None
-        return self._map_entry(table.entries[cluster & self.per_table - 1], within, length, self._file)
+        return self._map_entry(table.entries[cluster & self.per_table - 1], within, length, self._data)
 
     def map(self, offset: int, length: int) -> Mapping:
         """As `FormatNode.map`. The token of a compressed cluster is its L2 entry."""
@@ -134,9 +142,9 @@ class Mappings:
             raise self._corrupt(error, table.offset) from error
         run = min((units << bits) - within, length)
         if host >= 0:
-            return Mapping(flags, run, host + within, self._file)
+            return Mapping(flags, run, host + within, self._data)
         if flags & DATA:
-            return Mapping(flags, run, -1, self._file, entry)
+            return Mapping(flags, run, -1, self._data, entry)
         return Mapping(flags, run)
 
     def map_columns(self, offset: int, length: int) -> Columns:
@@ -144,7 +152,7 @@ class Mappings:
         the tables do not affect the maximum of memory and time."""
         bits, table_bits = self._unit_bits, self._units_bits
         first, last = offset >> bits, offset + length - 1 >> bits
-        runs = BlockRuns(self._file, bits, offset, length)
+        runs = BlockRuns(self._data, bits, offset, length)
         for which, count, there in islice(self._l1_runs(first >> table_bits, last >> table_bits), _STEPS):
             base = which << table_bits
             # Only the units of the request: entries past the end of the disk have no meaning.
@@ -189,6 +197,7 @@ class Mappings:
         raw = np.empty((count, size // 8), np.uint64)
         view = raw.view(np.uint8).reshape(-1).data
         offsets = self.l1.l2_offsets(which, count)
+        loaded: list[tuple[int, int]] = []
         at = 0
         while at < count:
             table = self._tables.get(which + at)
@@ -211,9 +220,12 @@ class Mappings:
                 stop += 1
             self._file.tell("l2_load")
             self._file.read_into(offset, view[at * size : stop * size])
+            loaded.append((at, stop))
             at = stop
         if _SWAP:
             raw.byteswap(inplace=True)
+        for at, stop in loaded if self.layout.external else ():
+            self.layout.adopt(raw[at:stop].reshape(-1), which + at << self._table_bits, strict=False)
         return raw.reshape(-1)
 
     def table(self, which: int) -> Table | None:
@@ -231,6 +243,11 @@ class Mappings:
             entries = self._blank
         else:
             entries = self.layout.load(self._file, offset)
+            if self.layout.external:
+                try:
+                    self.layout.adopt(self.layout.column(entries), which << self._table_bits, strict=self._writable)
+                except InvalidEntry as error:
+                    raise self._corrupt(error, offset) from error
         table = Table(offset, entries, own=self.l1.owns(which))
         self._keep(which, table)
         return table

@@ -19,13 +19,14 @@ def preallocate(tables: Tables, how: str) -> None:
     """Map the whole disk of an empty image to clusters one after the other, which read as zeros: "metadata" leaves them a
     hole of the file, "falloc" gives them storage, "full" writes them. With extended L2 entries no subcluster of theirs is
     allocated, so they read as the backing file, if there is one."""
-    file, at = tables.file, 0
+    file, at = tables.data, 0
     commit: Callable[..., None] = allocation.commit
     if tables.header.extended_l2:
         from .subclusters import commit_bare
 
         commit = commit_bare
-    end = align_up(tables.header.size, tables.cluster_size)
+    # An external data file is as long as the disk.
+    end = tables.header.size if tables.external else align_up(tables.header.size, tables.cluster_size)
     reached = 0
     while at < end:
         found = tables.changing(allocation.reserve, tables, at, end - at)

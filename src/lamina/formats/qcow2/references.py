@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from ...errors import LaminaError
 from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
-from . import bitmap_references, l1_table, l2_entry, l2_extended
+from . import bitmap_references, external_references, l1_table, l2_entry, l2_extended
 from . import layout as q
 
 if TYPE_CHECKING:
@@ -117,7 +117,10 @@ class References:
         self.region(L1_TABLE, header.l1_table_offset, header.l1_size * 8)
         tables = [self.l1_table(header.l1_table_offset, header.l1_size, active=True, weight=1)]
         tables += self.snapshots()
-        self.l2_tables([table for table in tables if table is not None])
+        if header.external_data:
+            external_references.check_entries(self)
+        else:
+            self.l2_tables([table for table in tables if table is not None])
         self.encryption()
         bitmap_references.add(self, Use(BITMAPS))
         self.region(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * self.cluster)

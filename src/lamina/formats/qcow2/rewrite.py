@@ -255,7 +255,8 @@ class Rewrite:
     def _own_flags(self, entries: Any) -> Any:
         """The active L1 entries with their flags as the counts ask for. L2 tables whose flags are wrong are written anew."""
         entries = l1_table.offsets_of(entries)
-        which = np.flatnonzero(entries)
+        # Nothing in an external data file is counted, and the flags of its clusters do not depend on counts.
+        which = np.flatnonzero(entries if not self._header.external_data else entries[:0])
         step = max(_BATCH >> self._bits, 1)
         stride = 1 << self._layout.entry_bits - 3
         per_table = self._cluster // 8

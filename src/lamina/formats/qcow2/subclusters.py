@@ -43,7 +43,7 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     for at in range(index, index + run):
         _require_valid(tables, table, at)
     if not in_place:
-        host, run, blank = tables.refcounts.allocate(run)
+        host, run, blank = tables.allocate_data(offset >> bits, run)
     length = min(length, (run << bits) - within)
     # Everything from here on is counted from the beginning of the first cluster.
     end, before, unit_bits = within + length, run - 1 << bits, bits - layout.units_bits
@@ -53,12 +53,12 @@ def reserve(tables: Tables, offset: int, length: int) -> Reservation:
     if in_place and not any(
         _mask(first, last, at) & ~allocated(entries[index + at]) for at in range(run)
     ):  # nothing to commit
-        return Reservation(offset, length, host + within, tables.file)
+        return Reservation(offset, length, host + within - tables.shift, tables.data)
     return Reservation(
         offset,
         length,
-        host + within,
-        tables.file,
+        host + within - tables.shift,
+        tables.data,
         new=True,
         head=within - low,
         tail=high - end,
@@ -148,7 +148,7 @@ def abandon(
 ) -> None:
     """As `FormatNode.abandon`, of a reservation with this token. Subclusters that were filled in place stay unallocated."""
     if new:
-        tables.refcounts.lower(host, clusters)
+        tables.abandon_data(host, clusters)
 
 
 def expand_ends(node: FormatNode, offset: int, length: int) -> None:

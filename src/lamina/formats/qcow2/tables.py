@@ -53,10 +53,11 @@ class Tables:
         *,
         cache_bytes: int,
         writable: bool,
+        data: Child | None = None,
         on_corrupt: Callable[[], None] = lambda: None,
     ) -> None:
-        """`cache_bytes`: half for L2 tables, half for refcount blocks. `on_corrupt` is called before the image is marked
-        corrupt; writes must stop from then on."""
+        """`cache_bytes`: half for L2 tables, half for refcount blocks. `data`: the edge to an external data file.
+        `on_corrupt` is called before the image is marked corrupt; writes must stop from then on."""
         self.file = file
         self.header = header
         self.cluster_bits = header.cluster_bits
@@ -64,7 +65,12 @@ class Tables:
         #: Protects all tables, also while they are written; never held while guest data is read or written. A thread that
         #: takes it to read the tables calls `require_outside_changes` first.
         self.lock = threading.RLock()
-        self.mappings = Mappings(file, header, cache_bytes // 2, writable=writable)
+        #: The edge to the storage of guest data: the image file, or the external data file.
+        self.data = file if data is None else data
+        self.external = header.external_data
+        #: The offset of a cluster in an L2 entry in memory exceeds that in `data` by so much (see `l2_external`).
+        self.shift = header.cluster_size if self.external else 0
+        self.mappings = Mappings(file, header, cache_bytes // 2, writable=writable, data=data)
         #: False for a read-only image, and after its tables were found corrupt.
         self.writable = writable
         #: Whether the thread with the lock is changing the tables.
@@ -185,7 +191,7 @@ class Tables:
         changes."""
         header, file = self.header, self.file
         header.require_fields(values)
-        mappings = Mappings(file, header.but(values), self._cache_bytes // 2)
+        mappings = Mappings(file, header.but(values), self._cache_bytes // 2, data=self.data)
         before, names = header.values(*values), tuple(values)
         try:
             header.set(values)
@@ -255,7 +261,10 @@ class Tables:
         self.give_up(old)
 
     def give_up(self, entry: int) -> None:
-        """Queue the loss of a reference to the clusters of this L2 entry, which no table contains any more."""
+        """Queue the loss of a reference to the clusters of this L2 entry, which no table contains any more. Clusters of an
+        external data file have no reference counts."""
+        if self.external:
+            return
         host = data_cluster(entry)
         if host:
             self._freeing.add(host)
@@ -286,6 +295,18 @@ class Tables:
             raise
         counts.protect(offset, clusters)
         return offset
+
+    def allocate_data(self, cluster: int, clusters: int) -> tuple[int, int, bool]:
+        """As `Refcounts.allocate`, for guest data from this guest cluster on: an external data file has a place for each."""
+        if not self.external:
+            return self.refcounts.allocate(clusters)
+        place = cluster << self.cluster_bits
+        return place + self.shift, clusters, place >= self.data.size
+
+    def abandon_data(self, host: int, clusters: int) -> None:
+        """Free what `allocate_data` returned, and no entry points to."""
+        if not self.external:
+            self.refcounts.lower(host, clusters)
 
     def allocate_compressed(self, length: int) -> int:
         """Allocate `length` bytes, less than a cluster, for compressed data, and return their offset: directly after the last
@@ -318,6 +339,8 @@ class Tables:
     def require_data(self, host: int, table: Table | None = None, index: int = 0) -> None:
         """Raise CorruptImage unless the data cluster of an L2 entry is aligned, inside the file, and contains no metadata: a
         write would destroy the image, or make the file as long as the entry says."""
+        if self.external:
+            return  # `l2_external` has checked that
         if (
             host & self.cluster_size - 1
             or host >= self.file.node.size
@@ -423,6 +446,8 @@ class Tables:
         if not self.write_out():
             if heard:
                 file.tell("flush_to_disk")
+            if self.external:
+                self.data.flush()
             file.flush()
 
     def write_out(self) -> bool:
@@ -442,6 +467,8 @@ class Tables:
         counts.write_counts()
         mappings.write_tables()
         file.tell("flush_to_disk")
+        if self.external:
+            self.data.flush()
         file.flush()
         if counts.links_dirty:
             for offset, clusters in counts.write_links():

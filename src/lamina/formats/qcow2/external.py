@@ -1,0 +1,146 @@
+"""The node of an image with an external data file: the guest data is in a file of its own, the image file has the tables.
+
+After "External data file bit" and "Raw external data bit" of the published specification. A cluster has the same offset in
+the data file as on the disk, so nothing is allocated there, and nothing counted. If the data file is *raw*, it reads as the
+disk does without the tables: zeros are written to it, before the tables say so. Otherwise a part of the disk that became zero
+or was discarded is discarded in the data file, after the tables say so. In both orders a power cut leaves clusters that read
+as before, or as zero.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...errors import NotSupported, OptionError
+from ...format_node import FormatNode, To
+from ...node import MAY_UNMAP, Node
+from ...references import Reference
+from ...request import Child
+
+if TYPE_CHECKING:
+    from ...format_node import Reservation
+    from ...graph import Opener
+    from ...limits import Limits
+    from ...results import Snapshot
+    from .header import Header
+    from .tables import Tables
+
+
+def open_data_file(file: Child, header: Header, given: Any, opener: Opener) -> Child:
+    """The edge to the data file of the image in `file`. `given`: the options of the user for it."""
+    reference = Reference(header.data_file, "data-file", "data file", kind="storage", writable=True)
+    found = opener.reference(file, reference, given)
+    if found is not None:
+        return found
+    if not opener.no_references:
+        raise OptionError(
+            "the guest data is in an external data file, and the image does not name it",
+            path=file.node.filename,
+            hint="name it in the options (data-file.filename=...)",
+        )
+    return Child(_NotOpened(file.node.filename, header.size), "data-file")
+
+
+class _NotOpened(Node):
+    """In place of the data file of an image that was opened for its tables alone."""
+
+    driver = "not-opened"
+
+    def __init__(self, image: str, size: int) -> None:
+        super().__init__(read_only=True)
+        self._image, self._size = image, size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        raise OptionError("the image was opened without its data file", path=self._image, operation="read")
+
+
+@cache
+def class_of(kind: type[FormatNode]) -> Any:
+    """The class of the node: `kind`, of an encrypted or another image, with this mixin."""
+    return type(kind.__name__, (External, kind), {"__doc__": External.__doc__})
+
+
+class External(FormatNode):
+    """What distinguishes the node of an image with an external data file; mixed into the driver."""
+
+    header: Header
+    tables: Tables
+    #: The edge to the data file.
+    data: Child
+
+    @property
+    def limits(self) -> Limits:
+        below = self.data.node.limits.request_alignment
+        found = super().limits
+        return found._replace(request_alignment=max(found.request_alignment, below))
+
+    def reserve(self, offset: int, length: int) -> Reservation:
+        found = super().reserve(offset, length)
+        # The last cluster of the disk may be incomplete, and so is that of the data file: it is as long as the disk.
+        found.tail = min(found.tail, max(self.size - found.offset - found.length, 0))
+        return found
+
+    def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
+        inside = min(length, max(self.size - offset, 0))
+        raw = self.header.raw_external_data
+        if raw and to is not To.BELOW and inside:
+            self._before_holes()
+            self.data.zero(offset, inside, 0 if keep else MAY_UNMAP)
+        super().drop(offset, length, to, keep=keep)
+        stored = min(inside, max(self.data.size - offset, 0))
+        if not (raw or keep or to is To.BELOW) and stored:
+            self._before_holes()
+            self.data.discard(offset, stored)
+
+    def _before_holes(self) -> None:
+        with self.tables.lock:
+            self.tables.given_back += 1
+
+    def truncate(self, size: int) -> None:
+        data, old = self.data, self.size
+        if size > old:
+            if not data.node.growable and data.size < size:
+                raise OptionError(
+                    f"the data file has {data.size} bytes and cannot grow to {size}",
+                    path=data.node.filename,
+                    operation="truncate",
+                )
+            if self.header.raw_external_data and data.size > old:
+                data.zero(old, min(data.size, size) - old)
+            if data.size < size:
+                data.truncate(size)
+        super().truncate(size)
+        if size < old and data.node.growable and data.size > size:
+            data.truncate(size)
+
+    def reopen(self, read_only: bool) -> None:
+        self.reopen_over([self.file, self.data], read_only)
+        self.tables.writable = not read_only
+
+    def stop_writing(self) -> None:
+        super().stop_writing()
+        self.data.flush()
+
+    # -- what such an image cannot have
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        self._refuse_snapshots()
+
+    def apply_snapshot(self, id: str) -> None:
+        self._refuse_snapshots()
+
+    def delete_snapshot(self, id: str) -> None:
+        self._refuse_snapshots()
+
+    def _refuse_snapshots(self) -> NoReturn:
+        raise NotSupported(
+            "an image with an external data file has no internal snapshots",
+            path=self.filename,
+            operation="snapshot",
+            hint="create an overlay over it instead (lamina create -b)",
+        )
