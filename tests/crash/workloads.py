@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 from lamina.creation import create_driver
+from lamina.filters.offset import Offset
+from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.graph import Opener
 from lamina.image import Image
@@ -15,9 +18,12 @@ from lamina.testing.disk_history import DiskHistory
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import SECTOR, CrashState
 from lamina.testing.recorder import Marks, Recorder
+from lamina.window import WindowNode
 
 #: One state of so many is opened for writing and used.
 RECOVERED_EVERY = 20
+#: An external data file has so many bytes, and lies on the same disk in front of its image.
+ROOM = 256 << 10
 
 
 class Geometry(NamedTuple):
@@ -47,6 +53,9 @@ GEOMETRIES = [
     Geometry({"cluster_size": 65536}, (256 << 10,)),
     Geometry({"cluster_size": 16384, "extended_l2": True}, (64 << 10, 200 << 10), backing=True),
     Geometry({"cluster_size": 16384, "extended_l2": True}, (64 << 10, 200 << 10), grow=True),
+    Geometry({"cluster_size": 512, "data_file": "data"}, backing=True),
+    Geometry({"cluster_size": 4096, "data_file": "data", "data_file_raw": True}, (64 << 10, 200 << 10)),
+    Geometry({"cluster_size": 16384, "data_file": "data", "extended_l2": True}, (64 << 10, 200 << 10), backing=True),
     # One table of counts, a cluster, reaches 2 MiB: it must grow.
     Geometry({"cluster_size": 512, "refcount_bits": 64}, (2100 << 10,), filled=1976 << 10),
 ]
@@ -56,13 +65,44 @@ def fresh(options: dict[str, Any], size: int) -> bytes:
     """A new image, as the bytes of its file."""
     kind: Any = create_driver("qcow2")
     node = Recorder()
-    kind.create(Child(node, "file", grows=True), size, kind.create_schema.parse({**options, "size": size}))
-    return bytes(node.content)
+    values = kind.create_schema.parse({**options, "size": size})
+    if "data_file" not in options:
+        kind.create(Child(node, "file", grows=True), size, values)
+        return bytes(node.content)
+    with NamedTemporaryFile() as data:
+        kind.create(Child(node, "file", grows=True), size, values | {"data_file_path": data.name})
+    return bytes(ROOM) + bytes(node.content)
+
+
+class Behind(WindowNode):
+    """What lies behind the data file, and grows."""
+
+    driver = "behind"
+
+    @property
+    def size(self) -> int:
+        return self.image.size - ROOM
+
+    @property
+    def growable(self) -> bool:
+        return True
+
+    def truncate(self, size: int) -> None:
+        self.image.truncate(ROOM + size)
+
+
+def two_files(node: Recorder) -> dict[str, Any]:
+    """The edges to the image and to its data file, both on one disk."""
+    front = Offset(Child(node, "image"), 0, ROOM)
+    behind = Behind(Child(node, "image", grows=True), ROOM, node.size - ROOM)
+    return {"file": Child(behind, "file", grows=True), "data-file": Child(front, "data-file", grows=True)}
 
 
 def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None, repair: bool = False) -> Image:
     """The image that lies in `node`."""
     spec: dict[str, Any] = {"file": Child(node, "file", grows=True)}
+    if node.content[: len(q.MAGIC)] != q.MAGIC:
+        spec = two_files(node)
     if backing is not None:
         spec["backing"] = Child(Recorder(backing), "backing")
     return Image(Qcow2.open(Qcow2.schema.parse(spec), Opener(read_only=read_only, repair=repair)))
@@ -99,7 +139,8 @@ class Work:
                 self._one(image, marks, number)
                 # Else a later write of that sector is torn where the power goes and the new length is lost. (An L1 table is
                 # never written past its end.)
-                ends.add(header.l1_table_offset + 8 * header.l1_size)
+                before = ROOM if header.external_data else 0
+                ends.add(before + header.l1_table_offset + 8 * header.l1_size)
                 assert storage.size % SECTOR == 0 or storage.size in ends, "data ends inside a sector of the file"
 
     def _one(self, image: Image, marks: Marks, number: int) -> None:
@@ -145,6 +186,8 @@ class Work:
         with open_on(Recorder(content), read_only=True, backing=self.backing) as image:
             check_whole(image)
             disk = image.read(0, image.size)
+        if self.geometry.options.get("data_file_raw") and len(disk) <= ROOM:
+            assert not any(a != b for a, b in zip(disk, content, strict=False)), "the raw data file is not the disk"
         begun = state.begun[-1] if state.begun else 0
         self.history.check(disk, begun, state.durable[-1] if state.durable else 0)
 
@@ -164,7 +207,7 @@ class Examination:
         self.count += 1
         if self.count % RECOVERED_EVERY == 0:
             check_recovers(self.work.opened(content))
-        if self.count % self.peers_every == 0:
+        if self.count % self.peers_every == 0 and "data_file" not in self.work.geometry.options:
             with self.work.opened(content)(read_only=True) as image:
                 report = check_whole(image)
             self.compressed += report.compressed_clusters

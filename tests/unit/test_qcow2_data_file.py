@@ -401,3 +401,56 @@ def test_a_data_file_that_cannot_grow_keeps_the_disk_small(path: Path) -> None:
             image.truncate(2 * SIZE)
         assert image.size == SIZE
         assert image.read(SIZE - 4096, 4096) == b"e" * 4096
+
+
+def test_a_write_to_what_was_discarded_waits_for_a_flush_of_the_data_file(path: Path) -> None:
+    """Storage may discard late. Other clusters do not wait, and nothing waits twice."""
+    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "data-file": {"driver": "file"}}
+    spec["data-file"]["filename"] = str(path.with_name("data"))  # type: ignore[index]
+    with lamina.open(spec, read_only=False) as image:
+        storage, count = image.node.children["data-file"].node, 0
+        flush = storage.flush
+
+        def counted() -> None:
+            nonlocal count
+            count += 1
+            flush()
+
+        storage.flush = counted  # type: ignore[method-assign]
+        image.write(0, b"a" * 65_536)
+        image.discard(8192, 4096)
+        image.write(16_384, b"b")
+        assert count == 0
+        image.write(8200, b"c")
+        image.write(8300, b"c")
+        assert count == 1
+        image.discard(8192, 4096)
+        image.flush()
+        assert count == 2
+        image.write(8200, b"c")
+        assert count == 2
+        for at in range(300):
+            image.zero((at % 16) * 4096, 4096, unmap=True)
+        assert count == 3, "not all of many are remembered"
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_all_clusters_over_a_raw_data_file_are_allocated(tmp_path: Path, extended: bool) -> None:
+    """So that no table has to change with it."""
+    path = tmp_path / "disk.qcow2"
+    size = SIZE + 512
+    lamina.create(path, "qcow2", size, cluster_size=16_384, data_file="data", data_file_raw=True, extended_l2=extended)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.truncate(size + 100_352)
+        image.write(0, b"a" * 100_000)
+        tables = path.read_bytes()
+        image.discard(0, 32_768)
+        image.zero(40_000, 20_000)
+        image.write(size + 50_000, b"grown")
+        image.flush()
+        assert image.extents().where(present=True).totals().length == size + 100_352
+    assert path.read_bytes() == tables
+    assert lamina.check(path, format="qcow2").allocated_clusters == -(-(size + 100_352) // 16_384)
+    with lamina.open(path, format="qcow2") as image, lamina.open(tmp_path / "data", format="raw") as raw:
+        assert image.read(0, image.size) == raw.read(0, raw.size)
+        assert raw.read(0, 100_000) == bytes(32_768) + b"a" * 7232 + bytes(20_000) + b"a" * 40_000

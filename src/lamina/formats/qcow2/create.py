@@ -253,7 +253,9 @@ def _fill(tables: Tables, size: int, values: Mapping[str, Any]) -> None:
         grow_l1(tables, size)
         tables.flush()
         tables.set_size(size)
-        how = "metadata" if values["data_file_keep"] else values["preallocation"]
+        how = values["preallocation"]
+        if how == "off" and (values["data_file_keep"] or header.raw_external_data):
+            how = "external"
         if how != "off":
             from .preallocation import preallocate
 

@@ -1,10 +1,14 @@
 """The node of an image with an external data file: the guest data is in a file of its own, the image file has the tables.
 
 After "External data file bit" and "Raw external data bit" of the published specification. A cluster has the same offset in
-the data file as on the disk, so nothing is allocated there, and nothing counted. If the data file is *raw*, it reads as the
-disk does without the tables: zeros are written to it, before the tables say so. Otherwise a part of the disk that became zero
-or was discarded is discarded in the data file, after the tables say so. In both orders a power cut leaves clusters that read
-as before, or as zero.
+the data file as on the disk, so nothing is allocated there, and nothing counted. A part of the disk that became zero or was
+discarded is discarded in the data file, after the tables say so: a power cut leaves clusters that read as before, or as zero.
+
+If the data file is *raw*, it reads as the disk does without the tables. So that this holds after a power cut as well, all
+clusters are allocated from the beginning, and the tables stay as they are: what becomes zero does so in the data file alone.
+
+Storage may execute a discard late, after a write of the same bytes, up to the next flush. A cluster has one place only, so
+a write to what was discarded waits for a flush of the data file.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...errors import NotSupported, OptionError
 from ...format_node import FormatNode, To
+from ...limits import align_down, align_up
 from ...node import MAY_UNMAP, Node
 from ...references import Reference
 from ...request import Child
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...format_node import Reservation
     from ...graph import Opener
     from ...limits import Limits
@@ -40,6 +47,10 @@ def open_data_file(file: Child, header: Header, given: Any, opener: Opener) -> C
             hint="name it in the options (data-file.filename=...)",
         )
     return Child(_NotOpened(file.node.filename, header.size), "data-file")
+
+
+#: More ranges of holes are not remembered, but flushed.
+_MOST_HOLES = 256
 
 
 class _NotOpened(Node):
@@ -73,6 +84,11 @@ class External(FormatNode):
     #: The edge to the data file.
     data: Child
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Ranges (begin, end) of the data file that became holes since its last flush. Changed under the lock of the tables.
+        self._holes: list[tuple[int, int]] = []
+
     @property
     def limits(self) -> Limits:
         below = self.data.node.limits.request_alignment
@@ -80,6 +96,8 @@ class External(FormatNode):
         return found._replace(request_alignment=max(found.request_alignment, below))
 
     def reserve(self, offset: int, length: int) -> Reservation:
+        if self._holes:
+            self._require_no_holes(offset, offset + length)
         found = super().reserve(offset, length)
         # The last cluster of the disk may be incomplete, and so is that of the data file: it is as long as the disk.
         found.tail = min(found.tail, max(self.size - found.offset - found.length, 0))
@@ -87,19 +105,47 @@ class External(FormatNode):
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         inside = min(length, max(self.size - offset, 0))
-        raw = self.header.raw_external_data
-        if raw and to is not To.BELOW and inside:
-            self._before_holes()
-            self.data.zero(offset, inside, 0 if keep else MAY_UNMAP)
+        if self.header.raw_external_data and to is not To.BELOW:
+            if inside:
+                self._make_holes(self.data.zero, offset, inside, 0 if keep else MAY_UNMAP)
+            return
         super().drop(offset, length, to, keep=keep)
         stored = min(inside, max(self.data.size - offset, 0))
-        if not (raw or keep or to is To.BELOW) and stored:
-            self._before_holes()
-            self.data.discard(offset, stored)
+        if not keep and to is not To.BELOW and stored:
+            self._make_holes(self.data.discard, offset, stored)
 
-    def _before_holes(self) -> None:
-        with self.tables.lock:
+    def _make_holes(self, work: Callable[..., None], offset: int, length: int, *arguments: int) -> None:
+        """work(offset, length, *arguments), which discards or zeroes this range of the data file."""
+        lock = self.tables.lock
+        with lock:
             self.tables.given_back += 1
+        try:
+            work(offset, length, *arguments)
+        finally:
+            with lock:
+                self._holes.append((offset, offset + length))
+                if len(self._holes) > _MOST_HOLES:
+                    self._flush_data()
+
+    def _require_no_holes(self, begin: int, end: int) -> None:
+        """Flush the data file if a part of this range, rounded out to clusters, became a hole since its last flush."""
+        size = self.header.cluster_size
+        begin, end = align_down(begin, size), align_up(end, size)
+        with self.tables.lock:
+            if any(low < end and begin < high for low, high in self._holes):
+                self._flush_data()
+
+    def _flush_data(self) -> None:
+        self.data.flush()
+        self._holes = []
+
+    def flush(self) -> None:
+        before = self._holes
+        count = len(before)
+        super().flush()
+        with self.tables.lock:
+            if self._holes is before:  # else it began anew
+                self._holes = before[count:]
 
     def truncate(self, size: int) -> None:
         data, old = self.data, self.size
@@ -115,6 +161,11 @@ class External(FormatNode):
             if data.size < size:
                 data.truncate(size)
         super().truncate(size)
+        if size > old and self.header.raw_external_data:
+            from .preallocation import preallocate
+
+            preallocate(self.tables, "external", align_up(old, self.header.cluster_size))
+            self.flush()
         if size < old and data.node.growable and data.size > size:
             data.truncate(size)
 

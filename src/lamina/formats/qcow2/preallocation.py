@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 _ZEROS = memoryview(bytes(MIB))
 
 
-def preallocate(tables: Tables, how: str) -> None:
-    """Map the whole disk of an empty image to clusters one after the other, which read as zeros: "metadata" leaves them a
-    hole of the file, "falloc" gives them storage, "full" writes them. With extended L2 entries no subcluster of theirs is
-    allocated, so they read as the backing file, if there is one."""
-    file, at = tables.data, 0
+def preallocate(tables: Tables, how: str, at: int = 0) -> None:
+    """Map the disk from `at` on, where no cluster is allocated, to clusters one after the other, which read as zeros:
+    "metadata" leaves them a hole of the file, "falloc" gives them storage, "full" writes them. "external" maps them to what
+    an external data file contains. With extended L2 entries no subcluster of the others is allocated, so they read as the
+    backing file, if there is one."""
+    file = tables.data
     commit: Callable[..., None] = allocation.commit
-    if tables.header.extended_l2:
+    if tables.header.extended_l2 and how != "external":
         from .subclusters import commit_bare
 
         commit = commit_bare
