@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 from lamina.creation import create_driver
-from lamina.filters.offset import Offset
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.graph import Opener
@@ -18,12 +16,10 @@ from lamina.testing.disk_history import DiskHistory
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import SECTOR, CrashState
 from lamina.testing.recorder import Marks, Recorder
-from lamina.window import WindowNode
+from tests.two_files import ROOM, image_behind_data_file, two_files
 
 #: One state of so many is opened for writing and used.
 RECOVERED_EVERY = 20
-#: An external data file has so many bytes, and lies on the same disk in front of its image.
-ROOM = 256 << 10
 
 
 class Geometry(NamedTuple):
@@ -65,37 +61,10 @@ def fresh(options: dict[str, Any], size: int) -> bytes:
     """A new image, as the bytes of its file."""
     kind: Any = create_driver("qcow2")
     node = Recorder()
-    values = kind.create_schema.parse({**options, "size": size})
-    if "data_file" not in options:
-        kind.create(Child(node, "file", grows=True), size, values)
-        return bytes(node.content)
-    with NamedTemporaryFile() as data:
-        kind.create(Child(node, "file", grows=True), size, values | {"data_file_path": data.name})
-    return bytes(ROOM) + bytes(node.content)
-
-
-class Behind(WindowNode):
-    """What lies behind the data file, and grows."""
-
-    driver = "behind"
-
-    @property
-    def size(self) -> int:
-        return self.image.size - ROOM
-
-    @property
-    def growable(self) -> bool:
-        return True
-
-    def truncate(self, size: int) -> None:
-        self.image.truncate(ROOM + size)
-
-
-def two_files(node: Recorder) -> dict[str, Any]:
-    """The edges to the image and to its data file, both on one disk."""
-    front = Offset(Child(node, "image"), 0, ROOM)
-    behind = Behind(Child(node, "image", grows=True), ROOM, node.size - ROOM)
-    return {"file": Child(behind, "file", grows=True), "data-file": Child(front, "data-file", grows=True)}
+    if "data_file" in options:
+        return image_behind_data_file(options, size)
+    kind.create(Child(node, "file", grows=True), size, kind.create_schema.parse({**options, "size": size}))
+    return bytes(node.content)
 
 
 def open_on(node: Recorder, *, read_only: bool, backing: bytes | None = None, repair: bool = False) -> Image:

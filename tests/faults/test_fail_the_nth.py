@@ -24,6 +24,7 @@ from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Opening, Session, fail_nth
+from tests.two_files import image_behind_data_file, two_files
 
 KIB = 1024
 MIB = KIB * KIB
@@ -68,6 +69,10 @@ GEOMETRIES = [
     ),
     Geometry("subclusters over a file", Qcow2, {"cluster_size": 16384, "extended_l2": True}, 102_912, 16384, 71_757),
 ]
+WITH_DATA_FILE = [
+    Geometry("data file over a file", Qcow2, {"cluster_size": 4096, "data_file": "d"}, 100 * KIB, 4096, 120 * KIB),
+    Geometry("raw data file", Qcow2, {"cluster_size": 512, "data_file": "d", "data_file_raw": True}, 66 * KIB, 512),
+]
 
 
 def data(length: int, value: int) -> bytes:
@@ -77,17 +82,25 @@ def data(length: int, value: int) -> bytes:
 def opening(geometry: Geometry) -> Opening:
     def make(storage: Child, read_only: bool) -> Image:
         options: dict[str, Any] = {"file": storage}
+        if "data_file" in geometry.options:
+            options = two_files(storage.node)
         if geometry.backing:
             below = MemoryStorage()
             below.write(0, memoryview(geometry.below))
             below.read_only = True
             options["backing"] = Child(below, "backing")
         kind = geometry.driver
-        return Image(
-            kind.open(
-                kind.schema.parse(options), Opener(read_only=read_only, budget=Budget(cache_bytes=geometry.cache))
-            )
-        )
+        opener = Opener(read_only=read_only, budget=Budget(cache_bytes=geometry.cache))
+        try:
+            image = Image(kind.open(kind.schema.parse(options), opener))
+        except BaseException:
+            for child in options.values():
+                if child is not storage:
+                    child.close()
+            raise
+        if options["file"] is not storage:
+            storage.give_up()
+        return image
 
     return make
 
@@ -95,6 +108,9 @@ def opening(geometry: Geometry) -> Opening:
 def lay_out(geometry: Geometry, storage: Child, size: int | None = None) -> None:
     kind: Any = geometry.driver
     size = size or geometry.size
+    if "data_file" in geometry.options:
+        storage.write(0, memoryview(image_behind_data_file(geometry.options, size)))
+        return
     kind.create(storage, size, kind.create_schema.parse({**geometry.options, "size": size}))
 
 
@@ -321,6 +337,13 @@ CASES = [
     for operation in OPERATIONS
     for geometry in GEOMETRIES
     if operation is not everywhere or geometry.cache < MIB
+]
+# A data file of a fixed length on the same disk. Such images have no snapshots.
+CASES += [
+    (operation, geometry)
+    for operation in OPERATIONS
+    for geometry in WITH_DATA_FILE
+    if operation not in (everywhere, growing, growing_far, shrinking_and_growing, snapshotting)
 ]
 
 
