@@ -8,6 +8,7 @@ from typing import Any
 
 from lamina.filters.offset import Offset
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.graph import Opener
 from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
@@ -51,3 +52,17 @@ def image_behind_data_file(options: Mapping[str, Any], size: int) -> bytes:
     content = bytearray(storage.size)
     storage.read_into(0, memoryview(content))
     return bytes(ROOM) + bytes(content)
+
+
+def open_two_files(options: dict[str, Any], opener: Opener) -> Node:
+    """Open the image with these options, whose `file` is an edge to the disk with both files."""
+    disk: Child = options["file"]
+    edges = two_files(disk.node)
+    try:
+        node = Qcow2.open(Qcow2.schema.parse(options | edges), opener)
+    except BaseException:
+        for edge in edges.values():
+            edge.close()
+        raise
+    disk.give_up()
+    return node

@@ -24,7 +24,7 @@ from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Opening, Session, fail_nth
-from tests.two_files import image_behind_data_file, two_files
+from tests.two_files import image_behind_data_file, open_two_files
 
 KIB = 1024
 MIB = KIB * KIB
@@ -82,25 +82,15 @@ def data(length: int, value: int) -> bytes:
 def opening(geometry: Geometry) -> Opening:
     def make(storage: Child, read_only: bool) -> Image:
         options: dict[str, Any] = {"file": storage}
-        if "data_file" in geometry.options:
-            options = two_files(storage.node)
         if geometry.backing:
             below = MemoryStorage()
             below.write(0, memoryview(geometry.below))
             below.read_only = True
             options["backing"] = Child(below, "backing")
-        kind = geometry.driver
         opener = Opener(read_only=read_only, budget=Budget(cache_bytes=geometry.cache))
-        try:
-            image = Image(kind.open(kind.schema.parse(options), opener))
-        except BaseException:
-            for child in options.values():
-                if child is not storage:
-                    child.close()
-            raise
-        if options["file"] is not storage:
-            storage.give_up()
-        return image
+        if "data_file" in geometry.options:
+            return Image(open_two_files(options, opener))
+        return Image(geometry.driver.open(geometry.driver.schema.parse(options), opener))
 
     return make
 
