@@ -13,6 +13,7 @@ import lamina
 from lamina.errors import (
     BlockIOError,
     CorruptImage,
+    FormatError,
     LaminaError,
     NotFound,
     NotSupported,
@@ -194,7 +195,7 @@ def test_an_option_names_another_data_file(path: Path) -> None:
 def test_an_image_that_does_not_name_its_data_file_needs_the_option(path: Path) -> None:
     at = next(at for at in range(104, 512, 8) if path.read_bytes()[at : at + 4] == b"DATA")
     patch(path, at, b"NONE")
-    with pytest.raises(OptionError, match="does not name it"):
+    with pytest.raises(FormatError, match="does not name it"):
         lamina.open(path, format="qcow2")
     spec = {"driver": "qcow2", "file": {"filename": str(path)}, "data-file": {"filename": str(path.with_name("data"))}}
     with lamina.open(spec) as image:

@@ -140,18 +140,19 @@ class _Comparison:
         highest = 0
         windows = np.array(self.windows(), np.int64).reshape(-1, 2)
         for clusters in lists.values():
-            clusters.sort()
+            if (clusters[1:] < clusters[:-1]).any():  # most are in order: a look takes a tenth of the time
+                clusters.sort()
         for lo, hi in windows.tolist():
             inside = {}
             for use, clusters in lists.items():
-                part = clusters[slice(*np.searchsorted(clusters, (lo, hi)))] - lo
+                part = _between(clusters, lo, hi) - lo
                 if len(part):
                     inside[use] = part
             highest = max(highest, self.compare_window(lo, hi, inside))
         for lo, hi in ranges(lists.values(), _SPARSE):
             rest: dict[Use, Clusters] = {}
             for use, clusters in lists.items():
-                part = clusters[slice(*np.searchsorted(clusters, (lo, hi)))]
+                part = _between(clusters, lo, hi)
                 which = np.searchsorted(windows[:, 0], part, "right") - 1
                 outside = (which < 0) | (part >= np.append(windows[:, 1], 0)[which])
                 if outside.any():
@@ -188,6 +189,8 @@ class _Comparison:
     def compare_window(self, lo: int, hi: int, lists: dict[Use, Clusters]) -> int:
         """Compare clusters [lo, hi). `lists` contains indexes relative to `lo`. Returns the highest used cluster."""
         counts, unknown = self.stored(lo, hi)
+        if unknown is None and (highest := _as_expected(counts, lists)) >= 0 and hi <= self.clusters:
+            return highest + lo
         references = np.zeros(hi - lo, np.int64)
         kinds = np.zeros(hi - lo, np.uint16)
         settled = np.zeros(hi - lo, np.bool_)  # reported already
@@ -311,6 +314,25 @@ class _Comparison:
                     counts = _decode(raw, self.order)
                     single[group] = counts[clusters[group] % self.block_entries] == 1
             self.copied(use, clusters[known & (single != use.copied)])
+
+
+def _between(clusters: Clusters, lo: int, hi: int) -> Clusters:
+    """The elements from `lo` to `hi` of a sorted array. (Edges of another type would convert all of it.)"""
+    begin, end = np.searchsorted(clusters, np.array((lo, hi), clusters.dtype))
+    return clusters[begin:end]
+
+
+def _as_expected(counts: NDArray[Any], lists: dict[Use, Clusters]) -> int:
+    """The last cluster in use of a window without a finding, in which each cluster has at most one reference, with the flag
+    COPIED if it can have it; -1 if the window may be another. It takes a fourth of the time of a comparison."""
+    used = np.zeros(len(counts), np.bool_)
+    for use, clusters in lists.items():
+        if use.weight != 1 or (use.looks and not use.copied):
+            return -1
+        used[clusters] = True
+    if np.count_nonzero(used) != sum(map(len, lists.values())) or not lists or not np.array_equal(counts, used):
+        return -1
+    return len(used) - 1 - int(used[::-1].argmax())
 
 
 def _count(references: Clusters, clusters: Clusters, weight: int) -> None:

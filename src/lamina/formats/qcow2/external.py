@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ...errors import NotSupported, OptionError
+from ...errors import FormatError, NotSupported, OptionError
 from ...format_node import FormatNode, To
 from ...limits import align_down, align_up
 from ...node import MAY_UNMAP, Node
@@ -41,7 +41,7 @@ def open_data_file(file: Child, header: Header, given: Any, opener: Opener) -> C
     if found is not None:
         return found
     if not opener.no_references:
-        raise OptionError(
+        raise FormatError(
             "the guest data is in an external data file, and the image does not name it",
             path=file.node.filename,
             hint="name it in the options (data-file.filename=...)",

@@ -294,6 +294,33 @@ def compressed_ranges(entries: Any, cluster_bits: int) -> tuple[Any, Any]:
     return begin, in_sectors + sectors * np.uint64(q.SECTOR)
 
 
+def owned_clusters(tables: Any, cluster_bits: int) -> tuple[Any, int] | None:
+    """The host clusters (int64) to which the entries of these tables, one in each row, point, and how many do not follow the
+    cluster before; None if an entry that is not 0 has any other flag than COPIED, or an offset inside a cluster. It takes a
+    third of the time that a look at each flag takes."""
+    from ...numeric import np
+
+    entries = tables.reshape(-1)
+    used = None
+    if not entries.all():
+        used = entries.nonzero()[0]
+        entries = entries[used]
+    others = (1 << 64) - 1 & ~(_FLAG_COPIED | _OFFSET) | (1 << cluster_bits) - 1
+    if int(np.bitwise_or.reduce(entries)) & others or not int(np.bitwise_and.reduce(entries)) & _FLAG_COPIED:
+        return None
+    clusters = (entries & np.uint64(_OFFSET)).view(np.int64)
+    clusters >>= cluster_bits
+    if not clusters.all():
+        return None
+    jump = clusters[1:] - clusters[:-1] != 1
+    if used is None:
+        jump[tables.shape[1] - 1 :: tables.shape[1]] = False  # two tables
+    else:
+        table = used // tables.shape[1]
+        jump &= table[1:] == table[:-1]
+    return clusters, int(np.count_nonzero(jump))
+
+
 def _any(entries: Any, bits: int) -> Any:
     from ...numeric import np
 

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from ...request import Child
     from .header import Header
 
-Clusters = NDArray[np.int64]
+Clusters = NDArray[np.integer[Any]]
 Entries = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 _Number = TypeVar("_Number", bound=np.generic)
 
-# The uses of a cluster. Each has a bit: a cluster with two bits has two uses that exclude each other.
+# The uses of a cluster, a bit each: two bits exclude each other.
 HEADER: Final = 1
 L1_TABLE: Final = 2
 L2_TABLE: Final = 4
@@ -59,7 +59,7 @@ NAMES: Final = {
 }
 
 #: Bytes of L2 tables in one batch.
-_BATCH: Final = 4 << 20
+_BATCH: Final = 512 << 10
 #: Entries of L1 tables, or offsets of L2 tables, in one batch.
 _L1_BATCH: Final = 1 << 18
 #: L1 tables of snapshots with more bytes than twice the stored size of the file overlap many times, or lie in holes. Only
@@ -100,6 +100,8 @@ class References:
         self.clusters = -(-self.size >> self.bits)
         self.block_entries = self.cluster * 8 >> header.refcount_order
         self.report = CheckReport(total_clusters=-(-header.size >> self.bits))
+        #: The type of a cluster index inside the file.
+        self.index: type[np.integer[Any]] = np.int32 if self.clusters < 1 << 30 else np.int64
         self.uses: dict[Use, list[Clusters]] = defaultdict(list)
         #: References past the end of the file, whose flag COPIED must match a stored refcount as well.
         self.outside: dict[Use, list[Clusters]] = defaultdict(list)
@@ -196,7 +198,7 @@ class References:
             self.report.add(ERROR, f"{NAMES[kind]} of {length} bytes at {offset:#x} extends past the end of the file")
             return
         last = offset + length - 1 >> self.bits
-        self.uses[Use(kind)].append(np.arange(offset >> self.bits, last + 1, dtype=np.int64))
+        self.uses[Use(kind)].append(np.arange(offset >> self.bits, last + 1, dtype=self.index))
 
     def point(self, use: Use, offsets: Entries, what: str) -> Mask:
         """Add references that each point to one cluster; misaligned ones, and those outside of the file, are findings.
@@ -208,13 +210,13 @@ class References:
             self.each(ERROR, text.format, offsets[misaligned], use.weight)
             # It overlaps two clusters. Only the first one must match COPIED.
             second = offsets[misaligned & inside] + np.uint64(self.cluster - 1) >> np.uint64(self.bits)
-            self.uses[Use(use.kind, use.weight)].append(second.astype(np.int64))
+            self.uses[Use(use.kind, use.weight)].append(second.astype(self.index))
         clusters = (offsets >> np.uint64(self.bits)).astype(np.int64)
         if not inside.all():
             self.each(ERROR, lambda at: f"{what} at {at:#x} is past the end of the file", offsets[~inside], use.weight)
             self.outside[use].append(clusters[~inside])
             clusters = clusters[inside]
-        self.uses[use].append(clusters)
+        self.uses[use].append(clusters.astype(self.index))
         return inside
 
     # -- tables
@@ -372,6 +374,12 @@ class References:
         if self.header.extended_l2:
             tables, bitmaps = l2_extended.halves(tables)
             self.subclusters(tables, bitmaps, weight)
+        plain = None if self.header.extended_l2 or not looks else l2_entry.owned_clusters(tables, self.bits)
+        if plain is not None and int(plain[0].max(initial=0)) < self.clusters:
+            report.allocated_clusters += looks * len(plain[0])
+            report.fragmented_clusters += looks * plain[1]
+            self.uses[Use(DATA, weight, True, looks)].append(plain[0].astype(self.index))
+            return
         flat = tables.reshape(-1)
         used = np.flatnonzero(flat)
         entries = flat[used]
@@ -434,7 +442,7 @@ class References:
         first = (start[~beyond] >> np.uint64(self.bits)).astype(np.int64)
         last = (end[~beyond] - np.uint64(1) >> np.uint64(self.bits)).astype(np.int64)
         for step in range(3):
-            self.uses[Use(DATA, weight)].append((first + step)[first + step <= last])
+            self.uses[Use(DATA, weight)].append((first + step)[first + step <= last].astype(self.index))
 
     def encryption(self) -> None:
         """Add the references to the clusters of the LUKS header, if there is one."""
@@ -459,7 +467,7 @@ class References:
         entries = entries[~misaligned]
         beyond = entries >= np.uint64(self.size)
         self.each(ERROR, lambda at: f"refcount block at {at:#x} is past the end of the file", entries[beyond])
-        self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(np.int64))
+        self.uses[Use(REFCOUNT_BLOCK)].append((entries[~beyond] >> np.uint64(self.bits)).astype(self.index))
 
 
 def joined(parts: list[NDArray[_Number]]) -> NDArray[_Number]:
