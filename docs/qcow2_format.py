@@ -19,8 +19,8 @@ integers are big-endian, all offsets are bytes of the image file.
 
 | feature | read | written | made | changed later |
 |---|---|---|---|---|
-| versions 2 and 3, clusters of 512 bytes to 2 MiB | yes | yes | yes | |
-| backing files | yes | yes | yes | |
+| versions 2 and 3, clusters of 512 bytes to 2 MiB | yes | yes | yes | the version: `amend` |
+| backing files | yes | yes | yes | the name: `amend` |
 | compressed clusters, deflate and zstd | yes | yes | yes | |
 | reference counts of 1 to 64 bits | yes | yes | yes | `amend` |
 | lazy refcounts | yes | counts are never late | yes | `amend` |
@@ -32,7 +32,7 @@ integers are big-endian, all offsets are bytes of the image file.
 | persistent dirty bitmaps | yes | recorded | yes | cleared, enabled, merged, removed |
 | extended L2 entries: 32 subclusters to a cluster | yes | yes, to the subcluster | yes | |
 | preallocation | yes | yes | metadata, falloc, full | |
-| external data files, raw ones too | yes | yes | yes | |
+| external data files, raw ones too | yes | yes | yes | the name, and raw to not raw: `amend` |
 
 ## Order of writes
 

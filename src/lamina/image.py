@@ -179,7 +179,8 @@ class Image:
 
     def amend(self, **options: Any) -> None:
         """Change options of the image in place; see `lamina create` for their names. qcow2 changes `size`, `refcount_bits`,
-        `lazy_refcounts` and `encrypt` (a key slot). Raises OptionError for others, before anything changes."""
+        `lazy_refcounts`, `compat`, `encrypt` (a key slot), and the names `backing_file`, `backing_fmt` and `data_file` in the
+        image, which it opens the next time. Raises OptionError for others, before anything changes."""
         node = self._format()
         if node.amend_schema is None:
             raise node.refusal("has no options that can be changed later")

@@ -14,9 +14,9 @@ from ...node import COMPRESS, NO_FALLBACK, require_writable
 from ...references import Reference
 from ...request import Child, sizes_changed
 from ...schema import Option, Schema
-from . import amend as _amend
 from . import create as _create
 from . import layout as q
+from .amend_node import Amendable
 from .bitmap_node import WithBitmaps
 from .encrypted import Encrypted
 from .header import Header
@@ -52,7 +52,7 @@ _ENCRYPT = Schema(
 )
 
 
-class Qcow2(WithBitmaps):
+class Qcow2(WithBitmaps, Amendable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
@@ -69,7 +69,6 @@ class Qcow2(WithBitmaps):
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
-    amend_schema: ClassVar[Schema] = _amend.SCHEMA
     prepare_create = staticmethod(_create.prepare)
     #: Whether the tables are loaded. A node whose opening failed has none.
     _loaded = False
@@ -257,34 +256,14 @@ class Qcow2(WithBitmaps):
     def _book(self, kept: int, count: int) -> None:
         rebook(self, kept + count, "the reference counts of all clusters")
 
-    def amend(self, values: Options[str, Any]) -> None:
-        require_writable(self, "amend")
-        _amend.require_possible(self.header, values, self.filename)
-        bits, size, slot = (values.get(name) for name in ("refcount_bits", "size", "encrypt"))
-        if bits not in (None, self.header.refcount_bits):
-            from .compression import Compression
-            from .refcount_width import set_width
+    def set_width(self, bits: int) -> None:
+        from .compression import Compression
+        from .refcount_width import set_width
 
-            self._rewrite(set_width, bits)
-            self._compression.close()
-            self._compression = Compression(self.tables)
-            self.supported_flags = COMPRESS if self._compression.compresses else 0
-        if values.get("lazy_refcounts") is not None and self.header.version > 2:
-            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, self._set_lazy, values["lazy_refcounts"])
-        if slot is not None:
-            self.amend_key_slot(slot)
-        if size is not None:
-            try:
-                self.ranges.exclusive(0, MAX_SIZE, self.truncate, size)
-            finally:
-                sizes_changed()
-
-    def _set_lazy(self, lazy: bool) -> None:
-        rest = self.header.compatible_features & ~q.LAZY_REFCOUNTS
-        self.tables.store({"compatible_features": rest | (q.LAZY_REFCOUNTS if lazy else 0)})
-
-    def amend_key_slot(self, values: Options[str, Any]) -> None:
-        """Change a key slot; only an encrypted image has any (see `amend.require_possible`)."""
+        self._rewrite(set_width, bits)
+        self._compression.close()
+        self._compression = Compression(self.tables)
+        self.supported_flags = COMPRESS if self._compression.compresses else 0
 
     def check(self) -> CheckReport:
         from .check import check

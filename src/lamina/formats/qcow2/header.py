@@ -221,7 +221,7 @@ class Header:
             name = cluster[name_at : name_at + name_size].partition(b"\0")[0]  # some programs store the NUL as well
             header.backing_file = name.decode("utf-8", "surrogateescape") or None
             end = name_at
-        header.extensions = _extensions(cluster, header.header_length, min(end, len(cluster)))
+        header.extensions = extensions_in(cluster, header.header_length, min(end, len(cluster)))
         header._check_tables(file_size)
         return header
 
@@ -271,24 +271,34 @@ class Header:
     def to_bytes(self) -> bytes:
         """The first bytes of the image: header, extensions, name of the backing file. LimitExceeded if they do not fit into a
         cluster."""
-        extensions = b"".join(
-            q.EXTENSION.pack(type=kind, length=len(data)) + data.ljust(align_up(len(data), 8), b"\0")
-            for kind, data in self.extensions
-        ) + q.EXTENSION.pack(type=q.EXT_END, length=0)
         name = (self.backing_file or "").encode("utf-8", "surrogateescape")
-        name_at = self.header_length + len(extensions) if name else 0
-        values = {f.name: getattr(self, f.name) for f in self._structure.fields if hasattr(self, f.name)}
-        values |= {"backing_file_offset": name_at, "backing_file_size": len(name)}
-        fixed: bytes = self._structure.pack(**values)
-        if self.header_length > q.COMPRESSION_TYPE_OFFSET:
-            fixed += bytes([self.compression_type])
-        whole = fixed.ljust(self.header_length, b"\0") + extensions + name
+        name_at = len(self.fixed_bytes(0, 0)) if name else 0
+        whole = self.fixed_bytes(name_at, len(name)) + name
         if len(whole) > self.cluster_size:
             raise LimitExceeded(
                 f"the header and the backing file name need {len(whole)} bytes, but a cluster has {self.cluster_size}",
                 hint="use a shorter name or larger clusters",
             )
         return whole
+
+    def fixed_bytes(self, name_at: int, name_size: int) -> bytes:
+        """The header and its extensions, with a backing file whose name of `name_size` bytes is at `name_at`."""
+        extensions = b"".join(
+            q.EXTENSION.pack(type=kind, length=len(data)) + data.ljust(align_up(len(data), 8), b"\0")
+            for kind, data in self.extensions
+        ) + q.EXTENSION.pack(type=q.EXT_END, length=0)
+        values = {f.name: getattr(self, f.name) for f in self._structure.fields if hasattr(self, f.name)}
+        values |= {"backing_file_offset": name_at, "backing_file_size": name_size}
+        fixed: bytes = self._structure.pack(**values)
+        if self.header_length > q.COMPRESSION_TYPE_OFFSET:
+            fixed += bytes([self.compression_type])
+        return fixed.ljust(self.header_length, b"\0") + extensions
+
+    def used_bytes(self, cluster: bytearray) -> int:
+        """The end of what this header uses of the first cluster, which has these bytes: extensions, and the name."""
+        stored = q.HEADER_V2.unpack(cluster)
+        name_end = stored.backing_file_offset + stored.backing_file_size if stored.backing_file_offset else 0
+        return max(self._extension_at(-1) + q.EXTENSION.size, name_end)
 
     # -- extensions of an image that is open
 
@@ -409,7 +419,8 @@ def _within(name: str, value: int, low: int, high: int) -> None:
         raise LimitExceeded(f"{name} is {value}, above the limit of {high}")
 
 
-def _extensions(cluster: bytearray, at: int, end: int) -> list[tuple[int, bytes]]:
+def extensions_in(cluster: bytearray, at: int, end: int) -> list[tuple[int, bytes]]:
+    """(type, data) of the extensions in these bytes of the first cluster."""
     found: list[tuple[int, bytes]] = []
     while at + q.EXTENSION.size <= end:
         head = q.EXTENSION.unpack(cluster, at)

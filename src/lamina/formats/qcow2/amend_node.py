@@ -1,0 +1,68 @@
+"""The part of the node that changes options of its image in place; mixed into the driver."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...format_node import FormatNode
+from ...limits import MAX_SIZE
+from ...node import require_writable
+from ...request import sizes_changed
+from . import amend
+from . import layout as q
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ...schema import Schema
+    from .header import Header
+    from .tables import Tables
+
+
+class Amendable(FormatNode):
+    """A format node whose options change while no request runs."""
+
+    amend_schema: ClassVar[Schema] = amend.SCHEMA
+    header: Header
+    tables: Tables
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        require_writable(self, "amend")
+        header = self.header
+        amend.require_possible(header, values, self.filename)
+        compat, bits, size, slot = (values.get(name) for name in ("compat", "refcount_bits", "size", "encrypt"))
+        newer = amend.version_changes(header, compat) if header.version == 2 else {}
+        self._publish_header(amend.header_changes(header, values) | newer)
+        if bits not in (None, header.refcount_bits):
+            self.set_width(bits)
+        if values.get("lazy_refcounts") is not None and header.version > 2:
+            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, self._set_lazy, values["lazy_refcounts"])
+        if slot is not None:
+            self.amend_key_slot(slot)
+        if size is not None:
+            try:
+                self.ranges.exclusive(0, MAX_SIZE, self.truncate, size)
+            finally:
+                sizes_changed()
+        if amend.version_changes(header, compat):
+            self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self)
+            self._publish_header(amend.version_changes(header, compat))
+
+    def _publish_header(self, changes: Mapping[str, Any]) -> None:
+        from .header_rewrite import rewrite
+
+        if changes:
+            self.flush()
+            self.tables.settle()
+            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, rewrite, self.header, self.tables.file, changes)
+
+    def _set_lazy(self, lazy: bool) -> None:
+        rest = self.header.compatible_features & ~q.LAZY_REFCOUNTS
+        self.tables.store({"compatible_features": rest | (q.LAZY_REFCOUNTS if lazy else 0)})
+
+    def set_width(self, bits: int) -> None:
+        """Give all reference counts this width."""
+        raise NotImplementedError
+
+    def amend_key_slot(self, values: Mapping[str, Any]) -> None:
+        """Change a key slot; only an encrypted image has any (see `amend.require_possible`)."""
