@@ -13,13 +13,12 @@ import os
 import random
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import lamina
-from lamina import registry
+from lamina import clock, registry
 from lamina.cli.arguments import Parser
 from lamina.cli.io.commands import COMMANDS as IO_COMMANDS
 from lamina.cli.main import COMMANDS, main
@@ -361,7 +360,7 @@ def fresh() -> None:
 
 
 def patient(seconds: float) -> None:
-    """Stands for `time.sleep`: refuses what that refuses, and does not sleep."""
+    """Stands for the `sleep` of the clock: refuses what that refuses, and does not sleep."""
     if not 0 <= seconds < 9e9:
         raise OverflowError(f"the system cannot sleep for {seconds} s")
 
@@ -375,7 +374,7 @@ def run(kind: str, seed: int, count: int) -> int:
     rng = random.Random(seed)
     source: Graphs | Lines = Graphs(rng) if kind == "graphs" else Lines(rng)
     os.mkdir("folder")
-    time.sleep = patient
+    clock.sleep = patient
     signal.signal(signal.SIGALRM, overdue)
     wrong: set[object] = set()
     for number in range(count):
