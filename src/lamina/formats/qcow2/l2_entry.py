@@ -300,24 +300,19 @@ def owned_clusters(tables: Any, cluster_bits: int) -> tuple[Any, int] | None:
     third of the time that a look at each flag takes."""
     from ...numeric import np
 
-    entries = tables.reshape(-1)
-    used = None
-    if not entries.all():
-        used = entries.nonzero()[0]
-        entries = entries[used]
+    used = tables != 0
+    entries = tables[used]
     others = (1 << 64) - 1 & ~(_FLAG_COPIED | _OFFSET) | (1 << cluster_bits) - 1
     if int(np.bitwise_or.reduce(entries)) & others or not int(np.bitwise_and.reduce(entries)) & _FLAG_COPIED:
         return None
-    clusters = (entries & np.uint64(_OFFSET)).view(np.int64)
+    entries &= np.uint64(_OFFSET)
+    clusters = entries.view(np.int64)
     clusters >>= cluster_bits
     if not clusters.all():
         return None
     jump = clusters[1:] - clusters[:-1] != 1
-    if used is None:
-        jump[tables.shape[1] - 1 :: tables.shape[1]] = False  # two tables
-    else:
-        table = used // tables.shape[1]
-        jump &= table[1:] == table[:-1]
+    ends = np.cumsum(np.count_nonzero(used, axis=1))
+    jump[ends[(ends > 0) & (ends < len(clusters))] - 1] = False  # two tables
     return clusters, int(np.count_nonzero(jump))
 
 
