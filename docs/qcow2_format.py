@@ -42,6 +42,21 @@ reaches the disk before the L2 entry that names it, an L2 table before its L1 en
 of counts change the counts and flags of nearly all clusters: they write every table that changes anew, into free
 clusters, and publish all of them by one write of the header, inside its first sector. A bitmap is marked as in use
 before the first byte of the disk changes.
+
+## Reference counts that are too low
+
+A cluster may be in use and counted as free, or twice in use and counted once: another program, or a fault of the storage,
+left it so. Clusters that the file had when the image was opened are therefore not allocated, discarded, counted as free
+or cut off before one scan of all L2 tables, those of snapshots included, has found no more references to any cluster
+than its count says, and no L2 entry that points to a structure of the image. What the scan finds is an error that names
+the offset; the image is marked corrupt, and `check -r all` mends the counts. Opening an image scans nothing, nor do writes
+that need no free cluster of the file. An image with more than 8 MiB of L2 tables grows first, by 16 times the bytes of
+these tables; the scan of a full disk of 1 TiB takes about a second.
+
+The structures of an image are known from the first change on: header, L1 and L2 tables, refcount table and blocks, snapshot
+table, bitmap directory, bitmap tables and bits, and the encryption header. Where two of them overlap, or a write of data, a
+new cluster or a freed one would touch them, the image is marked corrupt and nothing is written. A write in place, to a
+cluster whose entry says that it has no other reference, is not checked against other entries.
 """
 
 

@@ -14,7 +14,7 @@ from operator import eq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
 #: The longest array. An insertion moves half of it on average.
 _LONGEST = 1 << 13
@@ -64,6 +64,11 @@ class ClusterSet:
                 break
             which += 1
         return recent
+
+    def arrays(self) -> Iterator[array[int]]:
+        """Arrays of all clusters, which the caller only reads; a cluster may be in two of them."""
+        yield from self._arrays
+        yield array("Q", self.recent)
 
     def add(self, first: int, count: int = 1) -> None:
         """Add `count` consecutive clusters from `first` on."""

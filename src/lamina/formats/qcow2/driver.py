@@ -109,6 +109,7 @@ class Qcow2(WithBitmaps, Amendable):
             writable=writable,
             data=self.data,
             on_corrupt=self._stop_writing,
+            book=lambda count: self._book(self.kept_bytes, count),
         )
         self._loaded = True
         self._map_one = self.tables.mappings.map_one  # called for every read

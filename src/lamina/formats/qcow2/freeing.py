@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...request import Child
     from .refcounts import Refcounts
 
@@ -32,6 +34,11 @@ class Freeing:
         """The number of runs that wait for the next flush."""
         return len(self._unlinked)
 
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """All waiting runs (host offset, clusters)."""
+        yield from self._discarded
+        yield from self._unlinked
+
     def add(self, offset: int, clusters: int = 1) -> None:
         """The tables in memory have lost a reference to each of these clusters. Called after the change, never before."""
         waiting = self._unlinked
@@ -45,7 +52,9 @@ class Freeing:
         while self._discarded:
             counts.load(*self._discarded[-1])  # may fail; the next flush tries again
             counts.lower_loaded(*self._discarded.pop())  # removed from the list first, so that no count falls twice
+        free = counts.last_references(self._unlinked)  # the other clusters are still in use
+        counts.require_scan(free)
         self._discarded, self._unlinked = self._unlinked, []
-        for offset, clusters in counts.last_references(self._discarded):  # the other clusters are still in use
+        for offset, clusters in free:
             inside = max(self._file.size - offset, 0)
             self._file.discard(offset, min(clusters << self._cluster_bits, inside))

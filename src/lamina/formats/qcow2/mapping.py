@@ -270,6 +270,11 @@ class Mappings:
         """The error for an invalid entry of the L2 table at `offset`; None: the table is not known."""
         return CorruptImage(str(error), path=self._file.node.filename, offset=offset, hint="check the image")
 
+    def changed_tables(self) -> dict[int, Any]:
+        """The tables that are not wholly on disk: their entries, as columns that the caller only reads, by offset."""
+        tables = [self._tables[which] for which in self._dirty]
+        return {table.offset: self.layout.column(table.entries) for table in tables}
+
     # -- changes: an exception may interrupt a method at any call, so related statements contain no calls
 
     def ensure_stored(self, table: Table) -> None:

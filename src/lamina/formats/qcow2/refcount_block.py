@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from array import array
+from typing import Any
 
 _TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -125,3 +126,14 @@ Block = WideBlock | NarrowBlock
 def make_block(raw: bytearray, refcount_bits: int) -> Block:
     """The block with these bytes, unchanged."""
     return WideBlock(raw, refcount_bits) if refcount_bits >= 8 else NarrowBlock(raw, refcount_bits)
+
+
+def unpacked(raw: bytes | bytearray, refcount_bits: int) -> Any:
+    """The counts in the bytes of a block, as a column."""
+    from ...numeric import np
+
+    if refcount_bits >= 8:
+        return np.frombuffer(raw, f">u{refcount_bits // 8}")
+    packed = np.frombuffer(raw, np.uint8)
+    shifts = np.arange(0, 8, refcount_bits, dtype=np.uint8)
+    return (packed[:, None] >> shifts & np.uint8((1 << refcount_bits) - 1)).reshape(-1)

@@ -28,13 +28,14 @@ from ...limits import align_up
 from . import layout as q
 from .cluster_set import ClusterSet, join, merge, sorted_arrays
 from .holes import has_hole
-from .refcount_block import Block, make_block
+from .refcount_block import Block, make_block, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from ...request import Child
     from .header import Header
+    from .refcount_scan import RefcountScan
 
 _ENOSPC = 28
 
@@ -42,7 +43,8 @@ _ENOSPC = 28
 class Refcounts:
     """The refcounts of one image. Not thread-safe: the caller holds the lock of the tables."""
 
-    def __init__(self, file: Child, header: Header, cache_bytes: int) -> None:
+    def __init__(self, file: Child, header: Header, cache_bytes: int, scan: RefcountScan) -> None:
+        """`scan` runs before clusters become free that it protects."""
         self._file = file
         self._header = header
         self._cache_bytes = cache_bytes
@@ -55,7 +57,9 @@ class Refcounts:
         self._unlinked: set[int] = set()  # new blocks to which no table on disk points
         self._moved: list[tuple[int, int]] = []  # (offset, clusters) of tables on disk that a larger one replaces
         self._offered = False  # a write of the pointer to the larger table was tried, and may have succeeded
-        self._next = 0  # no cluster below this index is free
+        self._scan = scan
+        self._next = scan.below  # no cluster below this index is free, or may be allocated before the scan
+        self._gaps: bool | None = None  # whether clusters that the scan protects are counted as free; None: not known
         #: No byte from this host offset on was ever written: clusters allocated there read as zero.
         self.blank_from = align_up(file.node.size, header.cluster_size)
         #: Clusters with metadata, which must never be allocated or overwritten with data. Empty before `claim`.
@@ -119,6 +123,37 @@ class Refcounts:
         (ENOSPC) or LimitExceeded if there is no free space, and CorruptImage if clusters with the count 0 are in use."""
         self._file.tell("cluster_alloc")
         self._file.tell("refblock_alloc")
+        if self._scan.below and self._has_gaps():
+            if self._scan.due(self.blank_from - (self._scan.below << self._cluster_bits)):
+                self.scan()
+            else:
+                try:
+                    return self._allocate(count, whole)
+                except (BlockIOError, LimitExceeded) as error:
+                    if isinstance(error, BlockIOError) and error.errno != _ENOSPC:
+                        raise
+                    self.scan()  # no space is left past the end
+        return self._allocate(count, whole)
+
+    def _has_gaps(self) -> bool:
+        if self._gaps is None:
+            self._gaps = self._find_free(0) < self._scan.below
+        return self._gaps
+
+    def scan(self) -> None:
+        """Make sure that no cluster has more references than its count says; CorruptImage if one has. From then on clusters
+        are reused."""
+        if self._scan.below:
+            self._scan.run(self)
+            self._next = 0
+
+    def require_scan(self, runs: list[tuple[int, int]]) -> None:
+        """`scan` before these clusters (host offset, clusters) become free, if it protects some of them."""
+        end = self._scan.below << self._cluster_bits
+        if end and any(offset < end for offset, _ in runs):
+            self.scan()
+
+    def _allocate(self, count: int, whole: bool) -> tuple[int, int, bool]:
         while True:
             start = self._find_free(self._next)
             if not whole:
@@ -173,6 +208,11 @@ class Refcounts:
                 hint="check the image; nothing was written",
             )
 
+    def column(self, which: int) -> Any:
+        """All counts of the block with the index `which`, as a column; None if there is no such block."""
+        block = self._block(which)
+        return None if block is None else unpacked(block.raw(0, self._cluster_size), self._header.refcount_bits)
+
     def load(self, offset: int, clusters: int) -> None:
         """Load the counts of these clusters, regardless of the size of the cache, so that `lower_loaded` cannot fail."""
         self._file.tell("cluster_free")
@@ -183,8 +223,9 @@ class Refcounts:
         self._blocks.update((which, block) for which, block in blocks.items() if block is not None)
 
     def lower(self, offset: int, clusters: int = 1) -> bool:
-        """Lower the count of each of these clusters by one; True if the first of them is free now. If a block cannot be read,
-        no count changes."""
+        """Undo an allocation: lower the count of each of these clusters by one; True if the first of them is free now. If a
+        block cannot be read, no count changes."""
+        self._scan.urgent = True  # perhaps the disk is full
         self.load(offset, clusters)
         return self.lower_loaded(offset, clusters)
 

@@ -23,6 +23,7 @@ from ...numeric import NDArray, np
 from ...report import ERROR, MAX_FINDINGS, NOTE, UNREADABLE, CheckReport
 from . import bitmap_references, external_references, l1_table, l2_entry, l2_extended
 from . import layout as q
+from .holes import stored_tables
 
 if TYPE_CHECKING:
     from ...request import Child
@@ -67,8 +68,6 @@ _L1_BATCH: Final = 1 << 18
 _SLACK: Final = 64 << 20
 #: Bytes of misaligned L2 tables that are read, as the reference tools do: enough for damage, too little for an attack.
 _MISALIGNED: Final = 1 << 20
-#: The number of tables from which on one query for all holes of the file pays off.
-_MANY: Final = 1024
 #: The table size from which on a query for a hole in the file pays off before a read.
 _HOLE: Final = 64 << 10
 #: The minimum of offsets of each kind in one batch, regardless of the number of kinds.
@@ -320,7 +319,7 @@ class References:
             total[at] += times * weight
             if active:
                 looks[at] += times * weight
-        stored = self.stored_tables(offsets)
+        stored = stored_tables(self.storage, offsets, self.cluster)
         offsets, looks, total = offsets[stored], looks[stored], total[stored]
         order = np.lexsort((offsets, looks, total))
         offsets, looks, total = offsets[order], looks[order], total[order]
@@ -329,28 +328,6 @@ class References:
             if len(group):
                 for tables in self.l2_batches(offsets[group]):
                     self.l2_entries(tables, int(total[group[0]]), int(looks[group[0]]))
-
-    def stored_tables(self, offsets: Entries) -> Mask:
-        """Which of the tables at these sorted offsets do not lie in holes of the file."""
-        size = self.cluster
-        if len(offsets) < _MANY:
-            if size < _HOLE:
-                return np.ones(len(offsets), np.bool_)
-            return np.array([not self.storage.reads_zero(at, size) for at in offsets.tolist()], np.bool_)
-        keep = np.zeros(len(offsets), np.bool_)
-        begin, end = int(offsets[0]), min(int(offsets[-1]) + size, self.size)
-        for piece in self.storage.windows(begin, end - begin):
-            data = piece.where(zero=False)
-            if not len(data):
-                continue
-            edges = np.array((max(piece.begin - size + 1, 0), piece.end), np.uint64)
-            low, high = np.searchsorted(offsets, edges).tolist()
-            for at in range(low, high, _L1_BATCH):
-                starts = offsets[at : min(at + _L1_BATCH, high)].astype(np.int64)
-                row = np.searchsorted(data.start + data.length, starts, "right")
-                first = data.start[np.minimum(row, len(data) - 1)]
-                keep[at : at + len(starts)] |= (row < len(data)) & (first < starts + size)
-        return keep
 
     def l2_batches(self, offsets: Entries) -> Iterator[Entries]:
         """The entries of the tables at these sorted offsets, in batches with one row per table. Adjacent tables are read

@@ -19,6 +19,8 @@ from ...limits import MAX_SIZE, MIB, align_up
 from ...numeric import np
 from . import l1_table, l2_entry, snapshot_table
 from . import layout as q
+from .l2_batches import BATCH, host_clusters, read_tables
+from .refcount_block import unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from .snapshot_table import Entry
     from .tables import Tables
 
-#: L2 tables that are looked at in one go, in bytes.
-_BATCH = 4 * MIB
 #: L2 tables of more bytes than twice what the file stores, and this, lie over one another or in holes.
 _SLACK = 64 * MIB
 #: Bytes of memory for each cluster of the file: its count before and after, and its place in the list of free clusters.
@@ -69,8 +69,11 @@ class Rewrite:
         self._prepare()
 
     def _claimed(self) -> ClusterSet:
-        """The clusters with metadata; no two structures lie over each other."""
-        return self._tables.refcounts.metadata
+        """The clusters with metadata. No two structures lie over each other, and no cluster has more references than its
+        count says: what seems to be free is free."""
+        counts = self._tables.refcounts
+        counts.scan()
+        return counts.metadata
 
     def _prepare(self) -> None:
         #: The count of each cluster of the file, and some behind it.
@@ -100,16 +103,10 @@ class Rewrite:
         counts = np.zeros(clusters, kind)
         for which in used.tolist():
             at = which * self._per_block
-            counts[at : at + self._per_block] = self._unpacked(self._read_cluster(int(self._table[which])))
+            counts[at : at + self._per_block] = unpacked(
+                self._read_cluster(int(self._table[which])), self._header.refcount_bits
+            )
         return counts
-
-    def _unpacked(self, raw: bytearray) -> Any:
-        bits = self._header.refcount_bits
-        if bits >= 8:
-            return np.frombuffer(raw, f">u{bits // 8}")
-        packed = np.frombuffer(raw, np.uint8)
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return (packed[:, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(-1)
 
     def _packed(self, counts: Any) -> bytes:
         bits = self._bits_of_counts
@@ -169,42 +166,16 @@ class Rewrite:
         offsets = offsets[offsets != 0]
         self._change(offsets >> self._bits, by)
         for _, words in self._l2_tables(offsets):
-            for clusters in self._references(words):
+            for clusters in host_clusters(words, self._layout, self._path):
                 self._change(clusters, by)
 
     def _l2_tables(self, offsets: Any) -> Iterator[tuple[Any, Any]]:
         """(offsets, entries as one column) of these L2 tables, in batches."""
-        step = max(_BATCH >> self._bits, 1)
-        for at in range(0, len(offsets), step):
-            part = offsets[at : at + step]
+        for part, words in read_tables(self._file, offsets, self._bits):
             self._walked += len(part) << self._bits
             if self._walked > self._may_walk:
                 raise CorruptImage("the L2 tables cannot all lie in the file", path=self._path, hint="check the image")
-            raw = bytearray(len(part) << self._bits)
-            view = memoryview(raw)
-            for number, offset in enumerate(part.tolist()):
-                if offset % self._cluster or offset >= self._file.size:
-                    raise self._corrupt("an L2 table is misaligned or outside the file", offset >> self._bits)
-                self._file.read_into(offset, view[number << self._bits : number + 1 << self._bits])
-            yield part, np.frombuffer(raw, ">u8").astype(np.uint64)
-
-    def _references(self, words: Any) -> Iterator[Any]:
-        """The host clusters (int64) to which these L2 entries point, each as often as they do."""
-        entries = words[:: 1 << self._layout.entry_bits - 3]
-        packed = l2_entry.compressed_mask(entries)
-        offsets = l2_entry.offsets_of(entries[~packed]).astype(np.int64)
-        offsets = offsets[offsets != 0]
-        wrong = np.flatnonzero(offsets & self._cluster - 1)
-        if len(wrong):
-            raise self._corrupt("an L2 entry points to a misaligned cluster", int(offsets[wrong[0]]) >> self._bits)
-        yield offsets >> self._bits
-        if packed.any():
-            begin, end = l2_entry.compressed_ranges(entries[packed], self._bits)
-            first = (begin >> np.uint64(self._bits)).astype(np.int64)
-            last = (end - np.uint64(1) >> np.uint64(self._bits)).astype(np.int64)
-            while len(first):
-                yield first
-                first, last = first[first < last] + 1, last[first < last]
+            yield part, words
 
     def release(self, offset: int, length: int) -> None:
         """The clusters of a structure of `length` bytes at `offset` lose a reference."""
@@ -257,7 +228,7 @@ class Rewrite:
         entries = l1_table.offsets_of(entries)
         # Nothing in an external data file is counted, and the flags of its clusters do not depend on counts.
         which = np.flatnonzero(entries if not self._header.external_data else entries[:0])
-        step = max(_BATCH >> self._bits, 1)
+        step = max(BATCH >> self._bits, 1)
         stride = 1 << self._layout.entry_bits - 3
         per_table = self._cluster // 8
         for at in range(0, len(which), step):

@@ -22,6 +22,7 @@ from .freeing import Freeing
 from .l1_table import L1Table
 from .l2_entry import compressed_clusters, data_cluster, is_compressed, max_compressed_offset
 from .mapping import Mappings, Table
+from .refcount_scan import RefcountScan
 from .refcounts import Refcounts
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ class Tables:
         writable: bool,
         data: Child | None = None,
         on_corrupt: Callable[[], None] = lambda: None,
+        book: Callable[[int], None] = lambda count: None,
     ) -> None:
         """`cache_bytes`: half for L2 tables, half for refcount blocks. `data`: the edge to an external data file.
-        `on_corrupt` is called before the image is marked corrupt; writes must stop from then on."""
+        `on_corrupt` is called before the image is marked corrupt; writes must stop from then on. `book`: see
+        `RefcountScan`."""
         self.file = file
         self.header = header
         self.cluster_bits = header.cluster_bits
@@ -79,7 +82,8 @@ class Tables:
         self._cache_bytes = cache_bytes
         self._on_corrupt = on_corrupt
         self._refcounts: Refcounts | None = None
-        self._freeing = Freeing(file, header.cluster_bits)
+        self.freeing = Freeing(file, header.cluster_bits)
+        self._scan = RefcountScan(self, book)
         # Fields of the header of which the disk may hold other values, because a change of them failed.
         self._unsure: tuple[str, ...] = ()
         # The end of the last compressed data; at a cluster boundary there is no free space after it.
@@ -89,7 +93,7 @@ class Tables:
     def refcounts(self) -> Refcounts:
         """The refcounts, loaded for the first change; reads do not need them."""
         if self._refcounts is None:
-            counts = Refcounts(self.file, self.header, self._cache_bytes // 2)
+            counts = Refcounts(self.file, self.header, self._cache_bytes // 2, self._scan)
             l1, bits = self.mappings.l1, self.cluster_bits
             first = l1.offset >> bits
             own = range(first, first + -(-len(l1) * 8 >> bits))
@@ -132,6 +136,13 @@ class Tables:
             l1 = L1Table.load(self.file, entry.l1_table_offset, entry.l1_size)
             for copied in (True, False):  # the flag is only accurate in the active table
                 yield from l1.l2_clusters(self.cluster_bits, copied=copied)
+
+    def l2_clusters(self) -> Iterator[list[int]]:
+        """The clusters of all L2 tables in batches, as often as entries of the active L1 table and of those of snapshots
+        point to them."""
+        for copied in (True, False):
+            yield from self.mappings.l1.l2_clusters(self.cluster_bits, copied=copied)
+        yield from self._snapshots()[1]
 
     def _bitmaps(self) -> list[range]:
         """The clusters of the bitmap directory, of the bitmap tables, and of bits."""
@@ -233,7 +244,7 @@ class Tables:
             self.file.tell("l2_alloc_cow_read")
         mappings.link_table(which, table)
         if found is not None:
-            self._freeing.add(found.offset)
+            self.freeing.add(found.offset)
         return table
 
     def entries(self, offset: int, length: int, *, make: bool = True) -> Iterator[tuple[int, int, int]]:
@@ -267,17 +278,17 @@ class Tables:
             return
         host = data_cluster(entry)
         if host:
-            self._freeing.add(host)
+            self.freeing.add(host)
         elif is_compressed(entry):
             first, clusters = compressed_clusters(entry, self.cluster_bits)
             # Bytes to which an entry pointed are reused only after their whole cluster was free.
             if first <= self._compressed_end >> self.cluster_bits < first + clusters:
                 self._compressed_end = 0
-            self._freeing.add(first << self.cluster_bits, clusters)
+            self.freeing.add(first << self.cluster_bits, clusters)
 
     def relieve(self) -> None:
         """Write the tables if there are too many changes in memory."""
-        if self.mappings.pressure or self._freeing.unlinked > _MAX_UNLINKED:
+        if self.mappings.pressure or self.freeing.unlinked > _MAX_UNLINKED:
             self.write_out()
 
     # -- clusters
@@ -366,7 +377,7 @@ class Tables:
 
     def give_back(self, offset: int, length: int) -> None:
         """The clusters of a structure at `offset`, to which nothing points now, lose a reference once that is durable."""
-        self._freeing.add(offset, -(-length >> self.cluster_bits))
+        self.freeing.add(offset, -(-length >> self.cluster_bits))
 
     def publish_bitmaps(self, count: int, offset: int, size: int) -> None:
         """Make the directory at `offset`, which is written, that of the image."""
@@ -384,20 +395,21 @@ class Tables:
         offset = self.allocate_metadata(align_up(entries * 8, self.cluster_size))
         self.mappings.l1 = old.grown(offset, entries)
         if clusters:
-            self._freeing.add(old.offset, clusters)
+            self.freeing.add(old.offset, clusters)
 
     def unlink_behind(self, size: int) -> None:
         """Give up the L2 tables of what lies behind a disk of `size` bytes. All changes are on stable storage."""
         l1 = self.mappings.l1
         for which in range(self.header.l1_entries(size), len(l1)):
             if l1.l2_offset(which):
-                self._freeing.add(self.mappings.unlink_table(which))
-                if len(self._freeing) > _MAX_UNLINKED:
+                self.freeing.add(self.mappings.unlink_table(which))
+                if len(self.freeing) > _MAX_UNLINKED:
                     self.write_out()
 
     def trim(self) -> None:
         """Cut off what lies behind the last cluster in use. All counts are on stable storage."""
         node, counts = self.file.node, self.refcounts
+        counts.scan()
         end = counts.last_used() + 1 << self.cluster_bits
         if node.growable and node.size > end:
             self.file.truncate(end)
@@ -454,7 +466,7 @@ class Tables:
         """Write the tables, in the order of `flush`; False if there were no changes, and therefore no flush."""
         mappings, file = self.mappings, self.file
         counted = self._refcounts is not None and self._refcounts.dirty
-        if not (counted or mappings.dirty or self._freeing):
+        if not (counted or mappings.dirty or self.freeing):
             return False
         if not self.writable:
             raise CorruptImage(
@@ -472,7 +484,7 @@ class Tables:
         file.flush()
         if counts.links_dirty:
             for offset, clusters in counts.write_links():
-                self._freeing.add(offset, clusters)
+                self.freeing.add(offset, clusters)
             file.flush()
         if mappings.dirty:
             mappings.write_links()
@@ -483,7 +495,7 @@ class Tables:
             file.flush()
             mappings.written()
         self.given_back += 1  # before the file gets a hole; see `FormatNode.given_back`
-        self._freeing.flushed(counts)
+        self.freeing.flushed(counts)
         return True
 
     def settle(self) -> None:
@@ -493,7 +505,7 @@ class Tables:
 
     def _settle(self) -> None:
         self.write_out()
-        if self._freeing:
+        if self.freeing:
             self.write_out()
         if self._refcounts is not None and self._refcounts.dirty:
             self._refcounts.write_counts()
