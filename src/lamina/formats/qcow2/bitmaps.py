@@ -156,6 +156,7 @@ class Bitmaps:
 
     def begin(self) -> None:
         """See to it that the image says of the changed bitmaps that they are in use."""
+        self._tables.changing(self._tables.require_apart)
         with self._mutex:
             if self._begun:
                 return

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ...graph import Opener
     from ...limits import Limits
     from .header import Header
+    from .tables import Tables
 
 #: Bytes of a sector.
 SECTOR: Final = 512
@@ -32,6 +33,7 @@ class Encrypted(FormatNode):
     None), which an image that is opened for its tables alone does not need, the data can neither be read nor written."""
 
     header: Header
+    tables: Tables
     cipher: SectorCipher | None = None
     #: Whether sectors are numbered by their place in the file.
     _by_host = True
@@ -46,7 +48,9 @@ class Encrypted(FormatNode):
     def amend_key_slot(self, values: Options[str, Any]) -> None:
         from .amend import amend_key_slot
 
-        amend_key_slot(self.file, self.header, self._cipher("amend").key, values)
+        key = self._cipher("amend").key
+        self.tables.changing(self.tables.require_apart)
+        amend_key_slot(self.file, self.header, key, values)
 
     @property
     def limits(self) -> Limits:

@@ -108,6 +108,11 @@ class Tables:
             self._refcounts = counts
         return self._refcounts
 
+    def require_apart(self) -> None:
+        """Raise CorruptImage if two structures of the image overlap. Called before one is changed in place."""
+        if self._refcounts is None:
+            self._refcounts = self.refcounts
+
     def _snapshots(self) -> tuple[list[range], Iterator[list[int]]]:
         """The clusters of the snapshot table and of the L1 tables of snapshots; and the clusters of their L2 tables, in
         batches."""
