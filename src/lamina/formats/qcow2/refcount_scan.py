@@ -9,8 +9,8 @@ From then on the counts are right, since all changes keep them so.
 Opening an image reads no L2 table, and neither does a write to new clusters: the scan runs when it is needed. Allocation can
 put it off, and takes clusters past the old end of the file until these are many more bytes than the scan reads.
 
-The scan changes nothing. Its memory does not depend on the size of the image: references to a window of clusters are counted,
-and an image with more clusters is scanned once for each window.
+The scan changes nothing. Its memory does not depend on the size of the image: references to the clusters of a number of
+refcount blocks are counted, and an image with more blocks is scanned again for each window of so many.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from weakref import ref
 
 from ...errors import CorruptImage, LimitExceeded
 from ...limits import MIB
+from . import layout as q
 from .holes import stored_tables
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class RefcountScan:
         """Whether the next allocation is to reuse clusters of the file, after `appended` new bytes."""
         if self._cost < 0:
             self._cost = len(self._l2_tables()[0]) << self._tables.cluster_bits
-        growable = self._tables.file.node.growable
-        return self.urgent or not growable or self._cost <= _SMALL or appended >= _TIMES * self._cost
+        if self.urgent or self._cost <= _SMALL or appended >= _TIMES * self._cost:
+            return True
+        return not self._tables.file.node.growable
 
     def run(self, counts: Refcounts) -> None:
         """Compare `counts`, those of the image, with its references, unless that was done. CorruptImage if a cluster has more
@@ -77,22 +79,25 @@ class RefcountScan:
 
         tables = self._tables
         offsets, times = self._l2_tables()
-        end = -(-tables.file.node.size >> tables.cluster_bits)
+        stored = _stored_blocks(tables, counts)
         bits = tables.header.refcount_bits
         width = 1 if bits <= 8 else 2 if bits == 16 else 4
-        window, batch = min(max(end, 1), _WINDOW // width), min(len(offsets) << tables.cluster_bits, BATCH)
+        per_block = counts.per_block * width  # bytes of memory
+        all_blocks = max(len(stored), 1)
+        blocks, batch = min(all_blocks, max(_WINDOW // per_block, 1)), min(len(offsets) << tables.cluster_bits, BATCH)
         while True:
-            booked = window * width + batch * _COLUMNS + 16 * len(offsets)
+            booked = blocks * per_block + batch * _COLUMNS + 16 * len(offsets) + 8 * len(counts.table)
             try:
                 self._book(booked)
                 break
             except LimitExceeded:
-                if window * width <= _LEAST:
+                if blocks * per_block <= max(_LEAST, per_block):
                     raise
-            window, batch = -(-window // 2), max(-(-batch // 2), tables.cluster_size)
+            blocks, batch = -(-blocks // 2), max(-(-batch // 2), tables.cluster_size)
         try:
-            for low in range(0, end, window):
-                _Window(tables, counts, low, min(low + window, end), end, width).compare(offsets, times, batch)
+            for at in range(0, all_blocks, blocks):
+                own = range(at, min(at + blocks, len(stored)))
+                _Window(tables, counts, stored, own).compare(offsets, times, batch)
         finally:
             self._book(-booked)
         self.below = 0
@@ -105,50 +110,55 @@ class RefcountScan:
         return np.unique(found, return_counts=True)
 
 
+def _stored_blocks(tables: Tables, counts: Refcounts) -> Any:
+    """The indexes of the refcount blocks that are not holes of the file."""
+    from ...numeric import np
+
+    offsets = np.array(counts.table, np.uint64) & np.uint64(q.REFBLOCK_MASK)
+    which = np.flatnonzero(offsets)
+    which = which[np.argsort(offsets[which])]
+    stored = stored_tables(tables.file, offsets[which], tables.cluster_size)
+    return np.union1d(which[stored], np.array(sorted(counts.unwritten), np.int64))
+
+
 class _Window:
-    """The references to the clusters of a window, against their counts."""
+    """The references to clusters that some refcount blocks count, against these counts."""
 
-    def __init__(self, tables: Tables, counts: Refcounts, low: int, high: int, end: int, width: int) -> None:
-        self._tables, self._counts = tables, counts
-        self._bits, self._layout = tables.cluster_bits, tables.mappings.layout
-        self._low, self._high, self._end = low, high, end
-        self._left = self._load(width)
-
-    def _load(self, width: int) -> Any:
-        """The counts of the window. Those that need more than `width` bytes are more than an image has references."""
+    def __init__(self, tables: Tables, counts: Refcounts, stored: Any, own: range) -> None:
+        """`stored`: the indexes of all refcount blocks that count something; `own`: which of these are in the window."""
         from ...numeric import np
 
-        low, high, per_block = self._low, self._high, self._counts.per_block
-        left: Any = np.zeros(high - low, f"u{width}")
-        most = (1 << 8 * width) - 1
-        for which in range(low // per_block, -(-high // per_block)):
-            found = self._counts.column(which)
-            if found is not None:
-                begin, stop = max(which * per_block, low), min((which + 1) * per_block, high)
-                part = found[begin - which * per_block : stop - which * per_block]
-                left[begin - low : stop - low] = np.minimum(part, most)
-        return left
+        self._tables, self._counts = tables, counts
+        self._bits, self._layout = tables.cluster_bits, tables.mappings.layout
+        self._shift = counts.per_block.bit_length() - 1
+        self._first, self._whole = own.start == 0, len(own) == len(stored)
+        # Where the counts of a block are: -1 none of its clusters is counted, -2 in another window.
+        self._slots: Any = np.full(len(counts.table) + 1, -1)
+        self._slots[stored] = -2
+        self._slots[stored[own.start : own.stop]] = np.arange(len(own))
+        # The usual case, which is quick: these are all blocks, in a row from the first on.
+        self._plain = self._whole and bool((stored == np.arange(len(stored))).all())
+        self._blocks = stored[own.start : own.stop]
+        columns = [counts.column(which) for which in self._blocks.tolist()]
+        self._left = np.concatenate(columns or [np.zeros(0, np.uint8)])
 
     def compare(self, l2_tables: Any, times: Any, batch: int) -> None:
         """Raise CorruptImage if a cluster has more references than its count says. Of L2 tables `batch` bytes are read at a
         time, or one table."""
         from ...numeric import np
 
-        structures = [self._inside(np.array(array, np.int64)) for array in self._counts.metadata.arrays()]
+        structures = [np.array(array, np.int64) for array in self._counts.metadata.arrays()]
         for clusters in structures:
-            wrong = np.flatnonzero(self._left[clusters - self._low] == 0)
-            if len(wrong):
-                self._refuse(int(clusters[wrong[0]]))
+            at, _ = self._inside(clusters, 1)
+            self._require(at, self._left[at] > 0)
         self._take(l2_tables, times)
-        for (
-            offset,
-            clusters,
-        ) in self._tables.freeing.runs():  # no table refers to them any more, their counts say so later
+        # To these no table refers any more, and their counts say so later.
+        for offset, count in self._tables.freeing.runs():
             first = offset >> self._bits
-            for at in range(first, first + clusters, _STEP):
-                self._take(np.arange(at, min(at + _STEP, first + clusters), dtype=np.int64), 1)
+            for at in range(first, first + count, _STEP):
+                self._take(np.arange(at, min(at + _STEP, first + count), dtype=np.int64), 1)
         for clusters in structures:
-            self._left[clusters - self._low] = 0  # no L2 entry points to a structure
+            self._left[self._inside(clusters, 1)[0]] = 0  # no L2 entry points to a structure
         for one in np.unique(times).tolist():
             for words in self._contents(l2_tables[times == one] << self._bits, batch):
                 self._take_entries(words, one)
@@ -178,38 +188,36 @@ class _Window:
         """Each of these clusters has `weight` references more, for each time that it is there."""
         from ...numeric import np
 
-        if not len(clusters):
-            return
-        if int(clusters.max()) >= self._high or self._low:
-            if not self._low:
-                self._require_counted_behind(clusters[clusters >= self._end])
-            inside = (clusters >= self._low) & (clusters < self._high)
-            clusters = clusters[inside]
-            weight = weight[inside] if isinstance(weight, np.ndarray) else weight
-        if len(clusters) > 1 and not (clusters[1:] > clusters[:-1]).all():
-            clusters, times = np.unique(clusters, return_counts=True)
+        at, weight = self._inside(clusters, weight)
+        if len(at) > 1 and not (at[1:] > at[:-1]).all():
+            at, times = np.unique(at, return_counts=True)
             weight = times * weight
-        at = clusters - self._low
         left = self._left[at]
-        wrong = np.flatnonzero(left < weight)
-        if len(wrong):
-            self._refuse(int(clusters[wrong[0]]))
+        self._require(at, left >= weight)
         self._left[at] = left - weight
 
-    def _inside(self, clusters: Any) -> Any:
-        return clusters[(clusters >= self._low) & (clusters < self._high)]
-
-    def _require_counted_behind(self, clusters: Any) -> None:
-        """The same for clusters past the end of the file, which allocation must not take either."""
+    def _inside(self, clusters: Any, weight: Any) -> tuple[Any, Any]:
+        """Where the counts are of those of the clusters that are in this window, and their weights. CorruptImage if no block
+        counts a cluster."""
         from ...numeric import np
 
-        blocks = clusters // self._counts.per_block
-        for which in np.unique(blocks).tolist():
-            chosen = clusters[blocks == which]
-            found = self._counts.column(which)
-            wrong = chosen if found is None else chosen[found[chosen % self._counts.per_block] == 0]
-            if len(wrong):
-                self._refuse(int(wrong[0]))
+        if self._plain and len(clusters) and int(clusters.max()) < len(self._left):
+            return clusters, weight
+        slots = self._slots[np.minimum(clusters >> self._shift, len(self._slots) - 1)]
+        if self._first and (slots == -1).any():
+            self._refuse(int(clusters[(slots == -1).argmax()]))
+        if not self._whole:
+            inside = slots >= 0
+            clusters, slots = clusters[inside], slots[inside]
+            weight = weight[inside] if isinstance(weight, np.ndarray) else weight
+        return slots << self._shift | clusters & (1 << self._shift) - 1, weight
+
+    def _require(self, at: Any, right: Any) -> None:
+        """Raise CorruptImage for the first of these places in the window where `right` is false."""
+        if not right.all():
+            wrong = int(at[right.argmin()])
+            within = wrong & (1 << self._shift) - 1
+            self._refuse(int(self._blocks[wrong >> self._shift]) << self._shift | within)
 
     def _refuse(self, cluster: int) -> None:
         free = not self._counts.get(cluster)

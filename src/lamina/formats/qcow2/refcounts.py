@@ -208,10 +208,19 @@ class Refcounts:
                 hint="check the image; nothing was written",
             )
 
+    @property
+    def unwritten(self) -> set[int]:
+        """The indexes of the blocks that are not wholly on disk."""
+        return self._changed | self._unlinked
+
     def column(self, which: int) -> Any:
-        """All counts of the block with the index `which`, as a column; None if there is no such block."""
-        block = self._block(which)
-        return None if block is None else unpacked(block.raw(0, self._cluster_size), self._header.refcount_bits)
+        """A copy of all counts of the block with the index `which`, in at most 4 bytes each: no image has more references."""
+        from ...numeric import np
+
+        block, bits = self._block(which), self._header.refcount_bits
+        assert block is not None, "the caller knows that it exists"
+        width = max(min(bits // 8, 4), 1)
+        return np.minimum(unpacked(block.raw(0, self._cluster_size), bits), (1 << 8 * width) - 1).astype(f"u{width}")
 
     def load(self, offset: int, clusters: int) -> None:
         """Load the counts of these clusters, regardless of the size of the cache, so that `lower_loaded` cannot fail."""

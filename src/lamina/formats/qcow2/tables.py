@@ -414,9 +414,9 @@ class Tables:
     def trim(self) -> None:
         """Cut off what lies behind the last cluster in use. All counts are on stable storage."""
         node, counts = self.file.node, self.refcounts
-        counts.scan()
         end = counts.last_used() + 1 << self.cluster_bits
         if node.growable and node.size > end:
+            counts.scan()  # it may be in use all the same
             self.file.truncate(end)
             counts.blank_from = end
 
