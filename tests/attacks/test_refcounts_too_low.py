@@ -497,6 +497,19 @@ def test_a_reference_past_the_end_of_the_file_is_not_allocated(tmp_path: Path) -
         assert caught.value.offset == end
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_refcount_blocks_past_the_end_of_the_file(tmp_path: Path, first: int) -> None:
+    """All of them, or all but the first."""
+    path = tmp_path / "disk.qcow2"
+    found = base(path, 64 * KIB)
+    for index in range(first, 1500):
+        found.put(found.reftable(index), (1 << 40) + index * 64 * KIB)
+    before = found.save().read_bytes()
+    with lamina.open(path, format="qcow2", read_only=False) as image, pytest.raises(CorruptImage):
+        image.create_snapshot("s")
+    assert path.read_bytes()[q.HEADER_V3.size :] == before[q.HEADER_V3.size :]
+
+
 def test_version_2_cannot_be_marked_and_is_not_written_either(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     found = base(path, compat="0.10")

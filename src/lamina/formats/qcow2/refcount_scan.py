@@ -97,7 +97,7 @@ class RefcountScan:
         try:
             for at in range(0, all_blocks, blocks):
                 own = range(at, min(at + blocks, len(stored)))
-                _Window(tables, counts, stored, own).compare(offsets, times, batch)
+                _Window(tables, counts, stored, own, width).compare(offsets, times, batch)
         finally:
             self._book(-booked)
         self.below = 0
@@ -124,8 +124,9 @@ def _stored_blocks(tables: Tables, counts: Refcounts) -> Any:
 class _Window:
     """The references to clusters that some refcount blocks count, against these counts."""
 
-    def __init__(self, tables: Tables, counts: Refcounts, stored: Any, own: range) -> None:
-        """`stored`: the indexes of all refcount blocks that count something; `own`: which of these are in the window."""
+    def __init__(self, tables: Tables, counts: Refcounts, stored: Any, own: range, width: int) -> None:
+        """`stored`: the indexes of all refcount blocks that count something; `own`: which of these are in the window. Counts
+        that need more than `width` bytes are more than an image has references."""
         from ...numeric import np
 
         self._tables, self._counts = tables, counts
@@ -139,8 +140,10 @@ class _Window:
         # The usual case, which is quick: these are all blocks, in a row from the first on.
         self._plain = self._whole and bool((stored == np.arange(len(stored))).all())
         self._blocks = stored[own.start : own.stop]
-        columns = [counts.column(which) for which in self._blocks.tolist()]
-        self._left = np.concatenate(columns or [np.zeros(0, np.uint8)])
+        self._left: Any = np.empty((len(own), counts.per_block), f"u{width}")
+        for at, which in enumerate(self._blocks.tolist()):
+            self._left[at] = np.minimum(counts.column(which), (1 << 8 * width) - 1)
+        self._left = self._left.reshape(-1)
 
     def compare(self, l2_tables: Any, times: Any, batch: int) -> None:
         """Raise CorruptImage if a cluster has more references than its count says. Of L2 tables `batch` bytes are read at a

@@ -214,13 +214,10 @@ class Refcounts:
         return self._changed | self._unlinked
 
     def column(self, which: int) -> Any:
-        """A copy of all counts of the block with the index `which`, in at most 4 bytes each: no image has more references."""
-        from ...numeric import np
-
-        block, bits = self._block(which), self._header.refcount_bits
+        """All counts of the block with the index `which`, as a column."""
+        block = self._block(which)
         assert block is not None, "the caller knows that it exists"
-        width = max(min(bits // 8, 4), 1)
-        return np.minimum(unpacked(block.raw(0, self._cluster_size), bits), (1 << 8 * width) - 1).astype(f"u{width}")
+        return unpacked(block.raw(0, self._cluster_size), self._header.refcount_bits)
 
     def load(self, offset: int, clusters: int) -> None:
         """Load the counts of these clusters, regardless of the size of the cache, so that `lower_loaded` cannot fail."""
