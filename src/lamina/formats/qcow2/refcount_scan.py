@@ -85,16 +85,17 @@ class RefcountScan:
         per_block = counts.per_block * width  # bytes of memory
         all_blocks = max(len(stored), 1)
         blocks, batch = min(all_blocks, max(_WINDOW // per_block, 1)), min(len(offsets) << tables.cluster_bits, BATCH)
-        while True:
-            booked = blocks * per_block + batch * _COLUMNS + 16 * len(offsets) + 8 * len(counts.table)
-            try:
-                self._book(booked)
-                break
-            except LimitExceeded:
-                if blocks * per_block <= max(_LEAST, per_block):
-                    raise
-            blocks, batch = -(-blocks // 2), max(-(-batch // 2), tables.cluster_size)
+        booked = 0
         try:
+            while not booked:
+                wanted = blocks * per_block + batch * _COLUMNS + 16 * len(offsets) + 8 * len(counts.table)
+                try:
+                    self._book(wanted)
+                    booked = wanted
+                except LimitExceeded:
+                    if blocks * per_block <= max(_LEAST, per_block):
+                        raise
+                    blocks, batch = -(-blocks // 2), max(-(-batch // 2), tables.cluster_size)
             for at in range(0, all_blocks, blocks):
                 own = range(at, min(at + blocks, len(stored)))
                 _Window(tables, counts, stored, own, width).compare(offsets, times, batch)
