@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SMALL = 8 * MIB
 #: Of a larger image so many times the bytes of its L2 tables are allocated past the end of its file before the scan.
 _TIMES = 16
-#: The memory for the counts of a window, and the least where the budget has not so much left.
+#: The memory for the counts of a window, and the least, which is not booked where the budget has nothing left.
 _WINDOW, _LEAST = 64 * MIB, 1 * MIB
 #: Batches of L2 tables that the columns made from one take, or fewer where the tables are few.
 _COLUMNS = 6
@@ -94,7 +94,7 @@ class RefcountScan:
                     booked = wanted
                 except LimitExceeded:
                     if blocks * per_block <= max(_LEAST, per_block):
-                        raise
+                        break  # as little as a cache takes at least; a flush must not fail for it
                     blocks, batch = -(-blocks // 2), max(-(-batch // 2), tables.cluster_size)
             for at in range(0, all_blocks, blocks):
                 own = range(at, min(at + blocks, len(stored)))
