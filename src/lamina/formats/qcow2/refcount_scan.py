@@ -163,6 +163,8 @@ class _Window:
                 self._take(np.arange(at, min(at + _STEP, first + count), dtype=np.int64), 1)
         for clusters in structures:
             self._left[self._inside(clusters, 1)[0]] = 0  # no L2 entry points to a structure
+        if self._tables.external:
+            return  # entries refer to another file
         for one in np.unique(times).tolist():
             for words in self._contents(l2_tables[times == one] << self._bits, batch):
                 self._take_entries(words, one)
