@@ -23,6 +23,7 @@ from ...errors import CorruptImage, LimitExceeded
 from ...limits import MIB
 from . import layout as q
 from .holes import stored_tables
+from .structures import l2_clusters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,7 +108,9 @@ class RefcountScan:
         """The clusters of all L2 tables (int64), in order, and how many entries of L1 tables point to each."""
         from ...numeric import np
 
-        found = np.fromiter(chain.from_iterable(self._tables.l2_clusters()), np.int64)
+        tables = self._tables
+        clusters = l2_clusters(tables.file, tables.header, tables.mappings.l1)
+        found = np.fromiter(chain.from_iterable(clusters), np.int64)
         return np.unique(found, return_counts=True)
 
 

@@ -12,30 +12,25 @@ they pointed are queued to be freed afterwards.
 from __future__ import annotations
 
 import threading
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import CorruptImage, LaminaError, LimitExceeded
 from ...limits import align_up
 from . import layout as q
 from .freeing import Freeing
-from .l1_table import L1Table
 from .l2_entry import compressed_clusters, data_cluster, is_compressed, max_compressed_offset
 from .mapping import Mappings, Table
 from .refcount_scan import RefcountScan
 from .refcounts import Refcounts
+from .structures import claim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ...request import Child
     from .header import Header
-    from .snapshot_table import Entry
 
 _Result = TypeVar("_Result")
-#: The L1 tables of snapshots may have so many bytes beyond twice what the file stores; more would lie over one another, or in
-#: holes of the file.
-_SLACK = 64 << 20
 #: The number of runs waiting to be freed from which on the tables are written early.
 _MAX_UNLINKED = 4096
 
@@ -94,17 +89,7 @@ class Tables:
         """The refcounts, loaded for the first change; reads do not need them."""
         if self._refcounts is None:
             counts = Refcounts(self.file, self.header, self._cache_bytes // 2, self._scan)
-            l1, bits = self.mappings.l1, self.cluster_bits
-            first = l1.offset >> bits
-            own = range(first, first + -(-len(l1) * 8 >> bits))
-            # Several entries without COPIED may point to one table, which is copied before a change.
-            place = self.header.encryption_header  # inside the file and bounded, else the image was not opened
-            encryption = range(0) if place is None else range(place[0] >> bits, -(-sum(place) >> bits))
-            kept, kept_l2 = self._snapshots()
-            counts.claim(
-                chain([own, encryption], kept, self._bitmaps(), l1.l2_clusters(bits, copied=True)),
-                chain(kept_l2, l1.l2_clusters(bits, copied=False)),
-            )
+            claim(counts, self.file, self.header, self.mappings.l1)
             self._refcounts = counts
         return self._refcounts
 
@@ -112,59 +97,6 @@ class Tables:
         """Raise CorruptImage if two structures of the image overlap. Called before one is changed in place."""
         if self._refcounts is None:
             self._refcounts = self.refcounts
-
-    def _snapshots(self) -> tuple[list[range], Iterator[list[int]]]:
-        """The clusters of the snapshot table and of the L1 tables of snapshots; and the clusters of their L2 tables, in
-        batches."""
-        header, bits = self.header, self.cluster_bits
-        if not header.nb_snapshots:
-            return [], iter(())
-        from . import snapshot_table
-
-        entries = snapshot_table.read(self.file, header)
-        places = [(header.snapshots_offset, sum(len(entry.to_bytes()) for entry in entries))]
-        for entry in entries:
-            snapshot_table.require_usable(entry, self.file, header)
-            places.append((entry.l1_table_offset, entry.l1_size * 8))
-        most = 2 * (self.file.node.allocated or self.file.size) + _SLACK
-        if sum(length for _, length in places) > most:
-            raise LimitExceeded(
-                f"the L1 tables of the snapshots have more than {most} bytes, and cannot all lie in this file",
-                path=self.file.node.filename,
-                hint="the image can only be read; delete snapshots with another program",
-            )
-        clusters = [range(start >> bits, -(-(start + length) >> bits)) for start, length in places]
-        return clusters, self._snapshot_l2(entries)
-
-    def _snapshot_l2(self, entries: list[Entry]) -> Iterator[list[int]]:
-        for entry in entries:
-            l1 = L1Table.load(self.file, entry.l1_table_offset, entry.l1_size)
-            for copied in (True, False):  # the flag is only accurate in the active table
-                yield from l1.l2_clusters(self.cluster_bits, copied=copied)
-
-    def l2_clusters(self) -> Iterator[list[int]]:
-        """The clusters of all L2 tables in batches, as often as entries of the active L1 table and of those of snapshots
-        point to them."""
-        for copied in (True, False):
-            yield from self.mappings.l1.l2_clusters(self.cluster_bits, copied=copied)
-        yield from self._snapshots()[1]
-
-    def _bitmaps(self) -> list[range]:
-        """The clusters of the bitmap directory, of the bitmap tables, and of bits."""
-        header, bits = self.header, self.cluster_bits
-        if not header.has_bitmaps:
-            return []
-        from . import bitmap_directory
-
-        where = bitmap_directory.extension(header)
-        if where is None:
-            return []
-        places = [where[1:]]
-        for entry in bitmap_directory.read(self.file, header):
-            places.append((entry.table_offset, 8 * entry.table_size))
-            table = bitmap_directory.read_table(self.file, header, entry)
-            places += [(value, self.cluster_size) for value in table if value > 1]
-        return [range(start >> bits, -(-(start + length) >> bits)) for start, length in places]
 
     # -- one change at a time
 
