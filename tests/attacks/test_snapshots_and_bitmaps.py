@@ -261,3 +261,23 @@ def test_encryption_without_a_key_or_a_header(tmp_path: Path, method: int, error
         lamina.open(path, format="qcow2")
     survives(path)
     checked(path)
+
+
+@pytest.mark.parametrize("change", ["width", "delete"])
+def test_flags_of_an_entry_far_past_the_end_of_the_file(tmp_path: Path, change: str) -> None:
+    """The flags of the active entries follow the counts, and this cluster has none."""
+    found = victim(tmp_path)
+    with lamina.open(found.path, format="qcow2", read_only=False) as image:
+        image.create_snapshot("before")
+        image.write(0, b"another L2 table")
+    found = Victim(found.path)
+    found.put(found.l2(9), q.COPIED | q.ZERO | 1 << 40).save()
+    before = found.path.read_bytes()
+    with lamina.open(found.path, format="qcow2", read_only=False) as image:
+        work = {"width": lambda: image.amend(refcount_bits=64), "delete": lambda: image.delete_snapshot("1")}[change]
+        with pytest.raises(CorruptImage, match="beyond the end of the file"):
+            work()
+        assert image.read(0, 16) == b"another L2 table"
+    after = found.path.read_bytes()
+    assert after[:72] == before[:72]  # the header says that the image is corrupt
+    assert after[found.cluster_size : len(before)] == before[found.cluster_size :]

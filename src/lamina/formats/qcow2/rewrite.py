@@ -325,6 +325,9 @@ class Rewrite:
         self.release(header.refcount_table_offset, header.refcount_table_clusters << self._bits)
 
     def _counts_at(self, clusters: Any) -> Any:
+        highest = int(clusters.max(initial=0))
+        if highest >= len(self._counts):
+            raise self._corrupt("an entry points beyond the end of the file", highest)
         return self._counts[clusters]
 
     def _changed_blocks(self) -> list[int]:
