@@ -119,6 +119,7 @@ class Qemu:
             command,
             capture_output=True,
             text=True,
+            errors="surrogateescape",  # names that an image contains may be any bytes
             check=False,
             timeout=120,
             env=os.environ | {"LC_ALL": "C"},

@@ -25,6 +25,13 @@ class Victim:
         self.path = path
         self.bytes = bytearray(path.read_bytes())
 
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """The image that consists of these bytes; `save` needs a path."""
+        found = cls.__new__(cls)
+        found.path, found.bytes = Path(os.devnull), bytearray(content)
+        return found
+
     @property
     def header(self) -> Any:
         return (q.HEADER_V3 if self.bytes[7] == 3 else q.HEADER_V2).unpack(self.bytes)

@@ -133,7 +133,9 @@ def ask(action: Callable[[], Any]) -> Answer:
 
 
 @contextmanager
-def _no_hang() -> Iterator[None]:
+def no_hang() -> Iterator[None]:
+    """TimeoutError once this takes longer than `MAX_WALL`."""
+
     def tell(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not done after {MAX_WALL} seconds")
 
@@ -237,7 +239,7 @@ def survives(
     allowed = [path, copy, *granted]
     before = _state(path)
     descriptors = _descriptors()
-    with _no_hang(), opened_files() as opened:
+    with no_hang(), opened_files() as opened:
         if costs:
             _within_budget("reading", measure(lambda: look(path, policy, format)))
         read = look(path, policy, format)
