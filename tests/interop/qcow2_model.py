@@ -134,9 +134,11 @@ class Modelled:
             assert all(new in (0, old) for new, old in zip(found, before, strict=True)), "a discard shows other bytes"
         for name, one in self.bitmaps.items():
             one.must = must[name]
-            for at in range(0, length, SECTOR):
-                if found[at : at + SECTOR] != before[at : at + SECTOR]:
-                    one.mark(offset + at, min(offset + at + SECTOR, offset + length), 1)
+            for granule in granules(offset, offset + length, one.granularity) if one.enabled else ():
+                begin = max(granule * one.granularity - offset, 0)
+                part = slice(begin, (granule + 1) * one.granularity - offset)
+                if found[part] != before[part]:
+                    one.must.add(granule)
         self.disk[offset : offset + length] = found
 
     def resize(self, size: int, *, amend: bool = False) -> None:
