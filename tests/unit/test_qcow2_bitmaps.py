@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from lamina.errors import BlockIOError
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.header import Header
 from lamina.limits import Budget
+from lamina.testing.faulty import FaultyStorage
+from lamina.testing.image_checks import check_whole
+from tests.crash.workloads import open_on
 
 SIZE = 1 << 20
 
@@ -125,6 +129,37 @@ def test_a_write_that_fails_is_recorded(path: Path) -> None:
     assert list(image.node.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288)]
     with pytest.raises(BlockIOError):  # the bitmap cannot be stored
         image.close()
+
+
+@pytest.mark.parametrize("operation", ["write", "flush"])
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_a_removal_that_fails_leaves_no_bitmap_that_misses_writes(
+    path: Path, operation: str, names: tuple[str, ...]
+) -> None:
+    """Whichever request of it fails: neither a power cut after later writes nor a close shows a bitmap that lacks them."""
+    with open_for(path) as image:
+        for name in names:
+            image.add_bitmap(name, 4096)
+    start, failures = path.read_bytes(), 0
+    for nth in range(1, 30):
+        storage = FaultyStorage(start)
+        with open_on(storage, read_only=False) as image:
+            storage.fail(operation, nth=nth)
+            with suppress(BlockIOError):
+                image.remove_bitmap(names[-1])
+            storage.heal()
+            image.write(8192, b"after")
+            image.flush()
+            crashed = bytes(storage.content)
+        failures += storage.failures
+        for content in (crashed, bytes(storage.content)):
+            with open_on(FaultyStorage(content), read_only=True) as image:
+                for name, one in image.bitmaps.items():
+                    assert list(one.dirty(0, SIZE)) == [(8192, 12288)], f"{name}, {operation} {nth}"
+                check_whole(image)
+        if not storage.failures:
+            break
+    assert failures > 1
 
 
 def test_a_disk_that_changes_its_size(path: Path) -> None:

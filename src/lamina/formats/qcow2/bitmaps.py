@@ -213,8 +213,14 @@ class Bitmaps:
 
     def remove(self, name: str) -> None:
         self.get(name)
-        del self.all[name]
-        self.store()  # at once: the image must not keep it as one that knows all writes
+        before, place = self.all, directory.extension(self._tables.header)
+        self.all = {other: one for other, one in before.items() if other != name}
+        try:
+            self.store()  # at once: the image must not keep it as one that knows all writes
+        except BaseException:
+            if directory.extension(self._tables.header) == place:  # the image still has it, and it goes on to record
+                self.all = before
+            raise
 
     def clear(self, name: str) -> None:
         one = self.get(name)

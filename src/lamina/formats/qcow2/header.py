@@ -324,18 +324,26 @@ class Header:
         else:
             if at // q.SECTOR != (at + len(data) - 1) // q.SECTOR:  # a write of two sectors may be torn
                 self._set_bitmaps_bit(storage, on=False)
-            storage.write(at, memoryview(data))
-            storage.flush()
+            try:
+                storage.write(at, memoryview(data))
+                storage.flush()
+            except BaseException:  # the file may name either directory, and later changes mark the bitmaps of one
+                self._set_bitmaps_bit(storage, on=False)
+                raise
             self.extensions[index] = (q.EXT_BITMAPS, data)
         self._set_bitmaps_bit(storage, on=True)
 
     def _set_bitmaps_bit(self, storage: Child, *, on: bool) -> None:
-        """Say whether the bitmaps are up to date."""
+        """Say whether the bitmaps are up to date. Where this fails, the file may say either, and this header that they are:
+        then the next change of the disk marks them as in use."""
         bit = q.AUTOCLEAR["bitmaps"]
-        if bool(self.autoclear_features & bit) != on:
-            self.autoclear_features ^= bit
-            self.store(storage, "autoclear_features")
+        if on or self.autoclear_features & bit:
+            self.autoclear_features |= bit
+            new = self.autoclear_features if on else self.autoclear_features & ~bit
+            field = self._structure["autoclear_features"]
+            storage.write(field.offset, memoryview(self._structure.pack_field(field.name, new)))
             storage.flush()
+            self.autoclear_features = new
 
     def _extension_at(self, index: int) -> int:
         """Where the extension with this index begins in the file, or for the number of all the end of their list."""
