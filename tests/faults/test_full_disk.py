@@ -299,3 +299,20 @@ def test_a_full_disk_does_not_keep_an_image_from_shrinking() -> None:
         assert image.read(0, 4096) == b"y" * 4096
         report = check_whole(image)
         assert (report.corruptions, report.leaks) == (0, 0)
+
+
+def test_bitmaps_without_room_do_not_keep_the_disk_from_being_written() -> None:
+    """The close fails, since they cannot be stored; what the image acknowledged is there."""
+    storage = Quota(1 << 20)
+    Qcow2.create(Child(storage, "file", grows=True), MIB, Qcow2.create_schema.parse({"cluster_size": 4096}))
+    with opened(storage) as image:
+        image.add_bitmap("one", 512)
+    image = opened(storage)
+    image.write(300 * KIB, b"acknowledged")
+    storage.room = 0
+    with pytest.raises(BlockIOError, match="no space left"):
+        image.close()
+    with opened(storage, read_only=True) as image:
+        assert image.read(300 * KIB, 12) == b"acknowledged"
+        assert not image.bitmaps  # in use, and not stored: not to be trusted
+        check_whole(image)

@@ -459,9 +459,11 @@ class Qcow2(WithBitmaps, Amendable):
         self.read_only = True
 
     def settle(self) -> None:
-        if self._recording is not None and self.tables.writable:
-            self._recording.store()
-        self.tables.settle()
+        try:
+            if self._recording is not None and self.tables.writable:
+                self._recording.store()
+        finally:  # bitmaps need space of their own: where there is none, the disk is written all the same
+            self.tables.settle()
 
     def after_fork(self) -> None:
         super().after_fork()
