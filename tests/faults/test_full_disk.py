@@ -301,6 +301,29 @@ def test_a_full_disk_does_not_keep_an_image_from_shrinking() -> None:
         assert (report.corruptions, report.leaks) == (0, 0)
 
 
+def test_a_full_disk_does_not_keep_an_image_with_snapshots_from_shrinking() -> None:
+    """The tables behind the new end are shared with a snapshot, and there is no room to copy them."""
+    storage = Quota(1 << 20)
+    Qcow2.create(Child(storage, "file", grows=True), 4 * MIB, Qcow2.create_schema.parse({"cluster_size": 4096}))
+    with opened(storage) as image:
+        for at in range(0, 4 * MIB, MIB // 4):
+            image.write(at, b"x" * 70_000)
+        image.create_snapshot("one")
+        image.flush()
+        storage.room = len(storage.blocks)
+        image.truncate(3 * MIB + 4096)
+        assert image.size == 3 * MIB + 4096
+        assert image.read(3 * MIB, 4096) == b"x" * 4096
+        check_whole(image)
+        storage.room = 1 << 20
+        image.truncate(4 * MIB)
+        assert not any(image.read(3 * MIB + 4096, MIB - 4096))
+        assert image.node.check().clean  # type: ignore[attr-defined]
+    with opened(storage, read_only=True) as image:
+        assert not any(image.read(3 * MIB + 4096, MIB - 4096))
+        check_whole(image)
+
+
 def test_bitmaps_without_room_do_not_keep_the_disk_from_being_written() -> None:
     """The close fails, since they cannot be stored; what the image acknowledged is there."""
     storage = Quota(1 << 20)

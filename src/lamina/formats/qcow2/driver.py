@@ -271,6 +271,7 @@ class Qcow2(WithBitmaps, Amendable):
 
         if not self.read_only:
             self.flush()
+            self.tables.settle()  # what waits to be freed is counted, and nothing refers to it
         return check(self.file, self.header)
 
     def repair(self, what: Repair) -> CheckReport:

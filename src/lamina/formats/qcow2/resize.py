@@ -5,9 +5,10 @@ The request path has locked the whole node: no other request runs.
 
 from __future__ import annotations
 
+from errno import ENOSPC
 from typing import TYPE_CHECKING
 
-from ...errors import LimitExceeded, OptionError
+from ...errors import BlockIOError, LimitExceeded, OptionError
 from ...format_node import To
 from ...graph import rebook
 from ...limits import MIB, align_down, align_up
@@ -58,7 +59,13 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
         node.flush()
         tables.set_size(size)
         tables.file.flush()
-        _give_back(node, align_up(size, header.cluster_size), align_up(old, header.cluster_size))
+        try:
+            _give_back(node, align_up(size, header.cluster_size), align_up(old, header.cluster_size))
+        except BlockIOError as error:
+            # A table that a snapshot shares has to be copied, and there is no space. The disk has its new size; what is
+            # behind it stays allocated, and is given back before the disk grows again.
+            if error.errno != ENOSPC:
+                raise
 
 
 def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:
