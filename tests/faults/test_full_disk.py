@@ -309,7 +309,14 @@ def test_a_full_disk_does_not_keep_an_image_with_snapshots_from_shrinking() -> N
         for at in range(0, 4 * MIB, MIB // 4):
             image.write(at, b"x" * 70_000)
         image.create_snapshot("one")
+        image.create_snapshot("two")
         image.flush()
+        for _ in range(3):  # what the snapshot freed has other uses now
+            storage.room = len(storage.blocks)
+            with pytest.raises(BlockIOError):
+                for at in range(0, MIB, 4096):
+                    image.write(at, b"y" * 4096)
+            image.flush()
         storage.room = len(storage.blocks)
         image.truncate(3 * MIB + 4096)
         assert image.size == 3 * MIB + 4096
