@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import nbd, peers, requests
+from . import nbd, peers, qcow2, requests
 from .measure import Failed, Figures, Task, anything, idle_peak, in_turn
 
 MIB = 1 << 20
@@ -160,6 +160,8 @@ def plan(folder: Path, rounds: int, small: bool, others: list[peers.Peer]) -> It
     for ends in ("raw", "qcow2"), ("qcow2", "raw"):
         title = f"{' to '.join(ends)}, {size // MIB} MiB ext4"
         yield Group(title, "wall", {"lamina convert": 1.3}, partial(convert_tasks, *ends), rounds)
+    for title, basis, targets, make in qcow2.works(folder, image, lamina, others, small):
+        yield Group(title, basis, targets, make, rounds)
     yield Group("start-up", "wall", {"lamina info": None}, start_tasks, max(rounds, 20))
 
 
