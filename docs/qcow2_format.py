@@ -28,7 +28,7 @@ integers are big-endian, all offsets are bytes of the image file.
 | corrupt bit | read-only | no | set where a write would destroy | `check -r all` |
 | encryption: LUKS | yes | yes | yes | key slots: `amend` |
 | encryption: the legacy AES | yes | yes | no | |
-| internal snapshots | yes | beside them | yes | applied, deleted |
+| internal snapshots, with machine state | yes | beside them | yes | applied, deleted |
 | persistent dirty bitmaps | yes | recorded | yes | cleared, enabled, merged, removed |
 | extended L2 entries: 32 subclusters to a cluster | yes | yes, to the subcluster | yes | |
 | preallocation | yes | yes | metadata, falloc, full | |

@@ -129,8 +129,13 @@ class Format(Node):
         """The snapshots of the image, in its order."""
         raise self._at(self.refusal("has no internal snapshots"))
 
-    def create_snapshot(self, name: str) -> Snapshot:
-        """Save the current state of the disk under `name`, with a free id."""
+    def create_snapshot(self, name: str, vm_state: bytes | bytearray | memoryview = b"") -> Snapshot:
+        """Save the current state of the disk under `name`, with a free id, and with it `vm_state`, the state of the machine
+        that uses the disk. No request runs at the same time."""
+        raise self._at(self.refusal("has no internal snapshots"))
+
+    def read_vm_state(self, offset: int, length: int) -> bytes:
+        """These bytes of the machine state of the snapshot that is open; `Snapshot.vm_state` is the length of all."""
         raise self._at(self.refusal("has no internal snapshots"))
 
     def apply_snapshot(self, id: str) -> None:

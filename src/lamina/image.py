@@ -134,10 +134,15 @@ class Image:
         """The internal snapshots of the image, in its order. UnsupportedFeature if its format has none."""
         return tuple(self._format().snapshots())
 
-    def create_snapshot(self, name: str) -> Snapshot:
-        """Keep the disk of now under `name`. It is on stable storage when this returns; other requests wait meanwhile.
-        OptionError if there is a snapshot with that name."""
-        return self._change("takes a snapshot", self._format().create_snapshot, name)
+    def create_snapshot(self, name: str, vm_state: bytes | bytearray | memoryview = b"") -> Snapshot:
+        """Keep the disk of now under `name`, and with it the state of the machine that uses it, if given. It is on stable
+        storage when this returns; other requests wait meanwhile. OptionError if there is a snapshot with that name."""
+        return self._change("takes a snapshot", self._format().create_snapshot, name, vm_state)
+
+    def read_vm_state(self, offset: int, length: int) -> bytes:
+        """These bytes of the machine state of the snapshot that is open (`snapshot-id`); `Snapshot.vm_state` is the length of
+        all. OptionError if they are not inside."""
+        return self._format().read_vm_state(offset, length)
 
     def apply_snapshot(self, id: str) -> None:
         """Make the disk read as when the snapshot with this id was taken, with the size of then. What was written since is

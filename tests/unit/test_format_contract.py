@@ -61,6 +61,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "amend": (({},), "changed later"),
     "snapshots": ((), "snapshots"),
     "create_snapshot": (("one",), "snapshots"),
+    "read_vm_state": ((0, 1), "snapshots"),
     "apply_snapshot": (("1",), "snapshots"),
     "delete_snapshot": (("1",), "snapshots"),
     "add_bitmap": (("b", 65536), "bitmaps"),

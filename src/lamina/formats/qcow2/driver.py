@@ -20,6 +20,7 @@ from .amend_node import Amendable
 from .bitmap_node import WithBitmaps
 from .encrypted import Encrypted
 from .header import Header
+from .snapshot_node import WithSnapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
     from ...format import Repair
     from ...graph import Opener
     from ...report import CheckReport
-    from ...results import ImageInfo, Snapshot
+    from ...results import ImageInfo
     from .compression import Compression
-    from .snapshot_table import Entry
     from .tables import Tables
 
 
@@ -52,7 +52,7 @@ _ENCRYPT = Schema(
 )
 
 
-class Qcow2(WithBitmaps, Amendable):
+class Qcow2(WithSnapshots, WithBitmaps, Amendable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
@@ -127,7 +127,7 @@ class Qcow2(WithBitmaps, Amendable):
         path = file.node.filename
         header.require_openable(path, writable=not (opener.read_only or opener.repair))
         header.require_l1(path, writable=not opener.read_only)
-        id, name = options.get("snapshot-id"), options.get("snapshot-name")
+        id, name, vm_state = options.get("snapshot-id"), options.get("snapshot-name"), 0
         if id is not None or name is not None:
             if not opener.read_only:
                 raise OptionError("a snapshot can only be read", path=path, hint="open it read-only")
@@ -135,7 +135,7 @@ class Qcow2(WithBitmaps, Amendable):
 
             entry = snapshot_table.find(snapshot_table.read(file, header), id, name, path)
             snapshot_table.require_usable(entry, file, header)
-            header = header.at_snapshot(entry)
+            header, vm_state = header.at_snapshot(entry), entry.vm_state
         from .l1_table import stored_bytes
 
         stored = stored_bytes(file, header.l1_table_offset, header.l1_size)
@@ -152,6 +152,7 @@ class Qcow2(WithBitmaps, Amendable):
         node: Self = kind(
             file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
         )
+        node.vm_state = vm_state
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -198,40 +199,7 @@ class Qcow2(WithBitmaps, Amendable):
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
         return _create.describe(storage, Header.read(storage))
 
-    def snapshots(self) -> Sequence[Snapshot]:
-        from . import snapshot_table
-
-        return [entry.result(self.header.size) for entry in snapshot_table.read(self.file, self.header)]
-
-    def create_snapshot(self, name: str) -> Snapshot:
-        from .snapshots import create
-
-        entry: Entry = self._rewrite(create, name)
-        return entry.result(self.header.size)
-
-    def apply_snapshot(self, id: str) -> None:
-        from .snapshots import apply
-
-        recording = self._recording
-        if recording is not None:
-            from . import snapshot_table
-
-            entry = snapshot_table.find(snapshot_table.read(self.file, self.header), id, None, self.filename)
-            recording.require_all_usable(self.size if entry.disk_size is None else entry.disk_size)
-            size = max(self.size, entry.disk_size or 0)
-            recording.resize(size)
-            recording.mark(0, size)
-        self._rewrite(apply, id)
-        if recording is not None:
-            recording.resize(self.size)
-
-    def delete_snapshot(self, id: str) -> None:
-        from .snapshots import delete
-
-        self._rewrite(delete, id)
-
-    def _rewrite(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """work(tables, book, *arguments), which publishes new tables, while no request runs."""
+    def rewrite(self, work: Callable[..., Any], *arguments: Any) -> Any:
         require_writable(self, "snapshot")
         try:
             return self.ranges.exclusive(0, MAX_SIZE, self._rewritten, work, *arguments)
@@ -261,7 +229,7 @@ class Qcow2(WithBitmaps, Amendable):
         from .compression import Compression
         from .refcount_width import set_width
 
-        self._rewrite(set_width, bits)
+        self.rewrite(set_width, bits)
         self._compression.close()
         self._compression = Compression(self.tables)
         self.supported_flags = COMPRESS if self._compression.compresses else 0
@@ -281,7 +249,7 @@ class Qcow2(WithBitmaps, Amendable):
         report = rest = self.check()
         for _ in range(2):  # an entry of flags alone names the header, until the first repair has cleared it
             if rest.leaks or (what == "all" and rest.corruptions):
-                self._rewrite(repair, what)
+                self.rewrite(repair, what)
                 rest = self.check()
         marks = q.DIRTY | q.CORRUPT
         mended = what == "all" and not rest.corruptions and not rest.check_errors

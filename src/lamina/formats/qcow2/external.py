@@ -179,7 +179,7 @@ class External(FormatNode):
 
     # -- what such an image cannot have
 
-    def create_snapshot(self, name: str) -> Snapshot:
+    def create_snapshot(self, name: str, vm_state: bytes | bytearray | memoryview = b"") -> Snapshot:
         self._refuse_snapshots()
 
     def apply_snapshot(self, id: str) -> None:

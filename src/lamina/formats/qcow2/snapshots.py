@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 MAX_NAME = 255
 
 
-def create(tables: Tables, book: Callable[[int], None], name: str) -> tuple[Entry, Iterator[tuple[int, int]]]:
-    """Keep the disk of now as a new snapshot, which takes over the L1 table; the disk gets a copy."""
+def create(
+    tables: Tables, book: Callable[[int], None], name: str, vm_state: int
+) -> tuple[Entry, Iterator[tuple[int, int]]]:
+    """Keep the disk of now as a new snapshot, which takes over the L1 table; the disk gets a copy. `vm_state`: the bytes of
+    machine state behind the disk."""
     header, entries = tables.header, snapshot_table.read(tables.file, tables.header)
     path = tables.file.node.filename
     if not name or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME or "\0" in name:
@@ -36,9 +39,10 @@ def create(tables: Tables, book: Callable[[int], None], name: str) -> tuple[Entr
     found = change.entries_of(active)
     change.count_path(found, 1)
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    # Length of the machine state, which there is none of, size of the disk, and that no instructions were counted.
-    extra = bytes(8) + header.size.to_bytes(8) + b"\xff" * 8
-    entry = Entry(active.offset, active.entries, _free_id(entries), name, seconds, nanoseconds, 0, 0, extra)
+    # Length of the machine state, size of the disk, and that no instructions were counted.
+    extra = vm_state.to_bytes(8) + header.size.to_bytes(8) + b"\xff" * 8
+    short = vm_state if vm_state < 1 << 32 else 0  # of 32 bits, for programs that do not know `extra`
+    entry = Entry(active.offset, active.entries, _free_id(entries), name, seconds, nanoseconds, 0, short, extra)
     change.publish(found, entries, [*entries, entry], size=header.size)
     return entry, change.freed()
 
