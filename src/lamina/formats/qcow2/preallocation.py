@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...limits import MIB, align_up
+from ...node import MAY_UNMAP
 from . import allocation
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def preallocate(tables: Tables, how: str, at: int = 0) -> None:
         elif how == "full":
             for done in range(0, found.length, len(_ZEROS)):
                 file.write(found.host + done, _ZEROS[: min(len(_ZEROS), found.length - done)])
+        elif how == "metadata" and commit is allocation.commit and not found.blank:
+            file.zero(found.host, found.length, MAY_UNMAP)  # else old bytes of a device become those of the disk
         tables.changing(commit, tables, *found.token)
         reached = max(reached, found.host + found.length)
         at += found.length
