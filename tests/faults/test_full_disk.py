@@ -74,8 +74,8 @@ class Quota(MemoryStorage):
         pass
 
 
-def opened(storage: Quota, *, read_only: bool = False) -> Image:
-    options = Qcow2.schema.parse({"file": Child(storage, "file", grows=True)})
+def opened(storage: Quota, *, read_only: bool = False, **more: str) -> Image:
+    options = Qcow2.schema.parse({"file": Child(storage, "file", grows=True), **more})
     return Image(Qcow2.open(options, Opener(read_only=read_only)))
 
 
@@ -302,7 +302,8 @@ def test_a_full_disk_does_not_keep_an_image_from_shrinking() -> None:
 
 
 def test_a_full_disk_does_not_keep_an_image_with_snapshots_from_shrinking() -> None:
-    """The tables behind the new end are shared with a snapshot, and there is no room to copy them."""
+    """The tables behind the new end are shared with a snapshot, and there is no room to copy them: none is copied. Where the
+    new end is inside of what a table describes, it is, or nothing changes."""
     storage = Quota(1 << 20)
     Qcow2.create(Child(storage, "file", grows=True), 4 * MIB, Qcow2.create_schema.parse({"cluster_size": 4096}))
     with opened(storage) as image:
@@ -317,17 +318,26 @@ def test_a_full_disk_does_not_keep_an_image_with_snapshots_from_shrinking() -> N
                 image.write(0, b"y" * MIB)
             image.flush()
         storage.room = len(storage.blocks)
-        image.truncate(3 * MIB + 4096)
-        assert image.size == 3 * MIB + 4096
-        assert image.read(3 * MIB, 4096) == b"x" * 4096
+        before = image.read(0, 4 * MIB)
+        with pytest.raises(BlockIOError, match="no space left"):
+            image.truncate(3 * MIB + 4096)
+        assert image.size == 4 * MIB
+        assert image.read(0, 4 * MIB) == before
+        image.truncate(2 * MIB)
+        assert image.size == 2 * MIB
+        assert image.read(0, 2 * MIB) == before[: 2 * MIB]
         check_whole(image)
         storage.room = 1 << 20
         image.truncate(4 * MIB)
-        assert not any(image.read(3 * MIB + 4096, MIB - 4096))
+        assert not any(image.read(2 * MIB, 2 * MIB))
         assert image.node.check().clean  # type: ignore[attr-defined]
     with opened(storage, read_only=True) as image:
-        assert not any(image.read(3 * MIB + 4096, MIB - 4096))
+        assert image.read(0, 4 * MIB) == before[: 2 * MIB] + bytes(2 * MIB)
         check_whole(image)
+    for name in ("one", "two"):
+        with opened(storage, read_only=True, **{"snapshot-name": name}) as image:
+            assert image.read(0, 70_000) == b"x" * 70_000
+            assert image.read(3 * MIB, 70_000) == b"x" * 70_000
 
 
 def test_bitmaps_without_room_do_not_keep_the_disk_from_being_written() -> None:

@@ -5,10 +5,9 @@ The request path has locked the whole node: no other request runs.
 
 from __future__ import annotations
 
-from errno import ENOSPC
 from typing import TYPE_CHECKING
 
-from ...errors import BlockIOError, LimitExceeded, OptionError
+from ...errors import LimitExceeded, OptionError
 from ...format_node import To
 from ...graph import rebook
 from ...limits import MIB, align_down, align_up
@@ -57,15 +56,15 @@ def resize(node: FormatNode, tables: Tables, size: int) -> None:
         tables.set_size(size)
     elif size < old:
         node.flush()
+        # All that the change allocates, before anything changes: then a full disk cannot stop it in the middle.
+        end = align_up(size, header.cluster_size)
+        if end % (1 << header.l1_covers_bits) and end < old:
+            tables.changing(tables.own_if_any, end >> header.l1_covers_bits)
         tables.set_size(size)
         tables.file.flush()
-        try:
-            _give_back(node, align_up(size, header.cluster_size), align_up(old, header.cluster_size))
-        except BlockIOError as error:
-            # A table that a snapshot shares has to be copied, and there is no space. The disk has its new size; what is
-            # behind it stays allocated, and is given back before the disk grows again.
-            if error.errno != ENOSPC:
-                raise
+        first, last = align_up(size, header.cluster_size), align_up(old, header.cluster_size)
+        tables.changing(tables.unlink_shared, -(-first >> header.l1_covers_bits), -(-last >> header.l1_covers_bits))
+        _give_back(node, first, last)
 
 
 def grow_l1(tables: Tables, size: int, node: FormatNode | None = None) -> None:

@@ -334,6 +334,28 @@ class Tables:
         if clusters:
             self.freeing.add(old.offset, clusters)
 
+    def own_if_any(self, which: int) -> None:
+        """As `own_table`, if there is a table."""
+        if self.mappings.l1.l2_offset(which):
+            self.own_table(which)
+
+    def unlink_shared(self, first: int, last: int) -> None:
+        """Give up the L2 tables from `first` to `last` to which snapshots refer as well, and what their entries refer to. A
+        change of one entry after the other would need a copy of each table."""
+        mappings = self.mappings
+        for which in range(first, min(last, len(mappings.l1))):
+            table = mappings.table(which)
+            if table is None or table.own:
+                continue
+            used = [index for index, entry in enumerate(table.entries) if entry]
+            for index in used:
+                self.require_droppable(table, index)
+            entries = [table.entries[index] for index in used]
+            self.freeing.add(mappings.unlink_table(which))
+            for entry in entries:
+                self.give_up(entry)
+            self.relieve()
+
     def unlink_behind(self, size: int) -> None:
         """Give up the L2 tables of what lies behind a disk of `size` bytes. All changes are on stable storage."""
         l1 = self.mappings.l1
