@@ -123,6 +123,12 @@ class Format(Node):
         all of them change, or none."""
         raise self._at(self.refusal("has no options that can be changed later"))
 
+    def resize(self, size: int, preallocation: str) -> None:
+        """As `truncate`, and allocate what is added: "metadata" maps it, "falloc" gives it storage, "full" writes zeros. No
+        request runs at the same time. If storage runs out, the disk has its new size, and a part of it is not allocated.
+        OptionError, before anything changes, for a way that the format does not have."""
+        raise self._at(self.refusal("cannot allocate what a change of the size adds"))
+
     # -- internal snapshots
 
     def snapshots(self) -> Sequence[Snapshot]:

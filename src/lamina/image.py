@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .edit import Edit
-from .errors import Closed, LimitExceeded, UnsupportedFeature
+from .errors import Closed, LimitExceeded, OptionError, UnsupportedFeature
 from .format import Format
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, Budget
-from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node
+from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, check_size
+from .options import shown
 from .policy import Policy
 from .root import Graph, Root
 
@@ -124,9 +125,18 @@ class Image:
         """Return when all bytes of earlier writes are on stable storage."""
         self.root.flush()
 
-    def truncate(self, size: int) -> None:
-        """Change the size of the disk. Added bytes read as zero; bytes past the new end are lost."""
-        self.root.truncate(size)
+    def truncate(self, size: int, preallocation: str = "off") -> None:
+        """Change the size of the disk. Added bytes read as zero; bytes past the new end are lost. `preallocation` allocates
+        what is added: "metadata", "falloc" or "full", as for a new image; if storage runs out, the disk has its new size all
+        the same. OptionError for another word, or one that the format does not have."""
+        if preallocation == "off":
+            self.root.truncate(size)
+            return
+        if preallocation not in ("metadata", "falloc", "full"):
+            raise OptionError(
+                f"preallocation is {shown(preallocation)}", hint="it is one of off, metadata, falloc, full"
+            )
+        self._change("changes the size of the disk", self._format().resize, check_size(size), preallocation)
 
     # -- internal snapshots, of formats that have them
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lamina
+from lamina.crypto.secret import Secret
+from lamina.errors import OptionError
 from tests.conftest import Qemu
 
 SIZE = (9 << 20) + 512
@@ -99,3 +102,66 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     lamina.create(tmp_path / "new.qcow2", "qcow2", SIZE, lazy_refcounts=True)
     data = lamina.info(tmp_path / "new.qcow2", format="qcow2").to_json()["format-specific"]["data"]
     assert data["lazy-refcounts"] is True
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("how", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options", [{"cluster_size": 4096}, {"cluster_size": 16_384, "extended_l2": True}, {"data_file": "data"}], ids=str
+)
+@pytest.mark.parametrize("backing", [False, True])
+def test_what_a_larger_size_adds_is_allocated(
+    tmp_path: Path, qemu: Qemu, how: str, options: dict[str, Any], backing: bool
+) -> None:
+    """It reads as zeros, though clusters are used again, and a longer backing file lies below."""
+    path, old, new = tmp_path / "disk.qcow2", (1 << 20) + 512, (3 << 20) + 512
+    options = dict(options)
+    if "data_file" in options:
+        options["data_file"] = str(tmp_path / "data")
+    if backing:
+        (tmp_path / "base").write_bytes(b"base" * (1 << 20))
+        options |= {"backing_file": "base", "backing_fmt": "raw"}
+    lamina.create(path, "qcow2", old, **options)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"old" * 300_000)
+        image.discard(0, 1 << 19)
+        image.flush()
+        image.flush()
+        before = image.read(0, old)
+        image.truncate(new, preallocation=how)
+        assert image.read(0, old) == before
+        assert image.read(old, new - old) == bytes(new - old)
+        assert all(row.present and row.offset is not None for row in image.extents(2 << 20, 1 << 20))
+        with pytest.raises(OptionError, match="it is one of off"):
+            image.truncate(new, preallocation="some")
+    qemu.img("check", "-f", "qcow2", path)
+    qemu.img("convert", "-f", "qcow2", "-O", "raw", path, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == before + bytes(new - old)
+    if how != "metadata":
+        stored = (tmp_path / "data" if "data_file" in options else path).stat().st_blocks * 512
+        assert stored >= new - old
+
+
+@pytest.mark.parametrize("how", ["falloc", "full"])
+def test_what_a_larger_size_adds_to_a_raw_disk_is_allocated(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 1000)
+    with lamina.open(path, format="raw", read_only=False) as image:
+        with pytest.raises(OptionError, match="no metadata"):
+            image.truncate(3 << 20, preallocation="metadata")
+        assert image.size == 1000
+        image.truncate(3 << 20, preallocation=how)
+        assert image.read(0, 3 << 20) == b"x" * 1000 + bytes((3 << 20) - 1000)
+        image.flush()
+    assert path.stat().st_blocks * 512 >= (3 << 20) - 4096
+
+
+def test_an_encrypted_disk_grows_without_preallocation(tmp_path: Path) -> None:
+    secret = Secret(b"word")
+    path, encrypt = tmp_path / "disk.qcow2", {"format": "luks", "key-secret": secret, "iter-time": 1}
+    lamina.create(path, "qcow2", 1 << 20, encrypt=encrypt)
+    spec = {"driver": "qcow2", "file": {"filename": str(path)}, "encrypt": {"key-secret": secret}}
+    with lamina.open(spec, read_only=False) as image:
+        with pytest.raises(OptionError, match="encryption"):
+            image.truncate(2 << 20, preallocation="full")
+        assert image.size == 1 << 20

@@ -58,6 +58,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "inspect": ((None, {}), "header"),
     "check": ((), "nothing to check"),
     "repair": (("leaks",), "repaired"),
+    "resize": ((512, "full"), "change of the size"),
     "amend": (({},), "changed later"),
     "snapshots": ((), "snapshots"),
     "create_snapshot": (("one",), "snapshots"),

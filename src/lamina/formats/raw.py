@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
 from ..format import Format
-from ..limits import Limits
+from ..limits import MIB, Limits
 from ..node import FUA, plain
+from ..request import sizes_changed
 from ..results import ImageInfo
 from ..schema import Option, Schema
 from ..window import shifted_limits
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..pending import Pending
     from ..request import Child
     from ..status import Status
+
+_ZEROS = memoryview(bytes(MIB))
 
 
 class Raw(Format):
@@ -148,6 +151,19 @@ class Raw(Format):
                 hint="open it without that option",
             )
         self.file.truncate(self._offset + size)
+
+    def resize(self, size: int, preallocation: str) -> None:
+        if preallocation == "metadata":
+            raise OptionError("a raw disk has no metadata", path=self.filename, hint="choose falloc or full")
+        old = self.size
+        try:
+            self.truncate(size)
+        finally:
+            sizes_changed()
+        if preallocation == "falloc" and size > old:
+            self.file.zero(self._offset + old, size - old)
+        for at in range(old, size, len(_ZEROS)) if preallocation == "full" else ():
+            self.file.write(self._offset + at, _ZEROS[: min(len(_ZEROS), size - at)])
 
     def extents(self, offset: int, length: int) -> Extents:
         found = self.file.extents(self._offset + offset, length)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...errors import OptionError
 from ...format_node import FormatNode
-from ...limits import MAX_SIZE
+from ...limits import MAX_SIZE, align_up
 from ...node import require_writable
 from ...request import sizes_changed
 from . import amend
@@ -47,6 +48,28 @@ class Amendable(FormatNode):
         if amend.version_changes(header, compat):
             self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self)
             self._publish_header(amend.version_changes(header, compat))
+
+    def resize(self, size: int, preallocation: str) -> None:
+        require_writable(self, "resize")
+        if preallocation != "off" and self.header.crypt_method:
+            raise OptionError(
+                "allocated clusters would read as anything under encryption",
+                path=self.filename,
+                hint="resize it without preallocation",
+            )
+        try:
+            self.ranges.exclusive(0, MAX_SIZE, self._resize, size, preallocation)
+        finally:
+            sizes_changed()
+
+    def _resize(self, size: int, preallocation: str) -> None:
+        old = self.size
+        self.truncate(size)
+        if size > old and preallocation != "off":
+            from .preallocation import preallocate
+
+            preallocate(self.tables, preallocation, align_up(old, self.header.cluster_size), bare=False)
+            self.flush()
 
     def _publish_header(self, changes: Mapping[str, Any]) -> None:
         from .header_rewrite import rewrite

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 _ZEROS = memoryview(bytes(MIB))
 
 
-def preallocate(tables: Tables, how: str, at: int = 0) -> None:
+def preallocate(tables: Tables, how: str, at: int = 0, *, bare: bool = True) -> None:
     """Map the disk from `at` on, where no cluster is allocated, to clusters one after the other, which read as zeros:
     "metadata" leaves them a hole of the file, "falloc" gives them storage, "full" writes them. "external" maps them to what
-    an external data file contains. With extended L2 entries no subcluster of the others is allocated, so they read as the
-    backing file, if there is one."""
+    an external data file contains. With extended L2 entries and `bare` no subcluster of the others is allocated, so they read
+    as the backing file, if there is one."""
     file = tables.data
     commit: Callable[..., None] = allocation.commit
-    if tables.header.extended_l2 and how != "external":
+    if tables.header.extended_l2 and bare and how != "external":
         from .subclusters import commit_bare
 
         commit = commit_bare
@@ -39,7 +39,8 @@ def preallocate(tables: Tables, how: str, at: int = 0) -> None:
                 file.write(found.host + done, _ZEROS[: min(len(_ZEROS), found.length - done)])
         elif how == "metadata" and commit is allocation.commit and not found.blank:
             file.zero(found.host, found.length, MAY_UNMAP)  # else old bytes of a device become those of the disk
-        tables.changing(commit, tables, *found.token)
+        if found.token is not None:  # else it exists
+            tables.changing(commit, tables, *found.token)
         reached = max(reached, found.host + found.length)
         at += found.length
     if file.size < reached:
