@@ -91,9 +91,10 @@ def drop(tables: Tables, offset: int, length: int, to: To, keep: bool, backed: b
     # Whether unallocated clusters need the zero flag too. If not, missing tables stay missing.
     everywhere = flagged and (to is To.ZERO or (to is To.ANY and backed))
     for which, index, entry in tables.entries(offset, length, make=everywhere):
-        if names_clusters(entry) and (not (keep and flagged) or is_compressed(entry)):
+        named = names_clusters(entry)
+        if named and (not (keep and flagged) or is_compressed(entry)):
             tables.replace_entry(which, index, left)
-        elif everywhere and not layout.reads_zero(entry):
+        elif (everywhere or (named and to is not To.BELOW)) and not layout.reads_zero(entry):
             tables.mappings.set(which, index, layout.zeroed(entry))
         elif to is To.BELOW and entry:
             tables.mappings.set(which, index, 0)

@@ -65,11 +65,14 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             Option("data-file", "node", "storage of the guest data, in place of the data file in the header"),
             Option("snapshot-id", "str", "open the internal snapshot with this id, for reading"),
             Option("snapshot-name", "str", "open the internal snapshot with this name, for reading"),
+            Option("discard-no-unref", "bool", "what is discarded or zeroed keeps its clusters", default=False),
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
     create_schema: ClassVar[Schema] = _create.SCHEMA
     prepare_create = staticmethod(_create.prepare)
+    #: Whether clusters that are discarded or zeroed stay allocated, so that the image does not become fragmented.
+    keeps_clusters = False
     #: Whether the tables are loaded. A node whose opening failed has none.
     _loaded = False
     tables: Tables
@@ -152,7 +155,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         node: Self = kind(
             file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
         )
-        node.vm_state = vm_state
+        node.vm_state, node.keeps_clusters = vm_state, options["discard-no-unref"]
+        if options["discard-no-unref"] and header.version < 3:
+            raise OptionError("version 2 has no zero flag, and discard-no-unref needs it", path=path)
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -340,6 +345,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             raise NotSupported(
                 f"version 2 cannot {what} clusters over a backing file", node=self.name, operation=what, offset=offset
             )
+        keep = keep or (self.keeps_clusters and to is not To.BELOW)
         self.tables.changing(self._changes.drop, self.tables, offset, length, to, keep, self.backing is not None)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
