@@ -28,7 +28,7 @@ from tests.two_files import image_behind_data_file, open_two_files
 KIB = 1024
 MIB = KIB * KIB
 #: The least number of points in one run of this file.
-POINTS = 3000
+POINTS = 12_000
 
 Operation = Callable[[Session], None]
 
