@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ...graph import Opener
     from ...limits import Limits
     from ...results import Snapshot
+    from .bitmaps import Bitmaps
     from .header import Header
     from .tables import Tables
 
@@ -83,6 +84,7 @@ class External(FormatNode):
     tables: Tables
     #: The edge to the data file.
     data: Child
+    _recording: Bitmaps | None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -106,6 +108,8 @@ class External(FormatNode):
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         inside = min(length, max(self.size - offset, 0))
         if self.header.raw_external_data and to is not To.BELOW:
+            if self._recording is not None:
+                self._recording.mark(offset, length)
             if inside:
                 self._make_holes(self.data.zero, offset, inside, 0 if keep else MAY_UNMAP)
             return
