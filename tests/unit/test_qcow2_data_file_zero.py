@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lamina
+from lamina.crypto.secret import Secret
+from lamina.formats.qcow2 import layout as q
 
 SIZE = 1 << 20
 
@@ -24,3 +27,30 @@ def test_a_bitmap_records_what_becomes_zero_or_is_discarded(tmp_path: Path, raw:
         image.discard(262_144, 65_536)
         dirty = list(image.bitmaps["backup"].dirty(0, SIZE))
     assert dirty == [(0, 65_536), (131_072, 196_608), (262_144, 327_680)]
+
+
+def encrypted(folder: Path) -> dict[str, Any]:
+    """The options to open a new encrypted image in this folder."""
+    secret = Secret("hunter2")
+    options = {"format": "luks", "key-secret": secret, "iter-time": 1}
+    lamina.create(folder / "disk.qcow2", "qcow2", SIZE, cluster_size=4096, data_file="data", encrypt=options)
+    return {
+        "driver": "qcow2",
+        "file": {"filename": str(folder / "disk.qcow2")},
+        "encrypt": {"key-secret": secret},
+    }
+
+
+def test_the_data_file_of_an_encrypted_image_is_not_raw_whatever_its_header_says(tmp_path: Path) -> None:
+    """QEMU creates such images. Zeros in their data file are anything on the disk."""
+    spec = encrypted(tmp_path)
+    with open(tmp_path / "disk.qcow2", "r+b") as file:
+        file.seek(q.HEADER_V3["autoclear_features"].offset)
+        file.write(q.AUTOCLEAR["raw external data"].to_bytes(8, "big"))
+    with lamina.open(spec, read_only=False) as image:
+        image.write(0, b"a" * 65_536)
+        image.zero(0, 16_384, unmap=True)
+        image.zero(16_384, 16_384)
+        assert image.read(0, 65_536) == bytes(32_768) + b"a" * 32_768
+        image.truncate(2 * SIZE)
+        assert not any(image.read(SIZE, SIZE))

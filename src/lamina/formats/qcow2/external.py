@@ -92,6 +92,11 @@ class External(FormatNode):
         self._holes: list[tuple[int, int]] = []
 
     @property
+    def _raw(self) -> bool:
+        """Whether the data file reads as the disk does. That of an encrypted image does not, whatever its header says."""
+        return self.header.raw_external_data and not self.header.crypt_method
+
+    @property
     def limits(self) -> Limits:
         below = self.data.node.limits.request_alignment
         found = super().limits
@@ -107,7 +112,7 @@ class External(FormatNode):
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         inside = min(length, max(self.size - offset, 0))
-        if self.header.raw_external_data and to is not To.BELOW:
+        if self._raw and to is not To.BELOW:
             if self._recording is not None:
                 self._recording.mark(offset, length)
             if inside:
@@ -160,12 +165,12 @@ class External(FormatNode):
                     path=data.node.filename,
                     operation="truncate",
                 )
-            if self.header.raw_external_data and data.size > old:
+            if self._raw and data.size > old:
                 data.zero(old, min(data.size, size) - old)
             if data.size < size:
                 data.truncate(size)
         super().truncate(size)
-        if size > old and self.header.raw_external_data:
+        if size > old and self._raw:
             from .preallocation import preallocate
 
             preallocate(self.tables, "external", align_up(old, self.header.cluster_size))
