@@ -54,3 +54,20 @@ def test_the_data_file_of_an_encrypted_image_is_not_raw_whatever_its_header_says
         assert image.read(0, 65_536) == bytes(32_768) + b"a" * 32_768
         image.truncate(2 * SIZE)
         assert not any(image.read(SIZE, SIZE))
+
+
+def test_a_hole_in_the_data_file_of_an_encrypted_image_is_zero_after_a_power_cut_too(tmp_path: Path) -> None:
+    """No table that was written before calls it data, which would decrypt to garbage."""
+    spec = encrypted(tmp_path)
+    with lamina.open(spec, read_only=False) as image:
+        image.write(0, b"a" * 65_536)
+        image.flush()
+        image.zero(0, 8192, unmap=True)
+        image.discard(8192, 8192)
+        files = {name: (tmp_path / name).read_bytes() for name in ("disk.qcow2", "data")}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with lamina.open(spec) as image:
+        disk = image.read(0, 65_536)
+    assert {disk[at : at + 512] for at in range(0, 16_384, 512)} <= {bytes(512), b"a" * 512}
+    assert disk[16_384:] == b"a" * 49_152

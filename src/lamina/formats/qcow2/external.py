@@ -121,6 +121,8 @@ class External(FormatNode):
         super().drop(offset, length, to, keep=keep)
         stored = min(inside, max(self.data.size - offset, 0))
         if not keep and to is not To.BELOW and stored:
+            if self.header.crypt_method:
+                self.tables.flush()  # zeros do not decrypt to zeros: after a power cut no table may call the hole data
             self._make_holes(self.data.discard, offset, stored)
 
     def _make_holes(self, work: Callable[..., None], offset: int, length: int, *arguments: int) -> None:
