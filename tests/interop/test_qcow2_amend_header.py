@@ -203,6 +203,37 @@ def test_fields_that_other_programs_added_stay(tmp_path: Path) -> None:
         assert image.node.children["backing"].node.size == 512
 
 
+def over_base(folder: Path, **options: Any) -> Path:
+    """A new image; and a file "base" without a zero, which some name as the backing file."""
+    (folder / "base").write_bytes(b"b" * SIZE)
+    lamina.create(folder / "disk.qcow2", "qcow2", SIZE, **options)
+    return folder / "disk.qcow2"
+
+
+def test_zeros_do_not_show_a_backing_file_that_is_not_open_when_the_version_changes(tmp_path: Path) -> None:
+    path = over_base(tmp_path, backing_file="base", backing_fmt="raw")
+    spec = {"driver": "qcow2", "file": {"filename": str(path)}, "backing": None}
+    with lamina.open(spec, read_only=False) as image:
+        image.zero(0, 196_608)
+        image.amend(compat="0.10")
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, SIZE) == bytes(196_608) + b"b" * (SIZE - 196_608)
+    with lamina.open(spec, read_only=False) as image:
+        image.zero(327_680, 196_608, unmap=True)
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(327_680, 196_608) == bytes(196_608), "version 2 writes them"
+
+
+def test_zeros_do_not_show_a_backing_file_that_is_named_when_the_version_changes(tmp_path: Path) -> None:
+    path = over_base(tmp_path)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"a" * 262_144)
+        image.zero(65_536, 131_072)
+        image.amend(compat="0.10", backing_file="base", backing_fmt="raw")
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, 262_144) == b"a" * 65_536 + bytes(131_072) + b"a" * 65_536
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_power_cut_leaves_the_old_header_or_the_new_one(long: bool) -> None:
     """With a name of the backing file that goes behind the first sector as well."""

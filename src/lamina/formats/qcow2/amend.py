@@ -139,8 +139,9 @@ def _is_version_2(header: Header, compat: str | None) -> bool:
     return header.version == 2 if compat is None else compat in ("0.10", "v2")
 
 
-def drop_zero_flags(node: FormatNode) -> None:
-    """Let no cluster of the disk have the flag ZERO, which version 2 lacks. What reads as zero still does."""
+def drop_zero_flags(node: FormatNode, backed: bool) -> None:
+    """Let no cluster of the disk have the flag ZERO, which version 2 lacks. What reads as zero still does. `backed`: the
+    image has a backing file, which may be another one than that of `node`, or not be open."""
     step = 1 << 30
     for begin in range(0, node.size, step):
         length = min(step, node.size - begin)
@@ -150,7 +151,7 @@ def drop_zero_flags(node: FormatNode) -> None:
             for start, run, flags in rows:
                 if not flags & ZERO:
                     continue
-                if node.backing is None:
+                if not backed:
                     node.drop(start, run, To.BELOW)
                 else:
                     for at in range(start, start + run, MIB):

@@ -46,7 +46,8 @@ class Amendable(FormatNode):
             finally:
                 sizes_changed()
         if amend.version_changes(header, compat):
-            self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self)
+            backed = self.backing is not None or header.backing_file is not None
+            self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self, backed)
             self._publish_header(amend.version_changes(header, compat))
 
     def resize(self, size: int, preallocation: str) -> None:

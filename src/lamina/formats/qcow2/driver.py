@@ -339,14 +339,16 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         if self._recording is not None:
             self._recording.mark(offset, length)
-        if self.header.version < 3 and to is not To.BELOW and self.backing is not None:
+        # The backing file may not be open now, and be so the next time.
+        backed = self.backing is not None or self.header.backing_file is not None
+        if self.header.version < 3 and to is not To.BELOW and backed:
             # Version 2 has no zero flag: a dropped cluster shows the bytes of the backing file.
             what = "zero" if to is To.ZERO else "discard"
             raise NotSupported(
                 f"version 2 cannot {what} clusters over a backing file", node=self.name, operation=what, offset=offset
             )
         keep = keep or (self.keeps_clusters and to is not To.BELOW)
-        self.tables.changing(self._changes.drop, self.tables, offset, length, to, keep, self.backing is not None)
+        self.tables.changing(self._changes.drop, self.tables, offset, length, to, keep, backed)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         if self.header.extended_l2 and not flags & NO_FALLBACK:
