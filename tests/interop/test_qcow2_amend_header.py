@@ -234,6 +234,16 @@ def test_zeros_do_not_show_a_backing_file_that_is_named_when_the_version_changes
         assert image.read(0, 262_144) == b"a" * 65_536 + bytes(131_072) + b"a" * 65_536
 
 
+def test_a_name_that_no_image_can_have_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    path = over_base(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(OptionError, match="longer than 1023 bytes"):
+        amended(path, backing_file="b" * 1024, backing_fmt="raw")
+    assert path.read_bytes() == before
+    amended(path, backing_file="b" * 1023, backing_fmt="raw")
+    assert lamina.info(path, format="qcow2").backing_filename == "b" * 1023
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_power_cut_leaves_the_old_header_or_the_new_one(long: bool) -> None:
     """With a name of the backing file that goes behind the first sector as well."""

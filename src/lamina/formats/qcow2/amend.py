@@ -79,6 +79,8 @@ def header_changes(header: Header, values: Mapping[str, Any]) -> dict[str, Any]:
         kind = header.backing_format if kind is None else kind
         if not name or not kind:
             raise OptionError("a backing file and its format belong together", hint="give backing_file and backing_fmt")
+        if len(name.encode("utf-8", "surrogateescape")) > q.MAX_BACKING_NAME:
+            raise OptionError(f"the name of the backing file is longer than {q.MAX_BACKING_NAME} bytes")
         if header.raw_external_data:
             raise OptionError("a raw data file hides a backing file", hint="amend data_file_raw=off first")
         found["backing_file"] = name
