@@ -56,7 +56,7 @@ def create(
     kind.prepare_create(values, target, budget)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
-    with made_beside(kind, values, durable=True), new_file(target, durable=True) as file:
+    with made_beside(kind, values), new_file(target, durable=True) as file:
         write_image(kind, file, values)
 
 
@@ -67,9 +67,9 @@ def new_file(target: str, *, durable: bool = False) -> AtomicFile:
 
 
 @contextmanager
-def made_beside(kind: type[Format], values: Mapping[str, Any], *, durable: bool = False) -> Iterator[None]:
-    """Create the files beside a new image (`Format.side_files`), empty; an exception deletes them. `durable`: their names are
-    on stable storage. OptionError if one of them exists."""
+def made_beside(kind: type[Format], values: Mapping[str, Any]) -> Iterator[None]:
+    """Create the files beside a new image (`Format.side_files`), empty, with names that are on stable storage; an exception
+    deletes them. OptionError if one of them exists."""
     made: list[tuple[str, os.stat_result]] = []
     try:
         for path in kind.side_files(values):
@@ -84,8 +84,7 @@ def made_beside(kind: type[Format], values: Mapping[str, Any], *, durable: bool 
                 made.append((path, os.fstat(fd)))
             finally:
                 os.close(fd)
-            if durable:
-                sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(path))
         yield
     except BaseException:
         for path, status in made:

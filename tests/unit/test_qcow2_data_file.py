@@ -317,6 +317,34 @@ def test_convert_fills_a_new_data_file_and_removes_it_after_a_failure(tmp_path: 
     assert (tmp_path / "data").read_bytes()[:300_000] == disk[:300_000]
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_convert_makes_the_data_file_durable_before_the_image_replaces_another(
+    tmp_path: Path, raw: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must not leave the new image without its data where the old one was."""
+    target, data, synced = tmp_path / "disk.qcow2", tmp_path / "data", b""
+    sync, replace = os.fdatasync, os.replace
+
+    def synced_data(fd: int) -> None:
+        nonlocal synced
+        sync(fd)
+        if os.path.samestat(os.fstat(fd), os.stat(data)):
+            synced = data.read_bytes()
+
+    def replaced(*arguments: Any, **options: Any) -> None:
+        assert synced == data.read_bytes() == disk
+        replace(*arguments, **options)
+
+    disk = random.Random(5).randbytes(300_032)
+    (tmp_path / "raw").write_bytes(disk)
+    lamina.create(target, "qcow2", SIZE)
+    monkeypatch.setattr(os, "fdatasync", synced_data)
+    monkeypatch.setattr(os, "replace", replaced)
+    with lamina.open(tmp_path / "raw", format="raw") as source:
+        convert_to_file(source, target, "qcow2", options={"data_file": "data", "data_file_raw": raw})
+    assert synced == disk
+
+
 # -- entries that contradict the specification
 
 

@@ -193,13 +193,16 @@ def convert_to_file(
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
-        stack.enter_context(made_beside(kind, values, durable=durable))
+        stack.enter_context(made_beside(kind, values))
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
         with _open_made(file, format, given, references, source.budget, compress) as target:
             # A device keeps what was on it; a format above it knows what it has written and what it has not.
             blank = backing is None and (not file.is_device or isinstance(target.node, FormatNode))
-            return convert(source, target, blank=blank, below=below, monitor=monitor, **how)
+            result = convert(source, target, blank=blank, below=below, monitor=monitor, **how)
+            if kind.side_files(values):  # at the end `file` flushes itself alone, and may replace an image
+                target.flush()
+            return result
 
 
 def _open_made(
