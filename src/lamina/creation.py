@@ -56,7 +56,7 @@ def create(
     kind.prepare_create(values, target, budget)
     if values.get("size") is None:
         raise OptionError("the size is not given", path=target, hint="give it in bytes, or with a suffix: 10G")
-    with made_beside(kind, values), new_file(target, durable=True) as file:
+    with made_beside(kind, values, target), new_file(target, durable=True) as file:
         write_image(kind, file, values)
 
 
@@ -67,10 +67,11 @@ def new_file(target: str, *, durable: bool = False) -> AtomicFile:
 
 
 @contextmanager
-def made_beside(kind: type[Format], values: Mapping[str, Any]) -> Iterator[None]:
+def made_beside(kind: type[Format], values: Mapping[str, Any], target: str) -> Iterator[None]:
     """Create the files beside a new image (`Format.side_files`), empty, with names that are on stable storage; an exception
-    deletes them. OptionError if one of them exists."""
+    deletes them, unless the new image is at `target` already. OptionError if one of them exists."""
     made: list[tuple[str, os.stat_result]] = []
+    before = _identity(target)
     try:
         for path in kind.side_files(values):
             try:
@@ -87,12 +88,20 @@ def made_beside(kind: type[Format], values: Mapping[str, Any]) -> Iterator[None]
             sync_folder(os.path.dirname(path))
         yield
     except BaseException:
-        for path, status in made:
+        for path, status in made if _identity(target) == before else ():
             with suppress(OSError):
                 found = os.lstat(path)
                 if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
                     os.unlink(path)
         raise
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def lock_for_writing(fd: int, path: str) -> None:

@@ -193,7 +193,7 @@ def convert_to_file(
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
-        stack.enter_context(made_beside(kind, values))
+        stack.enter_context(made_beside(kind, values, path))
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
         with _open_made(file, format, given, references, source.budget, compress) as target:
