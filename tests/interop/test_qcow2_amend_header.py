@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 import lamina
 from lamina.creation import create_driver
-from lamina.errors import LimitExceeded, OptionError
+from lamina.errors import BlockIOError, LimitExceeded, OptionError
 from lamina.formats.qcow2.header import Header
 from lamina.request import Child
+from lamina.storage.memory import MemoryStorage
 from lamina.testing.image_checks import check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import record
@@ -242,6 +244,43 @@ def test_a_name_that_no_image_can_have_is_refused_before_anything_changes(tmp_pa
     assert path.read_bytes() == before
     amended(path, backing_file="b" * 1023, backing_fmt="raw")
     assert lamina.info(path, format="qcow2").backing_filename == "b" * 1023
+
+
+class FailsOnce(MemoryStorage):
+    """A storage of which a flush fails, after a write to its beginning that took place."""
+
+    fails = False
+    begun = False
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        super().write(offset, view, flags)
+        self.begun |= self.fails and not offset
+
+    def flush(self) -> None:
+        if self.begun:
+            self.fails = self.begun = False
+            raise BlockIOError("a flush fails", errno=errno.EIO)
+        super().flush()
+
+
+def test_after_a_change_that_failed_the_file_has_the_header_that_is_in_memory() -> None:
+    """Else flags that version 2 lacks would come into an image of version 2."""
+    node = FailsOnce()
+    kind = create_driver("qcow2")
+    options = {"cluster_size": 4096, "backing_file": "base", "backing_fmt": "raw", "size": SIZE}
+    kind.create(Child(node, "file", grows=True), SIZE, kind.creation_schema().parse(options))
+    spec = {"driver": "qcow2", "file": Child(node, "file", grows=True), "backing": None}
+    with lamina.open(spec, read_only=False) as image:
+        node.fails = True
+        with pytest.raises(BlockIOError, match="a flush fails"):
+            image.amend(compat="0.10")
+        image.zero(0, SIZE)
+        image.flush()
+        found = Header.read(image.node.children["file"])
+        assert (found.version, found.backing_file, found.backing_format) == (3, "base", "raw")
+        image.amend(compat="0.10")
+        found = Header.read(image.node.children["file"])
+        assert (found.version, found.backing_file, found.backing_format) == (2, "base", "raw")
 
 
 @pytest.mark.parametrize("long", [False, True])

@@ -73,12 +73,10 @@ class Amendable(FormatNode):
             self.flush()
 
     def _publish_header(self, changes: Mapping[str, Any]) -> None:
-        from .header_rewrite import rewrite
-
         if changes:
             self.flush()
             self.tables.settle()
-            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, rewrite, self.header, self.tables.file, changes)
+            self.ranges.exclusive(0, MAX_SIZE, self.tables.changing, self.tables.rewrite_header, changes)
 
     def _set_lazy(self, lazy: bool) -> None:
         rest = self.header.compatible_features & ~q.LAZY_REFCOUNTS

@@ -25,7 +25,7 @@ from .refcounts import Refcounts
 from .structures import claim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ...request import Child
     from .header import Header
@@ -81,6 +81,8 @@ class Tables:
         self._scan = RefcountScan(self, book)
         # Fields of the header of which the disk may hold other values, because a change of them failed.
         self._unsure: tuple[str, ...] = ()
+        # The same for a change of the whole header: the first bytes of the file before it.
+        self._unsure_start = b""
         # The end of the last compressed data; at a cluster boundary there is no free space after it.
         self._compressed_end = 0
 
@@ -109,7 +111,7 @@ class Tables:
                 self.require_outside_changes()
             self.changes = True
             try:
-                if self._unsure:
+                if self._unsure or self._unsure_start:
                     self._store_unsure()
                 return work(*arguments)
             except CorruptImage:
@@ -393,10 +395,26 @@ class Tables:
             self._unsure = names
             raise
 
+    def rewrite_header(self, changes: Mapping[str, Any]) -> None:
+        """As `header_rewrite.rewrite`. After an error the header in memory is the old one, and goes to the disk before
+        anything else changes."""
+        from .header_rewrite import rewrite
+
+        start = bytearray(q.SECTOR)
+        self.file.read_into(0, memoryview(start))
+        try:
+            rewrite(self.header, self.file, changes)
+        except BaseException:
+            self._unsure_start = bytes(start)
+            raise
+
     def _store_unsure(self) -> None:
-        self.header.store(self.file, *self._unsure)
+        if self._unsure_start:
+            self.file.write(0, memoryview(self._unsure_start))
+        if self._unsure:
+            self.header.store(self.file, *self._unsure)
         self.file.flush()
-        self._unsure = ()
+        self._unsure, self._unsure_start = (), b""
 
     # -- to disk
 
