@@ -41,12 +41,16 @@ def encrypted(folder: Path) -> dict[str, Any]:
     }
 
 
+def call_raw(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(q.HEADER_V3["autoclear_features"].offset)
+        file.write(q.AUTOCLEAR["raw external data"].to_bytes(8, "big"))
+
+
 def test_the_data_file_of_an_encrypted_image_is_not_raw_whatever_its_header_says(tmp_path: Path) -> None:
     """QEMU creates such images. Zeros in their data file are anything on the disk."""
     spec = encrypted(tmp_path)
-    with open(tmp_path / "disk.qcow2", "r+b") as file:
-        file.seek(q.HEADER_V3["autoclear_features"].offset)
-        file.write(q.AUTOCLEAR["raw external data"].to_bytes(8, "big"))
+    call_raw(tmp_path / "disk.qcow2")
     with lamina.open(spec, read_only=False) as image:
         image.write(0, b"a" * 65_536)
         image.zero(0, 16_384, unmap=True)
@@ -71,3 +75,14 @@ def test_a_hole_in_the_data_file_of_an_encrypted_image_is_zero_after_a_power_cut
         disk = image.read(0, 65_536)
     assert {disk[at : at + 512] for at in range(0, 16_384, 512)} <= {bytes(512), b"a" * 512}
     assert disk[16_384:] == b"a" * 49_152
+
+
+def test_the_data_file_of_an_image_with_a_backing_file_is_not_raw_whatever_its_header_says(tmp_path: Path) -> None:
+    """Zeros in the data file do not hide the backing file."""
+    path = tmp_path / "disk.qcow2"
+    (tmp_path / "base").write_bytes(b"b" * SIZE)
+    lamina.create(path, "qcow2", SIZE, data_file="data", backing_file="base", backing_fmt="raw")
+    call_raw(path)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.zero(0, 131_072)
+        assert image.read(0, SIZE) == bytes(131_072) + b"b" * (SIZE - 131_072)

@@ -93,8 +93,12 @@ class External(FormatNode):
 
     @property
     def _raw(self) -> bool:
-        """Whether the data file reads as the disk does. That of an encrypted image does not, whatever its header says."""
-        return self.header.raw_external_data and not self.header.crypt_method
+        """Whether the data file reads as the disk does. That of an image that is encrypted, or has a backing file, does not,
+        whatever its header says."""
+        header = self.header
+        if header.crypt_method or header.backing_file is not None or self.backing is not None:
+            return False
+        return header.raw_external_data
 
     @property
     def limits(self) -> Limits:
