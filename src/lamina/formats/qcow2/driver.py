@@ -155,8 +155,8 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         node: Self = kind(
             file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
         )
-        node.vm_state, node.keeps_clusters = vm_state, options["discard-no-unref"]
-        if options["discard-no-unref"] and header.version < 3:
+        node.vm_state, node.keeps_clusters = vm_state, bool(options.get("discard-no-unref"))
+        if node.keeps_clusters and header.version < 3:
             raise OptionError("version 2 has no zero flag, and discard-no-unref needs it", path=path)
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
