@@ -355,3 +355,19 @@ def test_bitmaps_without_room_do_not_keep_the_disk_from_being_written() -> None:
         assert image.read(300 * KIB, 12) == b"acknowledged"
         assert not image.bitmaps  # in use, and not stored: not to be trusted
         check_whole(image)
+
+
+def test_a_machine_state_that_does_not_fit_leaves_nothing_behind() -> None:
+    storage = Quota(1 << 20)
+    Qcow2.create(Child(storage, "file", grows=True), MIB, Qcow2.create_schema.parse({"cluster_size": 4096}))
+    with opened(storage) as image:
+        image.write(0, b"x" * MIB)
+        image.flush()
+        before = image.node.check().allocated_clusters  # type: ignore[attr-defined]
+        storage.room = len(storage.blocks) + 8
+        with pytest.raises(BlockIOError, match="no space left"):
+            image.create_snapshot("one", b"s" * MIB)
+        storage.room = 1 << 20
+        report = image.node.check()  # type: ignore[attr-defined]
+        assert (report.clean, report.allocated_clusters, image.snapshots()) == (True, before, ())
+        assert image.read(0, MIB) == b"x" * MIB

@@ -41,10 +41,7 @@ class Amendable(FormatNode):
         if slot is not None:
             self.amend_key_slot(slot)
         if size is not None:
-            try:
-                self.ranges.exclusive(0, MAX_SIZE, self.truncate, size)
-            finally:
-                sizes_changed()
+            self.resize(size, "off")
         if amend.version_changes(header, compat):
             backed = self.backing is not None or header.backing_file is not None
             self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self, backed)

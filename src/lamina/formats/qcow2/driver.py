@@ -130,6 +130,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         path = file.node.filename
         header.require_openable(path, writable=not (opener.read_only or opener.repair))
         header.require_l1(path, writable=not opener.read_only)
+        keeps_clusters = bool(options.get("discard-no-unref"))
+        if keeps_clusters and header.version < 3:
+            raise OptionError("version 2 has no zero flag, and discard-no-unref needs it", path=path)
         id, name, vm_state = options.get("snapshot-id"), options.get("snapshot-name"), 0
         if id is not None or name is not None:
             if not opener.read_only:
@@ -155,9 +158,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         node: Self = kind(
             file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
         )
-        node.vm_state, node.keeps_clusters = vm_state, bool(options.get("discard-no-unref"))
-        if node.keeps_clusters and header.version < 3:
-            raise OptionError("version 2 has no zero flag, and discard-no-unref needs it", path=path)
+        node.vm_state, node.keeps_clusters = vm_state, keeps_clusters
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))

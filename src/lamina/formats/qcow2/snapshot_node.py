@@ -45,10 +45,10 @@ class WithSnapshots(FormatNode):
         from .snapshots import create
 
         view = memoryview(vm_state).cast("B")
-        if len(view):
-            require_writable(self, "snapshot")
-            self.ranges.exclusive(0, MAX_SIZE, self._store_vm_state, view)
+        require_writable(self, "snapshot")
         try:
+            if len(view):
+                self.ranges.exclusive(0, MAX_SIZE, self._store_vm_state, view)
             entry: Entry = self.rewrite(create, name, len(view))
         except BaseException:
             with suppress(LaminaError):
