@@ -185,6 +185,8 @@ def test_the_data_file_is_named_anew_and_need_not_be_raw(tmp_path: Path, qemu: Q
     qemu.img("check", path)
     with pytest.raises(OptionError, match="become raw"):
         amended(path, data_file_raw=True)
+    with pytest.raises(OptionError, match="is empty"):
+        amended(path, data_file="")
     lamina.create(tmp_path / "plain.qcow2", "qcow2", SIZE)
     with pytest.raises(OptionError, match="no external data file"):
         amended(tmp_path / "plain.qcow2", data_file="x")

@@ -95,6 +95,8 @@ def header_changes(header: Header, values: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError("a data file cannot become raw", hint="convert the image to a new one")
         if values.get("data_file_raw") is False:
             found["autoclear_features"] = header.autoclear_features & ~q.AUTOCLEAR["raw external data"]
+        if values.get("data_file") == "":
+            raise OptionError("the name of the data file is empty", hint="give its name")
         if values.get("data_file"):
             extensions = _with(extensions, q.EXT_DATA_FILE, stored_name(values["data_file"]))
     if extensions != header.extensions:
