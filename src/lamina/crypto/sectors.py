@@ -2,8 +2,8 @@
 that derives from its number. After the LUKS1 on-disk format ("Cipher and Hash specification registry") and IEEE 1619 (XTS).
 
 A call of the cipher for each sector takes 5 us whatever its length, and gives some 100 MB/s. So XTS is made of few calls of
-the bare block cipher (ECB) over whole buffers: one for the tweaks of all sectors and one for all blocks, with the
-multiplications between them as columns.
+the bare block cipher (ECB) over whole buffers: one for the tweaks of all sectors and one for the blocks of each piece, with
+the multiplications between them as columns: 1,700 MB/s on one thread.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from ..errors import UnsupportedFeature
 #: Bytes of a sector.
 SECTOR = 512
 
-#: From so many sectors on, columns (some 110 us for a few sectors) are faster than a call for each sector (6 us each).
-_FEW = 20
-#: Columns are made of so many bytes at a time, which the cache holds: 650 MB/s, and 430 for 2 MiB at once.
-_PIECE = 128 * SECTOR
+#: From so many sectors on, columns (some 30 us for a few sectors) are faster than a call for each sector (4 us each).
+_FEW = 8
+#: Columns are made of so many bytes at a time, which the cache holds: 1,700 MB/s; with half of them 1,500.
+_PIECE = 256 * SECTOR
+#: The tweaks of so many bytes are encrypted at once.
+_TWEAKED = 16 * _PIECE
 
 #: Ciphers by the names of the LUKS1 specification: bytes of a block, and lengths of their keys in bytes.
 _CIPHERS = {"aes": (16, (16, 24, 32)), "cast5": (8, (16,))}
@@ -107,25 +109,27 @@ class SectorCipher:
 
     def encrypt(self, sector: int, plain: memoryview) -> bytearray:
         """The encrypted bytes of `plain`, which begins with the sector of this number."""
-        done = bytearray()
-        for at in range(0, len(plain), _PIECE):
-            done += self._crypt(sector + at // SECTOR, plain[at : at + _PIECE], encrypt=True)
+        done = bytearray(plain)
+        self._crypt(sector, memoryview(done), encrypt=True)
         return done
 
     def decrypt(self, sector: int, view: memoryview) -> None:
         """Decrypt `view`, which begins with the sector of this number, in place."""
-        for at in range(0, len(view), _PIECE):
-            piece = view[at : at + _PIECE]
-            piece[:] = self._crypt(sector + at // SECTOR, piece, encrypt=False)
+        self._crypt(sector, view, encrypt=False)
 
-    def _crypt(self, sector: int, view: memoryview, *, encrypt: bool) -> Any:
-        if self.spec.mode == "ecb":
-            return _ecb(self._data, view, encrypt=encrypt)
-        if len(view) < _FEW * SECTOR or len(view) % SECTOR:
-            return self._one_by_one(sector, view, encrypt=encrypt)
+    def _crypt(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
         if self.spec.mode == "xts":
-            return self._xts(sector, view, encrypt=encrypt)
-        return self._cbc_encrypt(sector, view) if encrypt else self._cbc_decrypt(sector, view)
+            step, crypt = _TWEAKED, self._xts
+        elif self.spec.mode == "cbc":
+            step, crypt = _PIECE, self._cbc_encrypt if encrypt else self._cbc_decrypt
+        else:
+            step, crypt = _PIECE, self._whole_blocks
+        for at in range(0, len(view), step):
+            piece, number = view[at : at + step], sector + at // SECTOR
+            if self.spec.mode != "ecb" and (len(piece) < _FEW * SECTOR or len(piece) % SECTOR):
+                self._one_by_one(number, piece, encrypt=encrypt)
+            else:
+                crypt(number, piece, encrypt=encrypt)
 
     # -- initialisation vectors
 
@@ -146,29 +150,38 @@ class SectorCipher:
         plain = numbers.astype("<u8").tobytes()
         return plain if self.spec.ivgen != "essiv" else _ecb(self._salt, plain, encrypt=True)
 
-    # -- modes
+    # -- modes, each in place
 
-    def _one_by_one(self, sector: int, view: memoryview, *, encrypt: bool) -> bytearray:
+    def _one_by_one(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
         from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
         mode, key = (modes.XTS, self._whole) if self.spec.mode == "xts" else (modes.CBC, self._data)
-        done = bytearray()
         for number, at in enumerate(range(0, len(view), SECTOR), sector):
             cipher = Cipher(key, mode(self._iv(number)))
             context = cipher.encryptor() if encrypt else cipher.decryptor()
-            done += context.update(view[at : at + SECTOR])
-        return done
+            view[at : at + SECTOR] = context.update(view[at : at + SECTOR])
 
-    def _xts(self, sector: int, view: memoryview, *, encrypt: bool) -> Any:
+    def _whole_blocks(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
+        view[:] = _ecb(self._data, view, encrypt=encrypt)
+
+    def _xts(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, modes
+
         from ..numeric import np
 
-        tweaks = _powers(_ecb(self._tweak, self._ivs(sector, len(view) // SECTOR), encrypt=True))
-        mixed = np.frombuffer(view, np.uint64) ^ tweaks
-        done = np.frombuffer(_ecb(self._data, mixed.data.cast("B"), encrypt=encrypt), np.uint64)
-        np.bitwise_xor(done, tweaks, out=mixed)
-        return mixed.data.cast("B")
+        first = np.frombuffer(_ecb(self._tweak, self._ivs(sector, len(view) // SECTOR), encrypt=True), np.uint64)
+        cipher = Cipher(self._data, modes.ECB())
+        crypt = (cipher.encryptor() if encrypt else cipher.decryptor()).update_into
+        done = memoryview(bytearray(min(_PIECE, len(view)) + self._block - 1))  # `update_into` asks for that much
+        for at in range(0, len(view), _PIECE):
+            piece = view[at : at + _PIECE]
+            tweaks = _powers(first[at // SECTOR * 2 : (at + len(piece)) // SECTOR * 2])
+            words = np.frombuffer(piece, np.uint64)
+            words ^= tweaks
+            crypt(piece, done)
+            np.bitwise_xor(np.frombuffer(done, np.uint64, len(words)), tweaks, out=words)
 
-    def _cbc_decrypt(self, sector: int, view: memoryview) -> Any:
+    def _cbc_decrypt(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
         from ..numeric import np
 
         # Each block is decrypted, and then mixed with the encrypted one before it: all at once.
@@ -176,43 +189,42 @@ class SectorCipher:
         before = np.empty((len(view) // SECTOR, SECTOR // 8), np.uint64)
         before[:, words:] = np.frombuffer(view, np.uint64).reshape(before.shape)[:, :-words]
         before[:, :words] = np.frombuffer(self._ivs(sector, len(before)), np.uint64).reshape(-1, words)
-        before ^= np.frombuffer(_ecb(self._data, view, encrypt=False), np.uint64).reshape(before.shape)
-        return before.reshape(-1).data.cast("B")
+        before ^= np.frombuffer(_ecb(self._data, view, encrypt=encrypt), np.uint64).reshape(before.shape)
+        view[:] = before.reshape(-1).data.cast("B")
 
-    def _cbc_encrypt(self, sector: int, view: memoryview) -> Any:
+    def _cbc_encrypt(self, sector: int, view: memoryview, *, encrypt: bool) -> None:
         from ..numeric import np
 
         # A block needs the one before it, but sectors need not each other: the first blocks of all, then the second ones.
         words = self._block // 8
         plain = np.frombuffer(view, np.uint64).reshape(len(view) // SECTOR, -1)
-        done = np.empty_like(plain)
         last = np.frombuffer(self._ivs(sector, len(plain)), np.uint64).reshape(-1, words)
         for at in range(0, SECTOR // 8, words):
             mixed = plain[:, at : at + words] ^ last
-            last = np.frombuffer(_ecb(self._data, mixed.data.cast("B"), encrypt=True), np.uint64).reshape(-1, words)
-            done[:, at : at + words] = last
-        return done.reshape(-1).data.cast("B")
+            last = np.frombuffer(_ecb(self._data, mixed.data.cast("B"), encrypt=encrypt), np.uint64).reshape(-1, words)
+            plain[:, at : at + words] = last
 
 
-def _powers(first: bytes) -> Any:
-    """The tweaks of all blocks of the sectors, as 64-bit words: `first` holds that of the first block of each, and each block
-    has twice (in GF(2^128), IEEE 1619) that of the one before it."""
+def _powers(first: Any) -> Any:
+    """The tweaks of all blocks of the sectors, as 64-bit words: `first` has that of the first block of each, and block number
+    n has its product with x to the power of n (in GF(2^128), IEEE 1619)."""
     from ..numeric import np
 
-    start = np.frombuffer(first, np.uint64).reshape(-1, 2)
-    blocks = SECTOR // 16
-    tweaks = np.empty((len(start), blocks, 2), np.uint64)
-    tweaks[:, 0] = start
-    low, high = tweaks[:, :, 0], tweaks[:, :, 1]
-    known = 1
-    while known < blocks:
-        # The next `known` blocks are these, times 2 to the power of `known`.
-        shift, back = np.uint64(known), np.uint64(64 - known)
-        carry = high[:, :known] >> back
-        high[:, known : 2 * known] = high[:, :known] << shift | low[:, :known] >> back
-        carry ^= carry << np.uint64(1) ^ carry << np.uint64(2) ^ carry << np.uint64(7)
-        low[:, known : 2 * known] = low[:, :known] << shift ^ carry
-        known *= 2
+    one, two, five = np.uint64(1), np.uint64(2), np.uint64(5)
+    powers = np.arange(SECTOR // 16, dtype=np.uint64)
+    low, high = first[0::2, np.newaxis], first[1::2, np.newaxis]
+    tweaks = np.empty((len(low), len(powers), 2), np.uint64)
+    back = np.uint64(64) - powers  # (a shift by 64 makes 0)
+    np.bitwise_or(high << powers, low >> back, out=tweaks[:, :, 1])
+    # The bits that left the upper end are a number below 2^31: it comes back times x^7 + x^2 + x + 1.
+    carry = high >> back
+    folded = carry << one
+    folded ^= carry
+    carry <<= two
+    folded ^= carry
+    carry <<= five
+    folded ^= carry
+    np.bitwise_xor(low << powers, folded, out=tweaks[:, :, 0])
     return tweaks.reshape(-1)
 
 
