@@ -137,7 +137,7 @@ class Opener:
             node.kept_bytes, node.memory_limit = inner._booked, self.budget.memory
             node.zero_detected = zero_detected
             node.discards = discards is not False
-            node.graph = self.graph
+            self.graph.add(node)
             if self._top:
                 lifecycle.guard(node)
             return node
@@ -174,7 +174,7 @@ class Opener:
         node = self._but(read_only=True, _top=False).open(options, storage=storage)
         cow = registry.lookup("cow", "filter")
         top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
-        top.graph = self.graph
+        self.graph.add(top)
         if self._top:
             lifecycle.guard(top)
         return top

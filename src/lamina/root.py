@@ -11,6 +11,7 @@ from __future__ import annotations
 from _thread import get_ident
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from . import lifecycle
 from .edge import consecutive
@@ -32,20 +33,31 @@ class Graph:
     """The nodes that edges connect, or that were opened to be connected. `image.graph` is the graph of an image;
     `lamina.open(..., graph=image.graph)` adds nodes to it, and their options may name the nodes of the graph."""
 
-    __slots__ = ("__weakref__", "gate")
+    __slots__ = ("__weakref__", "_nodes", "_roots", "gate")
 
     def __init__(self) -> None:
         self.gate = Gate()
+        self._nodes: WeakSet[Node] = WeakSet()  # those that were ever added
+        self._roots: WeakSet[Root] = WeakSet()
 
     @property
     def nodes(self) -> dict[str, Node]:
         """The nodes in use by name: the `node-name` of their options, or a name that Lamina made."""
-        return {node.name: node for node in lifecycle.all_of(lifecycle.nodes) if node.graph is self and node.parents()}
+        return {node.name: node for node in lifecycle.all_of(self._nodes) if node.graph is self and node.parents()}
 
     @property
     def roots(self) -> list[Root]:
         """The roots that are not closed."""
-        return [root for root in lifecycle.all_of(lifecycle.roots) if root.graph is self and not root.closed]
+        return [root for root in lifecycle.all_of(self._roots) if not root.closed]
+
+    def add(self, node: Node) -> None:
+        """Make `node` a node of this graph, and of no other one."""
+        self._nodes.add(node)
+        node.graph = self
+
+    def add_root(self, root: Root) -> None:
+        """Called by a new root of this graph."""
+        self._roots.add(root)
 
     def exclusively(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` while no other thread edits this graph or closes a part of it, and return its result. The
@@ -98,7 +110,7 @@ def graph_of(node: Node) -> Graph:
         )
     graph = used[0] if used else node.graph or Graph()
     for each in nodes:
-        each.graph = graph
+        graph.add(each)
     return graph
 
 
@@ -118,6 +130,7 @@ class Root:
         self.edge: Child = self.graph.exclusively("opens an image", self._begin, node, read_only)
         #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
         self.opened_at = node.opened_at
+        self.graph.add_root(self)
         lifecycle.roots.add(self)
 
     @staticmethod

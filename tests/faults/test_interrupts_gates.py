@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -102,6 +102,21 @@ def test_no_gate_stays_shut_and_nobody_inside(tmp_path: Path, name: str) -> None
     with lamina.open(path, format="qcow2") as image:
         assert image.read(0, 5) == b"first"
         assert image.node.check().clean  # type: ignore[attr-defined]
+
+
+def test_a_graph_does_not_look_at_other_graphs(tmp_path: Path) -> None:
+    """An edit takes the same steps however many images the program has open."""
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", SIZE)
+    steps = []
+    for others in (1, 50):
+        with ExitStack() as stack:
+            image, *_ = [stack.enter_context(lamina.open(path, format="qcow2")) for _ in range(1 + others)]
+            with interrupted_at_opcode(0, in_files(GATE)) as seen:
+                edit(image)
+                image.share().close()
+            steps += seen
+    assert steps[0] == steps[1]
 
 
 def test_requests_that_waited_for_an_interrupted_edit_go_on(tmp_path: Path) -> None:

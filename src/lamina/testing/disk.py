@@ -6,9 +6,11 @@ of every user.
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +24,7 @@ from ..errors import LaminaError, NotSupported, OutOfRange, ReadOnly
 from ..extents import Extents
 from ..image import Image
 from ..limits import MAX_SIZE
-from ..node import Node
+from ..node import Node, StorageNode
 from .model import Disk, Written, check_disk, check_first_extents, check_status, serial_order
 
 #: The settings of every law. Many classes inherit a law, which hypothesis would otherwise report as a mistake.
@@ -273,6 +275,25 @@ class DiskConformance:
                 assert found.data.all()
                 assert not found.zero.any()
                 assert not image.root.reads_zero(offset, length)
+
+    # -- memory
+
+    def test_what_was_closed_is_freed_without_the_garbage_collector(self) -> None:
+        """Which runs rarely in a large program: until then closed disks would keep their tables and buffers."""
+        gc.collect()
+        gc.disable()
+        try:
+            with self.image() as image:
+                # Storage may be kept for `reopened`.
+                nodes = [weakref.ref(node) for node in image.node.beneath() if not isinstance(node, StorageNode)]
+                if not image.read_only:
+                    image.write(1, b"written")
+                image.read(0, image.size)
+                image.extents()
+            del image
+            assert not [kind for node in nodes if (kind := node()) is not None]
+        finally:
+            gc.enable()
 
     # -- threads
 

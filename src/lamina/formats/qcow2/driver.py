@@ -5,6 +5,7 @@ from __future__ import annotations
 from errno import ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import ref
 
 from ...errors import BlockIOError, CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
@@ -105,14 +106,24 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         from .compression import Compression
         from .tables import Tables
 
+        owner = ref(self)  # weak: a closed image is freed at once, not by the garbage collector
+
+        def stop_writing() -> None:
+            if (node := owner()) is not None:
+                node.read_only = True
+
+        def book(count: int) -> None:
+            if (node := owner()) is not None:
+                node._book(node.kept_bytes, count)
+
         self.tables = Tables(
             self.file,
             self.header,
             cache_bytes=self._cache_bytes,
             writable=writable,
             data=self.data,
-            on_corrupt=self._stop_writing,
-            book=lambda count: self._book(self.kept_bytes, count),
+            on_corrupt=stop_writing,
+            book=book,
         )
         self._loaded = True
         self._map_one = self.tables.mappings.map_one  # called for every read
@@ -432,9 +443,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         if self.header.autoclear_features != kept:
             self.header.autoclear_features = kept
             self.header.store(self.file, "autoclear_features")
-
-    def _stop_writing(self) -> None:
-        self.read_only = True
 
     def settle(self) -> None:
         try:
