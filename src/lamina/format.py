@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .report import CheckReport
     from .request import Child
     from .results import ImageInfo, Snapshot
+    from .workers import Workers
 
 #: The findings of a check that `Format.repair` repairs.
 Repair = Literal["leaks", "all"]
@@ -54,6 +55,8 @@ class Format(Node):
     create_schema: ClassVar[Schema | None] = None
     #: The options that `amend` can change; None: there are none.
     amend_schema: ClassVar[Schema | None] = None
+    #: The threads that encode and decode, after the first long request (see `coding`).
+    coders: Workers | None = None
 
     @classmethod
     def refusal(cls, lacks: str, hint: str | None = None) -> UnsupportedFeature:
@@ -173,6 +176,13 @@ class Format(Node):
     def merge_bitmaps(self, name: str, sources: Iterable[DirtyBitmap]) -> None:
         """Add to this bitmap the recorded writes of `sources`, which belong to this image or to others."""
         raise self._at(self.refusal("keeps no dirty bitmaps"))
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            if self.coders is not None:
+                self.coders.close()
 
     def _at(self, error: UnsupportedFeature) -> UnsupportedFeature:
         error.path = self.filename

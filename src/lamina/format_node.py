@@ -21,6 +21,7 @@ import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import limits
+from .coding import Encoded, load_all
 from .format import Format
 from .holes import lies_in_hole, runs_with_holes, stored, with_holes
 from .limits import MIB
@@ -151,6 +152,11 @@ class FormatNode(Format):
         the range, not the tables; the range is enough."""
         raise self.refuse("read of encoded data")
 
+    def load_parts(self, parts: list[Encoded]) -> None:
+        """`load` of each part of one read. A driver overrides it where several parts cost less than each by itself."""
+        for part in parts:
+            self.load(*part)
+
     def reserve(self, offset: int, length: int) -> Reservation:
         """Storage for the first bytes of a write: at least 1 byte, at most `length`. Changes of counts and free lists may
         reach the disk before `commit`; the result of `map` stays the same. This is the last hook that may fail for lack of
@@ -214,6 +220,7 @@ class FormatNode(Format):
 
     @plain
     def read_into(self, offset: int, view: memoryview) -> None:
+        encoded: list[Encoded] = []
         while True:
             mapping = self.map(offset, len(view))
             flags, length, host, child, _ = mapping
@@ -226,10 +233,12 @@ class FormatNode(Format):
                     child.event("read_aio")
                 child.read_into(host, part)
             elif flags:
-                self.load(mapping, offset, part)
+                encoded.append(Encoded(mapping, offset, part))
             else:
                 self.read_below(offset, part)
             if part is view:
+                if encoded:
+                    load_all(self, encoded)
                 return
             offset += length
             view = view[length:]
@@ -249,12 +258,10 @@ class FormatNode(Format):
     def read_below(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes of the layers below, and with zeros past their end."""
         backing = self.backing
-        inside = 0
-        if backing is not None:
-            inside = min(max(backing.node.size - offset, 0), len(view))
-            if inside:
-                self.file.tell("read_backing_aio")
-                backing.read_into(offset, view[:inside])
+        inside = 0 if backing is None else min(max(backing.node.size - offset, 0), len(view))
+        if backing is not None and inside:
+            self.file.tell("read_backing_aio")
+            backing.read_into(offset, view[:inside])
         if inside < len(view):
             fill_zero(view[inside:])
 

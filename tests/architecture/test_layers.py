@@ -52,6 +52,7 @@ LAYERS = [
         "api",
         "around",
         "block_runs",
+        "coding",
         "creation",
         "edge",
         "edit",

@@ -11,28 +11,29 @@ host cluster was free.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...coding import threads_for, workers_of
 from ...errors import CorruptImage
 from ...format_node import Reservation
-from ...limits import KIB, MIB, align_down, align_up
+from ...limits import MIB, align_down, align_up
 from .l2_entry import compressed_entry, compressed_range
 
 if TYPE_CHECKING:
     from ...format_node import FormatNode
-    from ...workers import Workers
     from .tables import Tables
 
 #: The size of the cache of clusters that small reads decompressed, in bytes.
 _CACHE = MIB
-#: The bytes that are compressed and allocated at once, and the least that a thread compresses.
-_BATCH, _SHARE = 4 * MIB, 128 * KIB
-#: More threads than this wait for the file or the tables.
-_MOST_THREADS = 8
+#: The bytes that are compressed and allocated at once.
+_BATCH = 4 * MIB
+#: The most compressed data that is read at once.
+_RUN = MIB
+#: Compressed data ends in any byte of a sector.
+_SECTOR = 512
 
 
 class NewEntry(NamedTuple):
@@ -53,49 +54,64 @@ class Compression:
         self._zstd = bool(header.compression_type)
         # With refcounts of one bit no two clusters can share a host cluster, so compression would save nothing.
         self.compresses = header.refcount_bits > 1 and not (header.crypt_method or header.external_data)
-        self._cache: dict[int, bytes] = {}  # by L2 entry, the oldest first
+        self._cache: dict[int, bytes | bytearray] = {}  # by L2 entry, the oldest first
         self._max_cached = max(_CACHE >> self._bits, 2)
         self._cache_lock = threading.Lock()
         # Held from the allocation of storage until the L2 entries point to it: the end of one cluster's data and the
         # beginning of the next share a sector, and data at the end of the file is padded to a whole sector.
         self._allocating = threading.Lock()
-        self._workers: Workers | None = None
 
     # -- reading
 
     def read_into(self, entry: int, within: int, view: memoryview) -> None:
         """Fill `view` with the data of the cluster with this L2 entry, from its byte `within` on. CorruptImage if it cannot
         be decompressed."""
-        data = self._cache.get(entry)
-        if data is None:
-            data = self._decompress(entry)
-            if len(view) < self._cluster_size:  # the next read probably needs the rest
-                with self._cache_lock:
-                    self._cache[entry] = data
-                    while len(self._cache) > self._max_cached:
-                        del self._cache[next(iter(self._cache))]
-        view[:] = memoryview(data)[within : within + len(view)]
+        self.read_parts([(entry, within, view)])
 
-    def _decompress(self, entry: int) -> bytes:
-        offset, length = compressed_range(entry, self._bits)
-        inside = min(length, self._file.node.size - offset)  # the file may end inside the last sector
-        try:
-            if inside <= 0:
-                raise CorruptImage("it begins past the end of the file")
-            data = memoryview(bytearray(inside))
+    def read_parts(self, parts: list[tuple[int, int, memoryview]]) -> None:
+        """`read_into` of each part. Data that lies end to end is read from the file at once."""
+        bits, size, decompress = self._bits, self._cluster_size, self._codec()[1]
+        places = [compressed_range(entry, bits) for entry, _, _ in parts]
+        stored, start, end = memoryview(b""), 0, 0
+        for at, ((entry, within, view), (offset, length)) in enumerate(zip(parts, places, strict=True)):
+            data = self._cache.get(entry)
+            if data is None:
+                if offset < start or offset + length > end:
+                    start, end = offset, _end_of_run(places, at)
+                    stored = self._read(start, end - start)
+                try:
+                    data = decompress(stored[offset - start : offset - start + length], size)
+                except CorruptImage as error:
+                    raise self._unreadable(offset, error) from error
+                if len(view) < size:  # the next read probably needs the rest
+                    self._keep(entry, data)
+            view[:] = data if len(view) == size else memoryview(data)[within : within + len(view)]
+
+    def _keep(self, entry: int, data: bytes | bytearray) -> None:
+        with self._cache_lock:
+            self._cache[entry] = data
+            while len(self._cache) > self._max_cached:
+                del self._cache[next(iter(self._cache))]
+
+    def _unreadable(self, offset: int, error: CorruptImage) -> CorruptImage:
+        outside = offset >= self._file.node.size
+        return CorruptImage(
+            f"compressed data cannot be read: {'it begins past the end of the file' if outside else error.message}",
+            path=self._file.node.filename,
+            operation="read",
+            offset=offset,
+            hint="check the image; the offset is that in its file",
+        )
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        """That part of the file. The file may end inside the last sector, or before."""
+        data = memoryview(bytearray(max(min(length, self._file.node.size - offset), 0)))
+        if data:
             self._file.tell("read_compressed")
             self._file.read_into(offset, data)
-            return self._codec()[1](data, self._cluster_size)
-        except CorruptImage as error:
-            raise CorruptImage(
-                f"compressed data cannot be read: {error.message}",
-                path=self._file.node.filename,
-                operation="read",
-                offset=offset,
-                hint="check the image; the offset is that in its file",
-            ) from error
+        return data
 
-    def _codec(self) -> tuple[Callable[[memoryview], bytes], Callable[[memoryview, int], bytes]]:
+    def _codec(self) -> tuple[Callable[[memoryview], bytes], Callable[[memoryview, int], bytes | bytearray]]:
         if self._zstd:
             from ...codecs import zstd
 
@@ -125,7 +141,7 @@ class Compression:
 
     def _write_clusters(self, node: FormatNode, offset: int, view: memoryview) -> None:
         size = self._cluster_size
-        compressed = zip(range(0, len(view), size), self._compress_all(view), strict=True)
+        compressed = zip(range(0, len(view), size), self._compress_all(node, view), strict=True)
         for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
             pieces = list(group)
             if shrinks:
@@ -134,14 +150,14 @@ class Compression:
                 first, last = pieces[0][0], pieces[-1][0]
                 node.write(offset + first, view[first : last + size])
 
-    def _compress_all(self, view: memoryview) -> list[bytes]:
+    def _compress_all(self, node: FormatNode, view: memoryview) -> list[bytes]:
         """Each cluster of `view`, compressed; several threads share a long buffer."""
-        threads = min(os.cpu_count() or 1, _MOST_THREADS, len(view) // _SHARE)
+        threads = threads_for(len(view))
         if threads < 2:
             return self._compress(view)
         share = align_up(-(-len(view) // threads), self._cluster_size)
         parts = [view[at : at + share] for at in range(0, len(view), share)]
-        return [data for part in self._compressors().map(self._compress, parts) for data in part]
+        return [data for part in workers_of(node).map(self._compress, parts) for data in part]
 
     def _compress(self, view: memoryview) -> list[bytes]:
         size, compress = self._cluster_size, self._codec()[0]
@@ -150,14 +166,6 @@ class Compression:
         if whole < len(view):  # the last cluster of the disk
             found.append(compress(memoryview(bytes(view[whole:]).ljust(size, b"\0"))))
         return found
-
-    def _compressors(self) -> Workers:
-        with self._cache_lock:
-            if self._workers is None:
-                from ...workers import Workers
-
-                self._workers = Workers(min(os.cpu_count() or 1, _MOST_THREADS), "lamina-compress")
-            return self._workers
 
     def _store_all(self, node: FormatNode, pieces: list[tuple[int, bytes]]) -> None:
         """Reserve, write, commit: the data is written before an L2 entry points to it."""
@@ -207,6 +215,14 @@ class Compression:
         if tables.mappings.pressure:
             tables.write_out()
 
-    def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
+
+def _end_of_run(places: list[tuple[int, int]], first: int) -> int:
+    """The end of the data that begins with that of the place number `first` and continues with those after it: each begins
+    where the one before it ends, or in the same sector."""
+    start, length = places[first]
+    end = start + length
+    for offset, length in places[first + 1 :]:
+        if not end - _SECTOR < offset <= end or offset + length > start + _RUN:
+            break
+        end = offset + length
+    return end

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from collections.abc import Mapping as Options
 
+    from ...coding import Encoded
     from ...extents import HostFile
     from ...format import Repair
     from ...graph import Opener
@@ -247,7 +248,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         from .refcount_width import set_width
 
         self.rewrite(set_width, bits)
-        self._compression.close()
         self._compression = Compression(self.tables)
         self.supported_flags = COMPRESS if self._compression.compresses else 0
 
@@ -321,6 +321,11 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
 
     def load(self, mapping: Mapping, offset: int, view: memoryview) -> None:
         self._compression.read_into(mapping.token, offset & self._cluster_size - 1, view)
+
+    def load_parts(self, parts: list[Encoded]) -> None:
+        self._compression.read_parts(
+            [(part.mapping.token, part.offset & self._cluster_size - 1, part.view) for part in parts]
+        )
 
     def reserve(self, offset: int, length: int) -> Reservation:
         tables = self.tables
@@ -426,7 +431,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
                 path=self.filename,
                 hint="close it and open it again",
             )
-        self._compression.close()
         self._load_tables(True)
         self._begin()
 
@@ -455,12 +459,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         super().after_fork()
         if self._loaded:
             self.tables.changes = False  # the thread that was changing them exists only in the parent process
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            self._compression.close()
 
 
 class EncryptedQcow2(Encrypted, Qcow2):

@@ -15,6 +15,7 @@ from ...status import COMPRESSED, DATA
 if TYPE_CHECKING:
     from collections.abc import Mapping as Options
 
+    from ...coding import Encoded
     from ...crypto.sectors import SectorCipher
     from ...format_node import Columns, Reservation
     from ...graph import Opener
@@ -95,6 +96,10 @@ class Encrypted(FormatNode):
             stored.read_into(host + whole, last)
             cipher.decrypt(sector + whole // SECTOR, last)
             view[whole:] = last[: length - whole]
+
+    def load_parts(self, parts: list[Encoded]) -> None:
+        for part in parts:  # any of them may be encrypted
+            self.load(*part)
 
     def reserve(self, offset: int, length: int) -> Reservation:
         self._cipher("write")
