@@ -115,9 +115,10 @@ class Session:
             if tags := self.rules.stopped:
                 raise OptionError(f"a request is stopped at {tags[-1]!r}", hint=f"resume it: resume {tags[-1]}")
             time.sleep(_POLL_INTERVAL)
-        waiting, self._waiting = self._waiting, []
-        # Waits for all requests before the first error is raised.
-        errors = [error for one in waiting if (error := one.wait()) is not None]
+        # Waits for all requests before the first error is raised. After an interrupt the next call waits for them: the
+        # message of a request is not to follow that of the end of the program.
+        errors = [error for one in self._waiting if (error := one.wait()) is not None]
+        self._waiting = []
         if errors:
             raise errors[0]
 
