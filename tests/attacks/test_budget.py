@@ -153,7 +153,7 @@ def test_deep_images_cache_less(tmp_path: Path) -> None:
     with lamina.open(top, format="qcow2", budget=Budget(cache_bytes=MIB)) as image:
         found, node = [], image.node
         while True:
-            found.append(node._cache_bytes)  # type: ignore[attr-defined]
+            found.append(sum(node._caches))  # type: ignore[attr-defined]
             if "backing" not in node.children:
                 break
             node = node.children["backing"].node

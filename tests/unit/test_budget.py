@@ -44,7 +44,7 @@ def cached(top: Path, **members: Any) -> None:
     with lamina.open(top, format="qcow2", budget=Budget(**members)) as image:
         node, level = image.node, 1
         while True:
-            if node._cache_bytes != 3 * MIB // level:  # type: ignore[attr-defined]
+            if sum(node._caches) != 3 * MIB // level:  # type: ignore[attr-defined]
                 raise LimitExceeded("another budget")
             if "backing" not in node.children:
                 return

@@ -185,6 +185,7 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
 
 def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
     """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
+    from .caches import Caches
     from .tables import Tables
 
     cluster_size = values["cluster_size"]
@@ -239,9 +240,9 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         from .create_external import open_data_file
 
         with open_data_file(values, size) as data:
-            _fill(Tables(storage, header, cache_bytes=MIB, writable=True, data=data), size, values)
+            _fill(Tables(storage, header, caches=Caches.of(MIB), writable=True, data=data), size, values)
     else:
-        _fill(Tables(storage, header, cache_bytes=MIB, writable=True), size, values)
+        _fill(Tables(storage, header, caches=Caches.of(MIB), writable=True), size, values)
 
 
 def _fill(tables: Tables, size: int, values: Mapping[str, Any]) -> None:

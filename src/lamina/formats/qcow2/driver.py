@@ -19,6 +19,7 @@ from . import create as _create
 from . import layout as q
 from .amend_node import Amendable
 from .bitmap_node import WithBitmaps
+from .caches import OPTIONS, Caches
 from .encrypted import Encrypted
 from .header import Header
 from .snapshot_node import WithSnapshots
@@ -68,6 +69,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             Option("snapshot-id", "str", "open the internal snapshot with this id, for reading"),
             Option("snapshot-name", "str", "open the internal snapshot with this name, for reading"),
             Option("discard-no-unref", "bool", "what is discarded or zeroed keeps its clusters", default=False),
+            *OPTIONS,
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
@@ -86,7 +88,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         header: Header,
         *,
         read_only: bool,
-        cache_bytes: int,
+        caches: Caches,
         name: str | None = None,
         data: Child | None = None,
     ) -> None:
@@ -97,7 +99,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             self.children["data-file"] = self.data = data
         self.header = header
         self._cluster_size = header.cluster_size
-        self._cache_bytes = cache_bytes
+        self._caches = caches
         self._load_tables(not read_only)
         self.supported_flags = COMPRESS if self._compression.compresses else 0
 
@@ -120,7 +122,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         self.tables = Tables(
             self.file,
             self.header,
-            cache_bytes=self._cache_bytes,
+            caches=self._caches,
             writable=writable,
             data=self.data,
             on_corrupt=stop_writing,
@@ -167,9 +169,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             kind = class_of(kind)
         elif "data-file" in options:
             raise OptionError("a data file is given, and the image has none", path=path)
-        node: Self = kind(
-            file, header, read_only=opener.read_only, cache_bytes=opener.cache_bytes, name=opener.name, data=data
-        )
+        caches = Caches.given(options, Caches.of(opener.cache_bytes))
+        opener.book(max(sum(caches) - opener.cache_bytes, 0), "a cache of tables larger than that of the budget", path)
+        node: Self = kind(file, header, read_only=opener.read_only, caches=caches, name=opener.name, data=data)
         node.vm_state, node.keeps_clusters = vm_state, keeps_clusters
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)

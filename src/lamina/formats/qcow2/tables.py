@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from ...request import Child
+    from .caches import Caches
     from .header import Header
 
 _Result = TypeVar("_Result")
@@ -47,15 +48,14 @@ class Tables:
         file: Child,
         header: Header,
         *,
-        cache_bytes: int,
+        caches: Caches,
         writable: bool,
         data: Child | None = None,
         on_corrupt: Callable[[], None] = lambda: None,
         book: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """`cache_bytes`: half for L2 tables, half for refcount blocks. `data`: the edge to an external data file.
-        `on_corrupt` is called before the image is marked corrupt; writes must stop from then on. `book`: see
-        `RefcountScan`."""
+        """`data`: the edge to an external data file. `on_corrupt` is called before the image is marked corrupt; writes must
+        stop from then on. `book`: see `RefcountScan`."""
         self.file = file
         self.header = header
         self.cluster_bits = header.cluster_bits
@@ -68,13 +68,13 @@ class Tables:
         self.external = header.external_data
         #: The offset of a cluster in an L2 entry in memory exceeds that in `data` by so much (see `l2_external`).
         self.shift = header.cluster_size if self.external else 0
-        self.mappings = Mappings(file, header, cache_bytes // 2, writable=writable, data=data)
+        self.mappings = Mappings(file, header, caches.l2, writable=writable, data=data)
         #: False for a read-only image, and after its tables were found corrupt.
         self.writable = writable
         #: Whether the thread with the lock is changing the tables.
         self.changes = False
         self.given_back = 0
-        self._cache_bytes = cache_bytes
+        self._caches = caches
         self._on_corrupt = on_corrupt
         self._refcounts: Refcounts | None = None
         self.freeing = Freeing(file, header.cluster_bits)
@@ -90,7 +90,7 @@ class Tables:
     def refcounts(self) -> Refcounts:
         """The refcounts, loaded for the first change; reads do not need them."""
         if self._refcounts is None:
-            counts = Refcounts(self.file, self.header, self._cache_bytes // 2, self._scan)
+            counts = Refcounts(self.file, self.header, self._caches.refcounts, self._scan)
             claim(counts, self.file, self.header, self.mappings.l1)
             self._refcounts = counts
         return self._refcounts
@@ -141,7 +141,7 @@ class Tables:
         changes."""
         header, file = self.header, self.file
         header.require_fields(values)
-        mappings = Mappings(file, header.but(values), self._cache_bytes // 2, data=self.data)
+        mappings = Mappings(file, header.but(values), self._caches.l2, data=self.data)
         before, names = header.values(*values), tuple(values)
         try:
             header.set(values)
