@@ -114,11 +114,11 @@ def test_row_30_cve_2014_0144_refcount_table_clusters(tmp_path: Path, value: int
 
 
 def test_row_30_cve_2014_0144_refcount_table_clusters_zero(tmp_path: Path) -> None:
-    refused(victim(tmp_path).set(refcount_table_clusters=0), "refcount_table_clusters is 0", CorruptImage)
+    only_read(victim(tmp_path).set(refcount_table_clusters=0), "refcount table of 0 bytes.*not inside the file")
 
 
 def test_row_30_cve_2014_0144_refcount_table_at_the_limit_in_a_small_file(tmp_path: Path) -> None:
-    refused(victim(tmp_path).set(refcount_table_clusters=2048), "not inside the file", CorruptImage)
+    only_read(victim(tmp_path).set(refcount_table_clusters=2048), "refcount table.*not inside the file")
 
 
 @pytest.mark.parametrize("field", ["refcount_table_offset", "l1_table_offset"])
@@ -126,11 +126,14 @@ def test_row_30_cve_2014_0144_refcount_table_at_the_limit_in_a_small_file(tmp_pa
     "value", [0x1234567890ABCDEF, U64, U64 - 4095, 1 << 63, (1 << 63) - 4096, 1, 0x1001, 0, 1 << 56]
 )
 def test_row_30_cve_2014_0144_table_offsets(tmp_path: Path, field: str, value: int) -> None:
-    refused(victim(tmp_path).set(**{field: value}), field, CorruptImage)
+    if field == "refcount_table_offset" and not value:
+        only_read(victim(tmp_path).set(**{field: value}), "refcount table.*not inside the file")
+    else:
+        refused(victim(tmp_path).set(**{field: value}), field, CorruptImage)
 
 
 def test_row_30_cve_2014_0144_table_offsets_past_the_end(tmp_path: Path) -> None:
-    refused(victim(tmp_path).set(refcount_table_offset=1 << 40), "refcount_table_offset", CorruptImage)
+    only_read(victim(tmp_path).set(refcount_table_offset=1 << 40), "refcount table.*not inside the file")
     only_read(victim(tmp_path).set(l1_table_offset=1 << 40), "l1_table_offset")
 
 

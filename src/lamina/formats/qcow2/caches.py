@@ -36,7 +36,9 @@ class Caches(NamedTuple):
         if total is None:
             return cls(default.l2 if l2 is None else l2, default.refcounts if refcounts is None else refcounts)
         if l2 is not None and refcounts is not None:
-            raise OptionError("cache-size, l2-cache-size and refcount-cache-size are given", hint="leave one of them out")
+            raise OptionError(
+                "cache-size, l2-cache-size and refcount-cache-size are given", hint="leave one of them out"
+            )
         if max(l2 or 0, refcounts or 0) > total:
             raise OptionError(f"cache-size is {total}, and a part of it is to be larger", hint="raise cache-size")
         if l2 is not None:

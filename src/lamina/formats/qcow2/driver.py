@@ -144,6 +144,8 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         path = file.node.filename
         header.require_openable(path, writable=not (opener.read_only or opener.repair))
         header.require_l1(path, writable=not opener.read_only)
+        if not (opener.read_only or opener.repair):
+            header.require_refcounts(path)
         keeps_clusters = bool(options.get("discard-no-unref"))
         if keeps_clusters and header.version < 3:
             raise OptionError("version 2 has no zero flag, and discard-no-unref needs it", path=path)
@@ -182,6 +184,10 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             node._begin()
         if not header.l1_inside:
             node.warn("%s: the L1 table is past the end of the file; what it maps reads as zero", path)
+        if header.lost_refcounts is not None and opener.read_only:
+            node.warn(
+                "%s: the refcount table is not inside the file; the image can only be read until it is repaired", path
+            )
         return node
 
     def _begin(self) -> None:
@@ -427,6 +433,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         header, known = Header.read(self.file), self.header
         header.require_openable(self.filename, writable=True)
         header.require_l1(self.filename, writable=True)
+        header.require_refcounts(self.filename)
         if header.values(*_SAME) != known.values(*_SAME):
             raise LaminaError(
                 "another process changed the image, which was open without locks",

@@ -42,6 +42,8 @@ class Header:
     backing_file: str | None = None
     #: Whether the L1 table is inside the file.
     l1_inside: bool = True
+    #: Where the header places the refcount table (offset, bytes), if that is not inside the file: then this header has none.
+    lost_refcounts: tuple[int, int] | None = None
     #: (type, data) of all extensions, in order, including unknown ones.
     extensions: list[tuple[int, bytes]]
 
@@ -128,6 +130,16 @@ class Header:
         if writable and self.incompatible_features & q.CORRUPT:
             raise CorruptImage(
                 "the image is marked corrupt: it can only be read", path=path, hint="repair it, or open it read-only"
+            )
+
+    def require_refcounts(self, path: str) -> None:
+        """Raise CorruptImage if the image has lost its refcounts: nothing can be allocated before they are repaired."""
+        if self.lost_refcounts is not None:
+            offset, length = self.lost_refcounts
+            raise CorruptImage(
+                f"the refcount table of {length} bytes at {offset:#x} is not inside the file: the image can only be read",
+                path=path,
+                hint="repair it (lamina check -r all)",
             )
 
     def require_l1(self, path: str, *, writable: bool) -> None:
@@ -236,19 +248,18 @@ class Header:
         # The end of the file may come first: some programs store no zeros there. `require_openable` says more.
         self._check_table("l1_table_offset", self.l1_table_offset, self.l1_size * 8, q.MAX_HOST_OFFSET)
         self.l1_inside = self.l1_table_offset + self.l1_size * 8 <= align_up(file_size, self.cluster_size)
-        if not self.refcount_table_clusters:
-            raise CorruptImage("refcount_table_clusters is 0")
         limit = q.MAX_REFTABLE_BYTES >> self.cluster_bits
         if self.refcount_table_clusters > max(limit, 1):
             raise LimitExceeded(
                 f"refcount_table_clusters is {self.refcount_table_clusters}, above the limit of {limit}"
             )
-        self._check_table(
-            "refcount_table_offset",
-            self.refcount_table_offset,
-            self.refcount_table_clusters << self.cluster_bits,
-            file_size,
-        )
+        length = self.refcount_table_clusters << self.cluster_bits
+        if self.refcount_table_offset:
+            self._check_table("refcount_table_offset", self.refcount_table_offset, length, q.MAX_HOST_OFFSET)
+        end = self.refcount_table_offset + length
+        if not (self.refcount_table_offset and length and end <= align_up(file_size, self.cluster_size)):
+            self.lost_refcounts = (self.refcount_table_offset, length)
+            self.refcount_table_offset = self.refcount_table_clusters = 0
         if self.nb_snapshots > q.MAX_SNAPSHOTS:
             raise LimitExceeded(f"nb_snapshots is {self.nb_snapshots}, above the limit of {q.MAX_SNAPSHOTS}")
         if self.nb_snapshots:

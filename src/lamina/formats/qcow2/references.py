@@ -124,6 +124,9 @@ class References:
             self.l2_tables([table for table in tables if table is not None])
         self.encryption()
         bitmap_references.add(self, Use(BITMAPS))
+        if header.lost_refcounts is not None:
+            offset, length = header.lost_refcounts
+            self.report.add(ERROR, f"the refcount table of {length} bytes at {offset:#x} is not inside the file")
         self.region(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * self.cluster)
         self.refcount_blocks()
 

@@ -37,6 +37,7 @@ def repair(tables: Tables, book: Callable[[int], None], what: Literal["leaks", "
     found = change.entries_of(active)
     change.release(active.offset, 8 * active.entries)
     change.publish(found, entries, entries, size=header.size)
+    header.lost_refcounts = None
     return None, change.freed()
 
 
@@ -91,9 +92,18 @@ class _Recount(Rewrite):
         old[structures & (counts == 0)] = 0  # the blocks and the table of now are replaced
         used = (counts != 0) | structures | (self._before != 0)
         if found.incomplete:  # tables that could not be read may refer to what seems to be free
+            if self._header.lost_refcounts is not None:
+                raise CorruptImage(
+                    "the refcounts are lost, and cannot be made anew, since some tables cannot be read",
+                    path=self._path,
+                    hint="convert the image to a new one",
+                )
             counts = np.maximum(counts, old)
         if self._what == "leaks":
             counts = np.minimum(counts, old)
+        if self._header.lost_refcounts is not None:  # nothing lies there before the header names another place
+            offset, size = self._header.lost_refcounts
+            used[offset >> self._bits : -(-(offset + size) >> self._bits)] = True
         self._counts = counts.astype(self._before.dtype)
         self._free = np.flatnonzero(~used)
 
