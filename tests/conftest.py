@@ -238,6 +238,12 @@ def _open_files() -> dict[str, str]:
     return found
 
 
+@pytest.fixture
+def granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site grants what lies beside an image, which may then be written as its data file."""
+    monkeypatch.setenv("LAMINA_REFERENCES", "same-dir")
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_files() -> Iterator[None]:
     """Fail a test after which more file descriptors are open than before it.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from .errors import Closed, OptionError, ReadOnly
+from .errors import Closed, LaminaError, OptionError, ReadOnly
 from .limits import GIB, MAX_TRANSFER, align_down, is_power_of_two
 from .node import Node, require_writable
 
@@ -48,6 +48,7 @@ class Edge:
         "_within",
         "_zero_align",
         "closing",
+        "denied",
         "event",
         "grows",
         "node",
@@ -62,6 +63,8 @@ class Edge:
         self.read_only = read_only
         #: Whether its root is closing: long requests end early.
         self.closing = False
+        #: Makes the error for a reopening for writing, if the policy for references lets the image only read this child.
+        self.denied: Callable[[], LaminaError] | None = None
         self.refresh()
         self.count_at(node)
 
@@ -126,8 +129,10 @@ class Edge:
 
     def reopen(self, read_only: bool) -> None:
         """Make this edge read-only or writable. The first writable edge reopens its node for writing (`Node.reopen`); when
-        the last one becomes read-only, so does the node. No request runs meanwhile. Raises OptionError, without effect, if an
-        edge of another node, or a root that writes, excludes it."""
+        the last one becomes read-only, so does the node. No request runs meanwhile. Raises, without effect, OptionError if an
+        edge of another node, or a root that writes, excludes it, and PolicyError if no policy grants it."""
+        if self.denied is not None and not read_only:
+            raise self.denied()
         node, before = self.node, self.read_only
         others = [edge for edge in node.parents() if edge is not self]
         if not read_only:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from .errors import (
@@ -47,10 +48,12 @@ _FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class GrantedFile(NamedTuple):
-    """A file that a name inside an image refers to: its path without symlinks, and a descriptor, which the owner closes."""
+    """A file that a name inside an image refers to: its path without symlinks, and a descriptor, which the owner closes.
+    `denied` makes the error for opening it for writing, if it may only be read."""
 
     path: str
     fd: int
+    denied: Callable[[], PolicyError] | None = None
 
 
 class Policy:
@@ -60,15 +63,22 @@ class Policy:
     Threads and images may share a policy. Equal policies compare and hash equal; `str` returns the notation of `parse`.
     """
 
-    __slots__ = ("_directory", "_kind", "_paths", "_probed")
+    __slots__ = ("_directory", "_kind", "_paths", "_probed", "_stated")
 
     def __init__(
-        self, kind: Kind, *, directory: str | None = None, paths: tuple[str, ...] = (), probed: str | None = None
+        self,
+        kind: Kind,
+        *,
+        directory: str | None = None,
+        paths: tuple[str, ...] = (),
+        probed: str | None = None,
+        stated: bool = True,
     ) -> None:
         self._kind: Kind = kind
         self._directory = directory
         self._paths = paths
         self._probed = probed
+        self._stated = stated  # by a user or a site; else it grants no writes
 
     @classmethod
     def none(cls) -> Policy:
@@ -124,7 +134,8 @@ class Policy:
     @classmethod
     def default(cls) -> Policy:
         """The policy for images with an explicit format and without an explicit policy: the setting of this site, otherwise
-        the own directory (`beneath()`).
+        the own directory (`beneath()`), where files are read and never written: an image of a stranger that is opened for
+        writing would else name any file beside it as its data file.
 
         A site sets it, in the notation of `parse`, in the environment variable LAMINA_REFERENCES, in the file
         `lamina/references` below $XDG_CONFIG_HOME (~/.config), or in /etc/lamina/references; the first that exists is used. A
@@ -139,7 +150,7 @@ class Policy:
             text = _site_file(path)
             if text is not None:
                 return _site_policy(text, path)
-        return cls.beneath()
+        return cls("beneath", stated=False)
 
     @property
     def kind(self) -> Kind:
@@ -172,7 +183,7 @@ class Policy:
         return hash(self._fields())
 
     def _fields(self) -> tuple[Any, ...]:
-        return (self._kind, self._directory, self._paths, self._probed)
+        return (self._kind, self._directory, self._paths, self._probed, self._stated)
 
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
@@ -196,8 +207,13 @@ class Policy:
         except OSError as error:
             raise check.refusal("its target cannot be determined", None) from error
         check.check_path(path, root, through)
+        denied = None
+        if not self._stated:
+            denied = partial(check.refusal, "it would be written, and no policy is given", check.grant(path))
+            if writable:
+                raise denied()
         try:
-            return GrantedFile(path, check.open(path, os.O_RDWR if writable else os.O_RDONLY))
+            return GrantedFile(path, check.open(path, os.O_RDWR if writable else os.O_RDONLY), denied)
         except OSError as error:
             if isinstance(error, LaminaError):
                 raise

@@ -145,7 +145,9 @@ def _by_name(
             node = below.open({**options, **where}, storage=True)
         else:
             node = below.apart().open({**options, "driver": driver, "file": where})
-        return opener.keep(Child(node, reference.role, grows=reference.kind == "storage"))
+        child = opener.keep(Child(node, reference.role, grows=reference.kind == "storage"))
+        child.denied = found.denied
+        return child
     except LaminaError as error:
         error.path = error.path or found.path
         raise

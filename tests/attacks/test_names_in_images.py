@@ -202,6 +202,35 @@ def test_row_13_cve_2024_32498_external_data_file(home: Path, secret: Path, bit:
     survives(found.path, policy=Policy.beneath() if bit else Policy.any())
 
 
+def test_row_13_a_data_file_is_written_by_permission_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image of a stranger, opened for writing in a folder with files of one's own, would overwrite one of them."""
+    (home / "thesis").write_bytes(b"mine" * MIB)
+    path = home / "of-a-stranger.qcow2"
+    lamina.create(path, "qcow2", None, data_file="thesis", data_file_keep=True)
+
+    def write(**options: Any) -> None:
+        with lamina.open(path, format="qcow2", read_only=False, **options) as image:
+            image.write(0, b"x")
+
+    with lamina.open(path, format="qcow2") as image:  # it is read like a backing file
+        assert image.read(0, 8) == b"mine" * 2
+        with pytest.raises(PolicyError, match=r"would be written.*--references list:"):
+            image.reopen(read_only=False)
+    with opened_files() as opened:
+        for denied in (None, Policy.none(), Policy.listed([home / "other"])):
+            with pytest.raises(PolicyError, match="data file"):
+                write(references=denied)
+        monkeypatch.setenv("LAMINA_REFERENCES", "none")
+        with pytest.raises(PolicyError, match="data file"):
+            write()
+    assert not strangers(opened, [path])
+    assert (home / "thesis").read_bytes() == b"mine" * MIB
+    monkeypatch.setenv("LAMINA_REFERENCES", "same-dir")
+    write()
+    for granted in (Policy.beneath(), Policy.listed([home / "thesis"]), Policy.any()):
+        write(references=granted)
+
+
 def test_row_14_cve_2024_40767_declared_format_is_not_what_it_is(home: Path) -> None:
     others = {
         "vmdk": b'# Disk DescriptorFile\nversion=1\nRW 2048 FLAT "/etc/passwd" 0\n',

@@ -23,6 +23,7 @@ from lamina.testing.recorder import Marks, Recorder
 from tests.conftest import Qemu
 from tests.crash.workloads import open_on
 
+pytestmark = pytest.mark.usefixtures("granted")
 SIZE = 1 << 20
 
 

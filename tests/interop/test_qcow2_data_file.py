@@ -12,6 +12,7 @@ import pytest
 import lamina
 from tests.conftest import Qemu
 
+pytestmark = pytest.mark.usefixtures("granted")
 SIZE = (3 << 20) + 1536
 
 

@@ -110,6 +110,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     "options", [{"cluster_size": 4096}, {"cluster_size": 16_384, "extended_l2": True}, {"data_file": "data"}], ids=str
 )
 @pytest.mark.parametrize("backing", [False, True])
+@pytest.mark.usefixtures("granted")
 def test_what_a_larger_size_adds_is_allocated(
     tmp_path: Path, qemu: Qemu, how: str, options: dict[str, Any], backing: bool
 ) -> None:

@@ -72,7 +72,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "merge_bitmaps": (("b", ()), "bitmaps"),
 }
 #: What is no operation of an image: a helper, and a step that there need not be.
-OTHERS = {"refusal", "prepare_create", "side_files", "options_to_open"}
+OTHERS = {"refusal", "prepare_create", "side_files", "options_to_open", "close"}
 
 
 def declared() -> set[str]:

@@ -13,6 +13,9 @@ from lamina.errors import (
 )
 from lamina.policy import Policy
 
+#: The default where no site has set one.
+OWN = Policy("beneath", stated=False)
+
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -27,7 +30,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_site_sets_its_default(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = Path(policy_module.SYSTEM_DEFAULT)
-    assert Policy.default() == Policy.beneath()
+    assert Policy.default() == OWN
     system.write_text("# all images lie here\n\n  beneath:/srv  \nany\n")
     assert Policy.default() == Policy.beneath("/srv")
     site.write_text("none\n")
@@ -47,7 +50,7 @@ def test_a_relative_folder_of_settings_does_not_count(site: Path, monkeypatch: p
     monkeypatch.chdir(site.parent.parent.parent)
     monkeypatch.setenv("HOME", str(site.parent))
     monkeypatch.setenv("XDG_CONFIG_HOME", "config")
-    assert Policy.default() == Policy.beneath()
+    assert Policy.default() == OWN
 
 
 def test_a_default_that_is_wrong_names_its_place(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +69,9 @@ def test_a_default_that_others_could_have_written_does_not_count(site: Path, mon
         Policy.default()
     site.unlink()
     os.mkfifo(site)
-    assert Policy.default() == Policy.beneath()
+    assert Policy.default() == OWN
     site.unlink()
     site.write_text("any\n")
     if os.geteuid() == 0:
         os.chown(site, 12345, -1)
-        assert Policy.default() == Policy.beneath()
+        assert Policy.default() == OWN

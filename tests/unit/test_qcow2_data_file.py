@@ -25,6 +25,7 @@ from lamina.formats.qcow2 import layout as q
 from lamina.jobs.convert import convert_to_file
 from lamina.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("granted")
 SIZE = 1 << 20
 
 

@@ -11,6 +11,7 @@ import lamina
 from lamina.crypto.secret import Secret
 from lamina.formats.qcow2 import layout as q
 
+pytestmark = pytest.mark.usefixtures("granted")
 SIZE = 1 << 20
 
 

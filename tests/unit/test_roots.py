@@ -301,9 +301,8 @@ def test_the_last_user_that_is_forgotten_is_told(path: Path) -> None:
     keep[0].write(0, b"written")
     image.close()
     del image
-    keep.clear()
     with pytest.warns(ResourceWarning, match=r"disk\.qcow2, opened at .*test_roots\.py"):
-        gc.collect()
+        keep.clear()
     done = threading.Event()
     for _ in range(2000):
         try:
