@@ -20,12 +20,18 @@ class DirtyBitmap(Protocol):
     def granularity(self) -> int:
         """The number of bytes per bit, a power of two."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether it records writes."""
+
     def dirty(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """The dirty ranges (start, stop) between `begin` and `end`, in order, clipped to these bounds and not adjacent."""
 
 
 class MemoryBitmap:
     """A bitmap that exists only in memory. Its size grows with the number of dirty granules."""
+
+    enabled = True
 
     def __init__(self, granularity: int = 1 << 16) -> None:
         if not is_power_of_two(granularity):

@@ -55,6 +55,8 @@ class Format(Node):
     create_schema: ClassVar[Schema | None] = None
     #: The options that `amend` can change; None: there are none.
     amend_schema: ClassVar[Schema | None] = None
+    #: Whether images of the format may have dirty bitmaps.
+    keeps_bitmaps: ClassVar[bool] = False
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None
 
@@ -156,6 +158,11 @@ class Format(Node):
         raise self._at(self.refusal("has no internal snapshots"))
 
     # -- persistent dirty bitmaps (`Node.bitmaps` contains the existing ones)
+
+    @property
+    def inconsistent_bitmaps(self) -> Sequence[str]:
+        """The names of the bitmaps that were not stored after their last change. By default there are none."""
+        return ()
 
     def add_bitmap(self, name: str, granularity: int, *, enabled: bool = True) -> None:
         """Add an empty bitmap with a bit for each `granularity` bytes (a power of two); an enabled bitmap records writes."""

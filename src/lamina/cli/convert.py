@@ -95,10 +95,15 @@ def main(argv: list[str]) -> int:
         "-W", "--oob-writes", action="store_true",
         help="write in any order, with as many requests in flight as for reads (the default for a remote target)",
     )  # fmt: skip
+    parser.add_argument(
+        "--bitmaps", action="store_true", help="copy the persistent dirty bitmaps of the source as well"
+    )
+    parser.add_argument(
+        "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: leave out those that are inconsistent"
+    )
     for flags, metavar in (
         (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
         (("-r", "--rate", "a limit of the rate is not there yet"), "RATE"),
-        (("--bitmaps", "persistent bitmaps are not there yet"), None),
         (("--salvage", "continuing after read errors is not there yet"), None),
     ):
         parser.add_later(*flags, metavar=metavar)
@@ -114,6 +119,9 @@ def main(argv: list[str]) -> int:
         parser.error("one source and one target are needed")
     if args.offload and args.sparse_size is not None:
         parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
+    if args.skip_broken_bitmaps and not args.bitmaps:
+        parser.error("--skip-broken-bitmaps requires --bitmaps")
+    args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
     with open_image(name, args, args.format) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
@@ -148,6 +156,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         references=args.references,
         parallel=args.parallel,
         in_order=False if args.oob_writes else None,
+        bitmaps=args.bitmaps,
         durable=args.flush,
         max_output=args.max_output,
         monitor=monitor,
@@ -189,6 +198,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 offload=args.offload,
                 parallel=args.parallel,
                 in_order=False if args.oob_writes else None,
+                bitmaps=args.bitmaps,
                 max_output=args.max_output,
                 monitor=monitor,
             )

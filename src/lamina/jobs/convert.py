@@ -28,6 +28,7 @@ from ..policy import Policy
 from ..workers import Task, Workers
 from ..zeros import between, stored_parts
 from .beneath import Backing, differing, layers_above, stored
+from .bitmaps import Chosen, copied, require_bitmaps
 from .output import OutputLimit
 from .progress import Monitor
 from .requests import NEAR, Failed, Requests, in_order, is_far, requests_for
@@ -95,6 +96,7 @@ def convert(
     offload: Offload = "",
     parallel: int | None = None,
     in_order: bool | None = None,
+    bitmaps: Chosen = "",
     max_output: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
@@ -113,6 +115,9 @@ def convert(
     writes them one after the other, or with `in_order` False in any order and as many at once; None: in order unless the
     target is remote. With 20 ms for each request, 512 MiB take 0.9 s with 8, and 3.1 with one.
 
+    `bitmaps`: the target gets the dirty bitmaps of the source, with what they have recorded: "all" (OptionError for one that
+    is inconsistent), or "usable" ones.
+
     `max_output`: the most bytes of data that the job writes or copies, before compression; None: the limit of the source's
     budget. Zeros that are skipped, or that the target makes without a write, do not count.
 
@@ -128,7 +133,7 @@ def convert(
             path=target.filename,
             hint="make a target that is large enough",
         )
-    with source.share() as own_source, target.share() as own_target:
+    with source.share() as own_source, target.share() as own_target, copied(source, target, bitmaps):
         # What is compared must be read.
         reads = not offload or (below is not None and below.image is not None)
         offloader = None if reads else Offloader(own_source, own_target, only_share=offload == "share")
@@ -157,6 +162,7 @@ def convert_to_file(
     compress: bool = False,
     parallel: int | None = None,
     in_order: bool | None = None,
+    bitmaps: Chosen = "",
     durable: bool = False,
     max_output: int | None = None,
     monitor: Monitor | None = None,
@@ -173,6 +179,7 @@ def convert_to_file(
     path = path_in(path)
     refuse_own(source.node, path)
     kind = create_driver(format)
+    require_bitmaps(source, kind, bitmaps)
     given = {"size": source.size, **options}
     if backing is not None:
         if backing_format is None:
@@ -181,7 +188,7 @@ def convert_to_file(
     values = kind.creation_schema().parse(given)
     kind.prepare_create(values, path, source.budget)
     how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
-    how["max_output"] = max_output
+    how |= {"bitmaps": bitmaps, "max_output": max_output}
     below: Backing | None = None
     given = kind.options_to_open(values)
     with ExitStack() as stack:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from ...format_node import FormatNode
 from ...graph import rebook
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class WithBitmaps(FormatNode):
     """A format node with the bitmaps of its image."""
 
+    keeps_bitmaps: ClassVar[bool] = True
     header: Header
     tables: Tables
     #: The bitmaps of an image that is open for writing, and bytes of memory that they keep.
@@ -30,6 +31,11 @@ class WithBitmaps(FormatNode):
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         found = self._recording or self._bitmaps_of_image()
         return {name: one for name, one in found.all.items() if not one.inconsistent}
+
+    @property
+    def inconsistent_bitmaps(self) -> Sequence[str]:
+        found = self._recording or self._bitmaps_of_image()
+        return [name for name, one in found.all.items() if one.inconsistent]
 
     def add_bitmap(self, name: str, granularity: int, *, enabled: bool = True) -> None:
         self._change_bitmaps(lambda bitmaps: bitmaps.add(name, granularity, enabled=enabled))
