@@ -224,3 +224,40 @@ def test_the_scan_keeps_to_the_budget(tmp_path: Path, monkeypatch: pytest.Monkey
         assert bool(most) == (max(booked, default=0) > kept)
         assert image.node.kept_bytes == kept  # type: ignore[attr-defined]
     assert lamina.check(path, format="qcow2").clean
+
+
+def test_one_unreadable_table_fails_no_other_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The scan needs all tables. Without it nothing is freed, reused or cut off; writes, flushes and discards go on."""
+    path = tmp_path / "disk.qcow2"
+    size = fragmented(path)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.truncate(2 * SIZE)
+        far = SIZE  # the second L2 table maps it
+        image.write(far, b"far" * CLUSTER)
+    before = path.read_bytes()
+    with lamina.open(path, format="qcow2") as image:
+        l1: Any = image.node.tables.mappings.l1  # type: ignore[attr-defined]
+        table = l1.l2_offset(1)
+    rules = [{"kind": "read", "start": table, "length": CLUSTER}]
+    file = {"driver": "faults", "image": {"driver": "file", "filename": str(path)}, "rules": rules}
+    with lamina.open({"driver": "qcow2", "file": file}, read_only=False) as image:
+        with pytest.raises(lamina.BlockIOError):
+            image.read(far, 1)
+        for _ in range(3):
+            for index in range(1, 20, 2):
+                image.discard(index * CLUSTER, CLUSTER)
+            image.flush()
+            for index in range(20):
+                image.write(index * CLUSTER, b"again" * (CLUSTER // 5))
+            image.flush()
+        assert image.read(0, 5) == b"again"
+    assert len([record for record in caplog.records if "not all tables can be read" in record.message]) == 1
+    after = path.read_bytes()
+    assert len(after) >= len(before) >= size
+    found = lamina.check(path, format="qcow2")
+    assert found.leaks
+    assert not found.corruptions
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(far, 3) == b"far"
+        expected = b"".join(bytes([index + 1]) * CLUSTER if index % 2 else bytes(CLUSTER) for index in range(20, 64))
+        assert image.read(20 * CLUSTER, 44 * CLUSTER) == expected

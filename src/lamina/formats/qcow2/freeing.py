@@ -53,7 +53,9 @@ class Freeing:
             counts.load(*self._discarded[-1])  # may fail; the next flush tries again
             counts.lower_loaded(*self._discarded.pop())  # removed from the list first, so that no count falls twice
         free = counts.last_references(self._unlinked)  # the other clusters are still in use
-        counts.require_scan(free)
+        if not counts.may_free(free):
+            self._unlinked = [run for run in self._unlinked if run[0] >= counts.protected]  # the others are leaked
+            free = counts.last_references(self._unlinked)
         self._discarded, self._unlinked = self._unlinked, []
         for offset, clusters in free:
             inside = max(self._file.size - offset, 0)

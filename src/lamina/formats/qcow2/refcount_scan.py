@@ -19,7 +19,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from ...errors import CorruptImage, LimitExceeded
+from ...errors import BlockIOError, CorruptImage, LimitExceeded
 from ...limits import MIB
 from . import layout as q
 from .holes import stored_tables
@@ -55,6 +55,8 @@ class RefcountScan:
         self.below = -(-tables.file.node.size >> tables.cluster_bits)
         #: Allocation past the end of the file failed.
         self.urgent = False
+        #: A table could not be read.
+        self._unreadable = False
         self._cost = -1
 
     @property
@@ -65,11 +67,28 @@ class RefcountScan:
 
     def due(self, appended: int) -> bool:
         """Whether the next allocation is to reuse clusters of the file, after `appended` new bytes."""
+        if self._unreadable:
+            return False
         if self._cost < 0:
             self._cost = len(self._l2_tables()[0]) << self._tables.cluster_bits
         if self.urgent or self._cost <= _SMALL or appended >= _TIMES * self._cost:
             return True
         return not self._tables.file.node.growable
+
+    def attempt(self, counts: Refcounts) -> bool:
+        """`run`, for a caller that can go on without: one unreadable table must not make the writes and flushes fail of all
+        that others map. False, with a warning the first time, if a table cannot be read: then the clusters that the file had
+        when the image was opened are neither reused nor freed until it is opened again."""
+        if not self._unreadable:
+            try:
+                self.run(counts)
+            except BlockIOError as error:
+                self._unreadable = True
+                file = self._tables.file.node
+                file.warn(
+                    "%s: no cluster is freed or reused, since not all tables can be read: %s", file.filename, error
+                )
+        return not self._unreadable
 
     def run(self, counts: Refcounts) -> None:
         """Compare `counts`, those of the image, with its references, unless that was done. CorruptImage if a cluster has more

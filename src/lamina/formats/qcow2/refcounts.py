@@ -125,14 +125,14 @@ class Refcounts:
         self._file.tell("refblock_alloc")
         if self._scan.below and self._has_gaps():
             if self._scan.due(self.blank_from - (self._scan.below << self._cluster_bits)):
-                self.scan()
+                self._may_reuse()
             else:
                 try:
                     return self._allocate(count, whole)
                 except (BlockIOError, LimitExceeded) as error:
-                    if isinstance(error, BlockIOError) and error.errno != _ENOSPC:
+                    # No space is left past the end.
+                    if (isinstance(error, BlockIOError) and error.errno != _ENOSPC) or not self._may_reuse():
                         raise
-                    self.scan()  # no space is left past the end
         return self._allocate(count, whole)
 
     def _has_gaps(self) -> bool:
@@ -147,11 +147,20 @@ class Refcounts:
             self._scan.run(self)
             self._next = 0
 
-    def require_scan(self, runs: list[tuple[int, int]]) -> None:
-        """`scan` before these clusters (host offset, clusters) become free, if it protects some of them."""
-        end = self._scan.below << self._cluster_bits
-        if end and any(offset < end for offset, _ in runs):
-            self.scan()
+    def _may_reuse(self) -> bool:
+        """`scan`, and whether clusters that it protects may be reused: not if a table cannot be read."""
+        if self._scan.below and self._scan.attempt(self):
+            self._next = 0
+        return not self._scan.below
+
+    def may_free(self, runs: list[tuple[int, int]]) -> bool:
+        """The same before these clusters (host offset, clusters) become free, if the scan protects some of them."""
+        return not any(offset < self.protected for offset, _ in runs) or self._may_reuse()
+
+    @property
+    def protected(self) -> int:
+        """The host offset below which clusters are neither freed nor reused before the scan."""
+        return self._scan.below << self._cluster_bits
 
     def _allocate(self, count: int, whole: bool) -> tuple[int, int, bool]:
         while True:

@@ -371,8 +371,8 @@ class Tables:
         """Cut off what lies behind the last cluster in use. All counts are on stable storage."""
         node, counts = self.file.node, self.refcounts
         end = counts.last_used() + 1 << self.cluster_bits
-        if node.growable and node.size > end:
-            counts.scan()  # it may be in use all the same
+        # It may be in use all the same.
+        if node.growable and node.size > end and counts.may_free([(end, 1)]):
             self.file.truncate(end)
             counts.blank_from = end
 
