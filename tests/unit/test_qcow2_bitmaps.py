@@ -162,6 +162,31 @@ def test_a_removal_that_fails_leaves_no_bitmap_that_misses_writes(
     assert failures > 1
 
 
+@pytest.mark.parametrize("operation", ["write", "flush"])
+def test_a_removal_that_fails_leaves_the_header_as_it_is(path: Path, operation: str) -> None:
+    """The image says then that its bitmaps are out of date: where their directory was is nothing to be marked as in use. The
+    marks of all but the first went to the beginning of the file, over the offset of the L1 table."""
+    with open_for(path) as image:
+        image.write(0, b"before")
+        for name in ("one", "two", "three"):
+            image.add_bitmap(name, 4096)
+    start, failures = path.read_bytes(), 0
+    for nth in range(1, 30):
+        storage = FaultyStorage(start)
+        with open_on(storage, read_only=False) as image:
+            storage.fail(operation, nth=nth)
+            with suppress(BlockIOError):
+                image.remove_bitmap("three")
+            storage.heal()
+            image.write(8192, b"after")
+            image.flush()
+            with open_on(FaultyStorage(bytes(storage.content)), read_only=True) as killed:
+                assert (killed.read(0, 6), killed.read(8192, 5)) == (b"before", b"after")
+                check_whole(killed)
+        failures += storage.failures
+    assert failures > 1
+
+
 def test_a_disk_that_changes_its_size(path: Path) -> None:
     with open_for(path) as image:
         node = node_of(image)

@@ -162,13 +162,13 @@ class Bitmaps:
                 return
             file, header = self._tables.file, self._tables.header
             where = directory.extension(header)
-            at = where[1] if where is not None else 0
-            for one in self.all.values():
-                if at and one.entry.table_size and (one.changed or one.enabled) and not one.inconsistent:
-                    flags = q.BITMAP_ENTRY.pack_field("flags", one.entry.flags | IN_USE)
-                    file.write(at + q.BITMAP_ENTRY["flags"].offset, memoryview(flags))
-                at += len(one.entry.to_bytes())
-            if where is not None:
+            if where is not None:  # else the image says of no bitmap that it is right
+                at = where[1]
+                for one in self.all.values():
+                    if one.entry.table_size and (one.changed or one.enabled) and not one.inconsistent:
+                        flags = q.BITMAP_ENTRY.pack_field("flags", one.entry.flags | IN_USE)
+                        file.write(at + q.BITMAP_ENTRY["flags"].offset, memoryview(flags))
+                    at += len(one.entry.to_bytes())
                 file.flush()
             self._begun = True
 
