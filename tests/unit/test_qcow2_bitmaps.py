@@ -187,6 +187,34 @@ def test_a_removal_that_fails_leaves_the_header_as_it_is(path: Path, operation: 
     assert failures > 1
 
 
+def test_a_change_of_a_bitmap_that_fails_changes_nothing(path: Path) -> None:
+    """A program that hears of an error takes the bitmap for what it was."""
+    with open_for(path) as image:
+        image.add_bitmap("one", 4096)
+        image.add_bitmap("two", 4096)
+        image.write(8192, b"before")
+        image.clear_bitmap("two")
+    storage = FaultyStorage(path.read_bytes())
+    with open_on(storage, read_only=False) as image:
+        for change in (
+            lambda: image.clear_bitmap("one"),
+            lambda: image.enable_bitmap("one", False),
+            lambda: image.merge_bitmaps("two", [image.bitmaps["one"]]),
+        ):
+            storage.fail("write")
+            with pytest.raises(BlockIOError):
+                change()
+            storage.heal()
+            assert list(image.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288)]
+            assert list(image.bitmaps["two"].dirty(0, SIZE)) == []
+            image.write(40960, b"recorded")
+            image.clear_bitmap("two")
+            assert list(image.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288), (40960, 45056)]
+            image.clear_bitmap("one")
+            image.write(8192, b"before")
+            image.clear_bitmap("two")
+
+
 def test_a_disk_that_changes_its_size(path: Path) -> None:
     with open_for(path) as image:
         node = node_of(image)

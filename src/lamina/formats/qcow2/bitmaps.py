@@ -224,14 +224,15 @@ class Bitmaps:
 
     def clear(self, name: str) -> None:
         one = self.get(name)
-        one.marks[:] = bytes(len(one.marks))
-        self._changed(one)
+        marks = one.marks
+        self._begin_change(one)
+        marks[:] = bytes(len(marks))
 
     def enable(self, name: str, enabled: bool) -> None:
         one = self.get(name)
         one.marks  # noqa: B018 - an inconsistent one is refused
+        self._begin_change(one)
         one.enabled = enabled
-        self._changed(one)
 
     def merge(self, name: str, sources: Iterable[DirtyBitmap]) -> None:
         one = self.get(name)
@@ -241,19 +242,21 @@ class Bitmaps:
             for begin, end in source.dirty(0, one.size):
                 first, last = begin >> bits, end - 1 >> bits
                 marks[first : last + 1] = b"\1" * (last - first + 1)
+        self._begin_change(one)
         one.marks[:] = marks
-        self._changed(one)
 
-    def _changed(self, one: StoredBitmap) -> None:
-        one.changed = True
+    def _begin_change(self, *bitmaps: StoredBitmap) -> None:
+        """These bitmaps are about to change. The image says so first: after an error they are as before."""
+        for one in bitmaps:
+            one.changed = True
         self._begun = False
         self.begin()
 
     def resize(self, size: int) -> None:
         """The disk has `size` bytes from now on."""
+        self._begin_change(*self.all.values())
         for one in self.all.values():
             one.resize(size)
-            self._changed(one)
 
     def require_all_usable(self, size: int) -> None:
         """Raise OptionError if a bitmap cannot follow a change of the size of the disk to `size`."""
