@@ -212,15 +212,10 @@ class Bitmaps:
         self.all[name] = one
 
     def remove(self, name: str) -> None:
+        """Remove it at once: the image must not keep it as one that knows all writes. After an error before the image lost
+        it, it goes on to record."""
         self.get(name)
-        before, place = self.all, directory.extension(self._tables.header)
-        self.all = {other: one for other, one in before.items() if other != name}
-        try:
-            self.store()  # at once: the image must not keep it as one that knows all writes
-        except BaseException:
-            if directory.extension(self._tables.header) == place:  # the image still has it, and it goes on to record
-                self.all = before
-            raise
+        self._store_all({other: one for other, one in self.all.items() if other != name})
 
     def clear(self, name: str) -> None:
         one = self.get(name)
@@ -277,22 +272,26 @@ class Bitmaps:
     # -- to disk
 
     def store(self) -> None:
-        """Bring all bitmaps to disk: from now on they are not in use."""
-        tables = self._tables
-        stored = directory.extension(tables.header)
-        names = [] if stored is None else [entry.name for entry in directory.read(tables.file, tables.header)]
-        if self._begun or names != list(self.all) or any(one.changed for one in self.all.values()):
-            if not tables.writable:
-                raise ReadOnly("the bitmaps of the image cannot be stored", path=tables.file.node.filename)
-            tables.changing(self._store)
+        """Bring all bitmaps to disk: from now on they are not in use. After an error all of them are as before, and the image
+        says of none that it is right (see `Tables.publish_bitmaps`)."""
+        self._store_all(self.all)
 
-    def _store(self) -> None:
+    def _store_all(self, bitmaps: dict[str, StoredBitmap]) -> None:
+        """Let the image have these bitmaps, and no others."""
+        self._tables.changing(self._store, bitmaps)
+
+    def _store(self, bitmaps: dict[str, StoredBitmap]) -> None:
         tables = self._tables
         header, file = tables.header, tables.file
         old = directory.read(file, header)
+        names = [entry.name for entry in old]
+        if not (self._begun or names != list(bitmaps) or any(one.changed for one in bitmaps.values())):
+            return
+        if not tables.writable:
+            raise ReadOnly("the bitmaps of the image cannot be stored", path=file.node.filename)
         old_place = directory.extension(header)
         entries, kept = [], set()
-        for one in self.all.values():
+        for one in bitmaps.values():
             if one.changed and not one.inconsistent:
                 entries.append(self._store_bits(one))
             else:
@@ -305,10 +304,12 @@ class Bitmaps:
         if raw:
             offset = tables.allocate_metadata(align_up(len(raw), header.cluster_size))
             file.write(offset, memoryview(raw))
+        self._begun = False  # first: after an error the next change says again that they are in use
         tables.publish_bitmaps(len(entries), offset, len(raw))
-        for one, entry in zip(self.all.values(), entries, strict=True):
+        for one, entry in zip(bitmaps.values(), entries, strict=True):
             one.entry, one.changed = entry, False
-        self._begun = False
+        self.all = bitmaps
+        tables.unsure_bitmaps = False
         if old_place is not None:
             tables.give_back(old_place[1], old_place[2])
         for entry in old:

@@ -316,7 +316,8 @@ class Header:
     def set_bitmaps(self, storage: Child, count: int, offset: int, size: int) -> None:
         """Let the bitmaps extension point to this directory; without bitmaps there is none. Everything that the directory
         points to is on stable storage. Wherever the power is cut, the header holds the old directory, or the new one, or says
-        that its bitmaps are out of date. LimitExceeded where the first cluster has no space for the extension."""
+        that its bitmaps are out of date. After an error call `forget_bitmaps`. LimitExceeded where the first cluster has no
+        space for the extension."""
         kinds = [kind for kind, _ in self.extensions]
         index = kinds.index(q.EXT_BITMAPS) if q.EXT_BITMAPS in kinds else -1
         if not count:
@@ -335,18 +336,18 @@ class Header:
         else:
             if at // q.SECTOR != (at + len(data) - 1) // q.SECTOR:  # a write of two sectors may be torn
                 self._set_bitmaps_bit(storage, on=False)
-            try:
-                storage.write(at, memoryview(data))
-                storage.flush()
-            except BaseException:  # the file may name either directory, and later changes mark the bitmaps of one
-                self._set_bitmaps_bit(storage, on=False)
-                raise
+            storage.write(at, memoryview(data))
+            storage.flush()
             self.extensions[index] = (q.EXT_BITMAPS, data)
         self._set_bitmaps_bit(storage, on=True)
 
+    def forget_bitmaps(self, storage: Child) -> None:
+        """After an error of `set_bitmaps`: let the file say that its bitmaps are out of date, and take its extensions."""
+        self._set_bitmaps_bit(storage, on=False)
+        self.extensions = Header.read(storage).extensions
+
     def _set_bitmaps_bit(self, storage: Child, *, on: bool) -> None:
-        """Say whether the bitmaps are up to date. Where this fails, the file may say either, and this header that they are:
-        then the next change of the disk marks them as in use."""
+        """Say whether the bitmaps are up to date. After an error the file may say either, and this header that they are."""
         bit = q.AUTOCLEAR["bitmaps"]
         if on or self.autoclear_features & bit:
             self.autoclear_features |= bit

@@ -83,6 +83,8 @@ class Tables:
         self._unsure: tuple[str, ...] = ()
         # The same for a change of the whole header: the first bytes of the file before it.
         self._unsure_start = b""
+        #: Whether the disk may hold another bitmap directory than is known here (see `publish_bitmaps`).
+        self.unsure_bitmaps = False
         # The end of the last compressed data; at a cluster boundary there is no free space after it.
         self._compressed_end = 0
 
@@ -111,7 +113,7 @@ class Tables:
                 self.require_outside_changes()
             self.changes = True
             try:
-                if self._unsure or self._unsure_start:
+                if self._unsure or self._unsure_start or self.unsure_bitmaps:
                     self._store_unsure()
                 return work(*arguments)
             except CorruptImage:
@@ -319,9 +321,12 @@ class Tables:
         self.freeing.add(offset, -(-length >> self.cluster_bits))
 
     def publish_bitmaps(self, count: int, offset: int, size: int) -> None:
-        """Make the directory at `offset`, which is written, that of the image."""
+        """Make the directory at `offset`, which is written, that of the image. The caller takes it over, and then clears
+        `unsure_bitmaps`. Where an error comes first, the disk gets to say that its bitmaps are out of date before anything
+        else changes."""
         if not self.write_out():
             self.file.flush()
+        self.unsure_bitmaps = True
         self.header.set_bitmaps(self.file, count, offset, size)
 
     # -- the size of the disk
@@ -415,6 +420,9 @@ class Tables:
             self.header.store(self.file, *self._unsure)
         self.file.flush()
         self._unsure, self._unsure_start = (), b""
+        if self.unsure_bitmaps:
+            self.header.forget_bitmaps(self.file)
+            self.unsure_bitmaps = False
 
     # -- to disk
 
