@@ -371,3 +371,17 @@ def test_a_machine_state_that_does_not_fit_leaves_nothing_behind() -> None:
         report = image.node.check()  # type: ignore[attr-defined]
         assert (report.clean, report.allocated_clusters, image.snapshots()) == (True, before, ())
         assert image.read(0, MIB) == b"x" * MIB
+
+
+def test_a_machine_state_for_which_the_l1_table_cannot_grow() -> None:
+    """The error is that of the storage, though nothing of the state is there to be given back."""
+    storage = Quota(1 << 20)
+    Qcow2.create(Child(storage, "file", grows=True), MIB, Qcow2.create_schema.parse({"cluster_size": 4096}))
+    with opened(storage) as image:
+        storage.room = len(storage.blocks)
+        with pytest.raises(BlockIOError, match="no space left"):
+            image.create_snapshot("one", b"s" * 4 * MIB)
+        storage.room = 1 << 20
+        image.write(0, b"x" * MIB)
+        assert image.create_snapshot("one", b"s" * 4 * MIB).id == "1"
+        check_whole(image)

@@ -73,12 +73,11 @@ class WithSnapshots(FormatNode):
         FormatNode.write(self, start, view)
 
     def _drop_vm_state(self, length: int) -> None:
-        if length:
-            run = align_up(length, self.header.cluster_size)
-            drop, tables = self._changes.drop, self.tables
-            self.ranges.exclusive(
-                0, MAX_SIZE, tables.changing, drop, tables, self._vm_state_at, run, To.BELOW, False, False
-            )
+        drop, tables, start = self._changes.drop, self.tables, self._vm_state_at
+        covered = len(tables.mappings.l1) << self.header.l1_covers_bits  # less, where the L1 table could not grow
+        run = min(align_up(length, self.header.cluster_size), covered - start)
+        if run > 0:
+            self.ranges.exclusive(0, MAX_SIZE, tables.changing, drop, tables, start, run, To.BELOW, False, False)
 
     def read_vm_state(self, offset: int, length: int) -> bytes:
         if not 0 <= offset <= offset + length <= self.vm_state:
