@@ -47,8 +47,9 @@ class Format(Node):
     The class methods take the storage of an image, empty or not, as an edge (`request.Child`); they leave it open, and keep
     no reference to it. `values` are options that a schema has parsed. No class method opens another file, except
     `prepare_create`. The other methods belong to an opened image. Those that change it need an image that was opened for
-    writing, and their changes are on stable storage after the next `flush`. All of them may run at the same time as reads and
-    writes of other threads, unless they say otherwise.
+    writing, and their changes are on stable storage after the next `flush`. A change that raises an error is done whole or not
+    at all; it may be done, where the error is one of giving back what it made free: the image then shows it. All of them may
+    run at the same time as reads and writes of other threads, unless they say otherwise.
     """
 
     #: The options of a new image; None: the driver creates no images.
@@ -124,8 +125,10 @@ class Format(Node):
         raise self._at(self.refusal("cannot be repaired"))
 
     def amend(self, values: Mapping[str, Any]) -> None:
-        """Change options of the image in place, as parsed by `amend_schema`; an option that is None stays unchanged. Either
-        all of them change, or none."""
+        """Change options of the image in place, as parsed by `amend_schema`; an option that is None stays unchanged. What the
+        format does not have, or contradicts itself, is refused before anything changes. Each option then changes whole or
+        not at all, one after the other: after any other error, those before it have changed, and the call can be repeated.
+        (The name of a backing file and its format are one option.)"""
         raise self._at(self.refusal("has no options that can be changed later"))
 
     def resize(self, size: int, preallocation: str) -> None:
