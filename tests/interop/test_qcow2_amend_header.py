@@ -321,3 +321,18 @@ def test_a_power_cut_leaves_the_old_header_or_the_new_one(long: bool) -> None:
 
     recording = record(workload, start=bytes(node.content), model=Persistence.P4, bounds=Bounds(at_cut=60))
     assert recording.examine(verify) > 20
+
+
+def test_a_bitmap_that_is_not_stored_yet_keeps_the_version(tmp_path: Path) -> None:
+    """Else it would be stored in an image of version 2, which has none."""
+    path = over_base(tmp_path)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.add_bitmap("new")
+        with pytest.raises(OptionError, match="version 2 has no dirty bitmaps"):
+            image.amend(compat="0.10")
+    found = lamina.info(path, format="qcow2").to_json()["format-specific"]["data"]
+    assert (found["compat"], [one["name"] for one in found["bitmaps"]]) == ("1.1", ["new"])
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.remove_bitmap("new")
+        image.amend(compat="0.10")
+    assert lamina.check(path, format="qcow2").clean

@@ -51,8 +51,9 @@ SCHEMA = Schema(
 )
 
 
-def require_possible(header: Header, values: Mapping[str, Any], path: str) -> None:
-    """Raise OptionError where one of these changes cannot be, before any of them is made."""
+def require_possible(header: Header, values: Mapping[str, Any], path: str, *, bitmaps: bool) -> None:
+    """Raise OptionError where one of these changes cannot be, before any of them is made. `bitmaps`: the node has
+    some, stored or not."""
     bits = values.get("refcount_bits")
     if bits is not None and not is_power_of_two(bits):
         raise OptionError(f"refcount_bits {bits} is not a power of two", path=path)
@@ -65,6 +66,8 @@ def require_possible(header: Header, values: Mapping[str, Any], path: str) -> No
         raise
     if _is_version_2(header, values.get("compat")) and (bits not in (None, 16) or values.get("lazy_refcounts")):
         raise OptionError("version 2 has counts of 16 bits, and none that are lazy", path=path)
+    if _is_version_2(header, values.get("compat")) and bitmaps:
+        raise OptionError("version 2 has no dirty bitmaps", path=path, hint="remove them first")
     if values.get("encrypt") is not None and header.crypt_method != 2:
         raise OptionError("only an image encrypted with LUKS has key slots", path=path)
 

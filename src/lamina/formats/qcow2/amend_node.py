@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ...schema import Schema
+    from .bitmaps import Bitmaps
     from .header import Header
     from .tables import Tables
 
@@ -26,11 +27,14 @@ class Amendable(FormatNode):
     amend_schema: ClassVar[Schema] = amend.SCHEMA
     header: Header
     tables: Tables
+    _recording: Bitmaps | None
 
     def amend(self, values: Mapping[str, Any]) -> None:
         require_writable(self, "amend")
         header = self.header
-        amend.require_possible(header, values, self.filename)
+        # Bitmaps that are not stored yet have no extension in the header.
+        bitmaps = self._recording is not None and bool(self._recording.all)
+        amend.require_possible(header, values, self.filename, bitmaps=bitmaps)
         compat, bits, size, slot = (values.get(name) for name in ("compat", "refcount_bits", "size", "encrypt"))
         newer = amend.version_changes(header, compat) if header.version == 2 else {}
         self._publish_header(amend.header_changes(header, values) | newer)
