@@ -123,6 +123,31 @@ def test_leaks_alone(tmp_path: Path, qemu: Qemu, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("table", ["l1_table_offset", "snapshots_offset"])
+def test_leaks_alone_where_a_table_is_counted_as_free(tmp_path: Path, qemu: Qemu, table: str) -> None:
+    """The new table takes other clusters, and the count of the old ones does not fall; the image is not marked corrupt."""
+    path = tmp_path / "disk.qcow2"
+    disk = made(path, random.Random(1), 4096, 16)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.create_snapshot("another")
+    raw = bytearray(path.read_bytes())
+    header = q.HEADER_V3.unpack(raw)
+    block = word(raw, header.refcount_table_offset)
+    lost = block + 2 * (getattr(header, table) >> 12)
+    leaked = block + 2 * len(raw) // 4096
+    assert not any(raw[leaked : leaked + 2])
+    raw[lost : lost + 2], raw[leaked : leaked + 2] = b"\0\0", b"\0\1"
+    path.write_bytes(raw + bytes(4096))
+    report = lamina.check(path, format="qcow2", repair="leaks")
+    assert (report.leaks, report.leaks_fixed, report.corruptions) == (0, 1, 0)
+    assert not lamina.info(path, format="qcow2").to_json()["format-specific"]["data"]["corrupt"]
+    assert lamina.check(path, format="qcow2", repair="all").clean
+    qemu.img("check", path)
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, SIZE) == disk
+
+
+@pytest.mark.peers
 def test_an_image_that_was_not_closed_is_repaired_when_it_is_opened(tmp_path: Path, qemu: Qemu) -> None:
     path = tmp_path / "disk.qcow2"
     qemu.img("create", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4096", path, "1M")

@@ -99,13 +99,24 @@ class _Recount(Rewrite):
                     hint="convert the image to a new one",
                 )
             counts = np.maximum(counts, old)
+        #: With "leaks", the references to each cluster beyond its count.
+        self._uncounted = np.zeros(0, np.int64)
         if self._what == "leaks":
-            counts = np.minimum(counts, old)
+            counted = np.minimum(counts, old)
+            self._uncounted, counts = counts - counted, counted
         if self._header.lost_refcounts is not None:  # nothing lies there before the header names another place
             offset, size = self._header.lost_refcounts
             used[offset >> self._bits : -(-(offset + size) >> self._bits)] = True
         self._counts = counts.astype(self._before.dtype)
         self._free = np.flatnonzero(~used)
+
+    def release(self, offset: int, length: int) -> None:
+        first = offset >> self._bits
+        clusters = np.arange(first, first + (-(-length >> self._bits)), dtype=np.int64)
+        inside = clusters[clusters < len(self._uncounted)]
+        uncounted = inside[self._uncounted[inside] > 0]
+        self._uncounted[uncounted] -= 1  # else the count of a cluster that is still in use could fall to 0
+        self._change(np.setdiff1d(clusters, uncounted), -1)
 
     def _allocate(self, clusters: int) -> int:
         offset = super()._allocate(clusters)
