@@ -47,9 +47,9 @@ class Format(Node):
     The class methods take the storage of an image, empty or not, as an edge (`request.Child`); they leave it open, and keep
     no reference to it. `values` are options that a schema has parsed. No class method opens another file, except
     `prepare_create`. The other methods belong to an opened image. Those that change it need an image that was opened for
-    writing, and their changes are on stable storage after the next `flush`. A change that raises an error is done whole or not
-    at all; it may be done, where the error is one of giving back what it made free: the image then shows it. All of them may
-    run at the same time as reads and writes of other threads, unless they say otherwise.
+    writing, and their changes are on stable storage after the next `flush`. A change that raises an error is done whole or
+    not at all. It is done where the error is one of giving back what the change made free: the image then shows it. All of
+    them may run at the same time as reads and writes of other threads, unless they say otherwise.
     """
 
     #: The options of a new image; None: the driver creates no images.

@@ -372,3 +372,16 @@ def test_a_writer_without_bitmaps_makes_them_out_of_date(path: Path) -> None:
         image.write(0, b"x")
     assert dirty(path, "two") == [(0, 4096)]
     assert "bitmaps" in lamina.info(path, format="qcow2").to_json()["format-specific"]["data"]
+
+
+def test_a_bitmap_that_was_never_stored_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", 1 << 20)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.add_bitmap("new")
+        image.remove_bitmap("new")
+        assert not image.bitmaps
+        with pytest.raises(lamina.OptionError, match="no bitmap"):
+            image.remove_bitmap("new")
+    with lamina.open(path, format="qcow2") as image:
+        assert not image.bitmaps

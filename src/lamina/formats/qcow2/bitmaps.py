@@ -286,6 +286,7 @@ class Bitmaps:
         old = directory.read(file, header)
         names = [entry.name for entry in old]
         if not (self._begun or names != list(bitmaps) or any(one.changed for one in bitmaps.values())):
+            self.all = bitmaps
             return
         if not tables.writable:
             raise ReadOnly("the bitmaps of the image cannot be stored", path=file.node.filename)
