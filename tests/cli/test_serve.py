@@ -122,6 +122,20 @@ def test_a_snapshot_is_forgotten(serve: Serve, qemu: Qemu) -> None:
     assert Path("disk.raw").read_bytes() == DATA
 
 
+def test_an_internal_snapshot_is_served_for_reading(serve: Serve, qemu: Qemu, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", 1 << 20)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"\1" * 4096)
+        image.create_snapshot("first")
+        image.write(0, b"\2" * 4096)
+    _, ready = serve("-k", "s", "-f", "qcow2", "-l", "first", str(path))
+    qemu.io("-r", "-f", "raw", "-c", "read -P 1 0 4096", ready["uri"])
+    assert qemu.io("-f", "raw", "-c", "write 0 512", ready["uri"], check=False).returncode
+    _, ready = serve("-t", "-k", "now", "-f", "qcow2", str(path))
+    qemu.io("-r", "-f", "raw", "-c", "read -P 2 0 4096", ready["uri"])
+
+
 def test_several_exports(serve: Serve, qemu: Qemu) -> None:
     lamina.create("two.qcow2", "qcow2", size=1 << 20)
     Path("copy.raw").write_bytes(DATA)  # two opens of one file, one for writing, exclude each other

@@ -96,13 +96,16 @@ def main(argv: list[str]) -> int:
         help="write in any order, with as many requests in flight as for reads (the default for a remote target)",
     )  # fmt: skip
     parser.add_argument(
+        "-l", "--source-snapshot", metavar="SNAPSHOT",
+        help="convert an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME",
+    )  # fmt: skip
+    parser.add_argument(
         "--bitmaps", action="store_true", help="copy the persistent dirty bitmaps of the source as well"
     )
     parser.add_argument(
         "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: leave out those that are inconsistent"
     )
     for flags, metavar in (
-        (("-l", "--source-snapshot", "internal snapshots are not there yet"), "SNAPSHOT"),
         (("-r", "--rate", "a limit of the rate is not there yet"), "RATE"),
         (("--salvage", "continuing after read errors is not there yet"), None),
     ):
@@ -121,16 +124,26 @@ def main(argv: list[str]) -> int:
         parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
     if args.skip_broken_bitmaps and not args.bitmaps:
         parser.error("--skip-broken-bitmaps requires --bitmaps")
+    if args.bitmaps and args.source_snapshot is not None:
+        parser.error("--bitmaps copies those of the disk, and -l converts an earlier state of it: omit one of them")
     args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
-    with open_image(name, args, args.format) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
+    with _source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
         monitor = Monitor(meter.report)
         if args.no_create:
             _into(source, target, args, options, monitor)
         else:
             _anew(source, target, args, options, monitor)
     return 0
+
+
+def _source(name: str, args: Namespace) -> Image:
+    if args.source_snapshot is None:
+        return open_image(name, args, args.format)
+    from .snapshots import open_snapshot
+
+    return open_snapshot(name, args, args.format, args.source_snapshot)
 
 
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:

@@ -109,6 +109,9 @@ def _parser() -> Parser:
     what.add_argument(
         "-s", "--snapshot", action="store_true", help="clients may write; changes are discarded at the end"
     )
+    what.add_argument(
+        "-l", "--load-snapshot", metavar="SNAPSHOT", help="serve an internal snapshot: its id or name (read-only)"
+    )
     what.add_argument("-o", "--offset", type=parse_size, default=0, metavar="OFFSET", help="first byte of the export")
     what.add_argument("--size", type=parse_size, help="length of the export (default: up to the end)")
     what.add_argument("--partition", type=int, metavar="N", help="serve only this partition")
@@ -193,6 +196,8 @@ def _agree(args: Namespace) -> None:
     choose(DISCARD_MODES, "discard", args.discard)
     if args.folder and (args.offset or args.size is not None or args.partition is not None or args.bitmap):
         raise OptionError("--folder serves whole images, without bitmaps", hint="omit -o, --size, --partition and -B")
+    if args.load_snapshot is not None and (args.folder or args.bitmap):
+        raise OptionError("-l serves an earlier state of a disk, which has no bitmaps", hint="omit --folder and -B")
     if args.folder and args.image_opts:
         raise OptionError("--folder serves files, not options", hint="omit --image-opts")
     if args.folder and not args.filenames and (args.export_name is not None or args.description):
@@ -288,7 +293,12 @@ def _writable(args: Namespace, options: dict[str, Any]) -> bool:
 
 def _open(args: Namespace, options: dict[str, Any]) -> Image:
     format = options.get("format", args.format)
-    source = image_source(options["file"], args, format)
+    source, references = image_source(options["file"], args, format), args.references
+    if args.load_snapshot is not None:
+        from .snapshots import snapshot_options
+
+        source, references = snapshot_options(options["file"], args, format, args.load_snapshot)
+        format = None
     target = Target(
         name=source if isinstance(source, str) else None,
         options={} if isinstance(source, str) else source,
@@ -298,7 +308,7 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
         discard=args.discard,
         force_share=args.force_share,
         snapshot=args.snapshot,
-        references=args.references,
+        references=references,
         budget=args.limits,
     )
     image = target.open()

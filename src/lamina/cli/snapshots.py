@@ -1,0 +1,63 @@
+"""The option -l: an internal snapshot of an image, opened for reading in place of its disk."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import registry
+from ..errors import OptionError
+from ..options import parse_keyval, parse_name, shown
+from ..policy import Policy
+from .arguments import image_source, open_image
+
+if TYPE_CHECKING:
+    from ..image import Image
+    from ..results import Snapshot
+
+
+def open_snapshot(name: str, args: Namespace, format: str | None, wanted: str) -> Image:
+    """As `open_image`, with the disk of the snapshot `wanted` (see `snapshot_options`)."""
+    from ..api import open
+
+    options, references = snapshot_options(name, args, format, wanted)
+    return open(options, references=references, budget=args.limits, force_share=args.force_share)
+
+
+def snapshot_options(
+    name: str, args: Namespace, format: str | None, wanted: str
+) -> tuple[dict[str, Any], Policy | None]:
+    """The options that open a snapshot of the image `name`, and the policy for its references. `wanted` is the id of the
+    snapshot or its name, or `snapshot.id=ID,snapshot.name=NAME`."""
+    with open_image(name, args, format) as image:
+        driver = image.node.driver
+        id = _find(image.snapshots(), wanted, image.filename).id
+    source = image_source(name, args, format)
+    options: dict[str, Any] = dict(parse_name(source) if isinstance(source, str) else source)
+    if registry.entry(options.get("driver", "file")).kind == "storage":
+        options = {"driver": driver, "file": options}
+    references = args.references
+    if references is None and format is None and isinstance(source, str):
+        references = Policy.probed(driver)  # the format was only detected
+    return {**options, "snapshot-id": id}, references
+
+
+def _find(snapshots: Sequence[Snapshot], wanted: str, path: str) -> Snapshot:
+    if wanted.startswith(("snapshot.id=", "snapshot.name=")):
+        given = parse_keyval(wanted).get("snapshot", {})
+        if not isinstance(given, dict) or not given.keys() <= {"id", "name"}:
+            raise OptionError(
+                f"{shown(wanted)} names no snapshot", hint="write snapshot.id=ID,snapshot.name=NAME, or one"
+            )
+        found = [
+            one for one in snapshots if {"id": one.id, "name": one.name, **given} == {"id": one.id, "name": one.name}
+        ]
+    else:
+        found = [one for one in snapshots if one.id == wanted] or [one for one in snapshots if one.name == wanted]
+    if len(found) != 1:
+        number = f"{len(found)} snapshots" if found else "no snapshot"
+        raise OptionError(
+            f"the image has {number} {shown(wanted)}", path=path, hint="lamina info lists them; give the id"
+        )
+    return found[0]
