@@ -5,71 +5,17 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import lamina
 from lamina.cli.main import main
-from lamina.errors import LimitExceeded
 from lamina.formats.qcow2 import layout as q
-from lamina.testing.persistence import Bounds, CrashState, Persistence
-from lamina.testing.power_loss import record
-from lamina.testing.recorder import Marks, Recorder
 from tests.conftest import Qemu
-from tests.crash.workloads import open_on
+from tests.damaged_counts import EXTENDED, damaged, made, word
 
 SIZE = 1 << 20
-#: The size of the clusters of images with extended L2 entries.
-EXTENDED = 16_384
 GEOMETRIES = [(512, 16), (512, 64), (512, 2), (4096, 8), (4096, 16), (EXTENDED, 16)]
-
-
-def made(path: Path, rng: random.Random, cluster: int, bits: int) -> bytes:
-    """A new image with data, and often a snapshot; what its disk reads as."""
-    lamina.create(path, "qcow2", SIZE, cluster_size=cluster, refcount_bits=bits, extended_l2=cluster == EXTENDED)
-    with lamina.open(path, format="qcow2", read_only=False) as image:
-        for _ in range(12):
-            offset = rng.randrange(SIZE)
-            image.write(offset, rng.randbytes(min(rng.choice((1, 5000, 60_000)), SIZE - offset)))
-        if rng.randrange(3):
-            try:
-                image.create_snapshot("one")
-                image.write(rng.randrange(SIZE // 2), rng.randbytes(60_000))
-            except LimitExceeded:
-                pass
-        return image.read(0, SIZE)
-
-
-def word(raw: bytearray, at: int) -> int:
-    return int.from_bytes(raw[at : at + 8], "big")
-
-
-def put(raw: bytearray, at: int, value: int) -> None:
-    raw[at : at + 8] = value.to_bytes(8, "big")
-
-
-def damaged(content: bytes, rng: random.Random, cluster: int) -> bytes:
-    """Counts, pointers to counts, and flags are changed; nothing that says where a byte of the guest lies."""
-    raw = bytearray(content)
-    header = q.HEADER_V3.unpack(raw)
-    table, l1 = header.refcount_table_offset, header.l1_table_offset
-    blocks = [word(raw, table + 8 * at) for at in range(cluster // 8)]
-    for _ in range(rng.randrange(1, 10)):
-        kind = rng.randrange(8)
-        if kind < 4:
-            block = rng.choice([block for block in blocks if block])
-            raw[block + rng.randrange(cluster)] = rng.randrange(256)
-        elif kind == 4:
-            put(raw, table + 8 * rng.randrange(len([block for block in blocks if block])), rng.choice((0, 3, 1 << 50)))
-        else:
-            at = l1 + 8 * rng.randrange(header.l1_size)
-            l2 = word(raw, at) & q.OFFSET_MASK
-            size = 16 if cluster == EXTENDED else 8
-            at = l2 + size * rng.randrange(cluster // size) if l2 and kind > 5 else at
-            if word(raw, at) & q.OFFSET_MASK and not word(raw, at) & q.COMPRESSED:
-                put(raw, at, word(raw, at) ^ q.COPIED)
-    return bytes(raw)
 
 
 @pytest.mark.peers
@@ -179,37 +125,3 @@ def test_a_mark_of_corruption_goes_with_what_it_was_for(tmp_path: Path, qemu: Qe
     assert lamina.check(path, format="qcow2", repair="all").clean
     lamina.open(path, format="qcow2", read_only=False).close()
     qemu.img("check", path)
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize(("cluster", "bits"), GEOMETRIES[:4])
-def test_a_power_cut_in_the_middle(tmp_path: Path, qemu10: Qemu, cluster: int, bits: int) -> None:
-    """Each state is the damaged image or the repaired one: the disk reads the same, and another repair mends it."""
-    path = tmp_path / "disk.qcow2"
-    states = 0
-    for number in range(3):
-        rng = random.Random(f"cut {cluster} {bits} {number}")
-        disk = made(path, rng, cluster, bits)
-        start = damaged(path.read_bytes(), rng, cluster)
-
-        def repair(storage: Recorder, marks: Marks) -> None:
-            with open_on(storage, read_only=False, repair=True) as image:
-                node: Any = image.node
-                node.repair("all")
-
-        def verify(content: bytes, state: CrashState, disk: bytes = disk) -> None:
-            nonlocal states
-            states += 1
-            storage = Recorder(content)
-            with open_on(storage, read_only=False, repair=True) as image:
-                assert image.read(0, SIZE) == disk
-                node: Any = image.node
-                node.repair("all")
-                assert node.check().clean
-                assert image.read(0, SIZE) == disk
-            if states % 10 == 0:
-                path.write_bytes(bytes(storage.content))
-                qemu10.img("check", path)
-
-        record(repair, start=start, model=Persistence.P4, bounds=Bounds(at_cut=20)).examine(verify)
-    assert states > 12
