@@ -1,7 +1,8 @@
 """The teeth of the power-loss harness: qcow2 with its writes deliberately in a wrong order, caught each time.
 
-Five mistakes that writers of this format have made, one of them in two places. Each must be found within 60 seconds; it
-takes a few. The last test holds that the same work in the right order passes.
+Five mistakes that writers of this format have made, one of them in two places, and four in what changes all metadata:
+snapshots, bitmaps, options, repair. Each must be found within 60 seconds of processor time; it takes a few. The last test
+holds that the same work in the right order passes.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lamina.formats.qcow2 import layout as q
+from lamina.formats.qcow2.bitmaps import Bitmaps
 from lamina.formats.qcow2.freeing import Freeing
+from lamina.formats.qcow2.rewrite import Rewrite
 from lamina.formats.qcow2.tables import Tables
 from lamina.testing.persistence import Bounds, CrashState, Persistence, apply
 from lamina.testing.power_loss import PowerLossFailure, Recording, record
 
+from .amend_workload import AmendWork
+from .test_repair_power_loss import RepairWork
 from .workloads import Geometry, Work
 
 LIMIT = 60.0
@@ -99,19 +105,61 @@ def discard_after_reuse(original: Callable[[Any, Any], None]) -> Callable[[Any, 
     return flushed
 
 
+def tables_after_the_header(original: Callable[..., None]) -> Callable[..., None]:
+    """The header names the tables of a rewrite that are still on their way."""
+
+    def publish(self: Any, *arguments: Any, **named: Any) -> None:
+        storage = self._file.node
+        storage.flush = lambda: None
+        try:
+            original(self, *arguments, **named)
+        finally:
+            del storage.flush
+        storage.flush()
+
+    return publish
+
+
+def discarded_before_the_header(self: Any) -> dict[str, int]:
+    """What a rewrite frees is discarded while the header still names it."""
+    for offset, length in self.freed():
+        self._file.discard(offset, length)
+    return {}
+
+
+def in_use_too_late(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The disk changes before the image says that its bitmaps are in use."""
+
+    def begin(self: Any) -> None:
+        storage = self._tables.file.node
+        storage.flush = lambda: None
+        try:
+            original(self)
+        finally:
+            del storage.flush
+
+    return begin
+
+
 SMALL = Geometry({"cluster_size": 512, "refcount_bits": 16}, (64 << 10,))
 GROWING = Geometry({"cluster_size": 512, "refcount_bits": 16}, (24 << 10,), grow=True)
 FULL = Geometry({"cluster_size": 512, "refcount_bits": 64}, (2100 << 10,), filled=1976 << 10)
 
 
 def caught(geometry: Geometry, seed: int, model: Persistence) -> PowerLossFailure:
-    """The first state, of any workload, that is found wrong within the time; fails the test where there is none."""
-    end = time.monotonic() + LIMIT
+    """As `caught_in`, in requests of the guest."""
+    return caught_in(lambda rng: Work(rng, geometry, 12 if geometry.filled else 30), seed, model)
+
+
+def caught_in(
+    make: Callable[[random.Random], Any], seed: int, model: Persistence, *, at_cut: int = 100
+) -> PowerLossFailure:
+    """The first state, of any workload, that is found wrong within LIMIT; fails the test where there is none."""
+    end = time.process_time() + LIMIT
     states = number = 0
-    while time.monotonic() < end:
-        rng = random.Random(f"{seed}/{number}")
-        work = Work(rng, geometry, 12 if geometry.filled else 30)
-        recording = record(work, start=work.start, model=model, seed=seed, bounds=Bounds(at_cut=100))
+    while time.process_time() < end:
+        work = make(random.Random(f"{seed}/{number}"))
+        recording = record(work, start=work.start, model=model, seed=seed, bounds=Bounds(at_cut=at_cut))
         without_a_cut(recording, work)
         try:
             states += recording.examine(work.verify)
@@ -122,12 +170,12 @@ def caught(geometry: Geometry, seed: int, model: Persistence) -> PowerLossFailur
     pytest.fail(f"not caught in {LIMIT} s: {number} workloads, {states} states")
 
 
-def without_a_cut(recording: Recording, work: Work) -> None:
+def without_a_cut(recording: Recording, work: Any) -> None:
     """The mistake is of the kind that nobody sees until the power is cut."""
     content = bytearray(recording.start)
     for one in recording.log:
         apply(content, one)
-    moment = work.history.moment
+    moment = work.moment
     work.verify(bytes(content), CrashState(0, bytes(content), (moment,), (moment,), len(recording.log), ()))
 
 
@@ -162,6 +210,31 @@ def test_a_discard_after_reuse(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Freeing, "flushed", discard_after_reuse(Freeing.flushed))
     failure = caught(SMALL, seed, Persistence.P4)
     assert any(" late" in line for line in failure.state.story), "only a late discard can do this"
+
+
+def amending(rng: random.Random) -> AmendWork:
+    return AmendWork(rng, {"cluster_size": 512}, 5)
+
+
+def test_tables_of_a_change_of_options_after_the_header(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rewrite, "publish", tables_after_the_header(Rewrite.publish))
+    caught_in(amending, seed, Persistence.P1)
+
+
+def test_a_bitmap_that_is_in_use_too_late(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bitmaps, "begin", in_use_too_late(Bitmaps.begin))
+    failure = caught_in(amending, seed, Persistence.P1, at_cut=20)  # more workloads: few store a bitmap and go on
+    assert "the bitmap" in str(failure)
+
+
+def test_tables_of_a_repair_after_the_header(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rewrite, "publish", tables_after_the_header(Rewrite.publish))
+    caught_in(lambda rng: RepairWork(rng, tmp_path / "made.qcow2", 512, 16), seed, Persistence.P1)
+
+
+def test_a_repair_that_discards_first(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rewrite, "_header_values", discarded_before_the_header)
+    caught_in(lambda rng: RepairWork(rng, tmp_path / "made.qcow2", 512, 16), seed, Persistence.P1)
 
 
 @pytest.mark.parametrize("geometry", [SMALL, GROWING], ids=str)

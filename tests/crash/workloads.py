@@ -100,6 +100,11 @@ class Work:
             self.start = bytes(node.content)
         self.history = DiskHistory(content)
 
+    @property
+    def moment(self) -> int:
+        """The number of operations so far."""
+        return self.history.moment
+
     def __call__(self, storage: Recorder, marks: Marks) -> None:
         ends = {len(self.start)}
         with open_on(storage, read_only=False, backing=self.backing) as image:
