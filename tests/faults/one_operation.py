@@ -5,7 +5,7 @@ An operation changes what users see of the image, its *state* (options, bitmaps,
 bytes of the disk are those of a `Session`. For each request of the operation, each `Fault` and each of two continuations
 `fail_each` asserts:
 
-- the operation raises an error whose cause is that of the storage, unless the operation is free to ignore it;
+- the operation raises an error whose cause is that of the storage, or can do without the request, and a warning says so;
 - the open image has the state of before or that of after, also after further failures. Where it has that of after, the
   operation is one of those that say so (`Operation.late`);
 - wherever the process were killed, the check finds no corruption, no flushed byte is lost, and the file has a state that
@@ -35,6 +35,7 @@ from lamina.limits import DEFAULT_BUDGET, Budget
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Opening, Session, no_corruption
+from lamina.testing.noticed import comes_from, warned_errors
 
 KIB = 1024
 #: What is written after each failure, and what before the operation, without a flush.
@@ -271,15 +272,19 @@ class Trials:
         storage.fail(fault, nth)
         failed = ""
         try:
-            told = self._failure(session)
+            with warned_errors() as warned:
+                told = self._failure(session)
             failed = storage.what
             assert storage.failed, "the number of requests differs"
             if told is None:
-                assert fault.errno in self.operation.quiet, "a request failed, but the operation raised no error"
+                noticed = fault.errno in self.operation.quiet or any(comes_from(one, storage.failed) for one in warned)
+                assert noticed, (
+                    "a request failed, but the operation raised no error, and no warning names that of the request"
+                )
                 storage.disarm()
                 assert self._state(session) == self.after
                 return
-            assert _comes_from(told, storage.failed), f"the error of the storage is not its cause: {told!r}"
+            assert comes_from(told, storage.failed), f"the error of the storage is not its cause: {told!r}"
             session.trace.append(f"-- failed: {told}")
             if session.is_open:
                 way(session, fault)
@@ -392,14 +397,6 @@ class Trials:
             self.kind.require_killed(image, states, self._base)
 
         session.examine(check)
-
-
-def _comes_from(error: BaseException | None, causes: list[Any]) -> bool:
-    while error is not None:
-        if any(error is cause for cause in causes):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def require_right_bitmaps(image: Image, disk: bytes) -> None:
