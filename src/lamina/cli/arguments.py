@@ -40,6 +40,8 @@ class Parser(argparse.ArgumentParser):
         )
         self._command = command
         self._names: dict[str, str] = {}
+        #: Whether a number with a sign (-5G) as the last word is no option.
+        self.signed_last = False
         # Python accepts numbers that Lamina does not (5,000 digits, nan, 1_0).
         self.register("type", int, _whole)
         self.register("type", float, _seconds)
@@ -54,6 +56,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The parsed `argv`. All words after a `--` are names, even with a leading dash."""
+        if self.signed_last and "--" not in argv and argv and argv[-1][:1] == "-" and argv[-1][1:2].isdecimal():
+            argv = [*argv[:-1], "--", argv[-1]]
         end = argv.index("--") if "--" in argv else len(argv)
         self._refuse_unknown(argv[:end])
         # Stand-ins for these names begin with NUL: no option and no word of a command line does.
@@ -356,14 +360,22 @@ def image_source(name: str, args: argparse.Namespace, format: str | None, *, ima
     return parse_keyval(name)
 
 
-def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image:
-    """Open the image `name` for reading. Without a format its format is detected by its magic."""
+def open_image(
+    name: str,
+    args: argparse.Namespace,
+    format: str | None,
+    *,
+    image_opts: bool | None = None,
+    read_only: bool = True,
+) -> Image:
+    """Open the image `name`. Without a format its format is detected by its magic."""
     from ..api import open
 
-    source = image_source(name, args, format)
+    source = image_source(name, args, format, image_opts=image_opts)
     image = open(
         source,
         format=format or "probe",
+        read_only=read_only,
         references=args.references,
         budget=args.limits,
         force_share=args.force_share,
@@ -371,6 +383,13 @@ def open_image(name: str, args: argparse.Namespace, format: str | None) -> Image
     if args.force_share:
         tell_of_writers(image.node)
     return image
+
+
+def open_writable(name: str, args: argparse.Namespace, format: str | None) -> Image:
+    """As `open_image`, for a command that changes the image."""
+    if args.force_share:
+        raise OptionError("-U opens images that others write to, and this command changes the image", hint="omit -U")
+    return open_image(name, args, format, read_only=False)
 
 
 def tell_of_writers(top: Node) -> None:

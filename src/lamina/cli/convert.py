@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
 def _source(name: str, args: Namespace) -> Image:
     if args.source_snapshot is None:
         return open_image(name, args, args.format)
-    from .snapshots import open_snapshot
+    from .source_snapshot import open_snapshot
 
     return open_snapshot(name, args, args.format, args.source_snapshot)
 

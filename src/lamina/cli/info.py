@@ -96,7 +96,7 @@ def _human(found: ImageInfo) -> str:
         lines.append(f"backing file format: {printable(found.backing_format)}")
     if found.snapshots:
         lines.append("Snapshot list:")
-        lines += _snapshots(found.snapshots)
+        lines += snapshot_table(found.snapshots)
     data = (found.format_specific or {}).get("data")
     if data:
         lines.append("Format specific information:")
@@ -105,7 +105,8 @@ def _human(found: ImageInfo) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _snapshots(found: Sequence[Snapshot]) -> Iterator[str]:
+def snapshot_table(found: Sequence[Snapshot]) -> Iterator[str]:
+    """The lines of a table of snapshots."""
     import time
 
     yield f"{'ID':<8}{'TAG':<20}{'VM SIZE':>12}{'DATE':>21}{'VM CLOCK':>16}{'ICOUNT':>11}"

@@ -295,7 +295,7 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
     format = options.get("format", args.format)
     source, references = image_source(options["file"], args, format), args.references
     if args.load_snapshot is not None:
-        from .snapshots import snapshot_options
+        from .source_snapshot import snapshot_options
 
         source, references = snapshot_options(options["file"], args, format, args.load_snapshot)
         format = None

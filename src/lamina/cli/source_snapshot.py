@@ -32,7 +32,7 @@ def snapshot_options(
     snapshot or its name, or `snapshot.id=ID,snapshot.name=NAME`."""
     with open_image(name, args, format) as image:
         driver = image.node.driver
-        id = _find(image.snapshots(), wanted, image.filename).id
+        id = find(image.snapshots(), wanted, image.filename).id
     source = image_source(name, args, format)
     options: dict[str, Any] = dict(parse_name(source) if isinstance(source, str) else source)
     if registry.entry(options.get("driver", "file")).kind == "storage":
@@ -43,7 +43,9 @@ def snapshot_options(
     return {**options, "snapshot-id": id}, references
 
 
-def _find(snapshots: Sequence[Snapshot], wanted: str, path: str) -> Snapshot:
+def find(snapshots: Sequence[Snapshot], wanted: str, path: str, *, certain: bool = False) -> Snapshot:
+    """The snapshot that `wanted` names. `certain`: a word that is the id of one snapshot and the name of another names none
+    (else the one with that id)."""
     if wanted.startswith(("snapshot.id=", "snapshot.name=")):
         given = parse_keyval(wanted).get("snapshot", {})
         if not isinstance(given, dict) or not given.keys() <= {"id", "name"}:
@@ -54,10 +56,10 @@ def _find(snapshots: Sequence[Snapshot], wanted: str, path: str) -> Snapshot:
             one for one in snapshots if {"id": one.id, "name": one.name, **given} == {"id": one.id, "name": one.name}
         ]
     else:
-        found = [one for one in snapshots if one.id == wanted] or [one for one in snapshots if one.name == wanted]
+        found = [one for one in snapshots if wanted in ((one.id, one.name) if certain else (one.id,))]
+        found = found or [one for one in snapshots if one.name == wanted]
     if len(found) != 1:
         number = f"{len(found)} snapshots" if found else "no snapshot"
-        raise OptionError(
-            f"the image has {number} {shown(wanted)}", path=path, hint="lamina info lists them; give the id"
-        )
+        hint = "give snapshot.id=ID" if found else "lamina snapshot lists them"
+        raise OptionError(f"the image has {number} {shown(wanted)}", path=path, hint=hint)
     return found[0]

@@ -1,0 +1,45 @@
+"""`lamina amend`: change options of an image in place."""
+
+from __future__ import annotations
+
+from ..errors import OptionError
+from .arguments import Parser, format_options, open_writable, print_schema
+
+_EXAMPLES = """
+  lamina amend -o compat=1.1,lazy_refcounts=on disk.qcow2
+  lamina amend -o backing_file=base.qcow2,backing_fmt=qcow2 disk.qcow2
+  lamina amend -f qcow2 -o help                     list the options
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("amend", "Change options of an image in place. No byte of its disk changes.", _EXAMPLES)
+    parser.add_argument(
+        "-o", "--options", metavar="NAME=VALUE,...", action="append", help="the new options; -o help lists them"
+    )
+    parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
+    parser.add_argument(
+        "-p", "--progress", action="store_true", help="accepted for compatibility: no change takes long"
+    )
+    parser.add_quiet()
+    parser.add_access()
+    parser.add_argument("filename", metavar="FILE", nargs="?", help="the image")
+    args = parser.parse(argv)
+
+    options = format_options(args.options)
+    if options is None:
+        from ..format import lookup_format
+
+        kind = lookup_format(args.format or "qcow2")
+        if kind.amend_schema is None:
+            raise OptionError(f"{args.format} has no options that can be changed later")
+        print_schema(kind.amend_schema)
+        return 0
+    if args.filename is None:
+        parser.error("the name of the image is missing")
+    if not options:
+        parser.error("no option is given: add -o NAME=VALUE")
+    with open_writable(args.filename, args, args.format) as image:
+        image.amend(**options)
+        image.flush()
+    return 0
