@@ -32,13 +32,15 @@ Repair = Literal["leaks", "all"]
 
 class Measure(NamedTuple):
     """The length of the file of a new image in bytes: `required` for the data that its source stores now, and
-    `fully_allocated` for data in the whole disk."""
+    `fully_allocated` for data in the whole disk. `bitmaps`: what the dirty bitmaps of the source take in addition."""
 
     required: int
     fully_allocated: int
+    bitmaps: int | None = None
 
     def to_json(self) -> dict[str, int]:
-        return {"required": self.required, "fully-allocated": self.fully_allocated}
+        sizes = {"required": self.required, "fully-allocated": self.fully_allocated}
+        return sizes if self.bitmaps is None else {"bitmaps": self.bitmaps, **sizes}
 
 
 class Format(Node):
@@ -99,9 +101,16 @@ class Format(Node):
         return {}
 
     @classmethod
-    def measure(cls, size: int, values: Mapping[str, Any], stored: Iterable[Extents] | None = None) -> Measure:
+    def measure(
+        cls,
+        size: int,
+        values: Mapping[str, Any],
+        stored: Iterable[Extents] | None = None,
+        bitmaps: Mapping[str, DirtyBitmap] | None = None,
+    ) -> Measure:
         """The length of the file of a new image of `size` bytes. `stored` is the status of its source (consecutive extents of
-        the whole disk); None: the source is empty. No file is created."""
+        the whole disk, split at multiples of the largest cluster); None: the source is empty. `bitmaps`: those of the source,
+        if it may have some. No file is created."""
         raise cls.refusal("does not support the measurement of images")
 
     # -- images that exist

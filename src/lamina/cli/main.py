@@ -31,6 +31,7 @@ COMMANDS = {
     "snapshot": ("snapshot", "list, create, apply or delete internal snapshots"),
     "bitmap": ("bitmap", "add, remove, clear, enable, disable or merge dirty bitmaps"),
     "amend": ("amend", "change options of an image in place"),
+    "measure": ("measure", "say how long the file of a new image would be"),
     "compare": ("compare", "compare the contents of two images"),
     "convert": ("convert", "copy an image to a new image, in any format"),
     "serve": ("serve", "serve images over NBD"),

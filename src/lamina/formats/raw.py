@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
-from ..format import Format
+from ..format import Format, Measure
 from ..limits import MIB, Limits
 from ..node import FUA, plain
 from ..request import sizes_changed
@@ -83,6 +83,10 @@ class Raw(Format):
                 path=storage.node.filename,
                 hint="choose a smaller size",
             )
+
+    @classmethod
+    def measure(cls, size: int, values: Mapping[str, Any], *_: object) -> Measure:
+        return Measure(size, size)
 
     @classmethod
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:

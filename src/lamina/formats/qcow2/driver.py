@@ -25,12 +25,13 @@ from .header import Header
 from .snapshot_node import WithSnapshots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from collections.abc import Mapping as Options
 
+    from ...bitmap import DirtyBitmap
     from ...coding import Encoded
-    from ...extents import HostFile
-    from ...format import Repair
+    from ...extents import Extents, HostFile
+    from ...format import Measure, Repair
     from ...graph import Opener
     from ...report import CheckReport
     from ...results import ImageInfo
@@ -212,6 +213,18 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
     @classmethod
     def create(cls, storage: Child, size: int, values: Options[str, Any]) -> None:
         _create.create(storage, size, values)
+
+    @classmethod
+    def measure(
+        cls,
+        size: int,
+        values: Options[str, Any],
+        stored: Iterable[Extents] | None = None,
+        bitmaps: Options[str, DirtyBitmap] | None = None,
+    ) -> Measure:
+        from .measure import measure
+
+        return measure(size, values, stored, bitmaps)
 
     @classmethod
     def side_files(cls, values: Options[str, Any]) -> Sequence[str]:

@@ -1,0 +1,78 @@
+"""`lamina measure`: the length of the file of a new image, before it is made."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from ..creation import create_driver
+from ..format import Format
+from ..jobs.windows import windows
+from .arguments import Parser, format_options, open_image, print_schema
+
+if TYPE_CHECKING:
+    from ..image import Image
+
+_EXAMPLES = """
+  lamina measure -O qcow2 --size 100G
+  lamina measure -O qcow2 -o cluster_size=2M disk.raw     of a copy of that disk
+  lamina measure --output=json -O qcow2 disk.qcow2
+"""
+
+
+#: In messages, and the place to which the names of other files are relative: the current folder.
+_NEW = "the new image"
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        "measure", "Say how long the file of a new image would be, empty or with the data of a disk.", _EXAMPLES
+    )
+    parser.add_format("-f", "--format", dest="format", help="format of the source (default: detected)")
+    parser.add_format("-O", "--target-format", dest="target_format", help="format of the new image (default: raw)")
+    parser.add_argument(
+        "-o", "--target-options", metavar="NAME=VALUE,...", action="append",
+        help="options of the new image; -o help lists them",
+    )  # fmt: skip
+    parser.add_size("--size", metavar="SIZE", help="the size of an empty disk, in place of a source")
+    parser.add_argument("-l", "--source-snapshot", metavar="SNAPSHOT", help="an internal snapshot of the source")
+    parser.add_output()
+    parser.add_access()
+    parser.add_argument("filename", metavar="FILE", nargs="?", help="the source")
+    args = parser.parse(argv)
+
+    kind = create_driver(args.target_format or "raw")
+    options = format_options(args.target_options)
+    if options is None:
+        print_schema(kind.creation_schema())
+        return 0
+    if (args.size is None) == (args.filename is None):
+        parser.error("either a source or --size is needed")
+    values = kind.creation_schema().parse(options)
+    kind.prepare_create(values, _NEW, args.limits)
+    if args.filename is None:
+        found = kind.measure(args.size, values)
+    else:
+        with _source(args.filename, args) as image:
+            size, node = values.get("size") or image.size, image.node
+            keeps = kind.keeps_bitmaps and isinstance(node, Format) and node.keeps_bitmaps
+            stored = windows(image, 0, image.size, grid=values.get("cluster_size") or 1)
+            found = kind.measure(size, values, stored, image.bitmaps if keeps else None)
+    if args.output == "json":
+        import json
+
+        sys.stdout.write(json.dumps(found.to_json(), indent=4) + "\n")
+    else:
+        sys.stdout.write(f"required size: {found.required}\nfully allocated size: {found.fully_allocated}\n")
+        if found.bitmaps is not None:
+            sys.stdout.write(f"bitmaps size: {found.bitmaps}\n")
+    return 0
+
+
+def _source(name: str, args: Namespace) -> Image:
+    if args.source_snapshot is None:
+        return open_image(name, args, args.format)
+    from .source_snapshot import open_snapshot
+
+    return open_snapshot(name, args, args.format, args.source_snapshot)
