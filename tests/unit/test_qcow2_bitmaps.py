@@ -12,6 +12,7 @@ import pytest
 import lamina
 from lamina.bitmap import MemoryBitmap
 from lamina.errors import BlockIOError
+from lamina.formats.qcow2 import bitmap_directory
 from lamina.formats.qcow2 import layout as q
 from lamina.formats.qcow2.header import Header
 from lamina.limits import Budget
@@ -385,3 +386,28 @@ def test_a_bitmap_that_was_never_stored_is_removed(tmp_path: Path) -> None:
             image.remove_bitmap("new")
     with lamina.open(path, format="qcow2") as image:
         assert not image.bitmaps
+
+
+@pytest.mark.parametrize("structure", ["L1 table", "L2 table", "refcount table", "refcount block"])
+def test_a_removal_frees_no_structure_that_the_bitmap_names(path: Path, structure: str) -> None:
+    with open_for(path) as image:
+        node = node_of(image)
+        image.write(0, b"data" * 50_000)
+        node.add_bitmap("one", 512)
+        image.write(4096, b"recorded")
+        content = image.read(0, SIZE)
+    with lamina.open(path, format="qcow2") as image:
+        entry, header = bitmap_directory.read(node_of(image).file, node_of(image).header)[0], node_of(image).header
+    raw = bytearray(path.read_bytes())
+
+    def named_at(at: int) -> int:
+        return int.from_bytes(raw[at : at + 8], "big") & q.OFFSET_MASK
+
+    places = {"L1 table": header.l1_table_offset, "refcount table": header.refcount_table_offset}
+    places |= {"L2 table": named_at(places["L1 table"]), "refcount block": named_at(places["refcount table"])}
+    raw[entry.table_offset : entry.table_offset + 8] = places[structure].to_bytes(8, "big")
+    path.write_bytes(raw)
+    with open_for(path) as image, pytest.raises(lamina.CorruptImage, match="structures of the image overlap"):
+        node_of(image).remove_bitmap("one")
+    with lamina.open(path, format="qcow2") as image:
+        assert image.read(0, SIZE) == content

@@ -290,6 +290,7 @@ class Bitmaps:
             return
         if not tables.writable:
             raise ReadOnly("the bitmaps of the image cannot be stored", path=file.node.filename)
+        tables.require_apart()  # while the image has the old ones: what they point to is given back
         old_place = directory.extension(header)
         entries, kept = [], set()
         for one in bitmaps.values():
