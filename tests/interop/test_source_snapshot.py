@@ -67,6 +67,11 @@ def test_the_name_of_the_image_may_be_anything(tmp_path: Path, images: tuple[Pat
         ["-f", "qcow2", f"file:{path}"],
         ["--image-opts", f"driver=qcow2,file.driver=file,file.filename={path}"],
         [f'json:{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{path}"}}}}'],
+        ["--image-opts", f"file.filename={path}"],
+        [f'json:{{"file": "{path}"}}'],
+        ["-f", "qcow2", f'json:{{"driver": "file", "filename": "{path}"}}'],
+        [f"blkdebug::{path}"],
+        ["-f", "qcow2", f"blkdebug::{path}"],
     ):
         ours.unlink(missing_ok=True)
         assert main(["convert", "-O", "raw", "-l", "first", *words, str(ours)]) == 0, words
@@ -93,3 +98,6 @@ def test_the_backing_file_of_a_detected_image_is_not_opened(tmp_path: Path, caps
     assert not (tmp_path / "new").exists()
     assert main(["convert", "-f", "qcow2", "-O", "raw", "-l", "first", str(path), str(tmp_path / "new")]) == 0
     assert (tmp_path / "new").read_bytes()[:6] == b"secret"
+    (tmp_path / "new").unlink()
+    named = f'json:{{"driver": "qcow2", "file": "{path}"}}'
+    assert main(["convert", "-O", "raw", "-l", "first", named, str(tmp_path / "new")]) == 0

@@ -35,10 +35,14 @@ def snapshot_options(
         id = find(image.snapshots(), wanted, image.filename).id
     source = image_source(name, args, format)
     options: dict[str, Any] = dict(parse_name(source) if isinstance(source, str) else source)
-    if registry.entry(options.get("driver", "file")).kind == "storage":
+    described = not isinstance(source, str) or source.startswith("json:")  # else the name is the location of the bytes
+    given = options.get("driver") if described or format is not None else None
+    if described and given is None:
+        options["driver"] = driver
+    elif given is None or registry.entry(given).name != driver:
         options = {"driver": driver, "file": options}
     references = args.references
-    if references is None and format is None and isinstance(source, str):
+    if references is None and format is None and given is None:
         references = Policy.probed(driver)  # the format was only detected
     return {**options, "snapshot-id": id}, references
 
