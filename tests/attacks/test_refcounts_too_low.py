@@ -336,3 +336,32 @@ def test_repair_mends_them(tmp_path: Path) -> None:
         with lamina.open(path, format="qcow2", read_only=False) as image:
             discard_another(image, one)
         assert lamina.check(path, format="qcow2").clean
+
+
+def test_a_repair_writes_over_nothing_that_an_unreadable_table_may_refer_to(tmp_path: Path) -> None:
+    """The table of a snapshot cannot be read for now, and clusters to which it alone refers are counted as free."""
+    path, cluster = tmp_path / "disk.qcow2", 4096
+    lamina.create(path, "qcow2", 1 << 20, cluster_size=cluster)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"early" * 8192)
+        image.create_snapshot("one")
+        image.write(0, b"later" * 8192)
+    raw = bytearray(path.read_bytes())
+
+    def named_at(at: int) -> int:
+        return int.from_bytes(raw[at : at + 8], "big") & q.OFFSET_MASK
+
+    header = q.HEADER_V3.unpack(raw)
+    early, now = (named_at(named_at(at)) for at in (header.snapshots_offset, q.HEADER_V3["l1_table_offset"].offset))
+    counts = named_at(header.refcount_table_offset)
+    for at in (*range(early, early + 8 * 8, 8), now):
+        place = counts + 2 * (named_at(at) // cluster)
+        raw[place : place + 2] = bytes(2)
+    path.write_bytes(raw)
+    rules = [{"kind": "read", "start": early, "length": cluster}]
+    file = {"driver": "faults", "image": {"driver": "file", "filename": str(path)}, "rules": rules}
+    found = lamina.check({"driver": "qcow2", "file": file}, repair="all")
+    assert found.check_errors
+    assert found.corruptions_fixed
+    with lamina.open({"driver": "qcow2", "file": str(path), "snapshot-id": "1"}) as image:
+        assert image.read(0, 5 * 8192) == b"early" * 8192

@@ -99,6 +99,7 @@ class _Recount(Rewrite):
                     hint="convert the image to a new one",
                 )
             counts = np.maximum(counts, old)
+            used[: found.clusters] = True
         #: With "leaks", the references to each cluster beyond its count.
         self._uncounted = np.zeros(0, np.int64)
         if self._what == "leaks":
