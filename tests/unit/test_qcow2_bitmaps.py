@@ -411,3 +411,20 @@ def test_a_removal_frees_no_structure_that_the_bitmap_names(path: Path, structur
         node_of(image).remove_bitmap("one")
     with lamina.open(path, format="qcow2") as image:
         assert image.read(0, SIZE) == content
+
+
+def test_bitmaps_go_on_to_record_where_a_reopening_for_reading_fails(path: Path) -> None:
+    storage = FaultyStorage(path.read_bytes())
+    image = open_on(storage, read_only=False)
+    image.add_bitmap("one", 4096)
+    image.write(8192, b"before")
+    with pytest.raises(lamina.NotSupported):
+        image.reopen(read_only=True)
+    assert not image.read_only
+    image.write(40960, b"after")
+    image.flush()
+    with open_on(FaultyStorage(bytes(storage.content)), read_only=True) as killed:
+        assert not killed.bitmaps
+    image.close()
+    with open_on(FaultyStorage(bytes(storage.content)), read_only=True) as again:
+        assert list(again.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288), (40960, 45056)]

@@ -73,5 +73,6 @@ class WithBitmaps(FormatNode):
 
     def _take_bitmaps(self) -> None:
         """From now on each change of the disk is recorded in its bitmaps, if it has any."""
+        self._recording = None  # of tables that are no longer used
         if self.header.has_bitmaps and (found := self._bitmaps_of_image()).all:
             self._recording = found

@@ -438,8 +438,10 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         self.tables.flush()
 
     def reopen(self, read_only: bool) -> None:
-        self.reopen_over([self.file], read_only)
+        self.reopen_over([self.file] if self.data is self.file else [self.file, self.data], read_only)
         self.tables.writable = not read_only
+        if read_only:  # not before: where it stays writable after an error, bitmaps go on to record
+            self._recording = None
 
     def begin_writing(self) -> None:
         """As in `open`. The tables are loaded again, since those of a read-only image may share memory."""
@@ -459,7 +461,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
     def stop_writing(self) -> None:
         self.settle()
         self.file.flush()
-        self._recording = None
 
     def _clear_autoclear_features(self) -> None:
         # They say that all writers kept certain structures up to date, as this driver does for bitmaps and raw data files.

@@ -184,10 +184,6 @@ class External(FormatNode):
         if size < old and data.node.growable and data.size > size:
             data.truncate(size)
 
-    def reopen(self, read_only: bool) -> None:
-        self.reopen_over([self.file, self.data], read_only)
-        self.tables.writable = not read_only
-
     def stop_writing(self) -> None:
         super().stop_writing()
         self.data.flush()
