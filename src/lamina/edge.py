@@ -63,8 +63,9 @@ class Edge:
         self.read_only = read_only
         #: Whether its root is closing: long requests end early.
         self.closing = False
-        #: Makes the error for a reopening for writing, if the policy for references lets the image only read this child.
-        self.denied: Callable[[], LaminaError] | None = None
+        #: Makes the error for a reopening for writing, if the policy for references lets the image only read this child;
+        #: each further user of the node has it as well.
+        self.denied: Callable[[], LaminaError] | None = next((one.denied for one in node.parents() if one.denied), None)
         self.refresh()
         self.count_at(node)
 

@@ -216,6 +216,9 @@ def test_row_13_a_data_file_is_written_by_permission_alone(home: Path, monkeypat
         assert image.read(0, 8) == b"mine" * 2
         with pytest.raises(PolicyError, match=r"would be written.*--references list:"):
             image.reopen(read_only=False)
+        file = image.share(image.node.children["data-file"].node)
+    with file, pytest.raises(PolicyError, match="would be written"):  # also where the image is closed
+        file.reopen(read_only=False)
     with opened_files() as opened:
         for denied in (None, Policy.none(), Policy.listed([home / "other"])):
             with pytest.raises(PolicyError, match="data file"):
