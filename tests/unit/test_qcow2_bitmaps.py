@@ -428,3 +428,28 @@ def test_bitmaps_go_on_to_record_where_a_reopening_for_reading_fails(path: Path)
     image.close()
     with open_on(FaultyStorage(bytes(storage.content)), read_only=True) as again:
         assert list(again.bitmaps["one"].dirty(0, SIZE)) == [(8192, 12288), (40960, 45056)]
+
+
+def test_a_repair_frees_no_clusters_of_bitmaps_that_could_not_be_stored(path: Path) -> None:
+    with open_for(path) as image:
+        image.add_bitmap("kept", 4096)
+        image.write(0, b"x")
+        image.enable_bitmap("kept", False)
+        image.add_bitmap("two", 4096)
+    start, failures = path.read_bytes(), 0
+    for nth in range(1, 40):
+        storage = FaultyStorage(start)
+        with open_on(storage, read_only=False) as image:
+            storage.fail("write", nth=nth)
+            with suppress(BlockIOError):
+                image.remove_bitmap("two")
+            storage.heal()
+            node_of(image).repair("leaks")
+            image.write(SIZE // 2, b"data" * 65536)
+        with open_on(FaultyStorage(bytes(storage.content)), read_only=True) as again:
+            assert list(again.bitmaps["kept"].dirty(0, SIZE)) == [(0, 4096)]
+            check_whole(again)
+        failures += bool(storage.failures)
+        if not storage.failures:
+            break
+    assert failures

@@ -284,6 +284,14 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         from .repair import repair
 
         require_writable(self, "repair")
+        self.flush()
+        recording = self._recording
+        if (
+            recording is not None
+            and not self.header.has_bitmaps
+            and any(one.entry.table_size for one in recording.all.values())
+        ):
+            recording.store()  # else the clusters of bitmaps that could not be stored would be leaks
         report = rest = self.check()
         for _ in range(2):  # an entry of flags alone names the header, until the first repair has cleared it
             if rest.leaks or (what == "all" and rest.corruptions):
