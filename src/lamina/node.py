@@ -311,7 +311,10 @@ class Node(Startable, Reopenable):
         """Log a failure that fails no request, under `lamina.DRIVER`."""
         import logging
 
-        logging.getLogger(f"lamina.{self.driver}").warning(text, *values)
+        logger = logging.getLogger(f"lamina.{self.driver}")
+        logger.warning(
+            text if logger.hasHandlers() else f"lamina: {text}", *values
+        )  # else standard error gets the line
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{role}={child.node!r}" for role, child in self.children.items())

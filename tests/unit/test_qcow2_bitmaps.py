@@ -453,3 +453,18 @@ def test_a_repair_frees_no_clusters_of_bitmaps_that_could_not_be_stored(path: Pa
         if not storage.failures:
             break
     assert failures
+
+
+def test_an_extension_is_not_placed_behind_the_offset_of_an_empty_name(path: Path) -> None:
+    """A header may name a backing file of no bytes: the list of extensions ends where that name begins."""
+    raw = bytearray(path.read_bytes())
+    field = q.HEADER_V2["backing_file_offset"]
+    with lamina.open(path, format="qcow2") as image:
+        end = node_of(image).header.used_bytes(raw)
+    raw[field.offset : field.offset + field.size] = (end + 8).to_bytes(8, "big")
+    path.write_bytes(raw)
+    with open_for(path) as image:
+        node_of(image).add_bitmap("one", 512)
+        image.write(0, b"recorded")
+    with lamina.open(path, format="qcow2") as image:
+        assert list(node_of(image).bitmaps["one"].dirty(0, 4096)) == [(0, 512)]

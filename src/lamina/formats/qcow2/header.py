@@ -374,16 +374,18 @@ class Header:
         name_at, name_size = old.backing_file_offset, old.backing_file_size
         name = bytes(cluster[name_at : name_at + name_size]) if name_at else b""
         moved = align_up(max(needed, name_at + name_size), 8)
-        fits = moved + name_size if name and name_at < needed else needed
+        moves = 0 < name_at < needed  # also an empty name: the list of extensions ends where it begins
+        fits = moved + name_size if moves else needed
         if fits > self.cluster_size:
             raise LimitExceeded(
                 "the first cluster has no space for another header extension",
                 path=storage.node.filename,
                 hint="use larger clusters, or a shorter name of the backing file",
             )
-        if name and name_at < needed:  # it lies where the extension goes: it moves first
-            storage.write(moved, memoryview(name))
-            storage.flush()
+        if moves:  # it lies where the extension goes: it moves first
+            if name:
+                storage.write(moved, memoryview(name))
+                storage.flush()
             storage.write(
                 q.HEADER_V2["backing_file_offset"].offset,
                 memoryview(q.HEADER_V2.pack_field("backing_file_offset", moved)),
