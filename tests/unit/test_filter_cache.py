@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina.errors import BlockIOError, OptionError
+from lamina.filters.blocksize import BlockSize
 from lamina.filters.cache import Cache
 from lamina.image import Image
 from lamina.request import Child
@@ -229,3 +230,19 @@ def test_options(tmp_path: Path) -> None:
     for changed in ({"block-size": 1000}, {"block-size": 0}, {"blocks": 0}, {"mode": "never"}):
         with pytest.raises(OptionError, match=next(iter(changed))):
             lamina.open({**spec, **changed})
+
+
+def test_a_block_is_not_smaller_than_the_units_of_the_image() -> None:
+    """The edge below would read a whole unit for each block of it: 64 GiB for a read of 512 bytes with units of 64 MiB."""
+    unit = 64 * UNIT
+    storage = Recording(8 * unit)
+    node = BlockSize(Child(storage, "image", grows=True), minimum=unit)
+    image = Image(Cache(Child(node, "image", grows=True), 128, UNIT))
+    image.write(3 * unit + 5, b"written")
+    assert image.read(3 * unit, 20) == bytes(5) + b"written" + bytes(8)
+    image.flush()
+    assert sum(length for name, _, length in storage.taken() if name == "read") == unit
+    image.read(0, 8 * unit)  # two blocks fit into its bytes
+    reads = [offset for name, offset, _ in storage.taken() if name == "read"]
+    assert reads == [offset * unit for offset in range(8)]
+    assert len(image.node._blocks) == 2  # type: ignore[attr-defined]

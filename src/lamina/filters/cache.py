@@ -46,8 +46,8 @@ class Cache(TransformNode):
         super().__init__(image, **common)
         if not is_power_of_two(block_size):
             raise OptionError(f"block-size is {block_size}", hint="it takes a power of two")
-        self._capacity = blocks
-        self._block_size = block_size
+        self._asked = blocks, block_size
+        self._fit()
         self._writeback = mode == "writeback"
         # In writeback mode the request path emulates FUA by a flush.
         self.supported_flags = 0 if self._writeback else FUA
@@ -57,6 +57,13 @@ class Cache(TransformNode):
         #: Number -> the dirty range of the block, as offsets of the disk.
         self._dirty: dict[int, tuple[int, int]] = {}
         self._mutex = threading.Lock()
+
+    def _fit(self) -> None:
+        """Choose the size of a block: not below the alignment of the image, whose edge would read a whole unit for each
+        block of it. The cache keeps its size in bytes."""
+        blocks, size = self._asked
+        self._block_size = max(size, self.image.node.limits.request_alignment)
+        self._capacity = max(blocks * size // self._block_size, 1)
 
     @property
     def size(self) -> int:
@@ -152,6 +159,7 @@ class Cache(TransformNode):
         with self._mutex:
             self._write_back()
             self._blocks.clear()
+            self._fit()
             self._size = self.image.size
 
     def settle(self) -> None:
