@@ -308,13 +308,11 @@ class Node(Startable, Reopenable):
         return NotSupported(f"the driver {self.driver} has no {operation}", node=self.name, operation=operation)
 
     def warn(self, text: str, *values: object) -> None:
-        """Log a failure that fails no request, under `lamina.DRIVER`."""
+        """Log a failure that fails no request, under `lamina.DRIVER`. Without a handler it goes to standard error."""
         import logging
 
         logger = logging.getLogger(f"lamina.{self.driver}")
-        logger.warning(
-            text if logger.hasHandlers() else f"lamina: {text}", *values
-        )  # else standard error gets the line
+        logger.warning(text if logger.hasHandlers() else f"lamina: {text}", *values)
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{role}={child.node!r}" for role, child in self.children.items())
