@@ -133,8 +133,11 @@ class Rewrite:
         wrong = np.flatnonzero(counts[clusters] == 0)
         if len(wrong):
             raise self._corrupt("a cluster in use is counted as free", int(clusters[wrong[0]]))
-        np.add.at(counts, clusters, 1)
-        if int(counts[clusters].max()) > self._most:
+        np.add.at(
+            counts, clusters, counts.dtype.type(1)
+        )  # with an int, counts of 64 bits become floating-point numbers
+        raised = counts[clusters]
+        if int(raised.max()) > self._most or not raised.all():
             raise LimitExceeded(
                 f"a cluster would have more references than {self._header.refcount_bits} bits count",
                 path=self._path,
