@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import OptionError
 from .arguments import Parser, format_options, open_writable, print_schema
 
 _EXAMPLES = """
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
 
         kind = lookup_format(args.format or "qcow2")
         if kind.amend_schema is None:
-            raise OptionError(f"{args.format} has no options that can be changed later")
+            raise kind.refusal("has no options that can be changed later")
         print_schema(kind.amend_schema)
         return 0
     if args.filename is None:

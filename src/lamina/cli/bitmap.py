@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..errors import OptionError
+from ..options import shown
 from .arguments import Parser, open_image, open_writable
 
 _EXAMPLES = """
@@ -80,7 +81,9 @@ def main(argv: list[str]) -> int:
             elif action == "merge":
                 if name not in source.bitmaps:
                     raise OptionError(
-                        f"there is no bitmap {name} to merge", path=source.filename, hint="lamina info lists them"
+                        f"there is no bitmap {shown(name)} to merge",
+                        path=source.filename,
+                        hint="lamina info lists them",
                     )
                 image.merge_bitmaps(args.bitmap, [source.bitmaps[name]])
             elif action == "remove":

@@ -14,7 +14,8 @@ from ..jobs.convert import convert, convert_to_file
 from ..jobs.progress import Monitor
 from ..options import parse_name
 from ..own_files import refuse_own
-from .arguments import Parser, format_options, image_source, open_image, print_schema
+from .arguments import Parser, format_options, image_source, print_schema
+from .source_snapshot import open_source
 from .terminal import Meter
 
 _EXAMPLES = """
@@ -129,21 +130,13 @@ def main(argv: list[str]) -> int:
     args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
-    with _source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
+    with open_source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
         monitor = Monitor(meter.report)
         if args.no_create:
             _into(source, target, args, options, monitor)
         else:
             _anew(source, target, args, options, monitor)
     return 0
-
-
-def _source(name: str, args: Namespace) -> Image:
-    if args.source_snapshot is None:
-        return open_image(name, args, args.format)
-    from .source_snapshot import open_snapshot
-
-    return open_snapshot(name, args, args.format, args.source_snapshot)
 
 
 def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:

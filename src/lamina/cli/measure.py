@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from ..creation import create_driver
 from ..format import Format
 from ..jobs.windows import windows
-from .arguments import Parser, format_options, open_image, print_schema
+from .arguments import Parser, format_options, print_schema
+from .source_snapshot import open_source
 
 if TYPE_CHECKING:
-    from ..image import Image
+    pass
 
 _EXAMPLES = """
   lamina measure -O qcow2 --size 100G
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     if args.filename is None:
         found = kind.measure(args.size, values)
     else:
-        with _source(args.filename, args) as image:
+        with open_source(args.filename, args) as image:
             size, node = values.get("size") or image.size, image.node
             keeps = kind.keeps_bitmaps and isinstance(node, Format) and node.keeps_bitmaps
             stored = windows(image, 0, image.size, grid=values.get("cluster_size") or 1)
@@ -68,11 +68,3 @@ def main(argv: list[str]) -> int:
         if found.bitmaps is not None:
             sys.stdout.write(f"bitmaps size: {found.bitmaps}\n")
     return 0
-
-
-def _source(name: str, args: Namespace) -> Image:
-    if args.source_snapshot is None:
-        return open_image(name, args, args.format)
-    from .source_snapshot import open_snapshot
-
-    return open_snapshot(name, args, args.format, args.source_snapshot)

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from ..results import Snapshot
 
 
-def open_snapshot(name: str, args: Namespace, format: str | None, wanted: str) -> Image:
-    """As `open_image`, with the disk of the snapshot `wanted` (see `snapshot_options`)."""
+def open_source(name: str, args: Namespace) -> Image:
+    """As `open_image`; where the option -l names a snapshot, with its disk (see `snapshot_options`)."""
+    if args.source_snapshot is None:
+        return open_image(name, args, args.format)
     from ..api import open
 
-    options, references = snapshot_options(name, args, format, wanted)
+    options, references = snapshot_options(name, args, args.format, args.source_snapshot)
     return open(options, references=references, budget=args.limits, force_share=args.force_share)
 
 

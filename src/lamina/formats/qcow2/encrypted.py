@@ -15,7 +15,6 @@ from ...status import COMPRESSED, DATA
 if TYPE_CHECKING:
     from collections.abc import Mapping as Options
 
-    from ...coding import Encoded
     from ...crypto.sectors import SectorCipher
     from ...format_node import Columns, Reservation
     from ...graph import Opener
@@ -97,9 +96,7 @@ class Encrypted(FormatNode):
             cipher.decrypt(sector + whole // SECTOR, last)
             view[whole:] = last[: length - whole]
 
-    def load_parts(self, parts: list[Encoded]) -> None:
-        for part in parts:  # any of them may be encrypted
-            self.load(*part)
+    load_parts = FormatNode.load_parts  # not that of compressed clusters: any of the parts may be encrypted
 
     def reserve(self, offset: int, length: int) -> Reservation:
         self._cipher("write")

@@ -133,9 +133,8 @@ class Rewrite:
         wrong = np.flatnonzero(counts[clusters] == 0)
         if len(wrong):
             raise self._corrupt("a cluster in use is counted as free", int(clusters[wrong[0]]))
-        np.add.at(
-            counts, clusters, counts.dtype.type(1)
-        )  # with an int, counts of 64 bits become floating-point numbers
+        one = counts.dtype.type(1)  # an int would make floating-point numbers of counts of 64 bits
+        np.add.at(counts, clusters, one)
         raised = counts[clusters]
         if int(raised.max()) > self._most or not raised.all():
             raise LimitExceeded(
