@@ -51,7 +51,7 @@ def counting(functions: set[str] | None, standard: bool) -> Callable[[CodeType],
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than are there at once: whoever reads waits for whoever writes."""
-    monkeypatch.setattr("lamina.jobs.convert._BUFFER", 256 * KIB)
+    monkeypatch.setattr("lamina.jobs.convert_transfer.BUFFER", 256 * KIB)
 
 
 class Work:

@@ -1,89 +1,37 @@
 """Copy a disk into another image: the job reads only allocated data, and writes only data that is not zero.
 
-The plan comes from the exact extents of the source. A thread of the job's own reads and searches for zeros; the caller's
-thread writes: reading, writing and comparing release the GIL, so the threads run in parallel. If the source or the target is
-remote, several buffers are read or written at once (see `requests`). The number of buffers is fixed. Ranges that the
-operating system copies, or that both files share, pass through neither thread (see `sharing`).
+The plan comes from the exact extents of the source (`convert_plan`). Two threads carry it out (`convert_transfer`). Ranges
+that the operating system copies, or that both files share, pass through neither thread (see `sharing`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from ..api import open as open_image
 from ..creation import create_driver, made_beside, new_file, open_new, write_image
 from ..errors import OptionError
-from ..extents import Extents
 from ..format_node import FormatNode
-from ..limits import KIB, MAX_SIZE, MIB, align_down, is_power_of_two
-from ..node import MAY_UNMAP
-from ..numeric import np
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
-from ..workers import Task, Workers
-from ..zeros import between, stored_parts
-from .beneath import Backing, differing, layers_above, stored
+from .beneath import Backing, layers_above
 from .bitmaps import Chosen, copied, require_bitmaps
+from .convert_plan import Offload as Offload
+from .convert_plan import Plan
+from .convert_transfer import Result as Result
+from .convert_transfer import Transfer
 from .output import OutputLimit
 from .progress import Monitor
-from .requests import NEAR, Failed, Requests, in_order, is_far, requests_for
-from .sharing import FileRange, Offloader, without
-from .windows import pairs, stretches, windows
+from .requests import Requests, is_far, requests_for
 
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..image import Image
     from ..limits import Budget
-    from ..numeric import NDArray
-    from ..pending import Pending
-
-_BUFFER = 2 * MIB
-#: Buffers in addition to those of requests in flight.
-_SPARE = 2
-#: The most ranges to zero of one batch.
-_MANY = 4096
-#: The block size of the search for zeros, in bytes; smaller if shorter runs are to become holes.
-_GRANULE = 4 * KIB
-
-#: Which copies are left to the operating system: none, those that share blocks, or all that it can do.
-Offload = Literal["", "share", "copy"]
-
-# What to do with a range of the disk. _ZERO: zero the target. _STORED: read the source. _OVER_ZERO: the same, and the target
-# reads as zero already. _COMPARED: read the source and the backing file. _IN_BACKING: read the backing file, and zero the
-# target where it is not zero. From _FILE_RANGES on: offload the copy of one file range.
-_STORED, _ZERO, _OVER_ZERO, _COMPARED, _IN_BACKING, _FILE_RANGES = range(6)
-
-
-class Result(NamedTuple):
-    """What a conversion did, in bytes: `read` from the source, `written` to the target, `zeroed` there without
-    writing, and `copied` there without reading."""
-
-    read: int
-    written: int
-    zeroed: int
-    copied: int = 0
-
-
-class _Batch:
-    """A buffer that the reading thread fills and the writing thread empties. `reads`: the ranges to read into it; `writes`
-    and `zeros`: the requests to the target that follow from them. `end`: the job is done with the source up to this offset.
-    `error`: the reason why no further batch follows."""
-
-    __slots__ = ("buffer", "end", "error", "last", "reads", "writes", "zeros")
-
-    def __init__(self, buffer: memoryview) -> None:
-        self.buffer = buffer
-        self.reads: list[tuple[int, int, memoryview]] = []  # kind, offset, where to
-        self.writes: list[tuple[int, memoryview]] = []
-        self.zeros: list[tuple[int, int]] = []
-        self.end = 0
-        self.last = False
-        self.error: BaseException | None = None
 
 
 def convert(
@@ -134,9 +82,7 @@ def convert(
             hint="make a target that is large enough",
         )
     with source.share() as own_source, target.share() as own_target, copied(source, target, bitmaps):
-        # What is compared must be read.
-        reads = not offload or (below is not None and below.image is not None)
-        offloader = None if reads else Offloader(own_source, own_target, only_share=offload == "share")
+        plan = Plan(own_source, own_target, blank=blank, smallest_hole=smallest_hole, below=below, offload=offload)
         reading = requests_for(own_source, asked=parallel, name="lamina-convert-read")
         if in_order is None:
             in_order = not is_far(own_target.node)
@@ -144,8 +90,7 @@ def convert(
         if not in_order:
             writing = requests_for(own_target, own_source.node, asked=parallel, name="lamina-convert-write")
         output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
-        job = _Copy(own_source, own_target, blank, smallest_hole, below, offloader, output, monitor or Monitor())
-        return job.run(reading, writing)
+        return Transfer(plan, output, monitor or Monitor()).run(reading, writing)
 
 
 def convert_to_file(
@@ -225,273 +170,3 @@ def _open_made(
     except BaseException:
         storage.close()
         raise
-
-
-class _Copy:
-    def __init__(
-        self,
-        source: Image,
-        target: Image,
-        blank: bool,
-        smallest_hole: int,
-        below: Backing | None,
-        offloader: Offloader | None,
-        output: OutputLimit,
-        watch: Monitor,
-    ) -> None:
-        self._source = source
-        self._target = target
-        self._blank = blank
-        self._hole = smallest_hole
-        self._granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
-        # Of a target that takes whole blocks (one that packs them, say) none is written in two halves.
-        self._block = min(target.alignment, _BUFFER) if offloader is None else 1
-        if below is not None and below.image is not None:
-            # What differs is found, and written, in whole clusters of the target.
-            self._block = max(self._block, _unit(target))
-        if smallest_hole and self._block > 1:
-            self._hole, self._granule = max(smallest_hole, self._block), max(self._granule, self._block)
-        self._below = below
-        self._offloader = offloader
-        self._file_ranges: list[FileRange] = []
-        self._output = output
-        self._watch = watch
-        self._free: SimpleQueue[memoryview | None] = SimpleQueue()
-        #: So many buffers are made when they are needed: of four, three would only cost the start of a small conversion.
-        self._unmade = 0
-        self._full: SimpleQueue[_Batch] = SimpleQueue()
-        self._stopped = False
-        self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
-
-    def run(self, reading: Requests, writing: Requests) -> Result:
-        self._unmade = reading.count + writing.count + _SPARE
-        planning, planner = Task(self._read_all, reading), Workers(1, "lamina-convert")
-        try:
-            try:
-                planner.start(planning)
-                self._write_all(writing)
-            finally:
-                self._end(planning, planner, reading, writing)
-        finally:
-            # An interrupt that struck the first time finds the second.
-            self._end(planning, planner, reading, writing)
-        self._watch.update(self._source.size, self._source.size)
-        copied = self._offloader.done if self._offloader else 0
-        return Result(self._bytes_read, self._bytes_written, self._bytes_zeroed, copied)
-
-    def _end(self, planning: Task[None], planner: Workers, reading: Requests, writing: Requests) -> None:
-        """No other thread does anything when this returns. May be called again."""
-        self._stopped = True
-        self._free.put(None)
-        planning.cancel()
-        planner.close()
-        reading.close()
-        writing.close()
-
-    def _write_all(self, writing: Requests) -> None:
-        def begin(batch: _Batch) -> list[Pending]:
-            requests: list[Pending] = []
-            for offset, view in batch.writes:
-                requests.append(writing.start_write(offset, view))
-                if isinstance(requests[-1], Failed):
-                    return requests
-            return requests + [writing.start_zero(offset, length, MAY_UNMAP) for offset, length in batch.zeros]
-
-        with closing(in_order(self._sorted(), begin, writing.count)) as batches:
-            for batch in batches:
-                self._free.put(batch.buffer)
-                self._written(batch)
-
-    def _sorted(self) -> Iterator[_Batch]:
-        """The batches that were read, as they come."""
-        last = False
-        while not last:
-            batch = self._full.get()
-            if batch.error is not None:
-                raise batch.error
-            last = batch.last
-            self._output.add(sum(len(view) for _, view in batch.writes))
-            yield batch
-
-    def _written(self, batch: _Batch) -> None:
-        self._bytes_read += sum(len(view) for kind, _, view in batch.reads if kind != _IN_BACKING)
-        self._bytes_written += sum(len(view) for _, view in batch.writes)
-        self._bytes_zeroed += sum(length for _, length in batch.zeros)
-        if not batch.last:
-            self._watch.update(min(batch.end, self._source.size), self._source.size)
-
-    # -- in the thread that reads
-
-    def _read_all(self, reading: Requests) -> None:
-        def begin(batch: _Batch) -> list[Pending]:
-            return [reading.start_read(at, view) for kind, at, view in batch.reads if kind != _IN_BACKING]
-
-        try:
-            with closing(in_order(self._batches(), begin, reading.count)) as batches:
-                for batch in batches:
-                    self._sort_all(batch)
-                    self._full.put(batch)
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that waits for this one
-            failed = _Batch(memoryview(b""))
-            failed.error = error
-            self._full.put(failed)
-
-    def _batches(self) -> Iterator[_Batch]:
-        """What is to be read, a buffer at a time, in the order of the disk."""
-        batch, used = self._next(), 0
-        for kind, start, length in self._plan():
-            if batch is None:
-                return
-            if kind == _ZERO:
-                batch.zeros.append((start, length))
-                batch.end = start + length
-                if len(batch.zeros) == _MANY:
-                    yield batch
-                    batch, used = self._next(), 0
-                continue
-            at = start
-            if kind >= _FILE_RANGES and self._offloader is not None:
-                for at in self._offloader.copy(self._file_ranges[kind - _FILE_RANGES]):
-                    self._output.set_offloaded(self._offloader.done)
-                    batch.end = at
-                    yield batch  # so that its progress is told, and a wish to stop is heard
-                    batch, used = self._next(), 0
-                    if batch is None:
-                        return
-            while at < start + length:
-                # Cut at multiples of the buffer, so that no cluster of the target is written in two halves.
-                count = min(start + length, align_down(at, _BUFFER) + _BUFFER) - at
-                if used + count > _BUFFER:
-                    yield batch
-                    batch, used = self._next(), 0
-                    if batch is None:
-                        return
-                batch.reads.append((kind, at, batch.buffer[used : used + count]))
-                used += count
-                at += count
-                batch.end = at
-        if batch is not None:
-            batch.last = True
-            yield batch
-
-    def _next(self) -> _Batch | None:
-        if self._unmade and self._free.empty():
-            self._unmade -= 1
-            self._free.put(memoryview(bytearray(_BUFFER)))
-        buffer = self._free.get()
-        return None if buffer is None or self._stopped else _Batch(buffer)
-
-    def _sort_all(self, batch: _Batch) -> None:
-        """What was read becomes what is to be written."""
-        base = self._below.image if self._below is not None else None
-        for kind, at, view in batch.reads:
-            if base is None or kind == _OVER_ZERO:
-                self._sort(batch, at, view, blank=self._blank or kind == _OVER_ZERO)
-            elif kind == _IN_BACKING:
-                batch.zeros += [(at + lo, hi - lo) for lo, hi in stored(base, at, len(view), self._block)]
-            else:
-                for lo, hi in differing(base, at, view, self._block):
-                    self._sort(batch, at + lo, view[lo:hi], blank=self._blank)
-
-    def _sort(self, batch: _Batch, at: int, view: memoryview, *, blank: bool) -> None:
-        """What of these bytes is written, and what is zero."""
-        runs = stored_parts(view, at, self._granule, self._hole)
-        batch.writes += [(at + lo, view[lo:hi]) for lo, hi in runs]
-        if not blank:
-            batch.zeros += [(at + lo, hi - lo) for lo, hi in between(runs, len(view))]
-
-    def _plan(self) -> Iterator[tuple[int, int, int]]:
-        """(kind, start, length) of all that is to be done, in order."""
-        compared = self._below is not None and self._below.image is not None
-        for exact, there in self._pieces(compared):
-            found = exact.align(self._block) if self._block > 1 else exact
-            yield from self._over_content(found, there) if compared else self._over_layers(found, there)
-        if self._below is not None:
-            # Where the new disk is longer than the source, what a longer backing file has there is hidden.
-            for rest in windows(self._target, self._source.size, self._target.size):
-                shown = rest.where(zero=False)
-                kinds = np.full(len(shown), _IN_BACKING if compared else _ZERO)
-                yield from stretches(kinds, shown.start, shown.length)
-
-    def _pieces(self, compared: bool) -> Iterator[tuple[Extents, Extents | None]]:
-        """What the source says, and the target of the same bytes where that matters, piece by piece."""
-        size = self._source.size
-        if self._hole and (compared or not self._blank):
-            yield from pairs(self._source, self._target, 0, size, grid=self._block)
-            return
-        for exact in windows(self._source, 0, size, grid=self._block):
-            yield exact, None
-
-    def _over_layers(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
-        """The same for a part of the disk, of which the target has what the layers beneath the first `depth` own."""
-        below = self._below
-        layers = MAX_SIZE if below is None or below.depth is None or not self._hole else below.depth
-        held = found.where(zero=False) if self._hole else found
-        zero = over_zero = Extents.empty(found.begin)
-        if there is not None:
-            # What reads as zero there already need not be made so.
-            zero = found.where(zero=True).intersect(there.where(zero=False))
-            if self._offloader is None and below is None:
-                blocks = there.align(_BUFFER)  # so that no read becomes shorter for it
-                over_zero = held.intersect(blocks.where(zero=True))
-                held = held.intersect(blocks.where(zero=False))
-        wanted, owned = held.depth < layers, zero.depth < layers
-        near: tuple[int, ...] = ()
-        if self._hole and self._offloader is None and below is None:
-            near = (_STORED, _OVER_ZERO)
-            owned &= _apart(zero, held)
-        self._file_ranges = file_ranges = (
-            self._offloader.file_ranges(held, wanted) if self._offloader is not None else []
-        )
-        start, length = without(file_ranges, held.start[wanted], held.length[wanted])
-        # Each file range has a kind of its own, so that it is not joined with a neighbour.
-        kinds = (
-            np.full(len(start), _STORED),
-            np.full(len(over_zero), _OVER_ZERO),
-            np.full(np.count_nonzero(owned), _ZERO),
-            np.arange(len(file_ranges)) + _FILE_RANGES,
-        )
-        starts = (
-            start,
-            over_zero.start,
-            zero.start[owned],
-            np.array([file_range.start for file_range in file_ranges], np.int64),
-        )
-        lengths = (
-            length,
-            over_zero.length,
-            zero.length[owned],
-            np.array([file_range.length for file_range in file_ranges], np.int64),
-        )
-        return stretches(*map(np.concatenate, (kinds, starts, lengths)), near=near)
-
-    def _over_content(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
-        """The same where the target has what the backing file holds, whose bytes are compared where they are not known."""
-        if there is None:
-            return stretches(np.full(len(found), _COMPARED), found.start, found.length)
-        there = there.align(self._block)
-        mine, theirs = found.where(zero=False), there.where(zero=False)
-        parts = {
-            _COMPARED: mine.intersect(theirs),
-            _OVER_ZERO: mine.intersect(there.where(zero=True)),
-            _IN_BACKING: theirs.intersect(found.where(zero=True)),
-        }
-        kinds = np.repeat(list(parts), [len(part) for part in parts.values()])
-        start = np.concatenate([part.start for part in parts.values()])
-        return stretches(kinds, start, np.concatenate([part.length for part in parts.values()]))
-
-
-def _apart(zero: Extents, stored: Extents) -> NDArray[np.bool_]:
-    """Which parts of `zero` do not lie between two parts of `stored` that are read together, and so are found again."""
-    start, end = stored.start, stored.start + stored.length
-    together = np.append(start[1:] - end[:-1] <= NEAR, False)  # no part lies behind the last one
-    before = np.searchsorted(start, zero.start) - 1
-    found: NDArray[np.bool_] = (before < 0) | ~together[before]
-    return found
-
-
-def _unit(target: Image) -> int:
-    """In what an overlay allocates, as far as one buffer holds it."""
-    limits = target.node.limits
-    unit = max(limits.zero_alignment, limits.request_alignment, 512)
-    return min(unit, _BUFFER) if is_power_of_two(unit) else 64 * KIB
