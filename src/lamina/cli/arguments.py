@@ -203,6 +203,17 @@ class Parser(argparse.ArgumentParser):
             "do not count",
         )
 
+    def add_rate(self) -> None:
+        """Add -r, a limit in bytes per second; 0 if it is not given."""
+        self.add_size(
+            "-r",
+            "--rate",
+            "--rate-limit",
+            metavar="RATE",
+            default=0,
+            help="read at most this number of bytes per second, and write at most as many (20M; default: no limit)",
+        )
+
     def add_output(self) -> None:
         self.add_argument(
             "--output", choices=("human", "json"), default="human", help="format of the output (default: human)"

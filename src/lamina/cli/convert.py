@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="flush the target to stable storage at the end (a replaced file is flushed in any case)",
     )
+    parser.add_rate()
     parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
@@ -106,11 +107,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: leave out those that are inconsistent"
     )
-    for flags, metavar in (
-        (("-r", "--rate", "a limit of the rate is not there yet"), "RATE"),
-        (("--salvage", "continuing after read errors is not there yet"), None),
-    ):
-        parser.add_later(*flags, metavar=metavar)
+    parser.add_later("--salvage", "continuing after read errors is not there yet")
     parser.add_access()
     parser.add_argument("names", metavar="FILE", nargs="*", help="the source, then the target")
     args = parser.parse(argv)
@@ -165,6 +162,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         bitmaps=args.bitmaps,
         durable=args.flush,
         max_output=args.max_output,
+        rate=args.rate,
         monitor=monitor,
     )
     if backing is not None:
@@ -206,6 +204,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 in_order=False if args.oob_writes else None,
                 bitmaps=args.bitmaps,
                 max_output=args.max_output,
+                rate=args.rate,
                 monitor=monitor,
             )
             there.flush()

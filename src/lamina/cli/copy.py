@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
         help="record the position of the copy in this file every ten seconds; if the file exists already, resume from that "
         "position. It is removed at the end",
     )
+    parser.add_rate()
     parser.add_max_output()
     parser.add_timeout()
     parser.add_references()
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
         raise OptionError("the journal cannot be standard output (-)", hint="write ./- for a file named -")
     if args.resume_file is not None and args.source == "-":
         raise OptionError("a copy from a pipe cannot be resumed", hint="omit --resume-file")
-    plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush, args.max_output)
+    plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush, args.max_output, args.rate)
     begin = monotonic()
     # Progress lines go to standard output and must not mix with the copied bytes.
     asked = args.progress and not (piped and not sys.stderr.isatty())

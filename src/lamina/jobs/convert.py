@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..image import Image
     from ..limits import Budget
+    from .rate import RateLimit
 
 
 def convert(
@@ -46,6 +47,7 @@ def convert(
     in_order: bool | None = None,
     bitmaps: Chosen = "",
     max_output: int | None = None,
+    rate: int = 0,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
@@ -69,6 +71,11 @@ def convert(
     `max_output`: the most bytes of data that the job writes or copies, before compression; None: the limit of the source's
     budget. Zeros that are skipped, or that the target makes without a write, do not count.
 
+    `rate`: the most bytes per second that the job reads, and the most that it writes; 0: no limit. Large requests pass as a
+    whole, and those after them wait.
+
+    `monitor` belongs to this job: it is cancelled if the job fails.
+
     Both images may be used, edited and closed meanwhile: the job has roots of its own.
 
     Raises LimitExceeded if there are more; OptionError if the target is too small, or shares a file with the source; the
@@ -82,15 +89,30 @@ def convert(
             hint="make a target that is large enough",
         )
     with source.share() as own_source, target.share() as own_target, copied(source, target, bitmaps):
-        plan = Plan(own_source, own_target, blank=blank, smallest_hole=smallest_hole, below=below, offload=offload)
-        reading = requests_for(own_source, asked=parallel, name="lamina-convert-read")
+        monitor = monitor or Monitor()
+        limit: RateLimit | None = None
+        if rate:
+            from .rate import RateLimit
+
+            limit = RateLimit(rate, monitor)
+        plan = Plan(
+            own_source,
+            own_target,
+            blank=blank,
+            smallest_hole=smallest_hole,
+            below=below,
+            offload=offload,
+            rate=limit,
+        )
+        reading = requests_for(own_source, asked=parallel, name="lamina-convert-read", rate=limit)
         if in_order is None:
             in_order = not is_far(own_target.node)
-        writing = Requests(own_target, 1, "")
+        writing = Requests(own_target, 1, "", rate=limit)
         if not in_order:
-            writing = requests_for(own_target, own_source.node, asked=parallel, name="lamina-convert-write")
+            name = "lamina-convert-write"
+            writing = requests_for(own_target, own_source.node, asked=parallel, name=name, rate=limit)
         output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
-        return Transfer(plan, output, monitor or Monitor()).run(reading, writing)
+        return Transfer(plan, output, monitor).run(reading, writing)
 
 
 def convert_to_file(
@@ -110,6 +132,7 @@ def convert_to_file(
     bitmaps: Chosen = "",
     durable: bool = False,
     max_output: int | None = None,
+    rate: int = 0,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
@@ -133,7 +156,7 @@ def convert_to_file(
     values = kind.creation_schema().parse(given)
     kind.prepare_create(values, path, source.budget)
     how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
-    how |= {"bitmaps": bitmaps, "max_output": max_output}
+    how |= {"bitmaps": bitmaps, "max_output": max_output, "rate": rate}
     below: Backing | None = None
     given = kind.options_to_open(values)
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ from .windows import pairs, stretches, windows
 if TYPE_CHECKING:
     from ..image import Image
     from ..numeric import NDArray
+    from .rate import RateLimit
 
 #: The length of the buffers of the job, which no write crosses.
 BUFFER = 2 * MIB
@@ -36,7 +37,7 @@ STORED, ZERO, OVER_ZERO, COMPARED, IN_BACKING, FILE_RANGES = range(6)
 
 class Plan:
     """What to do with each range of the disk, for a copy of `source` to `target`. `blank`, `smallest_hole`, `below` and
-    `offload` as for `convert`.
+    `offload` as for `convert`; `rate` limits what is offloaded.
 
     `hole`: the shortest run of zeros that is not written as data, 0 for no search; `granule`: the block size of that search;
     `block`: ranges begin and end at multiples of it, except at the end of the disk."""
@@ -50,11 +51,12 @@ class Plan:
         smallest_hole: int,
         below: Backing | None,
         offload: Offload,
+        rate: RateLimit | None = None,
     ) -> None:
         # What is compared must be read.
         reads = not offload or (below is not None and below.image is not None)
         self.source, self.target, self.blank, self.below = source, target, blank, below
-        self.offloader = None if reads else Offloader(source, target, only_share=offload == "share")
+        self.offloader = None if reads else Offloader(source, target, only_share=offload == "share", rate=rate)
         self.hole = smallest_hole
         self.granule = min(_GRANULE, 1 << max(smallest_hole.bit_length() - 1, 3)) if smallest_hole else 0
         # Of a target that takes whole blocks (one that packs them, say) none is written in two halves.

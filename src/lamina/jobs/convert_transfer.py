@@ -69,7 +69,8 @@ class Transfer:
         #: So many buffers are made when they are needed: of four, three would only cost the start of a small conversion.
         self._unmade = 0
         self._full: SimpleQueue[_Batch] = SimpleQueue()
-        self._stopped = False
+        #: The job has come to its end, and whether it has written all.
+        self._stopped = self._complete = False
         self._bytes_read = self._bytes_written = self._bytes_zeroed = 0
 
     def run(self, reading: Requests, writing: Requests) -> Result:
@@ -79,6 +80,7 @@ class Transfer:
             try:
                 planner.start(planning)
                 self._write_all(writing)
+                self._complete = True
             finally:
                 self._end(planning, planner, reading, writing)
         finally:
@@ -91,6 +93,8 @@ class Transfer:
     def _end(self, planning: Task[None], planner: Workers, reading: Requests, writing: Requests) -> None:
         """No other thread does anything when this returns. May be called again."""
         self._stopped = True
+        if not self._complete:
+            self._watch.cancel()  # what the reading thread waits for
         self._free.put(None)
         planning.cancel()
         planner.close()

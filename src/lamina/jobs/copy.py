@@ -16,13 +16,14 @@ from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import KIB, is_power_of_two
 from ..pending import DONE, Pending
 from ..zeros import stored_parts
-from .copy_ends import Part, PipeSource, Source, Target, on_grid
+from .copy_ends import MOST_ZERO, Part, PipeSource, Source, Target, on_grid
 from .output import OutputLimit
 from .progress import Monitor
 from .requests import NEAR, in_two_steps
 
 if TYPE_CHECKING:
     from .copy_journal import Journal
+    from .rate import RateLimit
 
 #: The block size of the search for zeros, in bytes; larger if the target's blocks are.
 _GRANULE = 4 * KIB
@@ -48,9 +49,10 @@ class Plan:
     """The parameters of a copy. `request`: the longest read, in bytes; `requests`: the number in flight. Their product
     is the memory that a copy takes. (Twice as many requests of half the length took a tenth more time.) `smallest_hole`:
     shorter runs of zeros are written as data; 0: all are. `flush`: the copy is on stable storage when `run` returns.
-    `max_output`: the most bytes that are written, without zeros that are skipped or made without data."""
+    `max_output`: the most bytes that are written, without zeros that are skipped or made without data. `rate`: the most bytes
+    per second that are read, and the most that are written; 0: no limit."""
 
-    __slots__ = ("flush", "max_output", "request", "requests", "smallest_hole")
+    __slots__ = ("flush", "max_output", "rate", "request", "requests", "smallest_hole")
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Plan:
         smallest_hole: int = 4096,
         flush: bool = False,
         max_output: int | None = None,
+        rate: int = 0,
     ) -> None:
         if not (is_power_of_two(request) and 4096 <= request <= 32 << 20):
             raise OptionError("the size of a request is a power of two from 4k to 32M")
@@ -69,6 +72,7 @@ class Plan:
         self.smallest_hole = smallest_hole
         self.flush = flush
         self.max_output = max_output
+        self.rate = rate
 
 
 class _Piece(NamedTuple):
@@ -110,6 +114,11 @@ class Copy:
         self._target = target
         self._journal = journal
         self._watch = monitor or Monitor()
+        self._rate: RateLimit | None = None
+        if plan.rate:
+            from .rate import RateLimit
+
+            self._rate = RateLimit(plan.rate, self._watch)
         self._request = max(plan.request, target.block)
         self._limit = plan.requests
         self._granule = max(_GRANULE, target.block)
@@ -171,11 +180,16 @@ class Copy:
 
     def _copy_from(self, source: Source, begin: int) -> None:
         near = NEAR if self._hole else 0
-        parts = on_grid(source.parts(begin), begin, self._target.block, self._request, near)
+        zeros = self._request if self._target.ordered else MOST_ZERO
+        parts = on_grid(source.parts(begin), begin, self._target.block, self._request, near, zeros)
 
         def start_read(piece: _Piece) -> list[Pending]:
             offset, length, buffer = piece
-            return [] if buffer is None else [source.start_read(offset, buffer[:length])]
+            if buffer is None:
+                return []
+            if self._rate is not None:
+                self._rate.before_read(length)
+            return [source.start_read(offset, buffer[:length])]
 
         self._due = True
         while self._due:
@@ -200,6 +214,8 @@ class Copy:
                 view = self._buffer()
                 count = source.fill(view)
                 if count:
+                    if self._rate is not None:
+                        self._rate.before_read(count)
                     yield _Piece(offset, count, view)
                 offset += count
                 if count < len(view):
@@ -239,21 +255,24 @@ class Copy:
     def _store(self, offset: int, view: memoryview) -> list[Pending]:
         """Write the parts that are not zero, and zero the others."""
         if not self._hole:
-            self._output.add(len(view))
-            self._written += len(view)
-            return [self._target.start_write(offset, view)]
+            return [self._start_data(offset, view)]
         waits: list[Pending] = []
         at = 0
         for lo, hi in stored_parts(view, offset, self._granule, self._hole):
             if at < lo:
                 waits += self._zero(offset + at, lo - at)
-            self._output.add(hi - lo)
-            self._written += hi - lo
-            waits.append(self._target.start_write(offset + lo, view[lo:hi]))
+            waits.append(self._start_data(offset + lo, view[lo:hi]))
             at = hi
         if at < len(view):
             waits += self._zero(offset + at, len(view) - at)
         return waits
+
+    def _start_data(self, offset: int, view: memoryview) -> Pending:
+        self._output.add(len(view))
+        self._written += len(view)
+        if self._rate is not None:
+            self._rate.before_write(len(view))
+        return self._target.start_write(offset, view)
 
     def _zero(self, offset: int, length: int) -> list[Pending]:
         if self._target.blank:
@@ -261,8 +280,10 @@ class Copy:
             return []
         parts = self._target.to_zero(offset, length)
         changed = sum(length for _, length in parts)
-        if self._target.ordered:
+        if self._target.ordered:  # they are written as data
             self._output.add(changed)
+            if self._rate is not None:
+                self._rate.before_write(changed)
         self._zeroed += changed
         self._skipped += length - changed
         return [self._target.start_zero(at, length) for at, length in parts]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Part = tuple[int, int, bool]
 
 #: The longest request that zeroes, so that the job reports progress.
-_MOST_ZERO = 1 * GIB
+MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
 #: The job queries the zeros of a target before it zeroes at least so many bytes...
 _LEAST_QUERIED = 64 * KIB
@@ -316,10 +316,13 @@ class PipeTarget:
         pass
 
 
-def on_grid(parts: Iterator[Part], begin: int, block: int, request: int, near: int = 0) -> Iterator[Part]:
+def on_grid(
+    parts: Iterator[Part], begin: int, block: int, request: int, near: int = 0, most_zero: int = MOST_ZERO
+) -> Iterator[Part]:
     """The same parts for a target that takes whole blocks. Zeros begin and end at multiples of `block`, since a block that
     has any data is read as a whole. No part is longer than one request: data is cut at multiples of `request`, which is a
-    multiple of `block`. Zeros of at most `near` bytes are read together with their neighbours."""
+    multiple of `block`. Zeros of at most `near` bytes are read together with their neighbours; longer ones are cut at
+    multiples of `most_zero`."""
     at = end = begin  # [at, end) is data that was not yielded yet, up to the end of a block and of a request
     for offset, length, zero in parts:
         end = offset + length
@@ -328,7 +331,7 @@ def on_grid(parts: Iterator[Part], begin: int, block: int, request: int, near: i
             hi = end - end % block
             if hi - lo > near:
                 yield from _cut(at, lo, request, False)
-                yield from _cut(lo, hi, _MOST_ZERO, True)
+                yield from _cut(lo, hi, most_zero, True)
                 at = hi
         else:
             hi = end - end % request

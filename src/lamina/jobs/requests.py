@@ -13,14 +13,15 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import LaminaError, OptionError
-from ..limits import KIB
-from ..node import Node, StorageNode
+from ..errors import LaminaError, NotSupported, OptionError
+from ..limits import KIB, MIB, align_down, align_up
+from ..node import NO_FALLBACK, Node, StorageNode
 from ..pending import DONE, Pending
 from ..workers import Task, Workers
 
 if TYPE_CHECKING:
     from ..image import Image
+    from .rate import RateLimit
 
 #: The number of requests in flight to remote storage, and the largest number that a caller may choose.
 FAR, MOST = 8, 16
@@ -30,6 +31,8 @@ WAITED = 0.004
 #: Allocated ranges at most so many bytes apart are read with one request, and the search for zeros finds the gaps between
 #: them: a request takes longer than reading so many bytes, from a file as well as over a network.
 NEAR = 16 * KIB
+#: The longest request that writes zeros as data under a rate limit.
+_ZEROS = 1 * MIB
 
 _I = TypeVar("_I")
 
@@ -38,10 +41,13 @@ class Requests:
     """Makes the requests of a job to one image, `count` of them at once. Storage that pipelines has them in flight. Where a
     request is done when it is started, a pool of `count` threads makes further ones after two such calls of high latency in a
     row; if `eager`, and the storage does not pipeline, from the first on. `Pending.wait` raises the error of a request, never
-    the method that started it. For use by one thread at a time."""
+    the method that started it. Each request first waits for its share of the `rate`. For use by one thread at a time."""
 
-    def __init__(self, image: Image, count: int, name: str, *, eager: bool = False) -> None:
+    def __init__(
+        self, image: Image, count: int, name: str, *, eager: bool = False, rate: RateLimit | None = None
+    ) -> None:
         self.count = count
+        self._rate = rate
         self._edge = image.root
         self._pipelines = count > 1 and image.node.pipelines
         self._workers = Workers(count, name) if count > 1 else None
@@ -50,15 +56,50 @@ class Requests:
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
         """Begin to fill `view` with the bytes at `offset`."""
+        if self._rate is not None:
+            try:
+                self._rate.before_read(len(view))
+            except LaminaError as error:
+                return Failed(error)
         return self._start(self._edge.start_read, self._edge.read_into, offset, view)
 
     def start_write(self, offset: int, view: memoryview) -> Pending:
         """Begin to make the bytes at `offset` equal to `view`."""
+        if self._rate is not None:
+            try:
+                self._rate.before_write(len(view))
+            except LaminaError as error:
+                return Failed(error)
         return self._start(self._edge.start_write, self._edge.write, offset, view)
 
     def start_zero(self, offset: int, length: int, flags: int) -> Pending:
         """Begin to make the bytes read as zero."""
+        if self._rate is not None:
+            try:
+                self._zero_limited(self._rate, offset, length, flags)
+            except LaminaError as error:
+                return Failed(error)
+            return DONE
         return self._start(self._edge.start_zero, self._edge.zero, offset, length, flags)
+
+    def _zero_limited(self, rate: RateLimit, offset: int, length: int, flags: int) -> None:
+        """Zero these bytes. Those for which zeros are written count as written."""
+        end = offset + length
+        unit = self._edge.node.limits.zero_alignment
+        lo, hi = min(align_up(offset, unit), end), max(align_down(end, unit), offset)
+        middle = [(lo, hi)] if lo < hi else []
+        try:
+            for at, to in middle:
+                self._edge.zero(at, to - at, flags | NO_FALLBACK)
+            ends = [(offset, lo), (hi, end)] if middle else [(offset, end)]
+        except NotSupported:
+            ends = [(offset, end)]
+        for at, to in ends:
+            while at < to:
+                count = min(to - at, _ZEROS)
+                rate.before_write(count)
+                self._edge.zero(at, count, flags)
+                at += count
 
     def close(self) -> None:
         """Cancel the calls that no thread has begun, and wait for the others. May be called again."""
@@ -196,14 +237,14 @@ def _first(under_way: deque[tuple[_I, Sequence[Pending]]]) -> _I:
     return item
 
 
-def requests_for(image: Image, *others: Node, asked: int | None, name: str) -> Requests:
+def requests_for(image: Image, *others: Node, asked: int | None, name: str, rate: RateLimit | None = None) -> Requests:
     """Requests to `image`: as many at once as were `asked` for, else one, or several where some storage of it, or of
     `others`, is far away. OptionError where too many are asked for."""
     if asked is None:
-        return Requests(image, FAR if any(map(is_far, (image.node, *others))) else 1, name)
+        return Requests(image, FAR if any(map(is_far, (image.node, *others))) else 1, name, rate=rate)
     if not 1 <= asked <= MOST:
         raise OptionError(f"{asked} requests cannot be under way at once", hint=f"ask for 1 to {MOST}")
-    return Requests(image, asked, name, eager=True)
+    return Requests(image, asked, name, eager=True, rate=rate)
 
 
 def is_far(top: Node) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..extents import Extents, HostFile
     from ..image import Image
     from ..numeric import NDArray
+    from .rate import RateLimit
 
 #: The usual block size of file systems, which share whole blocks only.
 _BLOCK = 4 * KIB
@@ -38,9 +39,10 @@ class FileRange(NamedTuple):
 
 class Offloader:
     """Copies ranges of `source` to the same offsets of `target` without reading them; with `only_share` only by sharing
-    blocks. `done`: the bytes copied so far. For use by one thread."""
+    blocks. What may be copied, and not only shared, waits for its share of the `rate`. `done`: the bytes copied so far. For
+    use by one thread."""
 
-    def __init__(self, source: Image, target: Image, *, only_share: bool) -> None:
+    def __init__(self, source: Image, target: Image, *, only_share: bool, rate: RateLimit | None = None) -> None:
         self.done = 0
         self._source = source
         self._target = target
@@ -48,6 +50,10 @@ class Offloader:
         limits = target.node.limits
         # Only whole clusters: a format merges parts of a cluster in memory.
         self._unit = math.lcm(limits.zero_alignment, limits.request_alignment, target.node.serialise or 1, _BLOCK)
+        self._rate = None if only_share else rate
+        self._step = (
+            _STEP if self._rate is None else max(min(self._rate.rate // self._unit * self._unit, _STEP), self._unit)
+        )
         self._works: dict[HostFile, bool] = {}  # whether the first attempt succeeded
 
     def file_ranges(self, found: Extents, wanted: NDArray[np.bool_]) -> list[FileRange]:
@@ -80,7 +86,7 @@ class Offloader:
             return
         while at < end:
             # The first attempt is short: if it is refused, the target allocated clusters in vain.
-            count = min(_STEP, end - at) if file_range.file in self._works else self._unit
+            count = min(self._step, end - at) if file_range.file in self._works else self._unit
             works = self._try(at, file_range.file, file_range.offset + at - file_range.start, count)
             self._works.setdefault(file_range.file, works)
             if not works:
@@ -90,6 +96,8 @@ class Offloader:
             yield at
 
     def _try(self, at: int, file: HostFile, offset: int, length: int) -> bool:
+        if self._rate is not None:
+            self._rate.before_write(length)
         try:
             self._target.root.copy_from(at, file, offset, length, self._flags)
         except NotSupported:
