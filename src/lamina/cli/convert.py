@@ -10,12 +10,13 @@ from ..api import open as open_any
 from ..creation import create_driver
 from ..errors import Locked, OptionError, append_hint
 from ..image import Image
-from ..jobs.convert import convert, convert_to_file
+from ..jobs.convert import Result, convert, convert_to_file
 from ..jobs.progress import Monitor
 from ..options import parse_name
 from ..own_files import refuse_own
 from .arguments import Parser, format_options, image_source, print_schema
 from .source_snapshot import open_source
+from .streams import print_error
 from .terminal import Meter
 
 _EXAMPLES = """
@@ -107,7 +108,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: leave out those that are inconsistent"
     )
-    parser.add_later("--salvage", "continuing after read errors is not there yet")
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="go on after read errors: blocks that cannot be read become zeros, with a warning each",
+    )
     parser.add_access()
     parser.add_argument("names", metavar="FILE", nargs="*", help="the source, then the target")
     args = parser.parse(argv)
@@ -120,6 +125,10 @@ def main(argv: list[str]) -> int:
         parser.error("one source and one target are needed")
     if args.offload and args.sparse_size is not None:
         parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
+    if args.salvage and args.offload:
+        parser.error(
+            "--salvage looks for the blocks that cannot be read, and -C and --reflink do not read: omit one of them"
+        )
     if args.skip_broken_bitmaps and not args.bitmaps:
         parser.error("--skip-broken-bitmaps requires --bitmaps")
     if args.bitmaps and args.source_snapshot is not None:
@@ -128,15 +137,18 @@ def main(argv: list[str]) -> int:
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     name, target = args.names
     with open_source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
-        monitor = Monitor(meter.report)
-        if args.no_create:
-            _into(source, target, args, options, monitor)
-        else:
-            _anew(source, target, args, options, monitor)
+        monitor = Monitor(meter.report, (lambda text: None) if args.quiet else _warn)
+        done = (_into if args.no_create else _anew)(source, target, args, options, monitor)
+    if done.unreadable:
+        monitor.warn(f"{done.unreadable} bytes of {name} could not be read, and are zeros in {target}")
     return 0
 
 
-def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
+def _warn(text: str) -> None:
+    print_error(f"warning: {text}")
+
+
+def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> Result:
     if args.target_image_opts or args.target_is_zero:
         word = "--target-image-opts" if args.target_image_opts else "--target-is-zero"
         raise OptionError(f"{word} requires an existing target", hint="add -n")
@@ -146,7 +158,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
     backing, backing_format = args.backing, args.backing_format
     if backing is None:
         backing, backing_format = options.pop("backing_file", None), backing_format or options.pop("backing_fmt", None)
-    convert_to_file(
+    done = convert_to_file(
         source,
         target,
         args.target_format or "raw",
@@ -163,15 +175,17 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         durable=args.flush,
         max_output=args.max_output,
         rate=args.rate,
+        salvage=args.salvage,
         monitor=monitor,
     )
     if backing is not None:
         from .backing import warn_where_refused
 
         warn_where_refused(target, backing)
+    return done
 
 
-def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> None:
+def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> Result:
     if options or args.backing is not None:
         raise OptionError("-o and -B require a new target", hint="omit them, or omit -n")
     if args.target_format is None and not args.target_image_opts:
@@ -194,7 +208,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             with there.edit() as edit:
                 edit.insert("compress")
         try:
-            convert(
+            done = convert(
                 source,
                 there,
                 blank=args.target_is_zero,
@@ -205,9 +219,11 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 bitmaps=args.bitmaps,
                 max_output=args.max_output,
                 rate=args.rate,
+                salvage=args.salvage,
                 monitor=monitor,
             )
             there.flush()
+            return done
         except KeyboardInterrupt as stop:
             append_hint(stop, f"{target} is partly overwritten")
             raise

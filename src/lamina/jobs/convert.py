@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..image import Image
     from ..limits import Budget
     from .rate import RateLimit
+    from .salvage import Unreadable
 
 
 def convert(
@@ -48,6 +49,7 @@ def convert(
     bitmaps: Chosen = "",
     max_output: int | None = None,
     rate: int = 0,
+    salvage: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make the first `source.size` bytes of `target` read as `source` does.
@@ -74,6 +76,10 @@ def convert(
     `rate`: the most bytes per second that the job reads, and the most that it writes; 0: no limit. Large requests pass as a
     whole, and those after them wait.
 
+    `salvage`: the job goes on where the source cannot be read. Blocks of 512 bytes, or of the request alignment if that is
+    larger, become zeros if they cannot be read; `monitor` is told of them, and `Result.unreadable` counts them. Where the
+    status cannot be queried, all is read. A lost connection ends the job nevertheless. Not with `offload`.
+
     `monitor` belongs to this job: it is cancelled if the job fails.
 
     Both images may be used, edited and closed meanwhile: the job has roots of its own.
@@ -88,13 +94,25 @@ def convert(
             path=target.filename,
             hint="make a target that is large enough",
         )
-    with source.share() as own_source, target.share() as own_target, copied(source, target, bitmaps):
-        monitor = monitor or Monitor()
-        limit: RateLimit | None = None
-        if rate:
-            from .rate import RateLimit
+    monitor = monitor or Monitor()
+    limit: RateLimit | None = None
+    if rate:
+        from .rate import RateLimit
 
-            limit = RateLimit(rate, monitor)
+        limit = RateLimit(rate, monitor)
+    if salvage and offload:
+        raise OptionError(
+            "the operating system copies whole ranges or nothing: it cannot skip blocks that are unreadable",
+            hint="omit one of them: salvage, or the offloading of copies",
+        )
+    with ExitStack() as stack:
+        own_source, own_target = stack.enter_context(source.share()), stack.enter_context(target.share())
+        unreadable: Unreadable | None = None
+        if salvage:
+            from .salvage import salvaging
+
+            own_source, unreadable = stack.enter_context(salvaging(own_source, monitor))
+        stack.enter_context(copied(source, target, bitmaps))
         plan = Plan(
             own_source,
             own_target,
@@ -112,7 +130,8 @@ def convert(
             name = "lamina-convert-write"
             writing = requests_for(own_target, own_source.node, asked=parallel, name=name, rate=limit)
         output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
-        return Transfer(plan, output, monitor).run(reading, writing)
+        result = Transfer(plan, output, monitor).run(reading, writing)
+        return result if unreadable is None else result._replace(unreadable=unreadable.length)
 
 
 def convert_to_file(
@@ -133,6 +152,7 @@ def convert_to_file(
     durable: bool = False,
     max_output: int | None = None,
     rate: int = 0,
+    salvage: bool = False,
     monitor: Monitor | None = None,
 ) -> Result:
     """Make a new image at `path` that reads as `source` does. It appears under its name when it is whole; if anything
@@ -156,7 +176,7 @@ def convert_to_file(
     values = kind.creation_schema().parse(given)
     kind.prepare_create(values, path, source.budget)
     how: Any = {"smallest_hole": smallest_hole, "offload": offload, "parallel": parallel, "in_order": in_order}
-    how |= {"bitmaps": bitmaps, "max_output": max_output, "rate": rate}
+    how |= {"bitmaps": bitmaps, "max_output": max_output, "rate": rate, "salvage": salvage}
     below: Backing | None = None
     given = kind.options_to_open(values)
     with ExitStack() as stack:

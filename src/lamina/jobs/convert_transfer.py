@@ -32,12 +32,13 @@ _MANY = 4096
 
 class Result(NamedTuple):
     """What a conversion did, in bytes: `read` from the source, `written` to the target, `zeroed` there without
-    writing, and `copied` there without reading."""
+    writing, and `copied` there without reading. `unreadable` ones could not be read (`salvage`)."""
 
     read: int
     written: int
     zeroed: int
     copied: int = 0
+    unreadable: int = 0
 
 
 class _Batch:

@@ -17,10 +17,14 @@ INTERVAL = 0.1
 
 
 class Monitor:
-    """The link between a job and its observer. The job calls `update`; any thread may call `cancel`."""
+    """The link between a job and its observer. The job calls `update` and `warn`; any thread may call `cancel`.
 
-    def __init__(self, report: Progress | None = None) -> None:
+    `report` shows the progress. `tell` shows a warning; it may be called in any thread. By default the log "lamina" gets it,
+    or standard error where that log has no handler."""
+
+    def __init__(self, report: Progress | None = None, tell: Callable[[str], object] | None = None) -> None:
         self._report = report
+        self._tell = tell or _log
         self._stopped = threading.Event()
         self._next = 0.0
 
@@ -32,13 +36,28 @@ class Monitor:
     def cancelled(self) -> bool:
         return self._stopped.is_set()
 
-    def update(self, done: int, total: int) -> None:
-        """`done` of `total` bytes are dealt with. Raises Cancelled if the job was told to stop."""
+    def check(self) -> None:
+        """Raise Cancelled if the job was told to stop."""
         if self._stopped.is_set():
             raise Cancelled("the job was stopped")
+
+    def warn(self, text: str) -> None:
+        """Tell the observer of something that does not end the job."""
+        self._tell(text)
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are dealt with. Raises Cancelled if the job was told to stop."""
+        self.check()
         if self._report is None:
             return
         now = monotonic()
         if now >= self._next or done >= total:
             self._next = now + INTERVAL
             self._report(done, total)
+
+
+def _log(text: str) -> None:
+    import logging
+
+    logger = logging.getLogger("lamina")
+    logger.warning(text if logger.hasHandlers() else f"lamina: warning: {text}")

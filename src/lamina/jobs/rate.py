@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import clock
-from ..errors import Cancelled, OptionError
+from ..errors import OptionError
 from ..filters.throttle import READ, WRITE, ThrottleGroup
 from .progress import Monitor
 
@@ -42,7 +42,6 @@ class _Clock:
     def sleep(self, seconds: float) -> None:
         end = clock.monotonic() + seconds
         while seconds > 0:
-            if self._monitor.cancelled:
-                raise Cancelled("the job was stopped")
+            self._monitor.check()
             clock.sleep(min(seconds, _LOOK))
             seconds = end - clock.monotonic()
