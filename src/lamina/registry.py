@@ -58,6 +58,7 @@ _TABLE = (
     Entry("blkverify", "filter", "lamina.filters.blkverify:Blkverify", "compares every read with another image"),
     Entry("cache", "filter", "lamina.filters.cache:Cache", "a bounded cache of blocks"),
     Entry("compress", "filter", "lamina.filters.compress:Compress", "stores written data compressed"),
+    Entry("concat", "filter", "lamina.filters.concat:Concat", "several disks, one after the other"),
     Entry(
         "copy_on_read",
         "filter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from lamina.filters.blkverify import Blkverify
 from lamina.filters.cache import Cache
+from lamina.filters.concat import Concat
 from lamina.filters.copy_on_read import CopyOnRead
 from lamina.filters.cow import Cow
 from lamina.filters.offset import Offset
@@ -117,6 +118,24 @@ class TestQuorum(DiskConformance):
         copies = [child.node for child in node.children.values()]
         node.close()
         return self.over(copies, read_only=read_only)
+
+
+class TestConcat(DiskConformance):
+    sizes = (4096, 0, 131_075, 164_830)
+    resizes = False
+
+    def opened(self) -> Node:
+        return self.over([KeptMemory(size) for size in self.sizes])
+
+    def over(self, disks: list[Node], *, read_only: bool = False) -> Node:
+        for disk in disks:
+            disk.read_only = read_only
+        return Concat([Child(disk, "disk") for disk in disks], read_only=read_only)
+
+    def reopened(self, node: Node, *, read_only: bool = False) -> Node:
+        disks = [child.node for child in node.children.values()]
+        node.close()
+        return self.over(disks, read_only=read_only)
 
 
 class TestCacheWriteback(OverMemory):

@@ -15,7 +15,7 @@ from ..jobs.progress import Monitor
 from ..options import parse_name
 from ..own_files import refuse_own
 from .arguments import Parser, format_options, image_source, print_schema
-from .source_snapshot import open_source
+from .sources import open_sources
 from .streams import print_error
 from .terminal import Meter
 
@@ -27,6 +27,7 @@ _EXAMPLES = """
   lamina convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 overlay.qcow2      only what differs from the base
   lamina convert -n -O raw disk.qcow2 /dev/vg/disk                            to an existing device
   lamina convert --connections 4 -O qcow2 nbd://server/disk disk.qcow2
+  lamina convert -O qcow2 first.raw second.raw both.qcow2                     one disk after the other
   lamina convert -n -O raw disk.qcow2 nbd://server/disk                       to an existing export
 """
 
@@ -114,15 +115,17 @@ def main(argv: list[str]) -> int:
         help="go on after read errors: blocks that cannot be read become zeros, with a warning each",
     )
     parser.add_access()
-    parser.add_argument("names", metavar="FILE", nargs="*", help="the source, then the target")
+    parser.add_argument("names", metavar="FILE", nargs="*", help="the source, or several to be joined, then the target")
     args = parser.parse(argv)
 
     options = format_options(args.target_options)
     if options is None:
         print_schema(create_driver(args.target_format or "raw").creation_schema())
         return 0
-    if len(args.names) != 2:
-        parser.error("one source and one target are needed")
+    if len(args.names) < 2:
+        parser.error("a source and a target are needed")
+    if len(args.names) > 2:
+        _refuse_joined(parser, args, options)
     if args.offload and args.sparse_size is not None:
         parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
     if args.salvage and args.offload:
@@ -135,13 +138,23 @@ def main(argv: list[str]) -> int:
         parser.error("--bitmaps copies those of the disk, and -l converts an earlier state of it: omit one of them")
     args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
-    name, target = args.names
-    with open_source(name, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
+    *names, target = args.names
+    with open_sources(names, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
         monitor = Monitor(meter.report, (lambda text: None) if args.quiet else _warn)
         done = (_into if args.no_create else _anew)(source, target, args, options, monitor)
     if done.unreadable:
-        monitor.warn(f"{done.unreadable} bytes of {name} could not be read, and are zeros in {target}")
+        monitor.warn(f"{done.unreadable} bytes of {' + '.join(names)} could not be read, and are zeros in {target}")
     return 0
+
+
+def _refuse_joined(parser: Parser, args: Namespace, options: dict[str, Any]) -> None:
+    """Report the options that several sources exclude."""
+    if args.source_snapshot is not None:
+        parser.error("-l names a snapshot of one source, and there are several: convert each alone")
+    if args.bitmaps:
+        parser.error("--bitmaps copies those of one source, and there are several: omit it")
+    if args.backing is not None or "backing_file" in options:
+        parser.error("several sources are joined to a disk of its own, which has no backing file: omit -B")
 
 
 def _warn(text: str) -> None:
