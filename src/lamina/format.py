@@ -89,6 +89,13 @@ class Format(Node):
         raise cls.refusal("does not support the creation of images", hint="try qcow2 or raw")
 
     @classmethod
+    def file_of(cls, disk: Child, values: Mapping[str, Any]) -> Node:
+        """A node that reads as the file of a new image with the disk `disk`: its bytes are computed as they are read. So they
+        can be written in order, without a seek. The node owns the edge `disk`, and is read-only.
+        UnsupportedFeature where an image with these options is not made in one pass."""
+        raise cls.refusal("has images that are not written in one pass", hint="write the image to a file")
+
+    @classmethod
     def side_files(cls, values: Mapping[str, Any]) -> Sequence[str]:
         """The paths of the files beside the image that belong to it, and that `create` fills: they are created, empty, before
         it is called, and deleted if the image is not completed. None of them may exist. By default there are none."""

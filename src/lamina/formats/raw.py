@@ -85,6 +85,10 @@ class Raw(Format):
             )
 
     @classmethod
+    def file_of(cls, disk: Child, values: Mapping[str, Any]) -> Raw:
+        return cls(disk, read_only=True)
+
+    @classmethod
     def measure(cls, size: int, values: Mapping[str, Any], *_: object) -> Measure:
         return Measure(size, size)
 

@@ -25,6 +25,7 @@ from .convert_plan import Plan
 from .convert_transfer import Result as Result
 from .convert_transfer import Transfer
 from .output import OutputLimit
+from .pipe_storage import PipeStorage
 from .progress import Monitor
 from .requests import Requests, is_far, requests_for
 
@@ -100,6 +101,9 @@ def convert(
         from .rate import RateLimit
 
         limit = RateLimit(rate, monitor)
+    piped = isinstance(source.node, PipeStorage)
+    if salvage and piped:
+        raise OptionError("what could not be read from a pipe is not read again", hint="omit salvage")
     if salvage and offload:
         raise OptionError(
             "the operating system copies whole ranges or nothing: it cannot skip blocks that are unreadable",
@@ -122,7 +126,9 @@ def convert(
             offload=offload,
             rate=limit,
         )
-        reading = requests_for(own_source, asked=parallel, name="lamina-convert-read", rate=limit)
+        reading = Requests(own_source, 1, "", rate=limit)
+        if not piped:
+            reading = requests_for(own_source, asked=parallel, name="lamina-convert-read", rate=limit)
         if in_order is None:
             in_order = not is_far(own_target.node)
         writing = Requests(own_target, 1, "", rate=limit)

@@ -8,6 +8,7 @@ thread.
 from __future__ import annotations
 
 import os
+import select
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -20,10 +21,13 @@ from ..pending import DONE, Pending
 if TYPE_CHECKING:
     from ..image import Image
     from ..request import Child
+    from .progress import Monitor
 
 #: A part of the source: offset, length, and whether it is known to read as zero.
 Part = tuple[int, int, bool]
 
+#: A thread that waits for a pipe looks so often, in milliseconds, whether the job was cancelled.
+_LOOK = 100
 #: The longest request that zeroes, so that the job reports progress.
 MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
@@ -123,10 +127,12 @@ class StorageSource:
 
 
 class PipeSource:
-    """The bytes of a pipe, read through the descriptor `fd`, which stays open."""
+    """The bytes of a pipe, read through the descriptor `fd`, which stays open. A thread that waits for bytes raises Cancelled
+    when `monitor` is cancelled; without one only a signal ends the wait, in the main thread."""
 
-    def __init__(self, fd: int, name: str = "-") -> None:
+    def __init__(self, fd: int, name: str = "-", monitor: Monitor | None = None) -> None:
         self._fd = fd
+        self._monitor = monitor
         self.name = name
 
     def fill(self, view: memoryview) -> int:
@@ -134,6 +140,8 @@ class PipeSource:
         done = 0
         try:
             while done < len(view):
+                if self._monitor is not None:
+                    self._wait(self._monitor)
                 count = os.readv(self._fd, [view[done:]])
                 if not count:
                     break
@@ -141,6 +149,14 @@ class PipeSource:
         except OSError as error:
             raise BlockIOError.from_os(error, "cannot read", path=self.name) from error
         return done
+
+    def _wait(self, monitor: Monitor) -> None:
+        """Wait until there is something to read, or the end."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        monitor.check()
+        while not poll.poll(_LOOK):
+            monitor.check()
 
     def close(self) -> None:
         pass

@@ -183,11 +183,9 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
             node.close()
 
 
-def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
-    """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
-    from .caches import Caches
-    from .tables import Tables
-
+def header_of(values: Mapping[str, Any], size: int) -> Header:
+    """The header of a new image for a disk of `size` bytes; it says that the disk is empty and has no L1 table, and that the
+    refcount table is the second cluster. LimitExceeded if the disk is too large."""
     cluster_size = values["cluster_size"]
     bits = cluster_size.bit_length() - 1
     version = _version(values)
@@ -220,6 +218,15 @@ def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
         header.extensions.append((q.EXT_DATA_FILE, values["data_file"].encode("utf-8", "surrogateescape")))
     if values.get("backing_fmt"):
         header.extensions.append((q.EXT_BACKING_FORMAT, values["backing_fmt"].encode()))
+    return header
+
+
+def create(storage: Child, size: int, values: Mapping[str, Any]) -> None:
+    """Create an image of `size` bytes in `storage`, which is empty. `values` as parsed by SCHEMA."""
+    from .caches import Caches
+    from .tables import Tables
+
+    header, cluster_size = header_of(values, size), values["cluster_size"]
     if storage.node.growable:
         storage.truncate(0)
     elif storage.size < 3 * cluster_size:

@@ -20,18 +20,18 @@ from . import layout as q
 from .amend_node import Amendable
 from .bitmap_node import WithBitmaps
 from .caches import OPTIONS, Caches
+from .creation_node import Creatable
 from .encrypted import Encrypted
 from .header import Header
 from .snapshot_node import WithSnapshots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable
     from collections.abc import Mapping as Options
 
-    from ...bitmap import DirtyBitmap
     from ...coding import Encoded
-    from ...extents import Extents, HostFile
-    from ...format import Measure, Repair
+    from ...extents import HostFile
+    from ...format import Repair
     from ...graph import Opener
     from ...report import CheckReport
     from ...results import ImageInfo
@@ -56,7 +56,7 @@ _ENCRYPT = Schema(
 )
 
 
-class Qcow2(WithSnapshots, WithBitmaps, Amendable):
+class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
@@ -74,8 +74,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
         ],
     )
-    create_schema: ClassVar[Schema] = _create.SCHEMA
-    prepare_create = staticmethod(_create.prepare)
     #: Whether clusters that are discarded or zeroed stay allocated, so that the image does not become fragmented.
     keeps_clusters = False
     #: Whether the tables are loaded. A node whose opening failed has none.
@@ -209,30 +207,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable):
         """Take the passphrase that the options give; here there is nothing that needs one."""
         if given:
             raise OptionError("a passphrase is given, and the image is not encrypted", path=self.filename)
-
-    @classmethod
-    def create(cls, storage: Child, size: int, values: Options[str, Any]) -> None:
-        _create.create(storage, size, values)
-
-    @classmethod
-    def measure(
-        cls,
-        size: int,
-        values: Options[str, Any],
-        stored: Iterable[Extents] | None = None,
-        bitmaps: Options[str, DirtyBitmap] | None = None,
-    ) -> Measure:
-        from .measure import measure
-
-        return measure(size, values, stored, bitmaps)
-
-    @classmethod
-    def side_files(cls, values: Options[str, Any]) -> Sequence[str]:
-        return [values["data_file_path"]] if values.get("data_file") and not values["data_file_keep"] else []
-
-    @classmethod
-    def options_to_open(cls, values: Options[str, Any]) -> dict[str, Any]:
-        return _create.options_to_open(values)
 
     @classmethod
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:

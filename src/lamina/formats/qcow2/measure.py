@@ -64,14 +64,19 @@ def _metadata(clusters: int, cluster: int, values: Mapping[str, Any]) -> int:
 
         fixed += align_up(Luks1.layout(settings_of(values["encrypt"]).key_bytes)[1], cluster) // cluster
     counted = fixed + (0 if values.get("data_file") else clusters)
-    per_block: int = cluster * 8 // values["refcount_bits"]
+    return fixed + sum(refcount_clusters(counted, cluster, values["refcount_bits"]))
+
+
+def refcount_clusters(counted: int, cluster: int, bits: int) -> tuple[int, int]:
+    """The refcount blocks, and the clusters of their table, for so many other clusters."""
+    per_block = cluster * 8 // bits
     blocks = table = 0
     while True:  # the blocks and their table are counted, too
         before = blocks, table
         blocks = -(-(counted + blocks + table) // per_block)
         table = -(-blocks * 8 // cluster)
         if (blocks, table) == before:
-            return fixed + blocks + table
+            return blocks, table
 
 
 def _clusters_with_data(found: Extents, cluster: int) -> int:
