@@ -115,8 +115,8 @@ def test_progress_is_told_in_lines_that_scripts_know(folder: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a.raw"], "one source and one target"),
-        (["a.raw", "a.raw", "b.raw"], "one source and one target"),
+        (["a.raw"], "a source and a target"),
+        (["a.raw", "a.raw", "a.raw"], "source itself"),
         (["-m", "0", "-O", "qcow2", "a.raw", "b.qcow2"], "1 to 16"),
         (["-m", "17", "-O", "qcow2", "a.raw", "b.qcow2"], "1 to 16"),
         (["-n", "a.raw", "b.raw"], "-O"),

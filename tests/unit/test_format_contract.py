@@ -54,6 +54,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "creation_schema": ((), "creation of images"),
     "create": ((None, 0, {}), "creation of images"),
+    "file_of": ((None, {}), "one pass"),
     "measure": ((0, {}), "measurement"),
     "inspect": ((None, {}), "header"),
     "check": ((), "nothing to check"),

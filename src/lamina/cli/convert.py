@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -25,6 +26,8 @@ _EXAMPLES = """
   lamina convert -O qcow2 -o cluster_size=2M disk.raw disk.qcow2
   lamina convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   lamina convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 overlay.qcow2      only what differs from the base
+  lamina convert -O qcow2 disk.raw - | ssh host 'cat > disk.qcow2'            to a pipe, uncompressed
+  gunzip -c disk.raw.gz | lamina convert --size 10G -O qcow2 - disk.qcow2     from a pipe
   lamina convert -n -O raw disk.qcow2 /dev/vg/disk                            to an existing device
   lamina convert --connections 4 -O qcow2 nbd://server/disk disk.qcow2
   lamina convert -O qcow2 first.raw second.raw both.qcow2                     one disk after the other
@@ -115,7 +118,13 @@ def main(argv: list[str]) -> int:
         help="go on after read errors: blocks that cannot be read become zeros, with a warning each",
     )
     parser.add_access()
-    parser.add_argument("names", metavar="FILE", nargs="*", help="the source, or several to be joined, then the target")
+    parser.add_size("--size", metavar="SIZE", help="the length of the raw disk that comes through standard input")
+    parser.add_argument(
+        "names",
+        metavar="FILE",
+        nargs="*",
+        help="the source, or several to be joined, then the target; - is standard input or output",
+    )
     args = parser.parse(argv)
 
     options = format_options(args.target_options)
@@ -139,9 +148,13 @@ def main(argv: list[str]) -> int:
     args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     *names, target = args.names
-    with open_sources(names, args) as source, Meter(target, asked=args.progress, quiet=args.quiet) as meter:
-        monitor = Monitor(meter.report, (lambda text: None) if args.quiet else _warn)
-        done = (_into if args.no_create else _anew)(source, target, args, options, monitor)
+    if target == "-":
+        _refuse_to_pipe(parser, args, options)
+    meter = Meter(target, asked=args.progress, quiet=args.quiet, piped=target == "-")
+    monitor = Monitor(meter.report, (lambda text: None) if args.quiet else _warn)
+    with open_sources(names, args, monitor) as source, meter:
+        work = _to_pipe if target == "-" else _into if args.no_create else _anew
+        done = work(source, target, args, options, monitor)
     if done.unreadable:
         monitor.warn(f"{done.unreadable} bytes of {' + '.join(names)} could not be read, and are zeros in {target}")
     return 0
@@ -155,6 +168,37 @@ def _refuse_joined(parser: Parser, args: Namespace, options: dict[str, Any]) -> 
         parser.error("--bitmaps copies those of one source, and there are several: omit it")
     if args.backing is not None or "backing_file" in options:
         parser.error("several sources are joined to a disk of its own, which has no backing file: omit -B")
+
+
+def _refuse_to_pipe(parser: Parser, args: Namespace, options: dict[str, Any]) -> None:
+    """Report the options that standard output as the target excludes."""
+    for word, given, why in (
+        ("-n", args.no_create, "there is no image yet"),
+        ("-c", args.compress, "the sizes of compressed clusters are not known beforehand"),
+        ("-B", args.backing is not None or "backing_file" in options, "an overlay is not made in one pass"),
+        ("-C or --reflink", args.offload, "it shares no blocks"),
+        ("--bitmaps", args.bitmaps, "they are written last"),
+        ("--flush", args.flush, "it cannot be flushed"),
+        ("-W", args.oob_writes, "it is written in order"),
+    ):
+        if given:
+            parser.error(f"the target - is standard output, which excludes {word}: {why}; name a file")
+
+
+def _to_pipe(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> Result:
+    from ..jobs.convert_streams import convert_to_pipe
+
+    return convert_to_pipe(
+        source,
+        sys.stdout.fileno(),
+        args.target_format or "raw",
+        options,
+        name="standard output",
+        max_output=args.max_output,
+        rate=args.rate,
+        salvage=args.salvage,
+        monitor=monitor,
+    )
 
 
 def _warn(text: str) -> None:

@@ -100,13 +100,11 @@ def main(argv: list[str]) -> int:
         raise OptionError("a copy from a pipe cannot be resumed", hint="omit --resume-file")
     plan = Plan(args.request_size, args.requests, args.sparse_size, args.flush, args.max_output, args.rate)
     begin = monotonic()
-    # Progress lines go to standard output and must not mix with the copied bytes.
-    asked = args.progress and not (piped and not sys.stderr.isatty())
     with ExitStack() as stack:
         source = _open_source(args.source, args)
         stack.callback(source.close)
         _refuse_same(source, args)
-        meter = stack.enter_context(Meter(args.target, asked=asked, quiet=args.quiet))
+        meter = stack.enter_context(Meter(args.target, asked=args.progress, quiet=args.quiet, piped=piped))
         run = _run_with_journal if args.resume_file is not None else _run
         copied = run(source, args, plan, Monitor(meter.report))
     if args.output == "json":

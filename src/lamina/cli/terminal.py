@@ -21,14 +21,14 @@ class Meter:
     """Shows the progress of a job. A context manager; `report` is the progress callback of the job.
 
     With `asked` (`-p`) the progress is a bar on standard error if that is a terminal, otherwise lines in the format of
-    qemu-img on standard output. Without it a long job shows a bar on a terminal. `quiet` disables both. SIGUSR1 always prints
-    one line on standard error.
+    qemu-img on standard output. Without it a long job shows a bar on a terminal. `quiet` disables both. `piped`: no lines,
+    since standard output carries the copied bytes. SIGUSR1 always prints one line on standard error.
     """
 
-    def __init__(self, what: str, *, asked: bool, quiet: bool = False) -> None:
+    def __init__(self, what: str, *, asked: bool, quiet: bool = False, piped: bool = False) -> None:
         self._what = what
         self._terminal = sys.stderr.isatty()
-        self._lines = asked and not self._terminal and not quiet
+        self._lines = asked and not self._terminal and not quiet and not piped
         self._begin = monotonic() + (0.0 if asked else _DELAY)
         self._bars = self._terminal and not quiet
         self._shown: tuple[Progress, TaskID] | None = None
