@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "-p", "--progress", action="store_true", help="accepted for compatibility: no change takes long"
     )
+    parser.add_cache("-t", "--cache", dest="cache", written=True)
     parser.add_quiet()
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", nargs="?", help="the image")

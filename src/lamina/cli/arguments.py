@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LONGEST = 1_000_000
 #: The most connections to one server.
 MOST_CONNECTIONS = 16
+#: The cache modes of the reference tools, and those in which nothing is reported as written before it is on stable storage.
+CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe", "off")
+DURABLE_MODES = ("writethrough", "directsync")
 #: Options of commands that set an option of all storage that has it.
 _OF_STORAGE = {"timeout": "timeout", "connections": "connections", "reconnect": "reconnect-delay"}
 
@@ -212,6 +215,20 @@ class Parser(argparse.ArgumentParser):
             metavar="RATE",
             default=0,
             help="read at most this number of bytes per second, and write at most as many (20M; default: no limit)",
+        )
+
+    def add_cache(self, *flags: str, dest: str, written: bool, group: argparse._ArgumentGroup | None = None) -> None:
+        """Add an option for a cache mode, which scripts always give. `written`: of an image that the command writes: the
+        command flushes it at the end in `DURABLE_MODES`. Other modes have no effect: the page cache is always used, and what
+        is flushed without the option is flushed in any mode."""
+        (group or self).add_argument(
+            *flags,
+            dest=dest,
+            metavar="CACHE",
+            choices=CACHE_MODES,
+            help="none, writeback or unsafe, which have no effect; writethrough or directsync: flush it at the end"
+            if written
+            else "a cache mode of qemu-img, which has no effect: none, writeback, writethrough, directsync, unsafe",
         )
 
     def add_output(self) -> None:

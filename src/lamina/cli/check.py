@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         choices=("leaks", "all"),
         help="repair: leaks frees clusters that nothing refers to, all mends contradictions too",
     )
+    parser.add_cache("-T", "--cache", dest="cache", written=False)
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)

@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_format("-F", "--b-format", dest="other_format", help="format of the second image")
     parser.add_argument("-s", "--strict", action="store_true", help="sizes and allocation must be equal as well")
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
+    parser.add_cache("-T", "--cache", dest="cache", written=False)
     parser.add_quiet()
     parser.add_access()
     parser.add_argument("first", metavar="FILE1")

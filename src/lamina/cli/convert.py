@@ -15,7 +15,7 @@ from ..jobs.convert import Result, convert, convert_to_file
 from ..jobs.progress import Monitor
 from ..options import parse_name
 from ..own_files import refuse_own
-from .arguments import Parser, format_options, image_source, print_schema
+from .arguments import DURABLE_MODES, Parser, format_options, image_source, print_schema
 from .sources import open_sources
 from .streams import print_error
 from .terminal import Meter
@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="flush the target to stable storage at the end (a replaced file is flushed in any case)",
     )
+    parser.add_cache("-t", "--target-cache", dest="target_cache", written=True)
+    parser.add_cache("-T", "--source-cache", dest="source_cache", written=False)
     parser.add_rate()
     parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
@@ -145,6 +147,7 @@ def main(argv: list[str]) -> int:
         parser.error("--skip-broken-bitmaps requires --bitmaps")
     if args.bitmaps and args.source_snapshot is not None:
         parser.error("--bitmaps copies those of the disk, and -l converts an earlier state of it: omit one of them")
+    args.flush = args.flush or args.target_cache in DURABLE_MODES
     args.bitmaps = ("usable" if args.skip_broken_bitmaps else "all") if args.bitmaps else ""
     args.sparse_size = 4096 if args.sparse_size is None else args.sparse_size
     *names, target = args.names
@@ -178,7 +181,7 @@ def _refuse_to_pipe(parser: Parser, args: Namespace, options: dict[str, Any]) ->
         ("-B", args.backing is not None or "backing_file" in options, "an overlay is not made in one pass"),
         ("-C or --reflink", args.offload, "it shares no blocks"),
         ("--bitmaps", args.bitmaps, "they are written last"),
-        ("--flush", args.flush, "it cannot be flushed"),
+        ("--flush, -t writethrough and -t directsync", args.flush, "it cannot be flushed"),
         ("-W", args.oob_writes, "it is written in order"),
     ):
         if given:
