@@ -18,6 +18,7 @@ from lamina import workers
 from lamina.jobs import requests
 from lamina.jobs.compare import compare
 from lamina.jobs.convert import convert, convert_to_file
+from lamina.jobs.convert_streams import convert_to_pipe
 from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
 from lamina.jobs.copy_journal import Journal
@@ -26,6 +27,8 @@ from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
 
 KIB, MIB = 1 << 10, 1 << 20
 PATIENCE = 20.0
+#: The works that make a raw image.
+RAW = ("convert_by_sharing", "convert_salvaging")
 #: How many places of each job are tried in one run of the test; `make soak` sets more.
 PLACES = int(os.environ.get("LAMINA_SOAK_JOBS", "20"))
 FOLDER = os.path.dirname(requests.__file__)
@@ -82,6 +85,17 @@ class Work:
     def convert_into(self) -> None:
         convert(self.source, self.target, parallel=2)
 
+    def convert_salvaging(self) -> None:
+        convert_to_file(self.source, str(self.folder / "out"), "raw", {}, salvage=True, rate=1 << 40)
+        (self.folder / "out").unlink()
+
+    def convert_to_pipe(self) -> None:
+        with (self.folder / "pipe").open("wb") as file:
+            try:
+                convert_to_pipe(self.source, file.fileno(), "qcow2", {}, salvage=True)
+            finally:
+                (self.folder / "pipe").unlink()
+
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
 
@@ -95,6 +109,7 @@ class Work:
 
 
 WORKS = ["convert_to_file", "convert_over_a_base", "convert_by_sharing", "convert_into", "compare", "copy"]
+WORKS += ["convert_salvaging", "convert_to_pipe"]
 
 
 def threads() -> list[str]:
@@ -133,7 +148,7 @@ class Trials:
             assert not threads()
             assert set(os.listdir(self.folder)) <= {"source.raw", "base.raw", "out"}
             if (self.folder / "out").exists():  # interrupted after it was whole
-                with lamina.open(self.folder / "out", format="raw" if "sharing" in self.name else "qcow2") as made:
+                with lamina.open(self.folder / "out", format="raw" if self.name in RAW else "qcow2") as made:
                     assert compare(made, work.source) is None
                 (self.folder / "out").unlink()
             # The images are as good as before.
