@@ -128,14 +128,15 @@ class Edge:
         """Remove the edge without closing the node."""
         self.node._parents.discard(ref(self))
 
-    def reopen(self, read_only: bool) -> None:
+    def reopen(self, read_only: bool, *, beneath: Edge | None = None) -> None:
         """Make this edge read-only or writable. The first writable edge reopens its node for writing (`Node.reopen`); when
         the last one becomes read-only, so does the node. No request runs meanwhile. Raises, without effect, OptionError if an
-        edge of another node, or a root that writes, excludes it, and PolicyError if no policy grants it."""
+        edge of another node (other than `beneath`), or a root that writes, excludes it, and PolicyError if no policy grants
+        it."""
         if self.denied is not None and not read_only:
             raise self.denied()
         node, before = self.node, self.read_only
-        others = [edge for edge in node.parents() if edge is not self]
+        others = [edge for edge in node.parents() if edge not in (self, beneath)]
         if not read_only:
             if any(not edge.is_root or (edge.writes and not self.is_root) for edge in others):
                 raise OptionError(

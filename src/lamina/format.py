@@ -60,6 +60,8 @@ class Format(Node):
     amend_schema: ClassVar[Schema | None] = None
     #: Whether images of the format may have dirty bitmaps.
     keeps_bitmaps: ClassVar[bool] = False
+    #: Whether the image gets another backing file later: zeros that it is given must read as zeros over any.
+    backing_changes = False
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None
 
@@ -152,6 +154,11 @@ class Format(Node):
         request runs at the same time. If storage runs out, the disk has its new size, and a part of it is not allocated.
         OptionError, before anything changes, for a way that the format does not have."""
         raise self._at(self.refusal("cannot allocate what a change of the size adds"))
+
+    def make_empty(self) -> None:
+        """Give up everything that this layer owns: the disk then reads as its backing file, which reads as the disk does now,
+        up to its end. No request runs at the same time. After an error, or a power cut, some blocks are given up."""
+        raise self._at(self.refusal("cannot be emptied"))
 
     # -- internal snapshots
 

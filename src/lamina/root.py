@@ -148,11 +148,35 @@ class Root:
         node = self.graph.nodes.get(given) if isinstance(given, str) else given or self.node
         if node is None or node.graph is not self.graph:
             raise OptionError(f"this graph has no node {given}", hint="its nodes: " + ", ".join(self.graph.nodes))
-        below = any(not edge.is_root for edge in node.parents())
+        below = node is not self.node and any(not edge.is_root for edge in node.parents())
         root = Root(node, read_only=read_only or self.edge.read_only or below)
         root.opened_at = opened_at
         if opened_at is not None and node.opened_at is None:
             lifecycle.guard(node, opened_at)
+        return root
+
+    def beneath(self, edge: Child) -> Root:
+        """A root that writes to the backing node of `edge`, an edge below this root, which reopens it for writing. It serves
+        a job that changes no byte which the node above reads there; reopen it read-only before it is closed. OptionError if
+        that node has another user."""
+        return self.alone("opens a backing node for writing", self._beneath, edge)
+
+    def _beneath(self, edge: Child) -> Root:
+        node = edge.node
+        if node.parents() != [edge]:
+            raise OptionError(
+                "this backing node has another user, which would see its bytes change",
+                path=node.filename,
+                hint="close the image, export or job that uses it",
+            )
+        root = Root(node, read_only=True)
+        try:
+            root.edge.denied = None  # the caller of the job grants it
+            root.edge.reopen(False, beneath=edge)
+        except BaseException:
+            self.graph.close(root.edge)
+            root.closed = root.closing = True
+            raise
         return root
 
     @property

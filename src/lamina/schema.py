@@ -177,6 +177,9 @@ class Schema:
     def __getitem__(self, name: str) -> Option:
         return self._by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     def parse(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """Convert `options`, which may contain dotted keys, to typed values by the names of the options (never an alias).
 

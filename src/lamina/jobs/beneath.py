@@ -1,6 +1,6 @@
 """The backing file of a new overlay: whether it is a layer of the source, and if not, where the source differs from it.
 
-Used by `convert`. If the backing file is a layer of the source, the layers above it own everything that differs. The opened
+If the backing file is a layer of the source, the layers above it own everything that differs. The opened
 graphs decide this, not file names: every node from the top of the source down to that layer must leave offsets and bytes
 unchanged, and the layer must be opened in the same way on both sides. Otherwise the job reads both and compares them.
 """
@@ -8,45 +8,62 @@ unchanged, and the layer must be opened in the same way on both sides. Otherwise
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..extents import PRESENT, Extents
 from ..format_node import FormatNode
-from ..limits import MIB
+from ..limits import MAX_SIZE, MIB
 from ..node import FilterNode, Node, StorageNode, is_faithful
 from ..numeric import np
 
 if TYPE_CHECKING:
     from ..image import Image
+    from ..request import Child
 
 _ZEROS = bytes(2 * MIB)
 
 
 class Backing(NamedTuple):
     """The backing file of the target. `image`: its content, for comparison; or, if the backing file is a layer of the source,
-    `depth`: the number of layers of the source above it."""
+    `depth`: the number of layers of the source above it. `keeps_rest`: behind the end of the source the target stays as it
+    is. `replaces`: the target is the source, and is to have `image`, as long as itself, in place of its backing file; if
+    `image` is also one of its layers, `depth` says which."""
 
     image: Image | None = None
     depth: int | None = None
+    keeps_rest: bool = False
+    replaces: bool = False
+
+    def wanted(self, found: Extents) -> Extents:
+        """The extents of a source whose backing file `image` replaces. Those that it does not own, and that `image` may not
+        have, get the depth 0 and the others 1, so that rounding to blocks leaves out none."""
+        owned = (found.flags & PRESENT != 0) & (found.depth == 0)
+        shared = found.depth >= (MAX_SIZE if self.depth is None else self.depth)
+        depth = (owned | shared).astype(np.int32)
+        columns = (found.start, found.length, found.flags | np.uint8(PRESENT), depth, found.file, found.offset)
+        return Extents(found.begin, *columns, found.files)
 
 
 def layers_above(top: Node, base: Node) -> int | None:
     """The number of layers of the graph `top` above the layer that equals the graph `base`: the same driver over the same
     file, and the same below it. None if no layer equals it, or if that is unknown because a node between them changes bytes,
     offsets or lengths, or has options of its own."""
-    depth = 0
-    node = top
-    while True:
-        node = _beneath_filters(node)
-        if _same(node, base):
-            return depth
-        backing = node.children.get("backing")
-        if backing is None or not isinstance(node, FormatNode) or not is_faithful(node):
-            return None
-        node = backing.node
-        depth += 1
+    layers = chain((top,), (edge.node for edge in backing_edges(top)))
+    return next((depth for depth, layer in enumerate(layers) if _same(layer, base)), None)
 
 
-def _beneath_filters(node: Node) -> Node:
+def backing_edges(top: Node) -> Iterator[Child]:
+    """The edges to the backing nodes of `top`, from the first one down, as far as each layer leaves offsets and bytes
+    unchanged: what a layer owns, and what it does not, shows which layer has a byte of `top`."""
+    node = beneath_filters(top)
+    while isinstance(node, FormatNode) and is_faithful(node) and node.backing is not None:
+        yield node.backing
+        node = beneath_filters(node.backing.node)
+
+
+def beneath_filters(node: Node) -> Node:
+    """The first node that is not a filter which leaves all bytes where they are."""
     while isinstance(node, FilterNode) and is_faithful(node):
         node = node.image.node
     return node
@@ -54,7 +71,7 @@ def _beneath_filters(node: Node) -> Node:
 
 def _same(one: Node, other: Node) -> bool:
     """Whether both nodes have the same bytes because they read the same files in the same way."""
-    one, other = _beneath_filters(one), _beneath_filters(other)
+    one, other = beneath_filters(one), beneath_filters(other)
     if type(one) is not type(other):
         return False
     if isinstance(one, StorageNode):

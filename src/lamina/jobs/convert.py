@@ -117,27 +117,50 @@ def convert(
 
             own_source, unreadable = stack.enter_context(salvaging(own_source, monitor))
         stack.enter_context(copied(source, target, bitmaps))
-        plan = Plan(
+        result = copy_disk(
             own_source,
             own_target,
             blank=blank,
             smallest_hole=smallest_hole,
             below=below,
             offload=offload,
+            parallel=parallel,
+            in_order=in_order,
             rate=limit,
+            max_output=max_output,
+            monitor=monitor,
         )
-        reading = Requests(own_source, 1, "", rate=limit)
-        if not piped:
-            reading = requests_for(own_source, asked=parallel, name="lamina-convert-read", rate=limit)
-        if in_order is None:
-            in_order = not is_far(own_target.node)
-        writing = Requests(own_target, 1, "", rate=limit)
-        if not in_order:
-            name = "lamina-convert-write"
-            writing = requests_for(own_target, own_source.node, asked=parallel, name=name, rate=limit)
-        output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
-        result = Transfer(plan, output, monitor).run(reading, writing)
         return result if unreadable is None else result._replace(unreadable=unreadable.length)
+
+
+def copy_disk(
+    source: Image,
+    target: Image,
+    *,
+    blank: bool = False,
+    smallest_hole: int = 4096,
+    below: Backing | None = None,
+    offload: Offload = "",
+    parallel: int | None = None,
+    in_order: bool | None = None,
+    rate: RateLimit | None = None,
+    max_output: int | None = None,
+    monitor: Monitor,
+) -> Result:
+    """As `convert`, between two images that nobody closes meanwhile. They may be of one graph, where the source reads the
+    same whatever part of the job is done; they may be one."""
+    how: Any = {"blank": blank, "smallest_hole": smallest_hole, "below": below, "offload": offload, "rate": rate}
+    plan = Plan(source, target, **how)
+    reading = Requests(source, 1, "", rate=rate)
+    if not isinstance(source.node, PipeStorage):
+        reading = requests_for(source, asked=parallel, name="lamina-convert-read", rate=rate)
+    if in_order is None:
+        in_order = not is_far(target.node)
+    writing = Requests(target, 1, "", rate=rate)
+    if not in_order:
+        writing = requests_for(target, source.node, asked=parallel, name="lamina-convert-write", rate=rate)
+    output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
+    return Transfer(plan, output, monitor).run(reading, writing)
 
 
 def convert_to_file(

@@ -71,11 +71,14 @@ class Plan:
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """(kind, start, length) of all that is to be done, in order. A kind of FILE_RANGES + n means `file_ranges[n]`."""
-        compared = self.below is not None and self.below.image is not None
+        below = self.below
+        compared = below is not None and below.image is not None
         for exact, there in self._pieces(compared):
+            if below is not None and below.replaces:
+                exact = below.wanted(exact)
             found = exact.align(self.block) if self.block > 1 else exact
             yield from self._over_content(found, there) if compared else self._over_layers(found, there)
-        if self.below is not None:
+        if below is not None and not below.keeps_rest:
             # Where the new disk is longer than the source, what a longer backing file has there is hidden.
             for rest in windows(self.target, self.source.size, self.target.size):
                 shown = rest.where(zero=False)
@@ -86,7 +89,9 @@ class Plan:
         """What the source says, and the target of the same bytes where that matters, piece by piece."""
         size = self.source.size
         if self.hole and (compared or not self.blank):
-            yield from pairs(self.source, self.target, 0, size, grid=self.block)
+            below = self.below
+            there = below.image if below is not None and below.replaces and below.image is not None else self.target
+            yield from pairs(self.source, there, 0, size, grid=self.block)
             return
         for exact in windows(self.source, 0, size, grid=self.block):
             yield exact, None
@@ -141,8 +146,10 @@ class Plan:
         parts = {
             COMPARED: mine.intersect(theirs),
             OVER_ZERO: mine.intersect(there.where(zero=True)),
-            IN_BACKING: theirs.intersect(found.where(zero=True)),
+            IN_BACKING: found.where(zero=True).intersect(theirs),
         }
+        if self.below is not None and self.below.replaces:
+            parts = {kind: part.where(depth=0) for kind, part in parts.items()}
         kinds = np.repeat(list(parts), [len(part) for part in parts.values()])
         start = np.concatenate([part.start for part in parts.values()])
         return stretches(kinds, start, np.concatenate([part.length for part in parts.values()]))

@@ -50,6 +50,9 @@ class Recorder(StorageNode):
             if record.kind in ("write", "zero", "discard", "truncate"):
                 apply(self.content, record)
 
+    def reopen(self, read_only: bool) -> None:
+        self.read_only = read_only
+
     @property
     def size(self) -> int:
         return len(self.content)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import OptionError
-from ...format_node import FormatNode
+from ...format_node import FormatNode, To
 from ...limits import MAX_SIZE, align_up
 from ...node import require_writable
 from ...request import sizes_changed
@@ -47,9 +47,13 @@ class Amendable(FormatNode):
         if size is not None:
             self.resize(size, "off")
         if amend.version_changes(header, compat):
-            backed = self.backing is not None or header.backing_file is not None
-            self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self, backed)
+            self.ranges.exclusive(0, MAX_SIZE, amend.drop_zero_flags, self, self.backed)
             self._publish_header(amend.version_changes(header, compat))
+
+    @property
+    def backed(self) -> bool:
+        """Whether there is a backing file, which may not be open now, and be so the next time."""
+        return self.backing is not None or self.header.backing_file is not None or self.backing_changes
 
     def resize(self, size: int, preallocation: str) -> None:
         require_writable(self, "resize")
@@ -72,6 +76,27 @@ class Amendable(FormatNode):
 
             preallocate(self.tables, preallocation, align_up(old, self.header.cluster_size), bare=False)
             self.flush()
+
+    def make_empty(self) -> None:
+        require_writable(self, "commit")
+        self.ranges.exclusive(0, MAX_SIZE, self._make_empty)
+
+    def _make_empty(self) -> None:
+        recording, tables = self._recording, self.tables
+        step = self.limits.max_discard
+        try:
+            self._recording = None  # no byte of the disk changes
+            for at in range(0, self.size, step):
+                self.drop(at, min(step, self.size - at), To.BELOW)
+        finally:
+            self._recording = recording
+        self.flush()
+        tables.settle()
+        tables.changing(tables.unlink, range(min(self.header.l1_entries(self.size), len(tables.mappings.l1))))
+        tables.settle()
+        tables.file.flush()
+        tables.changing(tables.trim)
+        self.flush()
 
     def _publish_header(self, changes: Mapping[str, Any]) -> None:
         if changes:

@@ -359,8 +359,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
         if self._recording is not None:
             self._recording.mark(offset, length)
-        # The backing file may not be open now, and be so the next time.
-        backed = self.backing is not None or self.header.backing_file is not None
+        backed = self.backed
         if self.header.version < 3 and to is not To.BELOW and backed:
             # Version 2 has no zero flag: a dropped cluster shows the bytes of the backing file.
             what = "zero" if to is To.ZERO else "discard"

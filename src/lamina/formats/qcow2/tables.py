@@ -25,7 +25,7 @@ from .refcounts import Refcounts
 from .structures import claim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ...request import Child
     from .caches import Caches
@@ -365,8 +365,13 @@ class Tables:
 
     def unlink_behind(self, size: int) -> None:
         """Give up the L2 tables of what lies behind a disk of `size` bytes. All changes are on stable storage."""
+        self.unlink(range(self.header.l1_entries(size), len(self.mappings.l1)))
+
+    def unlink(self, tables: Iterable[int]) -> None:
+        """Give up the L2 tables with these L1 indexes, which point to no clusters that are in use. All changes are on stable
+        storage."""
         l1 = self.mappings.l1
-        for which in range(self.header.l1_entries(size), len(l1)):
+        for which in tables:
             if l1.l2_offset(which):
                 self.freeing.add(self.mappings.unlink_table(which))
                 if len(self.freeing) > _MAX_UNLINKED:

@@ -1,0 +1,124 @@
+"""Commit an overlay: what its layers own goes down into a backing file, and then the overlay may be emptied.
+
+No step changes a byte that the overlay reads as: data goes into the backing file only where a layer above hides it, it is on
+stable storage before the overlay gives anything up, and each cluster that the overlay then gives up reads the same below. So
+a job that ends early, by an error, a signal or a power cut, can be started again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..errors import LaminaError, OptionError
+from ..format import Format
+from ..image import Image
+from ..own_files import is_same_file
+from .beneath import Backing, backing_edges, beneath_filters
+from .convert import Result, copy_disk
+from .progress import Monitor
+from .sole_writer import sole_writer
+
+if TYPE_CHECKING:
+    from ..request import Child
+
+
+def commit(
+    image: Image,
+    base: str | os.PathLike[str] | None = None,
+    *,
+    empty: bool | None = None,
+    max_output: int | None = None,
+    monitor: Monitor | None = None,
+) -> Result:
+    """Make the backing file `base` read as `image` does, as far as `image` reaches; a shorter one becomes as long. The files
+    between them then read differently than before, and are of no further use.
+
+    `base`: a backing file of `image`, by its path or by its name in the image above it; None: the first one. Its new content
+    is on stable storage at the end. `empty`: `image` gives up what it owns, and reads as `base`; None: if `base` is its first
+    backing file. Then `image` must be open for writing.
+
+    No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if no
+    such backing file is known or another user has it open, Locked if another program has, the errors of reading and writing,
+    and Cancelled. The bytes of `image` are the same in any case.
+    """
+    edges = list(backing_edges(image.node))
+    depth = _find(edges, base, image)
+    if empty is None:
+        empty = depth == 1
+    elif empty and depth > 1:
+        raise OptionError(
+            "the image can be emptied only into its first backing file: it would read as the files between",
+            path=image.filename,
+            hint="commit without emptying it",
+        )
+    if any(len(edge.node.parents()) > 1 for edge in edges[:depth]):
+        raise OptionError(
+            "a file between the image and that backing file, or that one itself, has another user",
+            path=image.filename,
+            hint="close the image, export or job that uses it",
+        )
+    if empty:
+        image.root.edge.require_writable("commit")
+    with sole_writer(image) as source:
+        with _writable(source, edges[depth - 1]) as target:
+            if target.size < source.size:
+                target.truncate(source.size)
+            result = copy_disk(
+                source,
+                target,
+                below=Backing(depth=depth, keeps_rest=True),
+                max_output=max_output,
+                monitor=monitor,
+            )
+            target.flush()
+        if empty:
+            _empty(source)
+        return result
+
+
+def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image) -> int:
+    """The depth of the backing file `base`."""
+    if not edges:
+        raise OptionError("it has no backing file to commit to", path=image.filename)
+    if base is None:
+        return 1
+    name = os.fspath(base)
+    folder = os.path.dirname(image.filename)
+    for depth, edge in enumerate(edges, 1):
+        path = edge.node.filename
+        if name == path or is_same_file(name, path) or is_same_file(os.path.join(folder, name), path):
+            return depth
+    raise OptionError(
+        "this is not a backing file of the image",
+        path=name,
+        hint="lamina info --backing-chain lists them",
+    )
+
+
+@contextmanager
+def _writable(source: Image, edge: Child) -> Iterator[Image]:
+    """An image on the backing node of `edge`, for writing until the end."""
+    target = Image(source.root.beneath(edge), budget=source.budget)
+    try:
+        yield target
+    except BaseException as error:
+        try:
+            target.reopen(read_only=True)
+        except LaminaError as other:
+            error.add_note(f"and then: {other}")
+        raise
+    else:
+        target.reopen(read_only=True)
+    finally:
+        target.close()
+
+
+def _empty(image: Image) -> None:
+    node = beneath_filters(image.node)
+    assert isinstance(node, Format)  # it has a backing file
+    image.flush()  # what filters above hold is part of the image that was committed
+    image.root.alone("empties the image", node.make_empty)
+    image.flush()

@@ -1,0 +1,85 @@
+"""Rebase an overlay: it gets another backing file, or none, and reads the same.
+
+The image first takes over what the new backing file does not have, compared block by block, and only of what it does not own
+itself. Until that is on stable storage it names the old backing file; so a job that ends early, by an error, a signal or a
+power cut, leaves an image that reads the same, and can be started again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..api import open as open_image
+from ..errors import OptionError
+from ..format import Format
+from ..own_files import refuse_own
+from ..policy import Policy
+from .beneath import Backing, beneath_filters, layers_above
+from .convert import Result, copy_disk
+from .progress import Monitor
+from .sole_writer import sole_writer
+
+if TYPE_CHECKING:
+    from ..image import Image
+
+
+def rebase(
+    image: Image,
+    backing: str | None,
+    backing_format: str | None = None,
+    *,
+    references: Policy | None = None,
+    max_output: int | None = None,
+    monitor: Monitor | None = None,
+) -> Result:
+    """Give `image` the backing file `backing`, by its name as the image stores it (relative to the directory of the image),
+    of the format `backing_format`; None: no backing file. The image reads as before, and takes over what differs.
+
+    Only blocks that the image does not own are read and compared; where the new backing file is a layer of the old chain,
+    only those that the layers above it own. `references` decides about the backing file of the new backing file. The image
+    uses its new backing file, and is on stable storage, when this returns.
+
+    No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if the
+    format has no backing files, the errors of opening `backing`, those of reading and writing, and Cancelled. The bytes of
+    `image` are the same in any case.
+    """
+    node = beneath_filters(image.node)
+    if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
+        raise OptionError("it cannot have another backing file", path=image.filename, hint="convert it to a new image")
+    image.root.edge.require_writable("rebase")
+    values = node.amend_schema.parse({"backing_file": backing or "", "backing_fmt": backing_format})
+    spec: Mapping[str, Any] | None = None
+    compared: dict[str, Any] = {"driver": "null", "size": image.size}
+    if backing:
+        if backing_format is None:
+            raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
+        name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), backing)
+        spec = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
+        compared = {"driver": "truncate", "size": image.size, "image": spec}
+    with (
+        open_image(compared, references=references, budget=image.budget) as new,
+        sole_writer(image) as own,
+    ):
+        depth = None
+        if backing:
+            refuse_own(new.node, image.filename, what="new backing file")
+            depth = layers_above(node, new.node.children["image"].node)
+        try:
+            node.backing_changes = True
+            result = copy_disk(
+                own,
+                own,
+                below=Backing(new, depth, keeps_rest=True, replaces=True),
+                max_output=max_output,
+                monitor=monitor,
+            )
+        finally:
+            node.backing_changes = False
+        own.flush()
+        with own.edit(references=references) as edit:
+            edit.set_backing(node, spec)
+        own.root.alone("names another backing file", node.amend, values)
+        own.flush()
+        return result
