@@ -39,7 +39,7 @@ soak: $(VENV)/.dev
 	LAMINA_LAYOUT_IMAGES=200000 LAMINA_QCOW2_MACHINE=10000 \
 	$(VENV)/bin/python -m pytest tests/crash tests/faults tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
 	tests/unit/test_concurrency.py tests/unit/test_roots_model.py tests/unit/test_image_close.py tests/unit/test_truncate_beside.py tests/unit/test_fork.py \
-	tests/unit/test_convert_backing.py tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
+	tests/unit/test_convert_backing.py tests/unit/test_commit_rebase.py tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
 	tests/attacks/test_options.py tests/attacks/test_qcow2_layout.py tests/interop/test_qcow2_machine.py \
 	tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py \
 	tests/attacks/test_nbd_client_silent.py tests/attacks/test_nbd_server_waits.py tests/attacks/test_nbd_server_folder.py \

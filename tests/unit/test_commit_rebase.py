@@ -24,7 +24,7 @@ from .test_convert_backing import fill
 
 KIB, MIB = 1 << 10, 1 << 20
 #: How many random chains one run of a test tries; `make soak` sets more.
-CHAINS = int(os.environ.get("LAMINA_SOAK_BACKING", "120"))
+CHAINS = int(os.environ.get("LAMINA_SOAK_BACKING", "60"))
 
 Layer = tuple[Path, str]
 

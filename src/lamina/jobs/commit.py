@@ -8,20 +8,19 @@ a job that ends early, by an error, a signal or a power cut, can be started agai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import LaminaError, OptionError
+from ..errors import OptionError
 from ..format import Format
-from ..image import Image
 from ..own_files import is_same_file
 from .beneath import Backing, backing_edges, beneath_filters
 from .convert import Result, copy_disk
 from .progress import Monitor
-from .sole_writer import sole_writer
+from .sole_writer import as_sole_writer, writing_beneath
 
 if TYPE_CHECKING:
+    from ..image import Image
     from ..request import Child
 
 
@@ -62,21 +61,22 @@ def commit(
         )
     if empty:
         image.root.edge.require_writable("commit")
-    with sole_writer(image) as source:
-        with _writable(source, edges[depth - 1]) as target:
-            if target.size < source.size:
-                target.truncate(source.size)
-            result = copy_disk(
-                source,
-                target,
-                below=Backing(depth=depth, keeps_rest=True),
-                max_output=max_output,
-                monitor=monitor,
-            )
-            target.flush()
+    edge, below = edges[depth - 1], Backing(depth=depth, keeps_rest=True)
+
+    def copy(source: Image, target: Image) -> Result:
+        if target.size < source.size:
+            target.truncate(source.size)
+        result = copy_disk(source, target, below=below, max_output=max_output, monitor=monitor)
+        target.flush()
+        return result
+
+    def work(source: Image) -> Result:
+        result = writing_beneath(source, edge, partial(copy, source))
         if empty:
             _empty(source)
         return result
+
+    return as_sole_writer(image, work)
 
 
 def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image) -> int:
@@ -96,24 +96,6 @@ def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image)
         path=name,
         hint="lamina info --backing-chain lists them",
     )
-
-
-@contextmanager
-def _writable(source: Image, edge: Child) -> Iterator[Image]:
-    """An image on the backing node of `edge`, for writing until the end."""
-    target = Image(source.root.beneath(edge), budget=source.budget)
-    try:
-        yield target
-    except BaseException as error:
-        try:
-            target.reopen(read_only=True)
-        except LaminaError as other:
-            error.add_note(f"and then: {other}")
-        raise
-    else:
-        target.reopen(read_only=True)
-    finally:
-        target.close()
 
 
 def _empty(image: Image) -> None:

@@ -19,7 +19,7 @@ from ..policy import Policy
 from .beneath import Backing, beneath_filters, layers_above
 from .convert import Result, copy_disk
 from .progress import Monitor
-from .sole_writer import sole_writer
+from .sole_writer import as_sole_writer
 
 if TYPE_CHECKING:
     from ..image import Image
@@ -58,28 +58,23 @@ def rebase(
         name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), backing)
         spec = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         compared = {"driver": "truncate", "size": image.size, "image": spec}
-    with (
-        open_image(compared, references=references, budget=image.budget) as new,
-        sole_writer(image) as own,
-    ):
+    with open_image(compared, references=references, budget=image.budget) as new:
         depth = None
         if backing:
             refuse_own(new.node, image.filename, what="new backing file")
             depth = layers_above(node, new.node.children["image"].node)
-        try:
-            node.backing_changes = True
-            result = copy_disk(
-                own,
-                own,
-                below=Backing(new, depth, keeps_rest=True, replaces=True),
-                max_output=max_output,
-                monitor=monitor,
-            )
-        finally:
-            node.backing_changes = False
-        own.flush()
-        with own.edit(references=references) as edit:
-            edit.set_backing(node, spec)
-        own.root.alone("names another backing file", node.amend, values)
-        own.flush()
-        return result
+        below = Backing(new, depth, keeps_rest=True, replaces=True)
+
+        def work(own: Image) -> Result:
+            try:
+                node.backing_changes = True
+                result = copy_disk(own, own, below=below, max_output=max_output, monitor=monitor)
+            finally:
+                node.backing_changes = False
+            own.flush()
+            own.root.alone("replaces the backing file", own.edit(references=references).set_backing, node, spec)
+            own.root.alone("names another backing file", node.amend, values)
+            own.flush()
+            return result
+
+        return as_sole_writer(image, work)

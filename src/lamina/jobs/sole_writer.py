@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import OptionError
+from ..image import Image
 
 if TYPE_CHECKING:
-    from ..image import Image
+    from ..request import Child
     from ..root import Root
 
+_Result = TypeVar("_Result")
 
-@contextmanager
-def sole_writer(image: Image) -> Iterator[Image]:
-    """Another image on the node of `image`, which nothing else writes to until the end: `image` is read-only meanwhile, for
+
+def as_sole_writer(image: Image, work: Callable[[Image], _Result]) -> _Result:
+    """work(another image on the node of `image`), which nothing else writes to meanwhile: `image` itself refuses writes of
     all threads. OptionError if other users of the graph write to it."""
-    root, own = image.root, image.share()
+    root = image.root
     before = root.edge.read_only
-    try:
-        root.alone("starts a job", _claim, root, own.root)
-        yield own
-    finally:
+    with image.share() as own:
         try:
-            root.edge.read_only = before
+            try:
+                root.alone("starts a job", _claim, root, own.root)
+                return work(own)
+            finally:
+                root.edge.read_only = before
         finally:
-            own.close()
+            root.edge.read_only = before  # an interrupt may have struck the first time
 
 
 def _claim(root: Root, own: Root) -> None:
@@ -38,3 +40,18 @@ def _claim(root: Root, own: Root) -> None:
             hint="close that one first",
         )
     root.edge.read_only = True
+
+
+def writing_beneath(image: Image, edge: Child, work: Callable[[Image], _Result]) -> _Result:
+    """work(an image on the backing node of `edge`, an edge below `image`), which writes to that node: see `Root.beneath`."""
+    with Image(image.root.beneath(edge), budget=image.budget) as target:
+        try:
+            result = work(target)
+        except Exception as error:
+            try:
+                target.reopen(read_only=True)
+            except Exception as other:  # noqa: BLE001 - the first error is the reason
+                error.add_note(f"and then: {other}")
+            raise
+        target.reopen(read_only=True)
+        return result
