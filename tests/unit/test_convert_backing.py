@@ -283,7 +283,7 @@ def test_known_zeros_are_neither_read_nor_stored(
         os.truncate(tmp_path / name, 128 * MIB)
     how: Any = {"options": {"cluster_size": cluster}, "compress": compress}
     result, reads = over_base(tmp_path, tmp_path / "a.raw", monkeypatch, **how)
-    assert result == (0, 0, 0, 0)
+    assert result == Result(0, 0, 0, 0)
     assert not reads
     assert (tmp_path / "out.qcow2").stat().st_size < 6 * cluster
     # Zeros over data: the base is read, once, and hidden without storing a byte.

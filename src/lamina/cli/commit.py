@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
         "implies -d",
     )  # fmt: skip
     parser.add_argument("-d", "--drop", action="store_true", help="do not empty the overlay")
+    parser.add_rate()
+    parser.add_cache("-t", "--cache", dest="cache", written=False)
     parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
@@ -39,7 +41,9 @@ def main(argv: list[str]) -> int:
     keeps = args.drop or args.base is not None
     opened = (open_image if keeps else open_writable)(args.filename, args, args.format)
     with opened as image, Meter(args.filename, asked=args.progress, quiet=args.quiet) as meter:
-        commit(image, args.base, empty=not keeps, max_output=args.max_output, monitor=Monitor(meter.report))
+        commit(
+            image, args.base, empty=not keeps, rate=args.rate, max_output=args.max_output, monitor=Monitor(meter.report)
+        )
     if not args.quiet:
         sys.stdout.write("Image committed.\n")
     return 0

@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
         help="change only the name in the image; the overlay reads as before only if the new file has the same content",
     )  # fmt: skip
     parser.add_later("-c", "--compress", "what is taken over cannot be compressed yet: convert the overlay with -c")
+    parser.add_cache("-t", "--cache", dest="cache", written=False)
+    parser.add_cache("-T", "--backing-cache", dest="backing_cache", written=False)
     parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()

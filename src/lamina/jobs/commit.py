@@ -29,6 +29,7 @@ def commit(
     base: str | os.PathLike[str] | None = None,
     *,
     empty: bool | None = None,
+    rate: int = 0,
     max_output: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
@@ -37,7 +38,7 @@ def commit(
 
     `base`: a backing file of `image`, by its path or by its name in the image above it; None: the first one. Its new content
     is on stable storage at the end. `empty`: `image` gives up what it owns, and reads as `base`; None: if `base` is its first
-    backing file. Then `image` must be open for writing.
+    backing file. Then `image` must be open for writing. `rate` as for `convert`.
 
     No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if no
     such backing file is known or another user has it open, Locked if another program has, the errors of reading and writing,
@@ -61,12 +62,13 @@ def commit(
         )
     if empty:
         image.root.edge.require_writable("commit")
+    monitor = monitor or Monitor()
     edge, below = edges[depth - 1], Backing(depth=depth, keeps_rest=True)
 
     def copy(source: Image, target: Image) -> Result:
         if target.size < source.size:
             target.truncate(source.size)
-        result = copy_disk(source, target, below=below, max_output=max_output, monitor=monitor)
+        result = copy_disk(source, target, below=below, rate=rate, max_output=max_output, monitor=monitor)
         target.flush()
         return result
 

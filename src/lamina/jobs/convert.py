@@ -96,11 +96,6 @@ def convert(
             hint="make a target that is large enough",
         )
     monitor = monitor or Monitor()
-    limit: RateLimit | None = None
-    if rate:
-        from .rate import RateLimit
-
-        limit = RateLimit(rate, monitor)
     piped = isinstance(source.node, PipeStorage)
     if salvage and piped:
         raise OptionError("what could not be read from a pipe is not read again", hint="omit salvage")
@@ -126,7 +121,7 @@ def convert(
             offload=offload,
             parallel=parallel,
             in_order=in_order,
-            rate=limit,
+            rate=rate,
             max_output=max_output,
             monitor=monitor,
         )
@@ -143,22 +138,27 @@ def copy_disk(
     offload: Offload = "",
     parallel: int | None = None,
     in_order: bool | None = None,
-    rate: RateLimit | None = None,
+    rate: int = 0,
     max_output: int | None = None,
     monitor: Monitor,
 ) -> Result:
     """As `convert`, between two images that nobody closes meanwhile. They may be of one graph, where the source reads the
     same whatever part of the job is done; they may be one."""
-    how: Any = {"blank": blank, "smallest_hole": smallest_hole, "below": below, "offload": offload, "rate": rate}
+    limit: RateLimit | None = None
+    if rate:
+        from .rate import RateLimit
+
+        limit = RateLimit(rate, monitor)
+    how: Any = {"blank": blank, "smallest_hole": smallest_hole, "below": below, "offload": offload, "rate": limit}
     plan = Plan(source, target, **how)
-    reading = Requests(source, 1, "", rate=rate)
+    reading = Requests(source, 1, "", rate=limit)
     if not isinstance(source.node, PipeStorage):
-        reading = requests_for(source, asked=parallel, name="lamina-convert-read", rate=rate)
+        reading = requests_for(source, asked=parallel, name="lamina-convert-read", rate=limit)
     if in_order is None:
         in_order = not is_far(target.node)
-    writing = Requests(target, 1, "", rate=rate)
+    writing = Requests(target, 1, "", rate=limit)
     if not in_order:
-        writing = requests_for(target, source.node, asked=parallel, name="lamina-convert-write", rate=rate)
+        writing = requests_for(target, source.node, asked=parallel, name="lamina-convert-write", rate=limit)
     output = OutputLimit(source.budget.max_output if max_output is None else max_output, source.filename)
     return Transfer(plan, output, monitor).run(reading, writing)
 

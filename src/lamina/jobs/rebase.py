@@ -68,7 +68,7 @@ def rebase(
         def work(own: Image) -> Result:
             try:
                 node.backing_changes = True
-                result = copy_disk(own, own, below=below, max_output=max_output, monitor=monitor)
+                result = copy_disk(own, own, below=below, max_output=max_output, monitor=monitor or Monitor())
             finally:
                 node.backing_changes = False
             own.flush()

@@ -368,11 +368,9 @@ class Tables:
         self.unlink(range(self.header.l1_entries(size), len(self.mappings.l1)))
 
     def unlink(self, tables: Iterable[int]) -> None:
-        """Give up the L2 tables with these L1 indexes, which point to no clusters that are in use. All changes are on stable
-        storage."""
-        l1 = self.mappings.l1
+        """Give up the L2 tables with these L1 indexes, which point to no clusters. All changes are on stable storage."""
         for which in tables:
-            if l1.l2_offset(which):
+            if self.mappings.l1.l2_offset(which):
                 self.freeing.add(self.mappings.unlink_table(which))
                 if len(self.freeing) > _MAX_UNLINKED:
                     self.write_out()
