@@ -67,9 +67,6 @@ class Files:
         with overlay(top, base, read_only=False) as image:
             image.amend(backing_file="base", backing_fmt="qcow2")
             fill(image, dice, 6)
-            if dice.random() < 0.3:
-                image.create_snapshot("before")
-                fill(image, dice, 2)
             self.disk = content_of(image)
         self.base, self.top = bytes(base.content), bytes(top.content)
 

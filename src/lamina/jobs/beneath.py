@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import OptionError, UnsupportedFeature
 from ..extents import PRESENT, Extents
 from ..format_node import FormatNode
 from ..limits import MAX_SIZE, MIB
@@ -18,6 +19,7 @@ from ..node import FilterNode, Node, StorageNode, is_faithful
 from ..numeric import np
 
 if TYPE_CHECKING:
+    from ..format import Format
     from ..image import Image
     from ..request import Child
 
@@ -60,6 +62,20 @@ def backing_edges(top: Node) -> Iterator[Child]:
     while isinstance(node, FormatNode) and is_faithful(node) and node.backing is not None:
         yield node.backing
         node = beneath_filters(node.backing.node)
+
+
+def require_no_snapshots(node: Format) -> None:
+    """Raise OptionError if the image has internal snapshots: they show its backing file, too, and would change with it."""
+    try:
+        found = node.snapshots()
+    except UnsupportedFeature:
+        return
+    if found:
+        raise OptionError(
+            "the image has internal snapshots, which show its backing file as well, and would change",
+            path=node.filename,
+            hint="delete them (lamina snapshot -d), or convert the image to a new one",
+        )
 
 
 def beneath_filters(node: Node) -> Node:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError
 from ..format import Format
 from ..own_files import is_same_file
-from .beneath import Backing, backing_edges, beneath_filters
+from .beneath import Backing, backing_edges, beneath_filters, require_no_snapshots
 from .convert import Result, copy_disk
 from .progress import Monitor
 from .sole_writer import as_sole_writer, writing_beneath
@@ -41,8 +41,8 @@ def commit(
     backing file. Then `image` must be open for writing. `rate` as for `convert`.
 
     No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if no
-    such backing file is known or another user has it open, Locked if another program has, the errors of reading and writing,
-    and Cancelled. The bytes of `image` are the same in any case.
+    such backing file is known, another user has it open, or `image` has internal snapshots; Locked if another program has it
+    open; the errors of reading and writing, and Cancelled. The bytes of `image` are the same in any case.
     """
     edges = list(backing_edges(image.node))
     depth = _find(edges, base, image)
@@ -54,6 +54,9 @@ def commit(
             path=image.filename,
             hint="commit without emptying it",
         )
+    top = beneath_filters(image.node)
+    assert isinstance(top, Format)  # it has a backing file
+    require_no_snapshots(top)
     if any(len(edge.node.parents()) > 1 for edge in edges[:depth]):
         raise OptionError(
             "a file between the image and that backing file, or that one itself, has another user",
@@ -75,7 +78,9 @@ def commit(
     def work(source: Image) -> Result:
         result = writing_beneath(source, edge, partial(copy, source))
         if empty:
-            _empty(source)
+            source.flush()  # what filters above hold is part of the image that was committed
+            source.root.alone("empties the image", top.make_empty)
+            source.flush()
         return result
 
     return as_sole_writer(image, work)
@@ -98,11 +103,3 @@ def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image)
         path=name,
         hint="lamina info --backing-chain lists them",
     )
-
-
-def _empty(image: Image) -> None:
-    node = beneath_filters(image.node)
-    assert isinstance(node, Format)  # it has a backing file
-    image.flush()  # what filters above hold is part of the image that was committed
-    image.root.alone("empties the image", node.make_empty)
-    image.flush()
