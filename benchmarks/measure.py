@@ -42,13 +42,14 @@ class Task:
     """One command of one program.
 
     `check` gets the file of the command's standard output and raises Failed if the result is wrong. `makes` names the
-    file that the command writes, removed after each run.
+    file that the command writes, removed after each run. `prepare` is a command that runs before each run.
     """
 
     program: str
     command: Sequence[str]
     check: Callable[[Path], None] = anything
     makes: Path | None = None
+    prepare: Sequence[str] = ()
 
 
 def run_once(command: Sequence[str], stdout: Path) -> Figures:
@@ -69,30 +70,34 @@ def run_once(command: Sequence[str], stdout: Path) -> Figures:
     return Figures(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figures | Failed]:
+def in_turn(tasks: Sequence[Task], rounds: int, folder: Path, *, median: bool = False) -> dict[str, Figures | Failed]:
     """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and is not measured.
 
-    Returns for each program the shortest of its times and the largest of its peaks, or its failure. The programs take turns,
-    so that noise of the machine affects all alike.
+    Returns for each program the shortest of its times, or the `median`, and the largest of its peaks, or its failure. The
+    programs take turns, so that noise of the machine affects all alike.
     """
     found: dict[str, Figures | Failed] = {}
+    runs: dict[str, list[Figures]] = {task.program: [] for task in tasks}
     stdout = folder / "stdout"
     for number in range(rounds + 1):
         for task in tasks:
             before = found.get(task.program)
             if isinstance(before, Failed):
                 continue
+            if task.prepare:
+                subprocess.run(task.prepare, check=True)
             os.sync()  # data that the previous program wrote must not be written back in the time of this one
             try:
                 now = run_once(task.command, stdout)
                 if number == 0:
                     task.check(stdout)
-                elif before is None:
-                    found[task.program] = now
-                else:
-                    found[task.program] = Figures(
-                        min(before.wall, now.wall), min(before.cpu, now.cpu), max(before.memory, now.memory)
-                    )
+                    continue
+                runs[task.program].append(now)
+                done = runs[task.program]
+                found[task.program] = Figures(
+                    *(typical([getattr(one, name) for one in done], median) for name in ("wall", "cpu")),
+                    memory=max(one.memory for one in done),
+                )
             except Failed as failure:
                 found[task.program] = failure
             finally:
@@ -100,6 +105,11 @@ def in_turn(tasks: Sequence[Task], rounds: int, folder: Path) -> dict[str, Figur
                     task.makes.unlink(missing_ok=True)
     stdout.unlink(missing_ok=True)
     return found
+
+
+def typical(seconds: list[float], median: bool) -> float:
+    """The median of these, or the smallest."""
+    return sorted(seconds)[len(seconds) // 2] if median else min(seconds)
 
 
 def idle_peak(folder: Path) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 from . import nbd, peers, qcow2, requests
 from .measure import Failed, Figures, Task, anything, idle_peak, in_turn
+from .tools import Tools
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -53,6 +54,7 @@ class Group:
     targets: Mapping[str, float | None]
     make_tasks: Callable[[], list[Task]]
     rounds: int
+    median: bool = False  # else the best round
 
 
 @dataclass
@@ -162,6 +164,10 @@ def plan(folder: Path, rounds: int, small: bool, others: list[peers.Peer]) -> It
         yield Group(title, "wall", {"lamina convert": 1.3}, partial(convert_tasks, *ends), rounds)
     for title, basis, targets, make in qcow2.works(folder, image, lamina, others, small):
         yield Group(title, basis, targets, make, rounds)
+    if others:
+        tools = Tools(folder, image, lamina, others, small, has_content_of)
+        for title, targets, make in tools.works():
+            yield Group(title, "wall", targets, make, rounds, median=True)
     yield Group("start-up", "wall", {"lamina info": None}, start_tasks, max(rounds, 20))
 
 
@@ -256,7 +262,7 @@ def main() -> int:
             if options.only in group.title:
                 print(f"measuring {group.title} ...", file=sys.stderr, flush=True)
                 tasks = group.make_tasks()
-                rows += rows_of(group, tasks, in_turn(tasks, group.rounds, folder))
+                rows += rows_of(group, tasks, in_turn(tasks, group.rounds, folder, median=group.median))
         small_requests: list[dict[str, Any]] = []
         if options.only in "4 KiB requests" and not options.small and (folder / "ext4.raw").exists():
             print("measuring 4 KiB requests ...", file=sys.stderr, flush=True)
@@ -278,7 +284,8 @@ def main() -> int:
     if rows:
         print(table(rows))
         print(
-            f"\nBest of {options.rounds} (start-up: of at least 20) after a warm round; ratios to the best of the peers."
+            f"\nBest of {options.rounds} (start-up: of at least 20; tools: the median) after a warm round; ratios to the best "
+            "of the peers."
         )
     print(f"Python {machine['python']}, {machine['cpus']} CPUs, Linux {machine['kernel']}.", end=" ")
     print(f"An idle program has {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")
