@@ -284,8 +284,8 @@ def main() -> int:
     if rows:
         print(table(rows))
         print(
-            f"\nBest of {options.rounds} (start-up: of at least 20; tools: the median) after a warm round; ratios to the best "
-            "of the peers."
+            f"\nBest of {options.rounds} (start-up: of at least 20; tools: the median) after a warm round; ratios to "
+            "the best of the peers."
         )
     print(f"Python {machine['python']}, {machine['cpus']} CPUs, Linux {machine['kernel']}.", end=" ")
     print(f"An idle program has {least / MIB:.0f} MiB here; ours may peak at {MEMORY_TARGET // MIB}.")

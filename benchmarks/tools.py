@@ -1,8 +1,9 @@
 """The work of qemu-img on whole images, done by both: conversions, comparisons, and changes in place.
 
 `run.py` measures these groups with the others. Two ext4 images are used, with real files: a small one (4 GiB, 600 MB of
-files) and a large one (16 GiB, over 4 GB); `measure` has an image of a million extents. The files of changes in place are copied anew before each run. Targets are new files, and
-both programs have their default cache mode; one row counts the time until the target is on the disk.
+files) and a large one (16 GiB, over 4 GB); `measure` has an image of a million extents. The files of changes in place are
+copied anew before each run. Targets are new files, and both programs have their default cache mode; one row counts the time
+until the target is on the disk.
 """
 
 from __future__ import annotations
