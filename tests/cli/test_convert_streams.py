@@ -120,6 +120,14 @@ def test_small_disks(qemu: Qemu, folder: Path, size: int) -> None:
     assert disk("c.qcow2", "qcow2") == content + bytes(-size % 512)
 
 
+def test_all_is_allocated_if_asked_for(qemu: Qemu, folder: Path) -> None:
+    Path("b.qcow2").write_bytes(good("-S", "0", "-f", "raw", "-O", "qcow2", "a.raw", "-"))
+    assert qemu.check("b.qcow2")[0] == 0
+    rows = qemu.map("b.qcow2", "qcow2")
+    assert [row["data"] for row in rows] == [True]
+    assert qemu.img("compare", "-f", "qcow2", "-F", "raw", "b.qcow2", "a.raw").returncode == 0
+
+
 def test_from_a_chain_a_snapshot_and_several(qemu: Qemu, folder: Path) -> None:
     content = Path("a.raw").read_bytes()
     content += bytes(-len(content) % 512)

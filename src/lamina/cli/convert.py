@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     offload.add_argument(
         "-C",
         "--copy-range",
+        "--copy-range-offloading",
         dest="offload",
         action="store_const",
         const="copy",
@@ -197,6 +198,7 @@ def _to_pipe(source: Image, target: str, args: Namespace, options: dict[str, Any
         args.target_format or "raw",
         options,
         name="standard output",
+        allocated=not args.sparse_size,
         max_output=args.max_output,
         rate=args.rate,
         salvage=args.salvage,
