@@ -178,6 +178,8 @@ def _refuse_to_pipe(parser: Parser, args: Namespace, options: dict[str, Any]) ->
     """Report the options that standard output as the target excludes."""
     for word, given, why in (
         ("-n", args.no_create, "there is no image yet"),
+        ("--target-image-opts", args.target_image_opts, "it has no options"),
+        ("--target-is-zero", args.target_is_zero, "nothing was written to it before"),
         ("-c", args.compress, "the sizes of compressed clusters are not known beforehand"),
         ("-B", args.backing is not None or "backing_file" in options, "an overlay is not made in one pass"),
         ("-C or --reflink", args.offload, "it shares no blocks"),

@@ -68,7 +68,11 @@ def convert_to_pipe(
             edge = Child(Truncate(edge, size, read_only=True), "image", read_only=True)
         if allocated:
             edge = Child(NoExtents(edge, read_only=True), "image", read_only=True)
-        file = stack.enter_context(Image(kind.file_of(edge, values)))
+        try:
+            file = stack.enter_context(Image(kind.file_of(edge, values)))
+        except BaseException:
+            edge.close()
+            raise
         end = StorageSource(file)
         stack.callback(end.close)
         limit = source.budget.max_output if max_output is None else max_output
