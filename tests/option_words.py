@@ -23,6 +23,7 @@ from lamina.cli.arguments import Parser
 from lamina.cli.io.commands import COMMANDS as IO_COMMANDS
 from lamina.cli.main import COMMANDS, main
 from lamina.errors import LaminaError
+from lamina.options import parse_size
 from lamina.schema import Option, Schema
 
 SLOW = {str(rate) for rate in range(1, 512)}
@@ -265,6 +266,8 @@ class Lines:
                 words.append(option)
                 continue
             value = str(self.rng.choice(list(action.choices))) if action.choices else self.text()
+            if action.dest == "rate" and _is_slow(value):
+                value = "8E"
             words += [f"{option}={value}"] if option.startswith("--") and self.rng.random() < 0.5 else [option, value]
         if name == "io":
             image, format = self.rng.choice([("disk", "raw"), ("image", "qcow2")])
@@ -329,6 +332,14 @@ class _Quiet(io.TextIOWrapper):
 
 class _Caught(Exception):
     pass
+
+
+def _is_slow(value: str) -> bool:
+    """Whether a command with this rate limit would run for long."""
+    try:
+        return 0 < parse_size(value) < 1 << 30
+    except LaminaError:
+        return False
 
 
 def parser_of(command: str) -> Parser:

@@ -93,7 +93,7 @@ class Format(Node):
     @classmethod
     def file_of(cls, disk: Child, values: Mapping[str, Any]) -> Node:
         """A node that reads as the file of a new image with the disk `disk`: its bytes are computed as they are read. So they
-        can be written in order, without a seek. The node owns the edge `disk`, and is read-only.
+        can be written in order, without a seek. The node is read-only, and owns the edge `disk`, except after an error.
         UnsupportedFeature where an image with these options is not made in one pass."""
         raise cls.refusal("has images that are not written in one pass", hint="write the image to a file")
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_an_image_to_a_pipe_is_sound(qemu: Qemu, folder: Path, options: str) -> 
     assert qemu.check("b.qcow2")[0] == 0
 
 
-@pytest.mark.parametrize("size", [0, 1, 512, 65536])
+@pytest.mark.parametrize("size", [0, 513])
 def test_small_disks(qemu: Qemu, folder: Path, size: int) -> None:
     content = os.urandom(size)
     Path("s").write_bytes(content)
@@ -118,6 +119,14 @@ def test_small_disks(qemu: Qemu, folder: Path, size: int) -> None:
     assert good("--size", str(size), "-", "-", input=content) == content
     good("-O", "qcow2", "--size", str(size), "-", "c.qcow2", input=content)
     assert disk("c.qcow2", "qcow2") == content + bytes(-size % 512)
+
+
+def test_all_is_allocated_if_asked_for(qemu: Qemu, folder: Path) -> None:
+    Path("b.qcow2").write_bytes(good("-S", "0", "-f", "raw", "-O", "qcow2", "a.raw", "-"))
+    assert qemu.check("b.qcow2")[0] == 0
+    rows = qemu.map("b.qcow2", "qcow2")
+    assert [row["data"] for row in rows] == [True]
+    assert qemu.img("compare", "-f", "qcow2", "-F", "raw", "b.qcow2", "a.raw").returncode == 0
 
 
 def test_from_a_chain_a_snapshot_and_several(qemu: Qemu, folder: Path) -> None:
@@ -152,6 +161,9 @@ def test_a_file_as_standard_input_needs_no_size(folder: Path) -> None:
         (["-O", "qcow2", "-o", "backing_file=a.raw,backing_fmt=raw", "a.raw", "-"], "excludes -B"),
         (["-O", "qcow2", "-o", "preallocation=full", "a.raw", "-"], "not made in one pass"),
         (["-C", "a.raw", "-"], "excludes -C"),
+        (["--target-is-zero", "a.raw", "-"], "excludes --target-is-zero"),
+        (["--target-image-opts", "a.raw", "-"], "excludes --target-image-opts"),
+        (["-t", "directsync", "a.raw", "-"], "-t directsync"),
         (["--bitmaps", "-O", "qcow2", "a.raw", "-"], "excludes --bitmaps"),
         (["--flush", "a.raw", "-"], "excludes --flush"),
         (["-W", "a.raw", "-"], "excludes -W"),
@@ -167,11 +179,17 @@ def test_a_file_as_standard_input_needs_no_size(folder: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_refused_by_name(folder: Path, words: list[str], said: str) -> None:
-    done = run(*words, input=bytes(1))
-    assert done.returncode == 1
-    assert said in done.stderr.decode()
-    assert not done.stdout
+def test_what_is_refused_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    with open(reader) as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert main(["convert", *words]) == 1
+    out, err = capfd.readouterr()
+    assert said in err
+    assert not out
     assert os.listdir() == ["a.raw"]
 
 
@@ -236,6 +254,15 @@ def test_ctrl_c_while_nothing_comes(folder: Path, target: str) -> None:
         os.close(writer)
     assert status == 128 + signal.SIGINT, err
     assert os.listdir() == ["a.raw"]
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_ctrl_c_while_nobody_reads(folder: Path, format: str) -> None:
+    with started(*LAMINA, "convert", "-f", "raw", "-O", format, "a.raw", "-") as process:
+        assert process.stdout is not None
+        process.stdout.read(1)  # the rest does not fit into the pipe
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 128 + signal.SIGINT
 
 
 def _empty(fd: int) -> bool:

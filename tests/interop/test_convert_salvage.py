@@ -53,6 +53,43 @@ def test_equal_bytes(qemu: Qemu, folder: Path, capfd: pytest.CaptureFixture[str]
     assert f"{len(bad) * 512} bytes of blkdebug:rules:a could not be read" in told
 
 
+@pytest.mark.parametrize("cluster", [512, 65536])
+def test_below_a_format(qemu: Qemu, folder: Path, seed: int, cluster: int) -> None:
+    """Data of a qcow2 image in a damaged file."""
+    Path("raw").write_bytes(os.urandom(2 * MIB))
+    qemu.img("convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={cluster}", "raw", "a")
+    rows = [row for row in qemu.map("a", "qcow2") if row["data"]]
+    dice = random.Random(seed)
+    sectors = set()
+    for _ in range(6):
+        row = dice.choice(rows)
+        sectors.add((row["offset"] + dice.randrange(row["length"])) // 512)
+    rules = "".join(f'[inject-error]\nevent = "read_aio"\nerrno = "5"\nsector = "{at}"\n' for at in sectors)
+    Path("rules").write_text(rules)
+    source = "driver=qcow2,file.driver=blkdebug,file.config=rules,file.image.driver=file,file.image.filename=a"
+    command = ["convert", "--salvage", "-O", "raw", "--image-opts", source]
+    qemu.img(*command, "theirs")
+    assert main([*command, "ours"]) == 0
+    assert Path("ours").read_bytes() == Path("theirs").read_bytes() != Path("raw").read_bytes()
+
+
+def test_an_overlay_of_what_was_salvaged(qemu: Qemu, folder: Path, seed: int) -> None:
+    """What cannot be read is hidden in the base, too."""
+    content = os.urandom(MIB)
+    Path("base").write_bytes(content)
+    Path("a").write_bytes(content)
+    bad = damage(seed, MIB // 512)
+    command = ["convert", "--salvage", "-O", "qcow2", "-B", "base", "-F", "raw", "blkdebug:rules:a"]
+    qemu.img(*command, "theirs")
+    assert main([*command, "ours"]) == 0
+    qemu.img("compare", "-f", "qcow2", "-F", "qcow2", "ours", "theirs")
+    expected = bytearray(content)
+    for number in bad:
+        expected[number * 512 : (number + 1) * 512] = bytes(512)
+    qemu.img("convert", "-f", "qcow2", "-O", "raw", "ours", "read")
+    assert Path("read").read_bytes() == expected
+
+
 def test_quiet(qemu: Qemu, folder: Path, capfd: pytest.CaptureFixture[str], seed: int) -> None:
     Path("a").write_bytes(os.urandom(MIB))
     damage(seed, MIB // 512)

@@ -60,6 +60,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "check": ((), "nothing to check"),
     "repair": (("leaks",), "repaired"),
     "resize": ((512, "full"), "change of the size"),
+    "make_empty": ((), "emptied"),
     "amend": (({},), "changed later"),
     "snapshots": ((), "snapshots"),
     "create_snapshot": (("one",), "snapshots"),

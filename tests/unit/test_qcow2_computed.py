@@ -100,6 +100,10 @@ def test_one_sound_image_of_the_same_disk(data: st.DataObject) -> None:
             offset = dice.randrange(file.size)
             length = dice.randrange(min(file.size - offset, 3 * cluster) + 1)
             assert file.read(offset, length) == whole[offset : offset + length]
+            view = memoryview(bytearray(length))
+            if length:
+                file.root.start_read(offset, view).wait()
+            assert bytes(view) == whole[offset : offset + length]
     with opened(whole) as image:
         report = image.node.check()  # type: ignore[attr-defined]
         assert report.clean, report.findings

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     offload.add_argument(
         "-C",
         "--copy-range",
+        "--copy-range-offloading",
         dest="offload",
         action="store_const",
         const="copy",
@@ -177,6 +178,8 @@ def _refuse_to_pipe(parser: Parser, args: Namespace, options: dict[str, Any]) ->
     """Report the options that standard output as the target excludes."""
     for word, given, why in (
         ("-n", args.no_create, "there is no image yet"),
+        ("--target-image-opts", args.target_image_opts, "it has no options"),
+        ("--target-is-zero", args.target_is_zero, "nothing was written to it before"),
         ("-c", args.compress, "the sizes of compressed clusters are not known beforehand"),
         ("-B", args.backing is not None or "backing_file" in options, "an overlay is not made in one pass"),
         ("-C or --reflink", args.offload, "it shares no blocks"),
@@ -197,6 +200,7 @@ def _to_pipe(source: Image, target: str, args: Namespace, options: dict[str, Any
         args.target_format or "raw",
         options,
         name="standard output",
+        allocated=not args.sparse_size,
         max_output=args.max_output,
         rate=args.rate,
         salvage=args.salvage,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..creation import create_driver
 from ..errors import OptionError
+from ..filters.noextents import NoExtents
 from ..filters.truncate import Truncate
 from ..image import Image
 from ..own_files import refuse_stream
@@ -31,6 +32,7 @@ def convert_to_pipe(
     options: Mapping[str, Any],
     *,
     name: str = "-",
+    allocated: bool = False,
     max_output: int | None = None,
     rate: int = 0,
     salvage: bool = False,
@@ -38,7 +40,7 @@ def convert_to_pipe(
 ) -> Result:
     """Write an image that reads as `source` does to the descriptor `fd`, which stays open, from its first byte to its last.
     `name` names it in messages. The other parameters are those of `convert_to_file`. All data of the source is stored, zeros
-    among it, too; all other zeros are written to a raw image, and not to one that has a table for them.
+    among it, too; all other zeros are written to a raw image, and not to one that has a table for them, unless `allocated`.
 
     Raises UnsupportedFeature where the format does not make such an image in one pass; BrokenPipeError if nobody reads any
     more; and the errors of `convert`. What was written until then is no whole image."""
@@ -64,7 +66,13 @@ def convert_to_pipe(
         edge = Child(disk.node, "image", read_only=True)
         if size != source.size:
             edge = Child(Truncate(edge, size, read_only=True), "image", read_only=True)
-        file = stack.enter_context(Image(kind.file_of(edge, values)))
+        if allocated:
+            edge = Child(NoExtents(edge, read_only=True), "image", read_only=True)
+        try:
+            file = stack.enter_context(Image(kind.file_of(edge, values)))
+        except BaseException:
+            edge.close()
+            raise
         end = StorageSource(file)
         stack.callback(end.close)
         limit = source.budget.max_output if max_output is None else max_output
