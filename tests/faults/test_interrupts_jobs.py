@@ -16,6 +16,7 @@ import pytest
 import lamina
 from lamina import workers
 from lamina.jobs import requests
+from lamina.jobs.bench import Load, bench
 from lamina.jobs.compare import compare
 from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.convert_streams import convert_to_pipe
@@ -99,6 +100,9 @@ class Work:
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
 
+    def bench(self) -> None:
+        bench(self.target, Load(5, 2, 64 * KIB, write=True, flush_interval=3))
+
     def copy(self) -> None:
         target = StorageTarget(Child(self.target.node, "target"), "there", blank=False, grows=False)
         journal = Journal(str(self.folder / "journal"), {})
@@ -110,6 +114,7 @@ class Work:
 
 WORKS = ["convert_to_file", "convert_over_a_base", "convert_by_sharing", "convert_into", "compare", "copy"]
 WORKS += ["convert_salvaging", "convert_to_pipe"]
+WORKS += ["bench"]
 
 
 def threads() -> list[str]:
@@ -170,7 +175,7 @@ def test_a_job_that_is_interrupted_anywhere_has_ended(tmp_path: Path, seed: int,
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("name", ["convert_into", "compare"])
+@pytest.mark.parametrize("name", ["convert_into", "compare", "bench"])
 def test_where_threads_begin_and_end(tmp_path: Path, name: str) -> None:
     """Every opcode of the functions that start threads and wait for their end."""
     trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start", "_start"})

@@ -37,6 +37,7 @@ COMMANDS = {
     "rebase": ("rebase", "give an overlay another backing file, or none"),
     "convert": ("convert", "copy an image to a new image, in any format"),
     "dd": ("dd", "copy blocks of a disk to a new image"),
+    "bench": ("bench", "measure the rate and latency of requests to an image"),
     "serve": ("serve", "serve images over NBD"),
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
     "io": ("io.command", "read and write an image interactively, or with -c commands"),
