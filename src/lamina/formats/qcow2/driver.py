@@ -60,7 +60,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
-    faithful = True
     schema: ClassVar[Schema] = Schema(
         "qcow2",
         [
@@ -174,6 +173,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
         opener.book(max(sum(caches) - opener.cache_bytes, 0), "a cache of tables larger than that of the budget", path)
         node: Self = kind(file, header, read_only=opener.read_only, caches=caches, name=opener.name, data=data)
         node.vm_state, node.keeps_clusters = vm_state, keeps_clusters
+        node.of_snapshot = id is not None or name is not None
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -280,6 +280,10 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
         return report
 
     # -- properties
+
+    @property
+    def faithful(self) -> bool:
+        return not self.of_snapshot
 
     @property
     def size(self) -> int:
