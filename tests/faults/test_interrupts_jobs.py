@@ -23,6 +23,7 @@ from lamina.jobs.convert_streams import convert_to_pipe
 from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
 from lamina.jobs.copy_journal import Journal
+from lamina.jobs.diff import diff
 from lamina.request import Child
 from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
 
@@ -100,6 +101,10 @@ class Work:
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
 
+    def diff(self) -> None:
+        for _ in diff(self.source, self.target, parallel=3):
+            pass
+
     def bench(self) -> None:
         bench(self.target, Load(5, 2, 64 * KIB, write=True, flush_interval=3))
 
@@ -114,7 +119,7 @@ class Work:
 
 WORKS = ["convert_to_file", "convert_over_a_base", "convert_by_sharing", "convert_into", "compare", "copy"]
 WORKS += ["convert_salvaging", "convert_to_pipe"]
-WORKS += ["bench"]
+WORKS += ["diff", "bench"]
 
 
 def threads() -> list[str]:

@@ -33,6 +33,7 @@ COMMANDS = {
     "amend": ("amend", "change options of an image in place"),
     "measure": ("measure", "say how long the file of a new image would be"),
     "compare": ("compare", "compare the contents of two images"),
+    "diff": ("diff", "show the ranges in which two images differ, or what changed in one"),
     "commit": ("commit", "write what an overlay owns to its backing file"),
     "rebase": ("rebase", "give an overlay another backing file, or none"),
     "convert": ("convert", "copy an image to a new image, in any format"),
