@@ -24,6 +24,7 @@ from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
 from lamina.jobs.copy_journal import Journal
 from lamina.jobs.diff import diff
+from lamina.jobs.flatten import flatten
 from lamina.request import Child
 from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
 
@@ -100,6 +101,18 @@ class Work:
 
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
+
+    def flatten(self) -> None:
+        lamina.create(self.folder / "out", "qcow2", len(CONTENT), backing_file="base.raw", backing_fmt="raw")
+        try:
+            with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+                flatten(image, parallel=3)
+        finally:
+            whole = lamina.info(self.folder / "out", format="qcow2").backing_filename is None
+            with lamina.open(self.folder / "out", format="qcow2") as image:
+                assert image.node.check().corruptions == 0  # type: ignore[attr-defined]
+                assert image.read(0, image.size).rstrip(b"\0") == CONTENT[: 4 * MIB], whole
+            (self.folder / "out").unlink()
 
     def diff(self) -> None:
         for _ in diff(self.source, self.target, parallel=3):

@@ -37,6 +37,7 @@ COMMANDS = {
     "commit": ("commit", "write what an overlay owns to its backing file"),
     "rebase": ("rebase", "give an overlay another backing file, or none"),
     "convert": ("convert", "copy an image to a new image, in any format"),
+    "flatten": ("flatten", "make an overlay independent of its backing files, in place"),
     "dd": ("dd", "copy blocks of a disk to a new image"),
     "bench": ("bench", "measure the rate and latency of requests to an image"),
     "serve": ("serve", "serve images over NBD"),
