@@ -160,6 +160,20 @@ class Format(Node):
         up to its end. No request runs at the same time. After an error, or a power cut, some blocks are given up."""
         raise self._at(self.refusal("cannot be emptied"))
 
+    # -- storage that is not needed
+
+    def free_zeros(self, offset: int, length: int) -> int:
+        """Free the storage of these blocks, as far as that makes the image smaller, and return the number of their bytes.
+        They read as zero, and still do afterwards, so no bitmap records anything. The range consists of whole blocks
+        (`limits.zero_alignment`), but for the end of the disk. No request runs at the same time. Raises NotSupported before
+        any change if the format cannot represent the result."""
+        raise self._at(self.refusal("stores zeros like other bytes"))
+
+    def trim(self) -> None:
+        """Give back what nothing in the file uses: its end, and holes in place of free space. No request runs at the same
+        time, and no byte of the disk changes."""
+        raise self._at(self.refusal("has no free space"))
+
     # -- internal snapshots
 
     def snapshots(self) -> Sequence[Snapshot]:

@@ -14,7 +14,7 @@ import pytest
 
 from lamina.errors import Cancelled
 from lamina.formats.qcow2.header import Header
-from lamina.jobs import flatten as module
+from lamina.jobs import in_place
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.request import Child
@@ -89,7 +89,7 @@ class FlattenWork:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PIECE", 64 << 10)
+    monkeypatch.setattr(in_place, "PART", 64 << 10)
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=lambda options: ",".join(map(str, options.values())))

@@ -17,6 +17,7 @@ import lamina
 from lamina import workers
 from lamina.jobs import requests
 from lamina.jobs.bench import Load, bench
+from lamina.jobs.compact import compact
 from lamina.jobs.compare import compare
 from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.convert_streams import convert_to_pipe
@@ -102,6 +103,20 @@ class Work:
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
 
+    def compact(self) -> None:
+        lamina.create(self.folder / "out", "qcow2", 2 * MIB)
+        content = CONTENT[: 400 * KIB] + bytes(600 * KIB) + CONTENT[: 300 * KIB]
+        with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+            image.write(0, content)
+        try:
+            with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+                compact(image, parallel=3)
+        finally:
+            with lamina.open(self.folder / "out", format="qcow2") as image:
+                assert image.node.check().corruptions == 0  # type: ignore[attr-defined]
+                assert image.read(0, len(content)) == content
+            (self.folder / "out").unlink()
+
     def flatten(self) -> None:
         lamina.create(self.folder / "out", "qcow2", len(CONTENT), backing_file="base.raw", backing_fmt="raw")
         try:
@@ -131,8 +146,7 @@ class Work:
 
 
 WORKS = ["convert_to_file", "convert_over_a_base", "convert_by_sharing", "convert_into", "compare", "copy"]
-WORKS += ["convert_salvaging", "convert_to_pipe"]
-WORKS += ["diff", "bench"]
+WORKS += ["convert_salvaging", "convert_to_pipe", "diff", "compact", "flatten", "bench"]
 
 
 def threads() -> list[str]:

@@ -61,6 +61,8 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "repair": (("leaks",), "repaired"),
     "resize": ((512, "full"), "change of the size"),
     "amend": (({},), "changed later"),
+    "free_zeros": ((0, 512), "zeros"),
+    "trim": ((), "free space"),
     "snapshots": ((), "snapshots"),
     "create_snapshot": (("one",), "snapshots"),
     "read_vm_state": ((0, 1), "snapshots"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import lamina
 from lamina import Policy
 from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError, ReadOnly, UnsupportedFeature
 from lamina.image import Image
-from lamina.jobs import flatten as module
+from lamina.jobs import in_place
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.storage.memory import MemoryStorage
@@ -70,7 +71,7 @@ def test_the_disk_stays_and_stands_alone(
     path = chain(tmp_path_factory.mktemp("flatten"), dice)
     with pytest.MonkeyPatch.context() as patch, lamina.open(path, format="qcow2", read_only=False) as image:
         if small:
-            patch.setattr(module, "_PIECE", 64 * KIB)
+            patch.setattr(in_place, "PART", 64 * KIB)
         before = image.read(0, image.size)
         wanted = [(row.start, row.end) for row in image.extents() if row.depth > 0 and not row.zero]
         written = flatten(image, parallel=parallel)
@@ -87,6 +88,23 @@ def test_the_disk_stays_and_stands_alone(
         assert image.read(0, image.size) == before
         assert image.node.check().clean  # type: ignore[attr-defined]
     assert lamina.info(path, format="qcow2").backing_filename is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 2000)), max_size=30), st.sampled_from([1, 16, 512]))
+def test_parts_cover_the_ranges_and_do_not_overlap(gaps: list[tuple[int, int]], block: int) -> None:
+    """Two threads must never have parts of one cluster."""
+    ranges, at = [], 0
+    for gap, length in gaps:
+        ranges.append((at + gap, length))
+        at += gap + length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "PART", 1024)
+        found = list(in_place.parts(ranges, block, at))
+    assert all(start % block == 0 and (stop % block == 0 or stop == at) for start, stop in found)
+    assert all(0 < stop - start <= 1024 for start, stop in found)
+    assert all(first.stop <= second.start for first, second in pairwise(found))
+    blocks = {number // block for start, length in ranges for number in range(start, start + length)}
+    assert {number // block for start, stop in found for number in range(start, stop)} == blocks
 
 
 @pytest.fixture
@@ -143,11 +161,11 @@ def test_what_cannot_be_flattened(overlay: Path) -> None:
     with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="not open"):
         flatten(image)
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
+        with pytest.raises(OptionError, match="threads"):
+            flatten(image, parallel=17)
         image.create_snapshot("s")
         with pytest.raises(OptionError, match="snapshots"):
             flatten(image)
-        with pytest.raises(OptionError, match="threads"):
-            flatten(image, parallel=17)
     assert lamina.info(overlay, format="qcow2").backing_filename == "base"
 
 
@@ -155,7 +173,7 @@ def test_what_cannot_be_flattened(overlay: Path) -> None:
 def test_after_a_failure_the_disk_is_as_before_and_the_next_call_goes_on(
     overlay: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE", 64 * KIB)
+    monkeypatch.setattr(in_place, "PART", 64 * KIB)
     top: dict[str, Any] = {"driver": "file", "filename": str(overlay)}
     base: dict[str, Any] = {"driver": "file", "filename": str(overlay.with_name("base"))}
     faults = {"driver": "faults", "image": base if what == "read" else top}
@@ -190,8 +208,8 @@ def _stop() -> None:
 
 def test_beside_a_writer_no_write_is_lost(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread writes all the time; what it wrote stays."""
-    monkeypatch.setattr(module, "_PIECE", 64 * KIB)
-    monkeypatch.setattr(module, "_NEAR", 3)
+    monkeypatch.setattr(in_place, "PART", 64 * KIB)
+    monkeypatch.setattr(in_place, "_NEAR", 3)
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
         disk = bytearray(image.read(0, image.size))
         ended = threading.Event()
@@ -222,7 +240,7 @@ def test_beside_a_writer_no_write_is_lost(overlay: Path, monkeypatch: pytest.Mon
 
 def test_what_is_written_after_the_plan_was_made_stays(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the disk is one row of one plan, and parts of it are written, zeroed and discarded between two batches."""
-    monkeypatch.setattr(module, "_PIECE", 64 * KIB)
+    monkeypatch.setattr(in_place, "PART", 64 * KIB)
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
         disk = bytearray(image.read(0, image.size))
         told: list[int] = []

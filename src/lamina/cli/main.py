@@ -38,6 +38,7 @@ COMMANDS = {
     "rebase": ("rebase", "give an overlay another backing file, or none"),
     "convert": ("convert", "copy an image to a new image, in any format"),
     "flatten": ("flatten", "make an overlay independent of its backing files, in place"),
+    "compact": ("compact", "make the file of an image smaller, in place"),
     "dd": ("dd", "copy blocks of a disk to a new image"),
     "bench": ("bench", "measure the rate and latency of requests to an image"),
     "serve": ("serve", "serve images over NBD"),

@@ -8,26 +8,18 @@ the header.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError, UnsupportedFeature
 from ..format_node import FormatNode
-from ..limits import MIB, align_down, align_up
 from ..numeric import np
-from ..workers import Workers
 from ..zeros import stored_parts
+from .in_place import Batches, Part, parts
 from .progress import Monitor
-from .requests import FAR, MOST, is_far
 from .windows import stretches, windows
 
 if TYPE_CHECKING:
     from ..image import Image
-
-#: The bytes that one thread copies at a time. Clusters are not larger.
-_PIECE = 2 * MIB
-#: Threads if the chain is local: one reads while another writes.
-_NEAR = 2
 
 
 def flatten(image: Image, *, parallel: int | None = None, monitor: Monitor | None = None) -> int:
@@ -43,22 +35,14 @@ def flatten(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
     Cancelled. The disk is as before then, and a repeated call continues.
     """
     watch = monitor or Monitor()
-    if parallel is not None and not 1 <= parallel <= MOST:
-        raise OptionError(f"{parallel} threads cannot copy at once", hint=f"ask for 1 to {MOST}")
     with image.share() as own:
         node = _overlay(own)
         if node is None:
             return 0
         own.root.edge.require_writable("change")
-        threads = parallel or (FAR if is_far(node) else _NEAR)
-        copies = _Copies(own, node, threads)
-        try:
-            try:
-                copies.run(watch)
-            finally:
-                copies.close()
-        finally:
-            copies.close()  # an interrupt that struck the first time finds the second
+        copies = _Copies(node)
+        batches = Batches(own, "copies from the backing file", "lamina-flatten", copies.copy, copies.count, parallel)
+        batches.run(copies.parts(own), watch)
         own.amend(backing_file="")  # it flushes the copies first
         own.flush()
         with own.edit() as edit:
@@ -92,50 +76,32 @@ def _overlay(image: Image) -> FormatNode | None:
 
 
 class _Copies:
-    """Copies pieces of the disk by several threads, some pieces at a time, while no other request runs."""
+    """Copies from the layers below `node`. `written`: the bytes so far."""
 
-    def __init__(self, image: Image, node: FormatNode, threads: int) -> None:
+    def __init__(self, node: FormatNode) -> None:
         self.written = 0
-        self._image, self._node = image, node
-        self._batch = max(threads, 4)
-        self._workers = Workers(threads, "lamina-flatten") if threads > 1 else None
+        self._node = node
         limits = node.limits
         #: What the image allocates; its zeros are not stored.
         self._unit = max(limits.zero_alignment, limits.request_alignment, 512)
+        self._block = max(node.serialise, self._unit)
 
-    def run(self, watch: Monitor) -> None:
-        pieces = self._pieces()
-        while batch := list(islice(pieces, self._batch)):
-            self.written += self._image.root.alone("copies from the backing file", self._copy_all, batch)
-            watch.update(batch[-1][1], self._node.size)
+    def parts(self, image: Image) -> Iterator[Part]:
+        """The parts of the disk with bytes of the layers below."""
+        return parts(self._below(image), self._block, self._node.size)
 
-    def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
-
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """The ranges (start, stop) with bytes of the layers below, each inside the clusters of one piece."""
-        size = self._node.size
-        grid = max(self._node.serialise, self._unit)
-        for found in windows(self._image, 0, size, grid=grid):
+    def _below(self, image: Image) -> Iterator[tuple[int, int]]:
+        for found in windows(image, 0, self._node.size, grid=self._block):
             rows = found.where(zero=False)
             below = rows.depth > 0
             starts = rows.start[below]
             for _, start, length in stretches(np.zeros_like(starts), starts, rows.length[below]):
-                at, stop = align_down(start, grid), min(align_up(start + length, grid), size)
-                while at < stop:
-                    end = min(align_down(at, _PIECE) + _PIECE, stop)
-                    yield at, end
-                    at = end
+                yield start, length
 
-    def _copy_all(self, pieces: list[tuple[int, int]]) -> int:
-        if self._workers is None or len(pieces) == 1:
-            return sum(map(self._copy, pieces))
-        return sum(self._workers.map(self._copy, pieces))
-
-    def _copy(self, piece: tuple[int, int]) -> int:
-        """Copy what the layers below have of these bytes. Other users may have written some of them meanwhile."""
-        node, (at, end) = self._node, piece
+    def copy(self, part: Part) -> int:
+        """Copy what the layers below have of these bytes, and return the number of written ones. Other users may have
+        written some of them since the plan was made."""
+        node, (at, end) = self._node, part
         written = 0
         while at < end:
             mapping = node.map(at, end - at)
@@ -148,3 +114,6 @@ class _Copies:
                     written += hi - lo
             at += mapping.length
         return written
+
+    def count(self, written: list[int]) -> None:
+        self.written += sum(written)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from errno import ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 from weakref import ref
 
-from ...errors import BlockIOError, CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
+from ...errors import CorruptImage, LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
@@ -24,6 +23,7 @@ from .creation_node import Creatable
 from .encrypted import Encrypted
 from .header import Header
 from .snapshot_node import WithSnapshots
+from .trim_node import Trimmable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
 _STEP_CLUSTERS = 1 << 15
-#: Bytes by which the file must be too long before refcount blocks are moved for it.
-_WORTH = 4 << 20
 #: What must be as it was when an image that was open for reading is opened for writing.
 _SAME = ("l1_table_offset", "l1_size", "size", "extensions", "autoclear_features")
 
@@ -56,7 +54,7 @@ _ENCRYPT = Schema(
 )
 
 
-class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
+class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
@@ -391,31 +389,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
         finally:
             self._recording = recording
         if size < old:
-            self._shrink_file()
+            self.shrink_file()
         if recording is not None and size < old:
             recording.resize(size)
-
-    def _shrink_file(self) -> None:
-        """Cut off what lies behind the last cluster in use. Refcount blocks that count little but themselves lie all over the
-        file: they are written anew, near its beginning, where that makes it much shorter."""
-        tables = self.tables
-        tables.settle()
-        tables.changing(tables.unlink_behind, self.size)
-        tables.settle()
-        tables.file.flush()
-        tables.changing(tables.trim)
-        if self.header.version >= 3 and tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
-            from .refcount_width import set_width
-
-            try:
-                self._rewritten(set_width, self.header.refcount_bits)
-            except LimitExceeded:
-                pass  # the counts of all clusters take more memory than the budget has
-            except BlockIOError as error:
-                if error.errno != ENOSPC:
-                    raise
-            tables.changing(tables.trim)
-        tables.file.flush()
 
     # -- flush, and the modes of access
 
