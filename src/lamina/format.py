@@ -60,7 +60,8 @@ class Format(Node):
     amend_schema: ClassVar[Schema | None] = None
     #: Whether images of the format may have dirty bitmaps.
     keeps_bitmaps: ClassVar[bool] = False
-    #: Whether the image gets another backing file later: zeros that it is given must read as zeros over any.
+    #: Whether the image gets another backing file later, over which it reads the same: zeros that it is given meanwhile must
+    #: read as zeros over any, and no bitmap records what it is given.
     backing_changes = False
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None

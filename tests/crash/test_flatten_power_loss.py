@@ -14,7 +14,6 @@ import pytest
 
 from lamina.errors import Cancelled
 from lamina.formats.qcow2.header import Header
-from lamina.jobs import in_place
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.request import Child
@@ -66,9 +65,9 @@ class FlattenWork:
             if self.rng.random() < 0.5:
                 monitor.cancel()  # heard after the first batch
                 with pytest.raises(Cancelled):
-                    flatten(image, parallel=1, monitor=monitor)
+                    flatten(image, monitor=monitor)
         with open_on(storage, read_only=False, backing=bytes(self.backing)) as image:
-            flatten(image, parallel=1)
+            flatten(image)
             marks.durable("flattened")
             assert image.read(0, image.size) == self.disk
             assert image.node.children.get("backing") is None
@@ -89,7 +88,7 @@ class FlattenWork:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_place, "PART", 64 << 10)
+    monkeypatch.setattr("lamina.jobs.convert_transfer.BUFFER", 16 << 10)
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=lambda options: ",".join(map(str, options.values())))

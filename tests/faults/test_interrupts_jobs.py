@@ -121,7 +121,7 @@ class Work:
         lamina.create(self.folder / "out", "qcow2", len(CONTENT), backing_file="base.raw", backing_fmt="raw")
         try:
             with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
-                flatten(image, parallel=3)
+                flatten(image)
         finally:
             whole = lamina.info(self.folder / "out", format="qcow2").backing_filename is None
             with lamina.open(self.folder / "out", format="qcow2") as image:

@@ -105,6 +105,23 @@ def test_the_disk_stays_and_zeros_go(tmp_path_factory: pytest.TempPathFactory, s
         assert states(path, image) == before
 
 
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 2000)), max_size=30), st.sampled_from([1, 16, 512]))
+def test_parts_cover_the_ranges_and_do_not_overlap(gaps: list[tuple[int, int]], block: int) -> None:
+    """Two threads must never have parts of one cluster."""
+    ranges, at = [], 0
+    for gap, length in gaps:
+        ranges.append((at + gap, length))
+        at += gap + length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "PART", 1024)
+        found = list(in_place.parts(ranges, block, at))
+    assert all(start % block == 0 and (stop % block == 0 or stop == at) for start, stop in found)
+    assert all(0 < stop - start <= 1024 for start, stop in found)
+    assert all(first.stop <= second.start for first, second in pairwise(found))
+    blocks = {number // block for start, length in ranges for number in range(start, start + length)}
+    assert {number // block for start, stop in found for number in range(start, stop)} == blocks
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """8 MiB: 1 MiB of data, 2 MiB of stored zeros, 1 MiB of data that was discarded without a hole, 1 MiB of data, and

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ from hypothesis import strategies as st
 
 import lamina
 from lamina import Policy
-from lamina.errors import BlockIOError, Cancelled, LaminaError, OptionError, ReadOnly, UnsupportedFeature
+from lamina.errors import BlockIOError, Cancelled, LaminaError, LimitExceeded, OptionError, ReadOnly, UnsupportedFeature
 from lamina.image import Image
-from lamina.jobs import in_place
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.storage.memory import MemoryStorage
@@ -63,18 +60,16 @@ def chain(folder: Path, dice: random.Random) -> Path:
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 1 << 60), st.sampled_from([None, 1, 3]), st.booleans())
-def test_the_disk_stays_and_stands_alone(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, parallel: int | None, small: bool
-) -> None:
+@given(st.integers(0, 1 << 60), st.booleans())
+def test_the_disk_stays_and_stands_alone(tmp_path_factory: pytest.TempPathFactory, seed: int, small: bool) -> None:
     dice = random.Random(seed)
     path = chain(tmp_path_factory.mktemp("flatten"), dice)
     with pytest.MonkeyPatch.context() as patch, lamina.open(path, format="qcow2", read_only=False) as image:
         if small:
-            patch.setattr(in_place, "PART", 64 * KIB)
+            patch.setattr("lamina.jobs.convert_transfer.BUFFER", 64 * KIB)
         before = image.read(0, image.size)
         wanted = [(row.start, row.end) for row in image.extents() if row.depth > 0 and not row.zero]
-        written = flatten(image, parallel=parallel)
+        written = flatten(image)
         assert image.read(0, image.size) == before
         assert image.extents().depth.max() == 0
         unit = max(image.node.limits.zero_alignment, 512)
@@ -88,23 +83,6 @@ def test_the_disk_stays_and_stands_alone(
         assert image.read(0, image.size) == before
         assert image.node.check().clean  # type: ignore[attr-defined]
     assert lamina.info(path, format="qcow2").backing_filename is None
-
-
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 2000)), max_size=30), st.sampled_from([1, 16, 512]))
-def test_parts_cover_the_ranges_and_do_not_overlap(gaps: list[tuple[int, int]], block: int) -> None:
-    """Two threads must never have parts of one cluster."""
-    ranges, at = [], 0
-    for gap, length in gaps:
-        ranges.append((at + gap, length))
-        at += gap + length
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_place, "PART", 1024)
-        found = list(in_place.parts(ranges, block, at))
-    assert all(start % block == 0 and (stop % block == 0 or stop == at) for start, stop in found)
-    assert all(0 < stop - start <= 1024 for start, stop in found)
-    assert all(first.stop <= second.start for first, second in pairwise(found))
-    blocks = {number // block for start, length in ranges for number in range(start, start + length)}
-    assert {number // block for start, stop in found for number in range(start, stop)} == blocks
 
 
 @pytest.fixture
@@ -161,8 +139,6 @@ def test_what_cannot_be_flattened(overlay: Path) -> None:
     with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="not open"):
         flatten(image)
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
-        with pytest.raises(OptionError, match="threads"):
-            flatten(image, parallel=17)
         image.create_snapshot("s")
         with pytest.raises(OptionError, match="snapshots"):
             flatten(image)
@@ -173,7 +149,7 @@ def test_what_cannot_be_flattened(overlay: Path) -> None:
 def test_after_a_failure_the_disk_is_as_before_and_the_next_call_goes_on(
     overlay: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(in_place, "PART", 64 * KIB)
+    monkeypatch.setattr("lamina.jobs.convert_transfer.BUFFER", 64 * KIB)
     top: dict[str, Any] = {"driver": "file", "filename": str(overlay)}
     base: dict[str, Any] = {"driver": "file", "filename": str(overlay.with_name("base"))}
     faults = {"driver": "faults", "image": base if what == "read" else top}
@@ -185,11 +161,11 @@ def test_after_a_failure_the_disk_is_as_before_and_the_next_call_goes_on(
         node: Any = image.node
         below = node.backing.node.file.node if what == "read" else node.file.node
         if what != "stop":
-            below.add(kind=what, after=3 if what != "flush" else 0)
+            below.add(kind=what, after=1 if what != "flush" else 0)
         else:
             monkeypatch.setattr(monitor, "update", lambda *_: monitor.cancel() if not monitor.cancelled else _stop())
         with pytest.raises(BlockIOError if what != "stop" else Cancelled):
-            flatten(image, parallel=1, monitor=monitor)
+            flatten(image, monitor=monitor)
         if what != "stop":
             below.clear()
         assert lamina.info(overlay, format="qcow2", force_share=True).backing_filename == "base"
@@ -206,59 +182,29 @@ def _stop() -> None:
     raise Cancelled("stopped")
 
 
-def test_beside_a_writer_no_write_is_lost(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread writes all the time; what it wrote stays."""
-    monkeypatch.setattr(in_place, "PART", 64 * KIB)
-    monkeypatch.setattr(in_place, "_NEAR", 3)
+def test_more_than_allowed_is_not_written(overlay: Path) -> None:
+    with lamina.open(overlay, format="qcow2", read_only=False) as image, pytest.raises(LimitExceeded):
+        flatten(image, max_output=MIB // 2)
+    assert lamina.info(overlay, format="qcow2").backing_filename == "base"
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
-        disk = bytearray(image.read(0, image.size))
-        ended = threading.Event()
-        errors: list[LaminaError] = []
+        flatten(image, max_output=MIB)
 
-        def write() -> None:
-            dice = random.Random(4)
+
+def test_nobody_writes_meanwhile(overlay: Path) -> None:
+    with lamina.open(overlay, format="qcow2", read_only=False) as image:
+        with image.share(), pytest.raises(OptionError, match="writes to this graph"):
+            flatten(image)
+        errors: list[BaseException] = []
+
+        def between(done: int, total: int) -> None:
             try:
-                while not ended.is_set():
-                    at = dice.randrange(MIB)
-                    data = dice.randbytes(dice.choice([1, 700, 64 * KIB]))
-                    image.write(at, data)
-                    disk[at : at + len(data)] = data
+                image.write(0, b"x")
             except LaminaError as error:
                 errors.append(error)
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        flatten(image)
-        ended.set()
-        writer.join()
-        assert not errors
-        assert image.read(0, image.size) == disk
-    overlay.with_name("base").unlink()
-    with lamina.open(overlay, format="qcow2") as image:
-        assert image.read(0, image.size) == disk
-
-
-def test_what_is_written_after_the_plan_was_made_stays(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the disk is one row of one plan, and parts of it are written, zeroed and discarded between two batches."""
-    monkeypatch.setattr(in_place, "PART", 64 * KIB)
-    with lamina.open(overlay, format="qcow2", read_only=False) as image:
-        disk = bytearray(image.read(0, image.size))
-        told: list[int] = []
-
-        def between(done: int, total: int) -> None:
-            told.append(done)
-            if len(told) == 1:
-                image.write(900 * KIB, b"new")
-                image.zero(700 * KIB, 100 * KIB)
-                image.discard(576 * KIB, 64 * KIB)
-
-        flatten(image, parallel=1, monitor=Monitor(between))
-        assert told[0] < 512 * KIB
-        disk[900 * KIB : 900 * KIB + 3] = b"new"
-        disk[700 * KIB : 800 * KIB] = bytes(100 * KIB)
-        disk[576 * KIB : 640 * KIB] = image.read(576 * KIB, 64 * KIB)
-        assert bytes(disk[576 * KIB : 640 * KIB]) in (b"a" * 64 * KIB, bytes(64 * KIB))
-        assert image.read(0, image.size) == disk
+        flatten(image, monitor=Monitor(between))
+        assert isinstance(errors[0], ReadOnly)
+        image.write(0, b"x")
 
 
 def test_of_a_disk_in_memory() -> None:

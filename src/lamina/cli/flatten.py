@@ -25,9 +25,7 @@ def main(argv: list[str]) -> int:
         _EXAMPLES,
     )
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
-    parser.add_size(
-        "-m", "--parallel", metavar="NUMBER", help="threads that copy (1 to 16; default: 2, or 8 if a file is remote)"
-    )
+    parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_access()
@@ -39,7 +37,7 @@ def main(argv: list[str]) -> int:
         Meter(args.filename, asked=args.progress, quiet=args.quiet) as meter,
     ):
         backed = "backing" in image.node.children
-        written = flatten(image, parallel=args.parallel, monitor=Monitor(meter.report))
+        written = flatten(image, max_output=args.max_output, monitor=Monitor(meter.report))
     if not args.quiet:
         said = f"Image flattened: {written} bytes were copied into it." if backed else "The image has no backing file."
         sys.stdout.write(said + "\n")

@@ -49,7 +49,8 @@ def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
     for zeros, free space inside the file, and its end. Blocks that snapshots use as well stay, and so do zeros in a qcow2
     image of version 2 over a backing file. The bytes of the disk stay the same, at any moment, and so do dirty bitmaps.
 
-    `parallel`: as in `flatten`. Other users may read and write meanwhile.
+    `parallel`: the number of threads that read, 1 to 16; None: two, or 8 if a file is remote. Other users may read and write
+    meanwhile.
 
     Raises CorruptImage, before anything changes, for an image that needs a repair; UnsupportedFeature if the top node is no
     format; the errors of reading and writing, and Cancelled. The disk is as before then.

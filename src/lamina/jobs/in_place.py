@@ -1,6 +1,6 @@
 """How jobs change the storage of an image in use, whose bytes stay the same: part by part, while no other request runs.
 
-Used by `flatten` and `compact`. A batch of parts takes some milliseconds; other users wait for one batch at most.
+Used by `compact`. A batch of parts takes some milliseconds; other users wait for one batch at most.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
             self.tables.changing(self._changes.abandon, self.tables, *reservation.token)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, len(view))
         if flags & COMPRESS:
             self._compression.write(self, offset, view)
@@ -354,12 +354,12 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
             FormatNode.write(self, offset, view)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, length)
         super().copy_from(offset, source, source_offset, length, flags)
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, length)
         backed = self.backed
         if self.header.version < 3 and to is not To.BELOW and backed:
