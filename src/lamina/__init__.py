@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .extents import Extent, Extents
     from .image import Image
     from .inspection import check, info, info_chain
+    from .jobs.diff import diff
     from .limits import Budget, Limits
     from .policy import Policy
     from .results import ImageInfo, Snapshot
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
     "create": "creation",
+    "diff": "jobs.diff",
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Policy": "policy",
@@ -122,6 +124,7 @@ __all__ = [
     "__version__",
     "check",
     "create",
+    "diff",
     "info",
     "info_chain",
     "open",

@@ -60,7 +60,8 @@ class Format(Node):
     amend_schema: ClassVar[Schema | None] = None
     #: Whether images of the format may have dirty bitmaps.
     keeps_bitmaps: ClassVar[bool] = False
-    #: Whether the image gets another backing file later: zeros that it is given must read as zeros over any.
+    #: Whether the image gets another backing file later, over which it reads the same: zeros that it is given meanwhile must
+    #: read as zeros over any, and no bitmap records what it is given.
     backing_changes = False
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None
@@ -159,6 +160,20 @@ class Format(Node):
         """Give up everything that this layer owns: the disk then reads as its backing file, which reads as the disk does now,
         up to its end. No request runs at the same time. After an error, or a power cut, some blocks are given up."""
         raise self._at(self.refusal("cannot be emptied"))
+
+    # -- storage that is not needed
+
+    def free_zeros(self, offset: int, length: int) -> int:
+        """Free the storage of these blocks, as far as that makes the image smaller, and return the number of their bytes.
+        They read as zero, and still do afterwards, so no bitmap records anything. The range consists of whole blocks
+        (`limits.zero_alignment`), but for the end of the disk. No request runs at the same time. Raises NotSupported before
+        any change if the format cannot represent the result."""
+        raise self._at(self.refusal("stores zeros like other bytes"))
+
+    def trim(self) -> None:
+        """Give back what nothing in the file uses: its end, and holes in place of free space. No request runs at the same
+        time, and no byte of the disk changes."""
+        raise self._at(self.refusal("has no free space"))
 
     # -- internal snapshots
 

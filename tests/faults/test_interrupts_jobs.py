@@ -16,12 +16,16 @@ import pytest
 import lamina
 from lamina import workers
 from lamina.jobs import requests
+from lamina.jobs.bench import Load, bench
+from lamina.jobs.compact import compact
 from lamina.jobs.compare import compare
 from lamina.jobs.convert import convert, convert_to_file
 from lamina.jobs.convert_streams import convert_to_pipe
 from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
 from lamina.jobs.copy_journal import Journal
+from lamina.jobs.diff import diff
+from lamina.jobs.flatten import flatten
 from lamina.request import Child
 from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
 
@@ -99,6 +103,39 @@ class Work:
     def compare(self) -> None:
         compare(self.source, self.target, parallel=3)
 
+    def compact(self) -> None:
+        lamina.create(self.folder / "out", "qcow2", 2 * MIB)
+        content = CONTENT[: 400 * KIB] + bytes(600 * KIB) + CONTENT[: 300 * KIB]
+        with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+            image.write(0, content)
+        try:
+            with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+                compact(image, parallel=3)
+        finally:
+            with lamina.open(self.folder / "out", format="qcow2") as image:
+                assert image.node.check().corruptions == 0  # type: ignore[attr-defined]
+                assert image.read(0, len(content)) == content
+            (self.folder / "out").unlink()
+
+    def flatten(self) -> None:
+        lamina.create(self.folder / "out", "qcow2", len(CONTENT), backing_file="base.raw", backing_fmt="raw")
+        try:
+            with lamina.open(self.folder / "out", format="qcow2", read_only=False) as image:
+                flatten(image)
+        finally:
+            whole = lamina.info(self.folder / "out", format="qcow2").backing_filename is None
+            with lamina.open(self.folder / "out", format="qcow2") as image:
+                assert image.node.check().corruptions == 0  # type: ignore[attr-defined]
+                assert image.read(0, image.size).rstrip(b"\0") == CONTENT[: 4 * MIB], whole
+            (self.folder / "out").unlink()
+
+    def diff(self) -> None:
+        for _ in diff(self.source, self.target, parallel=3):
+            pass
+
+    def bench(self) -> None:
+        bench(self.target, Load(5, 2, 64 * KIB, write=True, flush_interval=3))
+
     def copy(self) -> None:
         target = StorageTarget(Child(self.target.node, "target"), "there", blank=False, grows=False)
         journal = Journal(str(self.folder / "journal"), {})
@@ -109,7 +146,7 @@ class Work:
 
 
 WORKS = ["convert_to_file", "convert_over_a_base", "convert_by_sharing", "convert_into", "compare", "copy"]
-WORKS += ["convert_salvaging", "convert_to_pipe"]
+WORKS += ["convert_salvaging", "convert_to_pipe", "diff", "compact", "flatten", "bench"]
 
 
 def threads() -> list[str]:
@@ -170,7 +207,7 @@ def test_a_job_that_is_interrupted_anywhere_has_ended(tmp_path: Path, seed: int,
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("name", ["convert_into", "compare"])
+@pytest.mark.parametrize("name", ["convert_into", "compare", "bench"])
 def test_where_threads_begin_and_end(tmp_path: Path, name: str) -> None:
     """Every opcode of the functions that start threads and wait for their end."""
     trials = Trials(tmp_path, name, {"run", "_end", "close", "cancel", "start", "_start"})

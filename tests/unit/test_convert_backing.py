@@ -329,3 +329,22 @@ def test_differences_are_stored_in_whole_clusters(
     assert reads == 16 * MIB  # no cluster is filled up from the base
     assert all(offset % cluster == length % cluster == 0 for offset, length in writes)
     assert len(writes) <= len(clusters - {number + 1 for number in clusters}) + 16 * MIB // (2 * MIB)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_snapshot_is_not_the_disk_of_its_file(tmp_path: Path, layers: int) -> None:
+    """The same file, opened in two ways, is two disks: the overlay over the present one must show the earlier one."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    lamina.create(base, "qcow2", MIB)
+    with lamina.open(base, format="qcow2", read_only=False) as disk:
+        disk.write(0, b"\1" * 64 * KIB)
+        id = disk.create_snapshot("then").id
+        disk.write(0, b"\2" * 64 * KIB)
+    then: Spec = {"driver": "qcow2", "file": file(base), "snapshot-id": id}
+    if layers:
+        lamina.create(top, "qcow2", MIB, backing_file="base.qcow2", backing_fmt="qcow2")
+        then = {"driver": "qcow2", "file": file(top), "backing": then}
+    with lamina.open(then) as source:
+        convert_to_file(source, tmp_path / "new.qcow2", "qcow2", {}, backing=str(base), backing_format="qcow2")
+        assert content_of(tmp_path / "new.qcow2") == source.read(0, MIB)
+        assert source.read(0, 1) == b"\1"

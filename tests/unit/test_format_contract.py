@@ -62,6 +62,8 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "resize": ((512, "full"), "change of the size"),
     "make_empty": ((), "emptied"),
     "amend": (({},), "changed later"),
+    "free_zeros": ((0, 512), "zeros"),
+    "trim": ((), "free space"),
     "snapshots": ((), "snapshots"),
     "create_snapshot": (("one",), "snapshots"),
     "read_vm_state": ((0, 1), "snapshots"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..errors import NotSupported, OptionError
 from ..format import Format, Measure
 from ..limits import MIB, Limits
-from ..node import FUA, plain
+from ..node import FUA, MAY_UNMAP, NO_FALLBACK, plain
 from ..request import sizes_changed
 from ..results import ImageInfo
 from ..schema import Option, Schema
@@ -172,6 +172,10 @@ class Raw(Format):
             self.file.zero(self._offset + old, size - old)
         for at in range(old, size, len(_ZEROS)) if preallocation == "full" else ():
             self.file.write(self._offset + at, _ZEROS[: min(len(_ZEROS), size - at)])
+
+    def free_zeros(self, offset: int, length: int) -> int:
+        self.file.zero(self._offset + offset, length, MAY_UNMAP | NO_FALLBACK)
+        return length
 
     def extents(self, offset: int, length: int) -> Extents:
         found = self.file.extents(self._offset + offset, length)

@@ -1,8 +1,8 @@
 """The backing file of a new overlay: whether it is a layer of the source, and if not, where the source differs from it.
 
-If the backing file is a layer of the source, the layers above it own everything that differs. The opened
-graphs decide this, not file names: every node from the top of the source down to that layer must leave offsets and bytes
-unchanged, and the layer must be opened in the same way on both sides. Otherwise the job reads both and compares them.
+Used by `convert` and `diff`. If the backing file is a layer of the source, the layers above it own everything that differs.
+The opened graphs decide this, not file names: every node from the top of the source down to that layer must leave offsets and
+bytes unchanged, and the layer must be opened in the same way on both sides. Otherwise the job reads both and compares them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ def layers_above(top: Node, base: Node) -> int | None:
     offsets or lengths, or has options of its own."""
     layers = chain((top,), (edge.node for edge in backing_edges(top)))
     return next((depth for depth, layer in enumerate(layers) if _same(layer, base)), None)
+
+
+def shared_layers(first: Node, second: Node) -> tuple[int, int] | None:
+    """The numbers of layers of two graphs above the first layer that both have, with all below it (see `layers_above`); None
+    if they are not known to share one."""
+    layers = chain((second,), (edge.node for edge in backing_edges(second)))
+    for depth, layer in enumerate(layers):
+        if (above := layers_above(first, layer)) is not None:
+            return above, depth
+    return None
 
 
 def backing_edges(top: Node) -> Iterator[Child]:
@@ -108,7 +118,7 @@ def differing(base: Image, at: int, view: memoryview, unit: int) -> Iterator[tup
     there = bytearray(length)
     if inside:
         base.read_into(at, memoryview(there)[:inside])
-    yield from _unlike(there, view, unit)
+    yield from unlike(there, view, unit)
 
 
 def stored(base: Image, at: int, length: int, unit: int) -> Iterator[tuple[int, int]]:
@@ -116,14 +126,18 @@ def stored(base: Image, at: int, length: int, unit: int) -> Iterator[tuple[int, 
     yield from differing(base, at, memoryview(_ZEROS)[:length], unit)
 
 
-def _unlike(there: bytearray, view: memoryview, unit: int) -> Iterator[tuple[int, int]]:
+def unlike(there: bytearray, view: memoryview, unit: int) -> Iterator[tuple[int, int]]:
+    """The ranges of `view`, in multiples of `unit`, a power of two, and as long as possible, that differ from the first bytes
+    of `there`. The last unit may be incomplete."""
     length = len(view)
     if there.startswith(view):  # one memcmp
         return
     whole = length // unit
     rest = whole * unit
-    words = np.frombuffer(there, np.uint64, rest // 8) != np.frombuffer(view, np.uint64, rest // 8)
-    differs = words.reshape(whole, unit // 8).any(axis=1)
+    word = np.dtype(f"u{min(unit, 8)}")
+    count = rest // word.itemsize
+    words = np.frombuffer(there, word, count) != np.frombuffer(view, word, count)
+    differs = words.reshape(whole, unit // word.itemsize).any(axis=1)
     if rest < length:
         differs = np.append(differs, not there.startswith(view[rest:], rest))
     edges = np.flatnonzero(np.diff(differs, prepend=False, append=False)) * unit

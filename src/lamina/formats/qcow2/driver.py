@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from errno import ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 from weakref import ref
 
-from ...errors import BlockIOError, CorruptImage, LaminaError, LimitExceeded, NotSupported, OptionError
+from ...errors import CorruptImage, LaminaError, NotSupported, OptionError
 from ...format_node import Columns, FormatNode, Mapping, Reservation, To
 from ...graph import rebook
 from ...limits import MAX_SIZE, Limits
@@ -24,6 +23,7 @@ from .creation_node import Creatable
 from .encrypted import Encrypted
 from .header import Header
 from .snapshot_node import WithSnapshots
+from .trim_node import Trimmable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 #: Clusters that a request zeroes or discards with the tables locked once, about 20 ms; then other requests get the lock.
 _STEP_CLUSTERS = 1 << 15
-#: Bytes by which the file must be too long before refcount blocks are moved for it.
-_WORTH = 4 << 20
 #: What must be as it was when an image that was open for reading is opened for writing.
 _SAME = ("l1_table_offset", "l1_size", "size", "extensions", "autoclear_features")
 
@@ -56,11 +54,10 @@ _ENCRYPT = Schema(
 )
 
 
-class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
+class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
     """An image of format qcow2, version 2 or 3, over the child `file` and, if it has one, the child `backing`."""
 
     driver: ClassVar[str] = "qcow2"
-    faithful = True
     schema: ClassVar[Schema] = Schema(
         "qcow2",
         [
@@ -174,6 +171,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
         opener.book(max(sum(caches) - opener.cache_bytes, 0), "a cache of tables larger than that of the budget", path)
         node: Self = kind(file, header, read_only=opener.read_only, caches=caches, name=opener.name, data=data)
         node.vm_state, node.keeps_clusters = vm_state, keeps_clusters
+        node.of_snapshot = id is not None or name is not None
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
         backing = opener.reference(file, named, options.get("backing", {}))
@@ -282,6 +280,10 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
     # -- properties
 
     @property
+    def faithful(self) -> bool:
+        return not self.of_snapshot
+
+    @property
     def size(self) -> int:
         return self.header.size
 
@@ -344,7 +346,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
             self.tables.changing(self._changes.abandon, self.tables, *reservation.token)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, len(view))
         if flags & COMPRESS:
             self._compression.write(self, offset, view)
@@ -352,12 +354,12 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
             FormatNode.write(self, offset, view)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, length)
         super().copy_from(offset, source, source_offset, length, flags)
 
     def drop(self, offset: int, length: int, to: To, *, keep: bool = False) -> None:
-        if self._recording is not None:
+        if self._recording is not None and not self.backing_changes:
             self._recording.mark(offset, length)
         backed = self.backed
         if self.header.version < 3 and to is not To.BELOW and backed:
@@ -387,31 +389,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable):
         finally:
             self._recording = recording
         if size < old:
-            self._shrink_file()
+            self.shrink_file()
         if recording is not None and size < old:
             recording.resize(size)
-
-    def _shrink_file(self) -> None:
-        """Cut off what lies behind the last cluster in use. Refcount blocks that count little but themselves lie all over the
-        file: they are written anew, near its beginning, where that makes it much shorter."""
-        tables = self.tables
-        tables.settle()
-        tables.changing(tables.unlink_behind, self.size)
-        tables.settle()
-        tables.file.flush()
-        tables.changing(tables.trim)
-        if self.header.version >= 3 and tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
-            from .refcount_width import set_width
-
-            try:
-                self._rewritten(set_width, self.header.refcount_bits)
-            except LimitExceeded:
-                pass  # the counts of all clusters take more memory than the budget has
-            except BlockIOError as error:
-                if error.errno != ENOSPC:
-                    raise
-            tables.changing(tables.trim)
-        tables.file.flush()
 
     # -- flush, and the modes of access
 

@@ -173,7 +173,7 @@ class Refcounts:
                 run = self._run(start, count)
             # The blocks with the counts of these clusters must exist. A new block occupies the first cluster it describes.
             needed = range(start // self.per_block, (start + run - 1) // self.per_block + 1)
-            missing = [which for which in needed if not self._has(which)]
+            missing = [which for which in needed if not self.has_block(which)]
             if not missing:
                 break
             if not whole:
@@ -332,13 +332,14 @@ class Refcounts:
 
     # -- inside
 
-    def _has(self, which: int) -> bool:
+    def has_block(self, which: int) -> bool:
+        """Whether the table has a block with this index; without it, all of its counts are 0."""
         return which < len(self.table) and bool(self.table[which] & q.REFBLOCK_MASK)
 
     def _block(self, which: int) -> Block | None:
         """The block with the index `which`; None if there is none, so that all of its counts are 0."""
         block = self._blocks.get(which)
-        if block is not None or not self._has(which):
+        if block is not None or not self.has_block(which):
             return block
         offset = self.table[which] & q.REFBLOCK_MASK
         if offset % self._cluster_size or offset >= self._file.node.size:
@@ -403,7 +404,7 @@ class Refcounts:
         """Create a refcount block in `cluster`, which is free."""
         if which >= len(self.table):
             self._grow_table(which + 1)
-            if self._has(which):
+            if self.has_block(which):
                 return  # the growth of the table created this block
         offset = cluster << self._cluster_bits
         self._refuse_metadata(cluster, 1)

@@ -29,6 +29,8 @@ class WithSnapshots(FormatNode):
     tables: Tables
     #: The bytes of machine state of the snapshot that is open.
     vm_state = 0
+    #: Whether the disk is that of a snapshot, not that of now.
+    of_snapshot = False
     _recording: Bitmaps | None
     _changes: Any
 

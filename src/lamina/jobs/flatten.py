@@ -1,0 +1,46 @@
+"""Make an overlay independent of its backing chain, in place: a rebase to no backing file, of an image without snapshots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError, UnsupportedFeature
+from ..format import Format
+from .beneath import beneath_filters
+from .progress import Monitor
+from .rebase import rebase
+
+if TYPE_CHECKING:
+    from ..image import Image
+
+
+def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | None = None) -> int:
+    """Copy what the backing chain of `image` owns into the image, and remove the name of the backing file from its header.
+    Returns the number of bytes that were written. Zeros are not stored. The bytes of the disk stay the same, at any moment,
+    and so do dirty bitmaps. An image without a backing file is left as it is.
+
+    Until the last step the image needs its backing file, whatever part of the chain has been copied: the job may be
+    interrupted, and begun again, at any moment. Meanwhile the image is only read, as by `rebase`.
+
+    Raises OptionError if the image has internal snapshots, which show the backing file as well, or if its backing file is
+    not open; UnsupportedFeature for a format without backing files; LimitExceeded for more than `max_output` bytes; the
+    errors of reading and writing, and Cancelled. The disk is as before then, and a repeated call continues.
+    """
+    node = beneath_filters(image.node)
+    if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
+        raise UnsupportedFeature(f"the driver {node.driver} has no backing files", path=image.filename)
+    if "backing" not in node.children:
+        if type(node).inspect(node.children["file"], {}).backing_filename is None:
+            return 0
+        raise OptionError(
+            "the backing file that the image names is not open, so its bytes cannot be copied",
+            path=image.filename,
+            hint="open it with the image",
+        )
+    if node.snapshots():
+        raise OptionError(
+            "the image has internal snapshots, and they show the backing file as well",
+            path=image.filename,
+            hint="delete the snapshots, or convert the image to a new one",
+        )
+    return rebase(image, None, max_output=max_output, monitor=monitor).written
