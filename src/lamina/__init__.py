@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from .policy import Policy
     from .results import ImageInfo, Snapshot
     from .root import Graph
+    from .verdict.examine import inspect
+    from .verdict.result import Verdict
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -67,6 +69,8 @@ _HOME = {
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
     **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
+    "inspect": "verdict.examine",
+    "Verdict": "verdict.result",
     "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
@@ -119,11 +123,13 @@ __all__ = [
     "Secret",
     "Snapshot",
     "UnsupportedFeature",
+    "Verdict",
     "__version__",
     "check",
     "create",
     "info",
     "info_chain",
+    "inspect",
     "open",
     "probe",
 ]

@@ -75,7 +75,7 @@ LAYERS = [
         "window",
     },
     {"filters", "formats", "storage"},
-    {"jobs", "nbd"},
+    {"jobs", "nbd", "verdict"},
     {"cli", "testing"},
     {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
 ]

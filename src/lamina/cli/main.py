@@ -25,6 +25,7 @@ from .streams import drop, lost_output, prepare, print_error
 COMMANDS = {
     "create": ("create", "create a new image"),
     "info": ("info", "show the format and properties of an image, or the exports of an NBD server"),
+    "inspect": ("inspect", "say whether an untrusted file is safe to open"),
     "map": ("map", "show the status and location of the bytes of an image"),
     "check": ("check", "check the metadata of an image for errors"),
     "resize": ("resize", "change the size of a disk"),
