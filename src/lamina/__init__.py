@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .image import Image
     from .inspection import check, info, info_chain
     from .limits import Budget, Limits
+    from .node_tree import tree
     from .policy import Policy
     from .results import ImageInfo, Snapshot
     from .root import Graph
@@ -69,6 +70,7 @@ _HOME = {
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
     **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
+    "tree": "node_tree",
     "inspect": "verdict.examine",
     "Verdict": "verdict.result",
     "Secret": "crypto.secret",
@@ -132,6 +134,7 @@ __all__ = [
     "inspect",
     "open",
     "probe",
+    "tree",
 ]
 
 

@@ -194,7 +194,7 @@ class Opener:
         values = kind.schema.parse(options)
         if usual and registry.entry(name).kind == "storage":
             kind.schema.fill(values, options, usual)
-        return cast(Node, kind.open(values, self))
+        return self._opened_as(kind, values)
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` filter that keeps all changes in memory."""
@@ -274,7 +274,13 @@ class Opener:
             detect.refuse_probed_raw(found, storage.node.filename)
         kind = registry.lookup(found.format, "format")
         self.probed = found.format
-        return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
+        return self._opened_as(kind, kind.schema.parse({**options, "file": storage}))
+
+    def _opened_as(self, kind: type[Any], values: dict[str, Any]) -> Node:
+        """The node of the driver `kind` with these options."""
+        node = cast(Node, kind.open(values, self))
+        node.given = kind.schema.told(values)
+        return node
 
 
 def rebook(node: Node, count: int, what: str) -> None:

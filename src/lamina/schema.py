@@ -236,6 +236,24 @@ class Schema:
             if option is not None and not any(word in options for word in (option.name, *option.aliases)):
                 values[option.name] = option.parse(value, option.name)
 
+    def told(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+        """The options among `values`, a result of `parse`, that differ from their defaults, as text by dotted names. Children
+        and secrets (options that take any object) are left out."""
+        found: dict[str, str] = {}
+        for option in self.options:
+            value = values.get(option.name)
+            if value is None or value == option.default or option.type in ("node", "any"):
+                continue
+            if isinstance(option.items, Schema):
+                parts = enumerate(value) if option.type == "list" else (("", value),)
+                for number, part in parts:
+                    found |= option.items.told(part, f"{prefix}{option.name}.{number}{'.' if number != '' else ''}")
+            elif option.items is None:
+                found[prefix + option.name] = option.spell(value)
+            elif option.items.type != "node" and value:
+                found[prefix + option.name] = ",".join(map(option.items.spell, value))
+        return found
+
     def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
         """Rows for documentation and `-o help`: dotted name, type, default (or REQUIRED), description."""
         rows = []

@@ -65,6 +65,7 @@ LAYERS = [
         "inspection",
         "lifecycle",
         "node",
+        "node_tree",
         "own_files",
         "pooled",
         "ranges",
