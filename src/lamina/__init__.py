@@ -49,9 +49,10 @@ if TYPE_CHECKING:
         ReadOnly,
         UnsupportedFeature,
     )
+    from .explanation import Explanation, Guest, Overview, Part, Step
     from .extents import Extent, Extents
     from .image import Image
-    from .inspection import check, info, info_chain
+    from .inspection import check, explain, explain_guest, info, info_chain, structures
     from .limits import Budget, Limits
     from .node_tree import tree
     from .policy import Policy
@@ -66,8 +67,9 @@ _HOME = {
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Policy": "policy",
-    **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
+    **dict.fromkeys(("check", "explain", "explain_guest", "info", "info_chain", "structures"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
+    **dict.fromkeys(("Explanation", "Guest", "Overview", "Part", "Step"), "explanation"),
     **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
     "tree": "node_tree",
@@ -104,11 +106,13 @@ __all__ = [
     "CheckResult",
     "Closed",
     "CorruptImage",
+    "Explanation",
     "Extent",
     "Extents",
     "Finding",
     "FormatError",
     "Graph",
+    "Guest",
     "Image",
     "ImageInfo",
     "LaminaError",
@@ -119,21 +123,27 @@ __all__ = [
     "NotSupported",
     "OptionError",
     "OutOfRange",
+    "Overview",
+    "Part",
     "Policy",
     "PolicyError",
     "ReadOnly",
     "Secret",
     "Snapshot",
+    "Step",
     "UnsupportedFeature",
     "Verdict",
     "__version__",
     "check",
     "create",
+    "explain",
+    "explain_guest",
     "info",
     "info_chain",
     "inspect",
     "open",
     "probe",
+    "structures",
     "tree",
 ]
 

@@ -56,6 +56,7 @@ LAYERS = [
         "creation",
         "edge",
         "edit",
+        "explanation",
         "format",
         "format_node",
         "gate",

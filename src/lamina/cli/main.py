@@ -39,6 +39,7 @@ COMMANDS = {
     "convert": ("convert", "copy an image to a new image, in any format"),
     "serve": ("serve", "serve images over NBD"),
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
+    "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
     "io": ("io.command", "read and write an image interactively, or with -c commands"),
