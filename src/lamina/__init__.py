@@ -49,14 +49,19 @@ if TYPE_CHECKING:
         ReadOnly,
         UnsupportedFeature,
     )
+    from .explanation import Explanation, Guest, Overview, Part, Step
     from .extents import Extent, Extents
     from .image import Image
     from .inspection import check, info, info_chain
     from .jobs.diff import diff
+    from .inspection import check, explain, explain_guest, info, info_chain, structures
     from .limits import Budget, Limits
+    from .node_tree import tree
     from .policy import Policy
     from .results import ImageInfo, Snapshot
     from .root import Graph
+    from .verdict.examine import inspect
+    from .verdict.result import Verdict
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -65,10 +70,14 @@ _HOME = {
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Policy": "policy",
-    **dict.fromkeys(("check", "info", "info_chain"), "inspection"),
+    **dict.fromkeys(("check", "explain", "explain_guest", "info", "info_chain", "structures"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
+    **dict.fromkeys(("Explanation", "Guest", "Overview", "Part", "Step"), "explanation"),
     **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
+    "tree": "node_tree",
+    "inspect": "verdict.examine",
+    "Verdict": "verdict.result",
     "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
@@ -100,11 +109,13 @@ __all__ = [
     "CheckResult",
     "Closed",
     "CorruptImage",
+    "Explanation",
     "Extent",
     "Extents",
     "Finding",
     "FormatError",
     "Graph",
+    "Guest",
     "Image",
     "ImageInfo",
     "LaminaError",
@@ -115,20 +126,29 @@ __all__ = [
     "NotSupported",
     "OptionError",
     "OutOfRange",
+    "Overview",
+    "Part",
     "Policy",
     "PolicyError",
     "ReadOnly",
     "Secret",
     "Snapshot",
+    "Step",
     "UnsupportedFeature",
+    "Verdict",
     "__version__",
     "check",
     "create",
     "diff",
+    "explain",
+    "explain_guest",
     "info",
     "info_chain",
+    "inspect",
     "open",
     "probe",
+    "structures",
+    "tree",
 ]
 
 

@@ -20,6 +20,7 @@ from .schema import Schema
 
 if TYPE_CHECKING:
     from .bitmap import DirtyBitmap
+    from .explanation import Explainer
     from .extents import Extents
     from .report import CheckReport
     from .request import Child
@@ -131,6 +132,12 @@ class Format(Node):
         This works for images with features that `open` refuses; `unsupported` lists these. Raises FormatError if there is no
         header."""
         raise cls.refusal("has no header that `info` could describe")
+
+    @classmethod
+    def explain(cls, storage: Child, values: Mapping[str, Any]) -> Explainer:
+        """What can say of each byte of the file in `storage` what it is, also of a damaged image. `values` as for `inspect`.
+        Raises FormatError if the file is no image of the format."""
+        raise cls.refusal("does not explain its bytes")
 
     def check(self) -> CheckReport:
         """Compare the structures of the image with one another without a change. The report contains all findings, however

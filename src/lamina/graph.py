@@ -20,9 +20,36 @@ from .policy import Policy
 from .references import Reference, Trail
 from .request import Child
 from .root import Graph
+from .schema import Option, Schema
 
+#: Values of the options `detect-zeroes` and `discard`, and what they mean for a node.
+_ZEROES = {"off": None, "on": 0, "unmap": MAY_UNMAP}
+_DISCARDS = {"unmap": True, "on": True, "ignore": False, "off": False}
 #: Options of every node, besides those of its driver.
-COMMON = ("node-name", "read-only", "force-share", "snapshot", "detect-zeroes", "discard")
+COMMON_SCHEMA = Schema(
+    "every node",
+    [
+        Option("node-name", "str", "the name of the node in its graph (default: one that Lamina makes)"),
+        Option("read-only", "bool", "open the node and what is below it for reading only", default=False),
+        Option("force-share", "bool", "take no file locks, and ignore those of other programs", default=False),
+        Option("snapshot", "bool", "keep all changes in memory, and discard them at the end", default=False),
+        Option(
+            "detect-zeroes",
+            "enum",
+            "whether writes of zeros become requests for zeros; unmap also gives storage back",
+            default="off",
+            choices=tuple(_ZEROES),
+        ),
+        Option(
+            "discard",
+            "enum",
+            "whether the driver gets discards",
+            default="unmap",
+            choices=tuple(_DISCARDS),
+        ),
+    ],
+)
+COMMON = tuple(option.name for option in COMMON_SCHEMA.options)
 
 #: The roles whose child is storage: without a driver their options name a file, and its format is never detected.
 STORAGE_ROLES = ("file", "data-file")
@@ -121,8 +148,8 @@ class Opener:
             options = {"file": options}  # a bare name is the location of the image, not its format
         if "snapshot" in options and _switch("snapshot", options.pop("snapshot")):
             return self._snapshot(options, storage)
-        zero_detected = _choice(options, "detect-zeroes", {"off": None, "on": 0, "unmap": MAY_UNMAP})
-        discards = _choice(options, "discard", {"unmap": True, "on": True, "ignore": False, "off": False})
+        zero_detected = _choice(options, "detect-zeroes", _ZEROES)
+        discards = _choice(options, "discard", _DISCARDS)
         inner = self._but(_opened=[], _booked=0, name=None, _top=False)
         booked = self._memory.taken
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
@@ -167,7 +194,7 @@ class Opener:
         values = kind.schema.parse(options)
         if usual and registry.entry(name).kind == "storage":
             kind.schema.fill(values, options, usual)
-        return cast(Node, kind.open(values, self))
+        return self._opened_as(kind, values)
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` filter that keeps all changes in memory."""
@@ -247,7 +274,13 @@ class Opener:
             detect.refuse_probed_raw(found, storage.node.filename)
         kind = registry.lookup(found.format, "format")
         self.probed = found.format
-        return cast(Node, kind.open(kind.schema.parse({**options, "file": storage}), self))
+        return self._opened_as(kind, kind.schema.parse({**options, "file": storage}))
+
+    def _opened_as(self, kind: type[Any], values: dict[str, Any]) -> Node:
+        """The node of the driver `kind` with these options."""
+        node = cast(Node, kind.open(values, self))
+        node.given = kind.schema.told(values)
+        return node
 
 
 def rebook(node: Node, count: int, what: str) -> None:

@@ -1,16 +1,18 @@
-"""Descriptions and checks of images: `info`, `info_chain` and `check`, the public functions behind the commands.
+"""Descriptions and checks of images: `info`, `info_chain`, `check`, `explain`, `structures` and `explain_guest`, the public
+functions behind the commands.
 
-Each opens only the file of the image itself, `info_chain` excepted, and changes no byte.
+Each opens only the file of the image itself, `info_chain` and `explain_guest` excepted, and changes no byte.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import detect, registry
 from .errors import FormatError, OptionError, UnsupportedFeature
+from .explanation import Step
 from .format import Format, Repair, lookup_format
 from .graph import COMMON, Opener, Spec, named, open_graph, probe
 from .limits import DEFAULT_BUDGET, Budget
@@ -23,7 +25,10 @@ from .results import ImageInfo
 
 if TYPE_CHECKING:
     from .check_result import CheckResult
+    from .explanation import Explanation, Overview
 
+#: What a caller wants of the file of an image while it is open: by the driver, the edge to the file and the options.
+_Look = Callable[[type[Format], Child, Mapping[str, Any]], Any]
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -54,30 +59,8 @@ def info_chain(
     """Describe the image and each image below it, from top to bottom. `references` decides which files may be opened; the
     default is that of `lamina.open`. Raises the errors of `info`, PolicyError, LimitExceeded if the chain is longer than
     `budget.chain_depth`, CorruptImage if it contains itself, and FormatError if an image does not state the format below."""
-    found, host = _info(_Where(named(source), None if format == "probe" else format, budget, force_share))
-    chain = [found]
-    policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
-    trail = Trail(budget.chain_depth)
-    while found.backing_filename is not None:
-        reference = Reference(found.backing_filename, "backing", "backing file", format=found.backing_format)
-        if host is None or host.path is None:
-            raise not_in_a_file(reference, found.filename, "run info for that file alone")
-        if reference.format is None:
-            raise FormatError(
-                f"the format of the backing file {reference.name!r} is not stored in the image, and is never guessed",
-                path=host.path,
-                hint="omit --backing-chain, or run info for that file alone",
-            )
-        trail = trail.below(host.identity, host.path)
-        file = open_file(reference, host, trail, policy)
-        try:
-            spec = {"driver": "file", "filename": file.path}
-            where = _Where(spec, reference.format, budget, force_share, file.fd, found.full_backing_filename, True)
-            found, host = _info(where)
-        finally:
-            os.close(file.fd)
-        chain.append(found)
-    return tuple(chain)
+    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
+    return tuple(found for found, _ in _chain(where, references))
 
 
 def check(
@@ -124,6 +107,96 @@ def check(
         node.close()
 
 
+def _chain(where: _Where, references: Policy | None, look: _Look | None = None) -> Iterator[tuple[ImageInfo, Any]]:
+    """The description of the image, and of each image below it, with the result of `look`. Raises as `info_chain`."""
+    found, host, seen = _info(where, look)
+    yield found, seen
+    policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
+    budget, force_share = where.budget, where.force_share
+    trail = Trail(budget.chain_depth)
+    while found.backing_filename is not None:
+        reference = Reference(found.backing_filename, "backing", "backing file", format=found.backing_format)
+        if host is None or host.path is None:
+            raise not_in_a_file(reference, found.filename, "run info for that file alone")
+        if reference.format is None:
+            raise FormatError(
+                f"the format of the backing file {reference.name!r} is not stored in the image, and is never guessed",
+                path=host.path,
+                hint="omit --backing-chain, or run info for that file alone",
+            )
+        trail = trail.below(host.identity, host.path)
+        file = open_file(reference, host, trail, policy)
+        try:
+            spec = {"driver": "file", "filename": file.path}
+            below = _Where(spec, reference.format, budget, force_share, file.fd, found.full_backing_filename, True)
+            found, host, seen = _info(below, look)
+        finally:
+            os.close(file.fd)
+        yield found, seen
+
+
+def explain(
+    source: Source,
+    *offsets: int,
+    format: str = "probe",
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+) -> tuple[Explanation, ...]:
+    """What the bytes at these offsets of the image file are: header fields, entries of tables, guest data, free space; and
+    which bytes of the guest they serve. Only its own file is opened. Damaged images are explained as far as they can be
+    read. `source`, `format` and `force_share` as for `info`. Raises OptionError for an offset past the end of the file,
+    UnsupportedFeature for formats that explain nothing, and the errors of `info` except those about a damaged header."""
+
+    def look(kind: type[Format], storage: Child, values: Mapping[str, Any]) -> tuple[Explanation, ...]:
+        explainer = kind.explain(storage, values)
+        return tuple(explainer.at(offset) for offset in offsets)
+
+    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
+    found: tuple[Explanation, ...] = _info(where, look)[2]
+    return found
+
+
+def structures(
+    source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
+) -> Overview:
+    """The fields of the header of an image file, and the structures to which it leads. Raises the errors of `explain`."""
+    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
+    found: Overview = _info(where, lambda kind, storage, values: kind.explain(storage, values).overview())[2]
+    return found
+
+
+def explain_guest(
+    source: Source,
+    offset: int,
+    *,
+    format: str = "probe",
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+) -> tuple[Step, ...]:
+    """Where the byte at `offset` of the disk is stored: a step for the image, and one for each image below it, up to the
+    one that decides. If the last step is "unallocated", the byte reads as zero. `references` as for `info_chain`. Raises
+    OptionError if the disk ends before it, and the errors of `info_chain` and `explain`."""
+    steps: list[Step] = []
+
+    def look(kind: type[Format], storage: Child, values: Mapping[str, Any]) -> Step:
+        explainer = kind.explain(storage, values)
+        if steps and offset >= explainer.disk_size:
+            rest = steps[-1].length
+            return Step(
+                0, kind.driver, storage.node.filename, offset, rest, "past the end of the disk, which reads as zero"
+            )
+        return explainer.guest(offset)
+
+    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
+    for found, step in _chain(where, references, look):
+        file = found.filename if step.file == step.filename else step.file
+        steps.append(step._replace(depth=len(steps), filename=found.filename, file=file))
+        if not step.below:
+            break
+    return tuple(steps)
+
+
 def other_writers(top: Node) -> tuple[str, ...]:
     """The files beneath `top` that another program has open for writing now, each once."""
     found = {top.filename: None} if top.has_other_writer else {}
@@ -157,8 +230,9 @@ class _Where:
         self.from_image = from_image
 
 
-def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
-    """The description of the image, and its file, which is closed again; None if it is not in a file."""
+def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageNode | None, Any]:
+    """The description of the image, its file, which is closed again (None if it is not in a file), and the result of
+    `look`."""
     options = dict(parse_name(where.source) if isinstance(where.source, str) else where.source)
     format = where.format
     driver = registry.entry(options["driver"]) if "driver" in options else None
@@ -176,14 +250,23 @@ def _info(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
         values = lookup_format(format).schema.parse({key: options[key] for key in options if key not in COMMON})
         file = values.pop("file")
     elif driver is not None and driver.kind != "storage":
-        return _seen_from_above(where)
+        if look is not None:
+            raise UnsupportedFeature(f"the {driver.kind} {driver.name} has no bytes of its own in a file")
+        return *_seen_from_above(where), None
     opener = Opener(
         policy=Policy.none(), budget=where.budget, force_share=where.force_share, no_references=True, fd=where.fd
     )
     storage = opener.child("file", file, grows=True)
     try:
-        found = _described(storage, format or probe(storage).format, values, where)
-        return found._replace(format_probed=format is None), file_of(storage)
+        probed = format or probe(storage).format
+        seen = None if look is None else look(lookup_format(probed, from_image=where.from_image), storage, values)
+        try:
+            found = _described(storage, probed, values, where)
+        except FormatError:
+            if look is None:
+                raise
+            found = ImageInfo(storage.node.filename, probed)  # `look` may say something of what is no image any more
+        return found._replace(format_probed=format is None), file_of(storage), seen
     finally:
         storage.close()
 

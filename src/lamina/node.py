@@ -96,8 +96,8 @@ class Node(Startable, Reopenable):
     graph: Graph | None = None
     #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`), and the limit for its whole graph.
     kept_bytes, memory_limit = 0, MAX_SIZE
-    #: Whether another process opened the node, and this process was forked from it.
-    foreign: bool = False
+    given: Mapping[str, str] = {}  #: the options that differ from their defaults, as text (`Schema.told`)
+    foreign: bool = False  #: another process opened the node, and this one was forked from it
     _settled: bool = False
     #: The hint of the error for a change of a read-only node.
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"

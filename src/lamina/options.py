@@ -8,7 +8,7 @@ functions are thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
 
@@ -19,6 +19,8 @@ from .limits import MAX_SIZE
 MAX_DEPTH = 32
 MAX_TEXT = 1 << 20
 
+#: The words in a list of options that ask for the options there are.
+HELP = ("help", "?")
 #: Levels of nesting of options in JSON.
 _DEEPEST = 100
 
@@ -101,14 +103,19 @@ def nest(options: Mapping[str, Any]) -> dict[str, Any]:
     return _build(_leaves(options))
 
 
-def parse_keyval(text: str, *, implied: str | None = None, last_wins: bool = False) -> dict[str, Any]:
+def parse_keyval(
+    text: str, *, implied: str | None = None, last_wins: bool = False, skip: Collection[str] = ()
+) -> dict[str, Any]:
     """Parse `key=value,key=value` to nested options with string values. Keys may be dotted; `,,` is a comma in a value.
 
-    `implied`: the key of a first item without `=`, as in `secret,id=s0`. Other items without `=` are refused. With
-    `last_wins` the last of several equal keys counts; otherwise duplicate keys are refused. Raises as `nest` does.
+    `implied`: the key of a first item without `=`, as in `secret,id=s0`. Items without `=` that are in `skip` are left out,
+    others are refused. With `last_wins` the last of several equal keys counts; otherwise duplicate keys are refused. Raises
+    as `nest` does.
     """
     values: dict[str, str] = {}
     for key, value in _items(text):
+        if key is None and value in skip:
+            continue
         if key is None:
             if implied is None:
                 raise OptionError(f"{shown(value)} has no value", hint="write key=value; ,, is a comma in a value")
@@ -122,7 +129,7 @@ def parse_keyval(text: str, *, implied: str | None = None, last_wins: bool = Fal
 
 def asks_for_help(text: str) -> bool:
     """Whether an option list contains the word `help` or `?`, a request for the list of options."""
-    return any(key is None and word in ("help", "?") for key, word in _items(text))
+    return any(key is None and word in HELP for key, word in _items(text))
 
 
 def to_keyval(options: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from . import detect
@@ -26,6 +27,7 @@ Kind = Literal["storage", "format", "filter"]
 KINDS: tuple[Kind, ...] = ("storage", "format", "filter")
 ENTRY_POINTS = "lamina.drivers"
 
+_FROM_PACKAGE = "from an installed package"
 # Distributions whose name differs from that of their module.
 _DISTRIBUTIONS = {"backports": "backports.zstd", "zlib_ng": "zlib-ng"}
 
@@ -100,6 +102,21 @@ _aliases: dict[str, str] = {alias: entry.name for entry in _TABLE for alias in e
 def names(kind: Kind | None = None) -> tuple[str, ...]:
     """The names of all drivers in the table, or of one kind, in its order and without aliases."""
     return tuple(name for name, entry in _entries.items() if kind is None or entry.kind == kind)
+
+
+def add_installed() -> None:
+    """Add the drivers of installed packages to the table, as `entry` does when it looks for one. None is imported. A name
+    that several packages have, or that is taken, is left out: `entry` reports it to those who use it."""
+    offers: dict[str, set[tuple[Kind, str]]] = {}
+    for point, target in _installed_points():
+        kind, _, name = point.partition(".")
+        if kind in KINDS:
+            offers.setdefault(name, set()).add((kind, target))
+    for name, found in offers.items():
+        if len(found) == 1 and name not in _entries and name not in _aliases:
+            ((kind, target),) = found
+            with suppress(OptionError):  # its values are malformed
+                register(name, kind, target, _FROM_PACKAGE)
 
 
 def entry(name: str, kind: Kind | None = None, *, from_image: bool = False) -> Entry:
@@ -189,7 +206,7 @@ def _installed(name: str) -> Entry | None:
         targets = ", ".join(sorted(target for _, target in offers))
         raise OptionError(f'several installed packages have a driver with the name "{printable(name)}": {targets}')
     ((kind, target),) = offers
-    return register(name, kind, target, "from an installed package")
+    return register(name, kind, target, _FROM_PACKAGE)
 
 
 def _installed_points() -> Iterator[tuple[str, str]]:

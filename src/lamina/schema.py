@@ -15,6 +15,8 @@ from .limits import MAX_SIZE
 from .options import SIZE_UNITS, clip, is_encodable, nest, parse_name, parse_size, shown
 
 _INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: some programs read it as octal
+#: What `Schema.help` says in place of a default.
+REQUIRED = "required"
 _TAKES = {"str": "text", "int": "a whole number", "size": "a size", "bool": "on or off", "node": "a name or options"}
 _BOOLS = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
@@ -78,6 +80,16 @@ class Option:
             suffix = next((s for s in "EPTGMk" if value % SIZE_UNITS[s.lower()] == 0), "")
             return f"{value // SIZE_UNITS[suffix.lower()]}{suffix}"
         return str(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The option as a dict of JSON types. Absent: what it does not have."""
+        found: dict[str, Any] = {"name": self.name, "type": self.type, "doc": self.doc, "required": self.required}
+        bounds = {"default": self.default, "minimum": self.minimum, "maximum": self.maximum}
+        found |= {key: value for key, value in bounds.items() if value is not None}
+        found |= {key: list(words) for key, words in (("choices", self.choices), ("aliases", self.aliases)) if words}
+        if self.items is not None:
+            found["items"] = self.items.to_json()
+        return found
 
     def _wrong(self, value: Any, where: str) -> OptionError:
         return OptionError(f"{where} is {shown(value)}", hint=f"it takes {self.takes()}")
@@ -224,16 +236,38 @@ class Schema:
             if option is not None and not any(word in options for word in (option.name, *option.aliases)):
                 values[option.name] = option.parse(value, option.name)
 
+    def told(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+        """The options among `values`, a result of `parse`, that differ from their defaults, as text by dotted names. Children
+        and secrets (options that take any object) are left out."""
+        found: dict[str, str] = {}
+        for option in self.options:
+            value = values.get(option.name)
+            if value is None or value == option.default or option.type in ("node", "any"):
+                continue
+            if isinstance(option.items, Schema):
+                parts = enumerate(value) if option.type == "list" else (("", value),)
+                for number, part in parts:
+                    found |= option.items.told(part, f"{prefix}{option.name}.{number}{'.' if number != '' else ''}")
+            elif option.items is None:
+                found[prefix + option.name] = option.spell(value)
+            elif option.items.type != "node" and value:
+                found[prefix + option.name] = ",".join(map(option.items.spell, value))
+        return found
+
     def help(self, prefix: str = "") -> list[tuple[str, str, str, str]]:
-        """Rows for documentation and `-o help`: dotted name, type, default (or `required`), description."""
+        """Rows for documentation and `-o help`: dotted name, type, default (or REQUIRED), description."""
         rows = []
         for option in self.options:
             kind = "|".join(map(option.spell, option.choices)) or {"bool": "on|off"}.get(option.type, option.type)
             default = "" if option.default is None else option.spell(option.default)
-            rows.append((prefix + option.name, kind, "required" if option.required else default, option.doc))
+            rows.append((prefix + option.name, kind, REQUIRED if option.required else default, option.doc))
             if isinstance(option.items, Schema):
                 rows += option.items.help(f"{prefix}{option.name}.{'N.' if option.type == 'list' else ''}")
         return rows
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """All options, as `Option.to_json` gives them."""
+        return [option.to_json() for option in self.options]
 
     def _unknown(self, key: Any, where: str) -> OptionError:
         from difflib import get_close_matches

@@ -56,6 +56,7 @@ LAYERS = [
         "creation",
         "edge",
         "edit",
+        "explanation",
         "format",
         "format_node",
         "gate",
@@ -65,6 +66,7 @@ LAYERS = [
         "inspection",
         "lifecycle",
         "node",
+        "node_tree",
         "own_files",
         "pooled",
         "ranges",
@@ -75,7 +77,7 @@ LAYERS = [
         "window",
     },
     {"filters", "formats", "storage"},
-    {"jobs", "nbd"},
+    {"jobs", "nbd", "verdict"},
     {"cli", "testing"},
     {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
 ]

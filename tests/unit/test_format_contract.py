@@ -57,6 +57,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "file_of": ((None, {}), "one pass"),
     "measure": ((0, {}), "measurement"),
     "inspect": ((None, {}), "header"),
+    "explain": ((None, {}), "explain"),
     "check": ((), "nothing to check"),
     "repair": (("leaks",), "repaired"),
     "resize": ((512, "full"), "change of the size"),

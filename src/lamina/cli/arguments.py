@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, UnsupportedFeature, printable
 from ..limits import DEFAULT_BUDGET, Budget
-from ..options import asks_for_help, clip, parse_keyval, parse_seconds, parse_size, shown
+from ..options import HELP, asks_for_help, clip, parse_keyval, parse_seconds, parse_size, shown
+from .schema_text import print_driver
+from .schema_text import print_schema as print_schema  # where commands look for it
 
 if TYPE_CHECKING:
     from ..graph import Spec
     from ..image import Image
     from ..node import Node
     from ..policy import Policy
-    from ..schema import Schema
 
 #: The longest time in an option, in seconds: the timeouts of the system have no larger values.
 LONGEST = 1_000_000
@@ -367,25 +368,25 @@ def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
     return found
 
 
-def print_schema(schema: Schema) -> None:
-    """Print the options with types and defaults, for `-o help`."""
-    rows = [
-        (f"{name}={kind}", f"{doc}{f' (default: {default})' if default else ''}")
-        for name, kind, default, doc in schema.help()
-    ]
-    width = max((len(left) for left, _ in rows), default=0)
-    print(f"Options of {schema.driver}:")
-    for left, right in rows:
-        print(f"  {left:<{width}}  {right}")
-
-
 def image_source(name: str, args: argparse.Namespace, format: str | None, *, image_opts: bool | None = None) -> Spec:
     """The source for `name` on the command line: the name itself, or with --image-opts the options in it."""
     if not (args.image_opts if image_opts is None else image_opts):
         return name
     if format is not None:
         raise OptionError("a format and --image-opts exclude each other", hint="write driver=FORMAT into the options")
-    return parse_keyval(name)
+    return image_options(name)
+
+
+def image_options(text: str, *, last_wins: bool = False) -> dict[str, Any]:
+    """The options of --image-opts. With the word `help` among them the options of their driver are printed, and the command
+    ends (SystemExit)."""
+    if asks_for_help(text):
+        driver = parse_keyval(text, skip=HELP, last_wins=True).get("driver")
+        if not isinstance(driver, str):
+            raise OptionError("the options ask for help, and name no driver", hint="write driver=NAME,help")
+        print_driver(driver)
+        raise SystemExit(0)
+    return parse_keyval(text, last_wins=last_wins)
 
 
 def open_image(

@@ -25,6 +25,7 @@ from .streams import drop, lost_output, prepare, print_error
 COMMANDS = {
     "create": ("create", "create a new image"),
     "info": ("info", "show the format and properties of an image, or the exports of an NBD server"),
+    "inspect": ("inspect", "say whether an untrusted file is safe to open"),
     "map": ("map", "show the status and location of the bytes of an image"),
     "check": ("check", "check the metadata of an image for errors"),
     "resize": ("resize", "change the size of a disk"),
@@ -43,6 +44,9 @@ COMMANDS = {
     "bench": ("bench", "measure the rate and latency of requests to an image"),
     "serve": ("serve", "serve images over NBD"),
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
+    "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
+    "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
+    "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
     "io": ("io.command", "read and write an image interactively, or with -c commands"),
 }
 

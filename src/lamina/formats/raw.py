@@ -16,6 +16,7 @@ from ..window import shifted_limits
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..explanation import Explainer
     from ..extents import Extents, HostFile
     from ..graph import Opener
     from ..pending import Pending
@@ -96,6 +97,13 @@ class Raw(Format):
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
         """There is no header: the disk has the length of its file, or of the range in `values`."""
         return ImageInfo(virtual_size=cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size)
+
+    @classmethod
+    def explain(cls, storage: Child, values: Mapping[str, Any]) -> Explainer:
+        from .raw_explain import RawExplainer
+
+        start = values.get("offset") or 0
+        return RawExplainer(storage, start, cls(storage, offset=start, size=values.get("size")).size)
 
     @property
     def size(self) -> int:

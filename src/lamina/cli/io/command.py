@@ -6,8 +6,7 @@ import argparse
 from dataclasses import replace
 
 from ...errors import LaminaError, OptionError
-from ...options import parse_keyval
-from ..arguments import Parser
+from ..arguments import Parser, image_options
 from .commands import execute
 from .opening import with_modes
 from .output import Output
@@ -63,7 +62,7 @@ def _target(args: argparse.Namespace) -> Target:
     if args.image_opts:
         if args.format is not None:
             raise OptionError("-f and --image-opts exclude each other", hint="write driver=FORMAT into the options")
-        target = replace(target, name=None, options=parse_keyval(args.file or "", last_wins=True))
+        target = replace(target, name=None, options=image_options(args.file or "", last_wins=True))
     names = {"r": "read_only", "s": "snapshot", "n": "nocache", "C": "copy_on_read", "U": "force_share"}
     flags = {letter: [""] for letter, name in names.items() if getattr(args, name)}
     flags |= {letter: [value] for letter in "tdi" if (value := getattr(args, letter)) is not None}

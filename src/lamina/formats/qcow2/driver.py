@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping as Options
 
     from ...coding import Encoded
+    from ...explanation import Explainer
     from ...extents import HostFile
     from ...format import Repair
     from ...graph import Opener
@@ -209,6 +210,12 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
     @classmethod
     def inspect(cls, storage: Child, values: Options[str, Any]) -> ImageInfo:
         return _create.describe(storage, Header.read(storage))
+
+    @classmethod
+    def explain(cls, storage: Child, values: Options[str, Any]) -> Explainer:
+        from .explain import Qcow2Explainer
+
+        return Qcow2Explainer(storage, values)
 
     def rewrite(self, work: Callable[..., Any], *arguments: Any) -> Any:
         require_writable(self, "snapshot")

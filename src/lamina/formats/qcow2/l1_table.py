@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import layout as q
 from .holes import has_hole
@@ -33,6 +33,19 @@ _SECTOR = 512 // 8
 def own_entry(l2_offset: int) -> int:
     """The entry that points to the L2 table at `l2_offset`, as the only reference to it."""
     return l2_offset | q.COPIED
+
+
+class Decoded(NamedTuple):
+    """What an entry says. `offset`: of the L2 table; 0: there is none. `reserved`: the bits that must be 0 and are not."""
+
+    offset: int
+    copied: bool
+    reserved: int
+
+
+def decode(entry: int) -> Decoded:
+    """What an entry says, as it is in the file."""
+    return Decoded(entry & q.OFFSET_MASK, bool(entry & q.COPIED), entry & ~(q.COPIED | q.OFFSET_MASK))
 
 
 class L1Table:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...block_runs import following
 from ...format_node import Mapping
@@ -93,6 +93,27 @@ def compressed_clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
     offset, length = compressed_range(entry, cluster_bits)
     first = offset >> cluster_bits
     return first, (offset + length - 1 >> cluster_bits) - first + 1
+
+
+class Decoded(NamedTuple):
+    """What an entry says. `offset`: where its data is, of compressed data with its `length` up to the end of its last
+    sector; 0 in uncompressed entries: nowhere. `reserved`: the bits that must be 0 and are not."""
+
+    compressed: bool
+    offset: int
+    length: int
+    copied: bool
+    zero: bool
+    reserved: int
+
+
+def decode(entry: int, cluster_bits: int) -> Decoded:
+    """What the first 64 bits of an entry say, as they are in the file. (Extended entries have no flag ZERO there.)"""
+    copied = bool(entry & _FLAG_COPIED)
+    if entry & _FLAG_COMPRESSED:
+        return Decoded(True, *compressed_range(entry, cluster_bits), copied, False, 0)
+    reserved = entry & ~(_FLAG_COPIED | _OFFSET | _FLAG_ZERO)
+    return Decoded(False, entry & _OFFSET, 1 << cluster_bits, copied, bool(entry & _FLAG_ZERO), reserved)
 
 
 def max_compressed_offset(cluster_bits: int) -> int:

@@ -44,7 +44,8 @@ _L1_BATCH = 1 << 16
 _STEPS = 1 << 9
 
 
-def _layout(header: Header) -> L2Layout:
+def layout_of(header: Header) -> L2Layout:
+    """The layout of the L2 entries of the image with this header."""
     if header.external_data:
         from .l2_external import ExternalExtendedL2Layout, ExternalL2Layout
 
@@ -81,7 +82,7 @@ class Mappings:
         self._data = file if data is None else data
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self.layout = _layout(header)
+        self.layout = layout_of(header)
         self.per_table = self.layout.per_table
         self._table_bits = self.layout.index_bits
         #: A unit of the status is 1 << `_unit_bits` bytes, and a table describes 1 << `_units_bits` units.

@@ -90,13 +90,14 @@ class Entry(NamedTuple):
 def read(file: Child, header: Header) -> list[Entry]:
     """All snapshots of the image in `file`. CorruptImage, LimitExceeded where the table cannot be read."""
     try:
-        return list(_entries(file, header))
+        return list(entries(file, header))
     except CorruptImage as error:
         error.path = error.path or file.node.filename
         raise
 
 
-def _entries(file: Child, header: Header) -> Iterator[Entry]:
+def entries(file: Child, header: Header) -> Iterator[Entry]:
+    """The snapshots one after the other, up to the first that cannot be read: then the error."""
     start = at = header.snapshots_offset
     table = bytearray()
 

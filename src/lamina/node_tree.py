@@ -1,0 +1,53 @@
+"""An opened graph as plain data: `lamina.tree`, the public function behind `lamina graph`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .format import Format
+from .image import Image
+from .node import Node, StorageNode
+
+
+def tree(top: Image | Node) -> dict[str, Any]:
+    """The node on top of an image, or this node, and all nodes below it, as dicts of JSON types.
+
+    A node has `name`, `driver`, `kind` ("storage", "format" or "filter"), `size` (bytes of its disk) and `read-only`;
+    storage also has `filename` (null if it has none) and `allocated` (bytes that take space; null if unknown). `options` are
+    those that were given and differ from their defaults, as text, without children and secrets. `children` is a list of
+    edges: `role` ("file", "backing", "image", ...), `writes` (whether requests through the edge may change the node) and
+    `node`. A node that several edges lead to is described at the first; at the others it has `name`, `driver` and `shared`:
+    true.
+
+    An edit of the graph waits meanwhile. Raises Closed if the image was closed.
+    """
+    node = top.node if isinstance(top, Image) else top
+    if node.graph is None:
+        return _described(node, set())
+    return node.graph.exclusively("describes the graph", _described, node, set[int]())
+
+
+def _described(node: Node, seen: set[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": node.name, "driver": node.driver}
+    if id(node) in seen:
+        return found | {"shared": True}
+    seen.add(id(node))
+    storage = isinstance(node, StorageNode)
+    found |= {
+        "kind": "storage" if storage else "format" if isinstance(node, Format) else "filter",
+        "size": node.size,
+        "read-only": node.read_only,
+    }
+    if storage:
+        found |= {"filename": None if node.filename == node.name else node.filename, "allocated": node.allocated}
+    options = {key: value for key, value in node.given.items() if key != "filename" or not storage}
+    if node.zero_detected is not None:
+        options["detect-zeroes"] = "unmap" if node.zero_detected else "on"
+    if not node.discards:
+        options["discard"] = "ignore"
+    found["options"] = options
+    found["children"] = [
+        {"role": role, "writes": edge.writes, "node": _described(edge.node, seen)}
+        for role, edge in node.children.items()
+    ]
+    return found

@@ -1,0 +1,128 @@
+"""`lamina.inspect`: the verdict on an untrusted file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from .. import detect
+from ..crypto.luks1 import Luks1
+from ..errors import FormatError, LimitExceeded, OptionError, printable
+from ..limits import DEFAULT_BUDGET, Budget
+from . import qcow2, raw, vdi, vhdx, virtual_pc, vmdk
+from .content import Content, Wanted
+from .result import Findings, Verdict
+
+#: The source that stands for standard input.
+STANDARD_INPUT: Final = "-"
+#: Other names of formats that users of other inspectors declare.
+_ALIASES: Final = {"iso": "raw", "gpt": "raw", "img": "raw", "ami": "raw", "aki": "raw", "ari": "raw"}
+
+_Judge = Callable[[Content, Findings, Budget], None]
+
+
+def inspect(
+    source: str | os.PathLike[str] | int,
+    *,
+    format: str | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    max_size: int | None = None,
+) -> Verdict:
+    """Whether the file at the path `source` may be handed on to programs that open images, without a look at any other file.
+    A descriptor stands for what it leads to, which may be a pipe: it is read to its end, and stays open.
+
+    The file is safe if it has the signature of one format, or of none (a raw disk); if all of its data is in itself; if it
+    needs no feature that is unknown here; and if no number in its headers exceeds a limit. `format`: the format that
+    somebody declared, which must be the one that is found. `budget`: its member `memory` bounds the tables that a program
+    would load. `max_size`: the largest size of the disk in bytes.
+
+    No name inside the file is opened or looked up, and the memory is bounded by 5 MiB, whatever the file says. The tables
+    behind the headers are not looked at: `lamina.check` does that. Another program that changes the file meanwhile, or
+    later, changes what the verdict is about. Thread-safe.
+
+    Raises OptionError for a format that is not known and for a folder or device, NotFound, BlockIOError.
+    """
+    if format is not None:
+        format = _declared(format)
+    if isinstance(source, int):
+        return _verdict(Content.of(f"descriptor {source}", source, _wanted), format, budget, max_size)
+    with Content.open(os.fspath(source), _wanted) as content:
+        return _verdict(content, format, budget, max_size)
+
+
+def _declared(format: str) -> str:
+    name = _ALIASES.get(format, detect.canonical(format))
+    if name not in detect.FORMATS and name != "raw":
+        raise OptionError(
+            f'there is no format "{printable(format[:64])}"', hint=f"known: raw, {', '.join(detect.FORMATS)}"
+        )
+    return name
+
+
+def _wanted(head: memoryview) -> Iterator[tuple[int, int]]:
+    judges: dict[bytes, Wanted] = {b"QFI\xfb": qcow2.wanted, b"vhdx": vhdx.wanted}
+    judge = judges.get(bytes(head[:4]))
+    return iter(judge(head) if judge else ())
+
+
+def _verdict(content: Content, declared: str | None, budget: Budget, max_size: int | None) -> Verdict:
+    found = Findings()
+    head = content.read(0, detect.HEAD_BYTES)
+    tail = content.read(max(content.size - detect.TAIL_BYTES, 0), detect.TAIL_BYTES)
+    formats = list(detect.detect(head, tail, content.size).matches)
+    if not formats and vmdk.is_text_descriptor(head):
+        formats = ["vmdk"]
+    on_disk = raw.contents(head)
+    format = formats[0] if formats else "raw"
+    begins_with_disk = format == "raw" or (formats == ["vpc"] and virtual_pc.is_fixed(content))
+    if len(formats) > 1 or len(on_disk) > 1 or (on_disk and not begins_with_disk):
+        found.refuse(f"it can be taken for several things: {', '.join([*formats, *on_disk])}")
+    raw.judge(head, found)
+    del head
+    if format == "raw":
+        found.virtual_size = content.size
+    for name in formats:
+        _apply(name, content, found, budget)
+    found.features += [f"contains {one}" for one in on_disk if begins_with_disk]
+    if declared is not None and [declared] != (formats or ["raw"]):
+        found.refuse(f"it was declared as {declared}, and is {' and '.join(formats) or 'raw'}")
+    if max_size is not None and found.virtual_size is not None and found.virtual_size > max_size:
+        found.exceed(f"its disk has {found.virtual_size} bytes, above the limit of {max_size}")
+    return found.result(format, tuple(sorted([*formats, *on_disk])))
+
+
+def _apply(format: str, content: Content, found: Findings, budget: Budget) -> None:
+    judge = _JUDGES.get(format)
+    if judge is None:
+        found.refuse(f"images of the format {format} are never safe here")
+        return
+    try:
+        judge(content, found, budget)
+    except LimitExceeded as error:
+        found.exceed(error.message)
+    except FormatError as error:
+        found.refuse(error.message)
+
+
+def _judge_luks(content: Content, found: Findings, budget: Budget) -> None:
+    storage = content.storage()
+    try:
+        header = Luks1.read(storage, 0, content.size)
+    finally:
+        storage.close()
+    found.features.append(f"cipher {header.spec.cipher}-{header.spec.mode_text}")
+    if not 0 < header.payload_offset <= content.size:
+        found.refuse("its payload is not inside the file")
+        return
+    found.virtual_size = content.size - header.payload_offset
+
+
+_JUDGES: Final[dict[str, _Judge]] = {
+    "luks": _judge_luks,
+    "qcow2": qcow2.judge,
+    "vdi": vdi.judge,
+    "vhdx": vhdx.judge,
+    "vmdk": vmdk.judge,
+    "vpc": virtual_pc.judge,
+}
