@@ -52,9 +52,8 @@ if TYPE_CHECKING:
     from .explanation import Explanation, Guest, Overview, Part, Step
     from .extents import Extent, Extents
     from .image import Image
-    from .inspection import check, info, info_chain
-    from .jobs.diff import diff
     from .inspection import check, explain, explain_guest, info, info_chain, structures
+    from .jobs.diff import diff
     from .limits import Budget, Limits
     from .node_tree import tree
     from .policy import Policy
