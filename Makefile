@@ -52,6 +52,7 @@ bench: $(VENV)/.run
 docs: $(VENV)/.run
 	$(VENV)/bin/python docs/nbd_protocol.py
 	$(VENV)/bin/python docs/qcow2_format.py
+	$(VENV)/bin/python docs/manual_pages.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

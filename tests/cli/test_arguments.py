@@ -12,30 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from lamina.cli.arguments import Parser
+from lamina.cli.described import parser_of
 from lamina.cli.main import COMMANDS, main
 
-
-class _Caught(Exception):
-    def __init__(self, parser: Parser) -> None:
-        self.parser = parser
+from .test_help import examples_of
 
 
 @pytest.fixture
-def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parser]:
+def parsers() -> dict[str, Parser]:
     """The parser of each command."""
-    found = {}
-    monkeypatch.setenv("LAMINA_DEBUG", "1")
-    with monkeypatch.context() as patch:
-
-        def catch(self: Parser, argv: list[str]) -> argparse.Namespace:
-            raise _Caught(self)
-
-        patch.setattr(Parser, "parse", catch)
-        for name in COMMANDS:
-            with pytest.raises(_Caught) as caught:
-                main([name])
-            found[name] = caught.value.parser
-    return found
+    return {name: parser_of(name) for name in COMMANDS}
 
 
 def run(folder: Path, *words: str, environment: dict[str, str] | None = None) -> SimpleNamespace:
@@ -201,17 +187,8 @@ def test_every_option_says_what_it_does(parsers: dict[str, Parser]) -> None:
                 assert all(option in shown for option in action.option_strings)
 
 
-def test_the_examples_of_the_help_can_be_read(parsers: dict[str, Parser], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_help_can_be_read(parsers: dict[str, Parser]) -> None:
     """Each line of an example that calls a command is one that its parser takes."""
-    import shlex
-
     for command, parser in parsers.items():
-        lines = [
-            line.partition("| ")[2] or line
-            for line in parser.format_help().partition("examples:")[2].splitlines()
-            if f"lamina {command} " in line
-        ]
-        assert lines, command
-        for line in lines:
-            words = shlex.split(line.strip().split("     ")[0])
-            parser.parse(words[2:])
+        for words in examples_of(command):
+            parser.parse(words)

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
 
 import lamina
 from lamina.cli.main import main
 from lamina.storage.locks import in_use_for_writing
+from tests.conftest import Qemu
 
 MIB = 1 << 20
 WORDS = "another program has it open for writing"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
 
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
 

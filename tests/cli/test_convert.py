@@ -8,9 +8,9 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
 
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 MIB = 1 << 20
 

@@ -8,9 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.cli.test_signals import LAMINA, ended, started, until
 
 from lamina.cli.main import main
+from tests.cli.test_signals import LAMINA, ended, started, until
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.test_signals import LAMINA, ended, started, until
-from tests.conftest import Qemu
 
 import lamina
 from lamina.cli.main import main
+from tests.cli.test_signals import LAMINA, ended, started, until
+from tests.conftest import Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.nbd_peers import Wire, nbdkit, qemu_nbd
 
 import lamina
 from lamina.cli.main import main
 from lamina.jobs import copy as job
 from lamina.nbd import Export, Server
+from tests.nbd_peers import Wire, nbdkit, qemu_nbd
 
 MIB = 1 << 20
 SIZE = 8 * MIB + 512

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.nbd_peers import qemu_nbd
 
 import lamina
 from lamina.cli.main import main
@@ -21,6 +20,7 @@ from lamina.jobs.copy import Copy, Plan
 from lamina.jobs.copy_ends import StorageSource, StorageTarget
 from lamina.nbd import Export, Server
 from lamina.request import Child
+from tests.nbd_peers import qemu_nbd
 
 MIB = 1 << 20
 SIZE = 8 * MIB + 512

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
 
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 
 @pytest.fixture

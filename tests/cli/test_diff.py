@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Qemu
 
 import lamina
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
 
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 MIB = 1 << 20
 

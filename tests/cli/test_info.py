@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Qemu
 
 import lamina
 from lamina.cli.main import main
+from tests.conftest import Qemu
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import NbdTools, Qemu
-from tests.nbd_fake_server import FakeServer, exactly
-from tests.nbd_peers import nbdkit, program, running
-from tests.nbd_scripts import export, greeting, info_export, option, refusal
 
 import lamina
 from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
 from lamina.nbd import Export, Server, wire
 from lamina.nbd.inspect import list_exports
+from tests.conftest import NbdTools, Qemu
+from tests.nbd_fake_server import FakeServer, exactly
+from tests.nbd_peers import nbdkit, program, running
+from tests.nbd_scripts import export, greeting, info_export, option, refusal
 
 MIB = 1 << 20
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.attacks.images import overlay, victim
 
 import lamina
 from lamina.cli.main import main
+from tests.attacks.images import overlay, victim
 
 LAMINA = [sys.executable, "-m", "lamina", "inspect"]
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import Qemu
 
 from lamina.cli import map as command
 from lamina.cli.main import main
 from lamina.extents import Extents
+from tests.conftest import Qemu
 
 MIB = 1 << 20
 

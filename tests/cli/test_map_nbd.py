@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.nbd_peers import nbdkit, program, qemu_nbd
 
 import lamina
 from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
 from lamina.cli.map_nbd import joined, lockstep, meaning
 from lamina.nbd import Export, Server
+from tests.nbd_peers import nbdkit, program, qemu_nbd
 
 MIB = 1 << 20
 BITMAP = "qemu:dirty-bitmap:b0"

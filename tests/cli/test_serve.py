@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.certificates import write_certificates
-from tests.conftest import Qemu
 
 import lamina
 from lamina.bitmap import MemoryBitmap
@@ -26,6 +24,8 @@ from lamina.image import Image
 from lamina.nbd import Client, Export, Server, wire
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
+from tests.certificates import write_certificates
+from tests.conftest import Qemu
 
 DATA = bytes(range(256)) * 4096
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.nbd_raw import PATIENCE, dial
 
 import lamina
 from lamina.limits import MIB
 from lamina.nbd import wire as w
+from tests.nbd_raw import PATIENCE, dial
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 #: A disk whose writes never come back while the test lasts.

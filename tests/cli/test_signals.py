@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.nbd_fake_server import answer, exactly, greeting, requests, shake, starting
 
 from lamina.nbd import wire
+from tests.nbd_fake_server import answer, exactly, greeting, requests, shake, starting
 
 LAMINA = [sys.executable, "-m", "lamina"]
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Qemu
-from tests.unit.replacing import OTHER, needs_root
 
 import lamina
 from lamina.atomic_file import temporary_name
@@ -22,6 +20,8 @@ from lamina.cli.main import main
 from lamina.creation import create, new_file, open_new, write_image
 from lamina.errors import Locked
 from lamina.registry import lookup
+from tests.conftest import Qemu
+from tests.unit.replacing import OTHER, needs_root
 
 KIB, MIB = 1 << 10, 1 << 20
 CONTENT = bytes(range(256)) * 4096 + bytes(3 * MIB) + b"end!" * 128

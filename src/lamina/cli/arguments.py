@@ -27,8 +27,20 @@ MOST_CONNECTIONS = 16
 #: The cache modes of the reference tools, and those in which nothing is reported as written before it is on stable storage.
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe", "off")
 DURABLE_MODES = ("writethrough", "directsync")
+#: The name of the value of an option that names a format.
+FORMAT = "FMT"
+#: Whether a parser that is about to parse raises `Described` in place of that.
+describing = False
 #: Options of commands that set an option of all storage that has it.
 _OF_STORAGE = {"timeout": "timeout", "connections": "connections", "reconnect": "reconnect-delay"}
+
+
+class Described(Exception):
+    """Raised by a parser that has all its arguments, while `describing`."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +72,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The parsed `argv`. All words after a `--` are names, even with a leading dash."""
+        if describing:
+            raise Described(self)
         if self.signed_last and "--" not in argv and argv and argv[-1][:1] == "-" and argv[-1][1:2].isdecimal():
             argv = [*argv[:-1], "--", argv[-1]]
         end = argv.index("--") if "--" in argv else len(argv)
@@ -128,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         return near[0] if near else None
 
     def add_format(self, *flags: str, dest: str, help: str) -> None:
-        self.add_argument(*flags, dest=dest, metavar="FMT", help=help)
+        self.add_argument(*flags, dest=dest, metavar=FORMAT, help=help)
 
     def add_access(self) -> None:
         """Add the options that concern the opening of images."""
@@ -264,6 +278,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         except (ValueError, OSError):
             columns = 0
         super().__init__(prog, width=(columns or 80) - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """The description is filled; examples keep their lines."""
+        if text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
 class _Later(argparse.Action):

@@ -47,6 +47,7 @@ COMMANDS = {
     "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
+    "completion": ("completion", "print a script with which a shell completes the words of lamina"),
     "io": ("io.command", "read and write an image interactively, or with -c commands"),
 }
 
