@@ -38,8 +38,8 @@ class Unreadable:
     """Records the bytes that could not be read. `monitor` is told of each range at its end. Thread-safe."""
 
     def __init__(self, path: str, monitor: Monitor) -> None:
-        #: Bytes and ranges so far.
-        self.length = self.ranges = 0
+        #: Bytes so far.
+        self.length = 0
         self._path = path
         self._monitor = monitor
         self._mutex = threading.Lock()
@@ -54,7 +54,6 @@ class Unreadable:
             else:
                 self._tell()
                 self._last = (what, offset, offset + length, error.message)
-                self.ranges += what == "read"
             self.length += length if what == "read" else 0
 
     def end(self) -> None:
