@@ -373,6 +373,15 @@ def test_snapshots_keep_their_content(chain: Path) -> None:
         commit(image)
 
 
+def test_an_image_without_its_backing_file_is_not_rebased(chain: Path) -> None:
+    """What it shows then is not its disk."""
+    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": None}
+    with lamina.open(spec, read_only=False) as image:
+        for backing in ("new", None):
+            with pytest.raises(OptionError, match="is not open"):
+                rebase(image, backing, backing and "raw")
+
+
 def test_commit_needs_the_reference_and_no_more(chain: Path) -> None:
     with pytest.raises(PolicyError):
         lamina.open(chain / "top", format="qcow2", references=lamina.Policy.none())

@@ -88,6 +88,16 @@ def require_no_snapshots(node: Format) -> None:
         )
 
 
+def require_backing_open(node: Format) -> None:
+    """Raise OptionError if the image names a backing file that is not open: what the image shows is not its disk."""
+    if "backing" not in node.children and type(node).inspect(node.children["file"], {}).backing_filename is not None:
+        raise OptionError(
+            "the backing file that the image names is not open, so its bytes cannot be copied",
+            path=node.filename,
+            hint="open it with the image",
+        )
+
+
 def beneath_filters(node: Node) -> Node:
     """The first node that is not a filter which leaves all bytes where they are."""
     while isinstance(node, FilterNode) and is_faithful(node):

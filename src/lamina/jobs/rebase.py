@@ -16,7 +16,7 @@ from ..errors import OptionError
 from ..format import Format
 from ..own_files import refuse_own
 from ..policy import Policy
-from .beneath import Backing, beneath_filters, layers_above, require_no_snapshots
+from .beneath import Backing, beneath_filters, layers_above, require_backing_open, require_no_snapshots
 from .convert import Result, copy_disk
 from .progress import Monitor
 from .sole_writer import as_sole_writer
@@ -50,6 +50,7 @@ def rebase(
         raise OptionError("it cannot have another backing file", path=image.filename, hint="convert it to a new image")
     image.root.edge.require_writable("rebase")
     require_no_snapshots(node)
+    require_backing_open(node)
     values = node.amend_schema.parse({"backing_file": backing or "", "backing_fmt": backing_format})
     spec: Mapping[str, Any] | None = None
     compared: dict[str, Any] = {"driver": "null", "size": image.size}
