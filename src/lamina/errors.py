@@ -76,6 +76,10 @@ class OptionError(LaminaError, ValueError):
     errno = _errno.EINVAL
 
 
+class UsageError(OptionError):
+    """A command line that no command can make sense of: an unknown option, a missing name."""
+
+
 class FormatError(LaminaError, ValueError):
     """The file is not a usable image of the format with which it was opened."""
 

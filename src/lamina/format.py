@@ -67,6 +67,11 @@ class Format(Node):
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None
 
+    @property
+    def takes_bitmaps(self) -> bool:
+        """Whether this image may have dirty bitmaps."""
+        return self.keeps_bitmaps
+
     @classmethod
     def refusal(cls, lacks: str, hint: str | None = None) -> UnsupportedFeature:
         """The error for an operation that the format, or its driver, does not have."""

@@ -58,8 +58,8 @@ _NODE_NAME = re.compile(r"[A-Za-z][\w.-]{0,254}", re.ASCII)
 
 Spec = Mapping[str, Any] | str
 
-#: Defaults for options of storage in all graphs that this program opens: a command line sets an option once for all names
-#: (`--timeout`, `--connections`). Libraries leave it empty.
+#: Defaults for options of storage and formats in all graphs that this program opens: a command line sets an option once for
+#: all names (`--timeout`, `--connections`). Libraries leave it empty.
 usual: dict[str, Any] = {}
 
 
@@ -191,8 +191,9 @@ class Opener:
         kind = registry.lookup(name)
         if "file" not in options and registry.entry(name).kind == "format" and "filename" in options:
             options["file"] = {"driver": "file", "filename": options.pop("filename")}
+        _pass_cache(options, registry.entry(name).kind)
         values = kind.schema.parse(options)
-        if usual and registry.entry(name).kind == "storage":
+        if registry.entry(name).kind != "filter":
             kind.schema.fill(values, options, usual)
         return self._opened_as(kind, values)
 
@@ -271,16 +272,34 @@ class Opener:
         storage = self.child("file", file, grows=True)
         found = probe(storage)
         if not self.read_only:
-            detect.refuse_probed_raw(found, storage.node.filename)
+            if self.policy is None or not self.policy.trusting:
+                detect.refuse_probed_raw(found, storage.node.filename)
+            elif found.format == "raw":
+                options["guessed"] = True
         kind = registry.lookup(found.format, "format")
         self.probed = found.format
-        return self._opened_as(kind, kind.schema.parse({**options, "file": storage}))
+        values = kind.schema.parse({**options, "file": storage})
+        kind.schema.fill(values, options, usual)
+        return self._opened_as(kind, values)
 
     def _opened_as(self, kind: type[Any], values: dict[str, Any]) -> Node:
         """The node of the driver `kind` with these options."""
         node = cast(Node, kind.open(values, self))
         node.given = kind.schema.told(values)
         return node
+
+
+def _pass_cache(options: dict[str, Any], kind: str) -> None:
+    """Move the option `cache` of a format or a filter to its child: it concerns the file beneath."""
+    role = {"format": "file", "filter": "image"}.get(kind)
+    if role is None or not isinstance(options.get("cache"), dict) or role not in options:
+        return
+    child = options[role]
+    child = dict(parse_name(child)) if isinstance(child, str) else child
+    if not isinstance(child, dict):
+        raise OptionError("cache concerns a file, and this node is over an open one", hint="set it on that node")
+    given = options.pop("cache")
+    options[role] = {**child, "cache": {**given, **child.get("cache", {})}}
 
 
 def rebook(node: Node, count: int, what: str) -> None:

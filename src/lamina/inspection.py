@@ -14,12 +14,12 @@ from . import detect, registry
 from .errors import FormatError, OptionError, UnsupportedFeature
 from .explanation import Step
 from .format import Format, Repair, lookup_format
-from .graph import COMMON, Opener, Spec, named, open_graph, probe
+from .graph import COMMON, Opener, Spec, named, open_graph, probe, usual
 from .limits import DEFAULT_BUDGET, Budget
 from .node import Node, StorageNode
 from .options import parse_name
 from .policy import Policy
-from .references import Reference, Trail, file_of, not_in_a_file, open_file
+from .references import Reference, Trail, believed_name, file_of, not_in_a_file, open_file
 from .request import Child
 from .results import ImageInfo
 
@@ -90,6 +90,8 @@ def check(
         no_references=True,
         read_only=repair is None,
         repair=repair is not None,
+        # No file is opened by a name, and a disk without a known format has no check, and is not written.
+        policy=Policy.unchecked() if format == "probe" else None,
     )
     try:
         if not isinstance(node, Format):
@@ -116,6 +118,13 @@ def _chain(where: _Where, references: Policy | None, look: _Look | None = None) 
     trail = Trail(budget.chain_depth)
     while found.backing_filename is not None:
         reference = Reference(found.backing_filename, "backing", "backing file", format=found.backing_format)
+        if policy.trusting:
+            trail = trail.below(None, found.filename)
+            named_below = believed_name(reference, found.filename)
+            below = _Where(named_below, reference.format, budget, force_share, None, found.full_backing_filename)
+            found, host, seen = _info(below, look)
+            yield found, seen
+            continue
         if host is None or host.path is None:
             raise not_in_a_file(reference, found.filename, "run info for that file alone")
         if reference.format is None:
@@ -253,6 +262,8 @@ def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageN
         if look is not None:
             raise UnsupportedFeature(f"the {driver.kind} {driver.name} has no bytes of its own in a file")
         return *_seen_from_above(where), None
+    elif driver is None and "file" in options:
+        file = options.pop("file")
     opener = Opener(
         policy=Policy.none(), budget=where.budget, force_share=where.force_share, no_references=True, fd=where.fd
     )
@@ -278,14 +289,18 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
     except UnsupportedFeature as error:
         found = ImageInfo(format=detect.canonical(format), unsupported=(error.message,))
     else:
-        found = kind.inspect(storage, values)._replace(format=kind.driver)
+        filled = dict(values)
+        kind.schema.fill(filled, values, usual)
+        found = kind.inspect(storage, filled)._replace(format=kind.driver)
     name = where.shown or storage.node.filename
     below = found.backing_filename
+    file = file_of(storage)
     return found._replace(
         filename=name,
+        file_size=file.size if file is not None and file is storage.node else None,
         actual_size=_allocated(storage.node),
         # A name inside an image that is not in a file belongs to no known directory.
-        full_backing_filename=_beside(name, below) if below is not None and file_of(storage) else below,
+        full_backing_filename=_beside(name, below) if below is not None and file else below,
         other_writers=other_writers(storage.node) if where.force_share else (),
     )
 

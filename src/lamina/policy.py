@@ -63,7 +63,7 @@ class Policy:
     Threads and images may share a policy. Equal policies compare and hash equal; `str` returns the notation of `parse`.
     """
 
-    __slots__ = ("_directory", "_kind", "_paths", "_probed", "_stated")
+    __slots__ = ("_directory", "_kind", "_paths", "_probed", "_stated", "trusting")
 
     def __init__(
         self,
@@ -73,8 +73,11 @@ class Policy:
         paths: tuple[str, ...] = (),
         probed: str | None = None,
         stated: bool = True,
+        trusting: bool = False,
     ) -> None:
         self._kind: Kind = kind
+        #: Whether names and formats are believed; see `unchecked`.
+        self.trusting = trusting
         self._directory = directory
         self._paths = paths
         self._probed = probed
@@ -112,6 +115,13 @@ class Policy:
     def any(cls) -> Policy:
         """Every regular file and block device that this process can open: only for images from trusted sources."""
         return cls("any")
+
+    @classmethod
+    def unchecked(cls) -> Policy:
+        """As `any`, and images are believed as by the reference tools: a name inside an image has any notation of a command
+        line (`json:`, URLs), a format that is not stated is detected, and an image whose format was detected is written. For
+        the drop-in personality alone: no notation of `parse` stands for it."""
+        return cls("any", trusting=True)
 
     @classmethod
     def parse(cls, text: str) -> Policy:
@@ -183,7 +193,7 @@ class Policy:
         return hash(self._fields())
 
     def _fields(self) -> tuple[Any, ...]:
-        return (self._kind, self._directory, self._paths, self._probed, self._stated)
+        return (self._kind, self._directory, self._paths, self._probed, self._stated, self.trusting)
 
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False

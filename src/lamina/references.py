@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from . import detect, registry
 from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, PolicyError, printable
 from .node import Node, StorageNode
-from .options import to_keyval
+from .options import parse_name, to_keyval
 from .request import Child
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def _by_name(
 ) -> Child:
     name, what = reference.name, reference.what
     assert name is not None
+    if opener.policy is not None and opener.policy.trusting:
+        return _as_named(opener, host, reference, options, trail)
     if host is None:
         raise not_in_a_file(
             reference, image.node.filename, f"name it in the options ({reference.role}.file.filename=...)"
@@ -153,6 +155,34 @@ def _by_name(
         raise
     finally:
         os.close(found.fd)  # the storage has a duplicate
+
+
+def _as_named(
+    opener: Opener, host: StorageNode | None, reference: Reference, options: Mapping[str, Any], trail: Trail
+) -> Child:
+    """The same under a policy that believes images (`Policy.unchecked`)."""
+    below = opener.below(trail, read_only=not reference.writable)
+    where = believed_name(reference, host.filename if host else "")
+    if reference.kind == "storage":
+        return opener.keep(Child(below.open({**options, **where}, storage=True), reference.role, grows=True))
+    driver = options.get("driver", reference.format)
+    kind = registry.entry(where["driver"]).kind if "driver" in where else None
+    if kind in ("format", "filter") or (driver is None and kind is None):
+        spec = {**where, **options}  # json: describes the image itself
+    else:
+        spec = {**options, "file": where} | ({} if driver is None else {"driver": driver})
+    return opener.keep(Child(below.apart()._but(probe=True).open(spec), reference.role))
+
+
+def believed_name(reference: Reference, image: str) -> dict[str, Any]:
+    """The options of the node that a name inside `image` denotes as a name on a command line. A path is relative to the
+    folder of the image; that of plain storage to the current folder, as the reference tools take it."""
+    assert reference.name is not None
+    options = parse_name(reference.name)
+    path = options.get("filename")
+    if options.get("driver") == "file" and isinstance(path, str) and reference.kind == "format":
+        options["filename"] = os.path.join(os.path.dirname(image), path)
+    return options
 
 
 def not_in_a_file(reference: Reference, image: str, hint: str) -> PolicyError:

@@ -50,6 +50,7 @@ class ImageInfo(NamedTuple):
     format_probed: bool = False
     virtual_size: int | None = None  #: the length of the disk
     actual_size: int | None = None  #: the allocated bytes of the file
+    file_size: int | None = None  #: the length of the file, if the image is in a file (not in the JSON)
     cluster_size: int | None = None
     dirty: bool | None = None  #: whether it was not closed properly
     encrypted: bool | None = None

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, UnsupportedFeature
 from .limits import MAX_SIZE
 from .options import SIZE_UNITS, clip, is_encodable, nest, parse_name, parse_size, shown
+from .peer_options import find
 
 _INT = r"[+-]?(0|[1-9][0-9]{0,31}|0[xX][0-9a-fA-F]{1,32})"  # no leading zero: some programs read it as octal
 #: What `Schema.help` says in place of a default.
@@ -209,7 +210,7 @@ class Schema:
         for key, value in options.items():
             option = self._by_name.get(key)
             if option is None:
-                if key == "driver" and value == self.driver:
+                if (key == "driver" and value == self.driver) or self._is_ignored(key, value, where):
                     continue
                 raise self._unknown(key, where)
             if option.name in given:
@@ -264,6 +265,16 @@ class Schema:
             if isinstance(option.items, Schema):
                 rows += option.items.help(f"{prefix}{option.name}.{'N.' if option.type == 'list' else ''}")
         return rows
+
+    def _is_ignored(self, key: Any, value: Any, where: str) -> bool:
+        """Whether this option of the reference tools has no effect here. Raises UnsupportedFeature if it is not supported."""
+        found = None if where else find(self.driver, str(key))
+        if found is None:
+            return False
+        if found.type is None:
+            raise UnsupportedFeature(f"the option {key} of {self.driver} is not supported", hint=found.why)
+        Option(key, found.type, found.why, choices=found.choices).parse(value)
+        return True
 
     def to_json(self) -> list[dict[str, Any]]:
         """All options, as `Option.to_json` gives them."""

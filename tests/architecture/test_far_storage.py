@@ -15,14 +15,16 @@ SOURCE = Path(__file__).resolve().parent.parent.parent / "src" / "lamina"
 #: Commands that are about servers themselves, and what they are made of.
 ABOUT_SERVERS = {"serve", "info", "info_nbd", "map_nbd", "nbd_names"}
 #: `map` has `map --context`, and hands it on.
-HANDS_ON = {"map": {"map_nbd"}}
+HANDS_ON = {"map": {"map_nbd"}, "program": {"nbd.inspect"}}
+#: The names of the reference tools, one of which is a server.
+TOOLS = "personality"
 #: The last resort of a program whose server says nothing: connections are broken.
 ENDS = {"signals": {"lamina.nbd.links"}}
 FILES = [
     file
     for folder in ("jobs", "cli")
     for file in sorted((SOURCE / folder).rglob("*.py"))
-    if not (folder == "cli" and file.stem in ABOUT_SERVERS)
+    if not (folder == "cli" and (file.stem in ABOUT_SERVERS or file.parent.name == TOOLS))
 ]
 
 

@@ -98,7 +98,7 @@ def test_what_cannot_be_found_out_is_neither_same_nor_different(
 ) -> None:
     assert main(["compare", "one", "missing"]) == 2
     assert main(["compare", "-f", "qcow2", "one", "one"]) == 2
-    assert main(["compare", "-z", "one", "one"]) == 2
+    assert main(["compare", "-z", "one", "one"]) == 1  # as of qemu-img: the command line is wrong
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.count("lamina: ") == 3

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.cli import program
 from lamina.cli.io import shell
 from lamina.cli.io.output import Output
 from lamina.cli.io.session import Session
@@ -24,6 +25,8 @@ from lamina.cli.main import main
 from lamina.errors import BlockIOError
 from lamina.node import FUA
 from lamina.storage.file import FileStorage
+
+PROMPT = program.Program.prompt
 
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "lamina", "io"]
@@ -322,7 +325,7 @@ def terminal(disk: Path, tmp_path: Path) -> Iterator[Terminal]:
     """The shell on disk.raw, after its first prompt."""
     opened = Terminal(tmp_path, "-f", "raw", "disk.raw")
     try:
-        opened.wait_for(shell.PROMPT)
+        opened.wait_for(PROMPT)
         yield opened
     finally:
         opened.close()
@@ -338,10 +341,10 @@ def _own_terminal() -> None:
 def test_a_terminal_has_a_prompt_completion_and_history(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("leng\t\r")
     terminal.wait_for("1 MiB")
-    terminal.wait_for(shell.PROMPT)
+    terminal.wait_for(PROMPT)
     terminal.type("bogus\r")
     terminal.wait_for("no command 'bogus'")
-    terminal.wait_for(shell.PROMPT)
+    terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.end() == 1
     assert (tmp_path / "state" / "lamina" / "io_history").read_text().split() == ["length", "bogus"]
@@ -352,12 +355,12 @@ def test_interrupt_ends_the_line_or_the_command_and_not_the_shell(terminal: Term
     terminal.wait_for("garbage")
     time.sleep(0.3)  # Python notices a signal only while it waits for the next key
     terminal.type("\x03")
-    terminal.wait_for(shell.PROMPT)
+    terminal.wait_for(PROMPT)
     terminal.type("sleep 60000\r")
     terminal.wait_for("sleep 60000")
     time.sleep(0.3)
     terminal.type("\x03")
-    terminal.wait_for(shell.PROMPT)
+    terminal.wait_for(PROMPT)
     terminal.type("length\r")
     assert "garbage" not in terminal.wait_for("1 MiB")
     terminal.type("quit\r")
@@ -370,7 +373,7 @@ def test_other_signals_end_the_shell_and_leave_the_terminal_as_it_was(
 ) -> None:
     terminal.type("length\r")
     terminal.wait_for("1 MiB")
-    terminal.wait_for(shell.PROMPT)
+    terminal.wait_for(PROMPT)
     time.sleep(0.3)  # as above
     terminal.process.send_signal(word)
     terminal.wait_for(f"lamina: interrupted by {word.name}")
@@ -384,9 +387,9 @@ def test_the_second_interrupt_of_one_command_ends_the_shell(disk: Path, tmp_path
     options = "driver=faults,rules.0.kind=read,rules.0.hang=tag,image.driver=raw,image.file.filename=disk.raw"
     terminal = Terminal(tmp_path, "--image-opts", options)
     try:
-        terminal.wait_for(shell.PROMPT)
+        terminal.wait_for(PROMPT)
         terminal.type("aio_read 0 512\r")
-        terminal.wait_for(shell.PROMPT)
+        terminal.wait_for(PROMPT)
         terminal.type("close\r")
         terminal.wait_for("close")
         time.sleep(0.3)

@@ -14,7 +14,7 @@ from lamina.node import COMPRESS
 from tests.conftest import Qemu
 
 from .test_qcow2_check_peers import compare, ours, theirs
-from .twins import Geometry, Twins, _joined, _rows, draw_operations
+from .twins import Geometry, Twins, _rows, draw_operations, joined
 
 KIB = 1024
 SIZES = [16 * KIB, 64 * KIB, 2048 * KIB]
@@ -65,7 +65,7 @@ def test_images_of_the_peers_are_read(tmp_path: Path, qemu: Qemu, seed: int, clu
                 length = min(rng.choice([1, 512, cluster // 32, cluster]), size - offset)
                 assert image.read(offset, length) == disk[offset : offset + length]
             rows = qemu.map(path, "qcow2")
-            assert _rows(image) == _joined(rows)
+            assert _rows(image) == joined(rows)
             offsets(image, rows)
         report = ours(path.read_bytes())
         assert report.clean, report.findings

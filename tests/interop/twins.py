@@ -157,12 +157,12 @@ class Twins:
             for row in rows:
                 part = known.clip(row["start"], row["start"] + row["length"])
                 assert not row["zero"] or part.zero.all(), f"QEMU knows that {row} is zero, and we {part!r}\n{about}"
-        their_map_of_ours = _joined(rows)
+        their_map_of_ours = joined(rows)
         assert mine == their_map_of_ours, f"maps of ours differ\nours   {mine}\ntheirs {their_map_of_ours}\n{about}"
 
 
 def _rows(image: lamina.Image) -> list[tuple[Any, ...]]:
-    """The exact map, as `_joined` tells QEMU's."""
+    """The exact map, as `joined` tells QEMU's."""
     past = _backing_size(image)
     pieces = [(0, min(past, image.size)), (past, image.size - past)]
     known = [e for start, length in pieces if length > 0 for e in image.extents(start, length)]
@@ -182,7 +182,7 @@ def _backing_size(image: lamina.Image) -> int:
     return image.size if backing is None else backing.size
 
 
-def _joined(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+def joined(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """Rows of qemu-img map. Data that lies in a hole is zero as well, for us always, and for QEMU where the file takes up
     much less space than the image counts: in the terms of the format it is data."""
     return _join(
@@ -192,10 +192,10 @@ def _joined(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _join(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Neighbours that differ only in where they lie are one: layouts need not agree."""
-    joined: list[tuple[Any, ...]] = []
+    found: list[tuple[Any, ...]] = []
     for start, length, *rest in rows:
-        if joined and joined[-1][2:] == tuple(rest):
-            joined[-1] = (joined[-1][0], joined[-1][1] + length, *rest)
+        if found and found[-1][2:] == tuple(rest):
+            found[-1] = (found[-1][0], found[-1][1] + length, *rest)
         else:
-            joined.append((start, length, *rest))
-    return joined
+            found.append((start, length, *rest))
+    return found

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamina.crypto import credentials
 from lamina.errors import LaminaError, OptionError, UnsupportedFeature
 from lamina.nbd.uri import DEFAULT_PORT, MAX_EXPORT_NAME, Target, from_options, parse
+from lamina.options import parse_keyval
 
 
 @pytest.mark.parametrize(
@@ -246,9 +248,31 @@ def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
         from_options(options)
 
 
-def test_qemus_credentials_objects_are_refused_politely() -> None:
-    with pytest.raises(UnsupportedFeature, match="tls-certificates=FOLDER"):
+def test_credentials_by_the_id_of_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="--object tls-creds-x509"):
         from_options({"host": "h", "tls-creds": "tls0"})
+    for text, expected in (
+        ("tls-creds-x509,id=tls0,dir=/pki", {"tls_certificates": "/pki", "tls_verify_peer": True, "tls_type": "x509"}),
+        ("tls-creds-x509,id=tls0,dir=/pki,verify-peer=off,endpoint=client", {"tls_verify_peer": False}),
+        ("tls-creds-psk,id=tls0,dir=/pki,username=me", {"tls_psk_file": "/pki/keys.psk", "username": "me"}),
+    ):
+        name, found = credentials.parse(parse_keyval(text, implied="qom-type"))
+        monkeypatch.setitem(credentials.named, name, found)
+        target = from_options({"host": "h", "tls-creds": "tls0"})
+        assert target.tls == "require"
+        assert {key: getattr(target, key) for key in expected} == expected
+    server = credentials.parse({"qom-type": "tls-creds-x509", "id": "tls0", "dir": "/pki", "endpoint": "server"})[1]
+    monkeypatch.setitem(credentials.named, "tls0", server)
+    with pytest.raises(OptionError, match="those of a server"):
+        from_options({"host": "h", "tls-creds": "tls0"})
+
+
+@pytest.mark.parametrize(
+    "text", ["dir=x", "id=a", "id=a,dir=x,endpoint=both", "id=a,dir=x,verify-peer=1", "id=a,dir=x,y=z"]
+)
+def test_credentials_that_are_refused(text: str) -> None:
+    with pytest.raises(LaminaError):
+        credentials.parse({"qom-type": "tls-creds-x509", **parse_keyval(text)})
 
 
 def test_places_for_people_and_replacement() -> None:

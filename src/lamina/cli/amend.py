@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from . import program
 from .arguments import Parser, format_options, open_writable, print_schema
+from .terminal import Meter
 
 _EXAMPLES = """
   lamina amend -o compat=1.1,lazy_refcounts=on disk.qcow2
@@ -17,9 +19,8 @@ def main(argv: list[str]) -> int:
         "-o", "--options", metavar="NAME=VALUE,...", action="append", help="the new options; -o help lists them"
     )
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
-    parser.add_argument(
-        "-p", "--progress", action="store_true", help="accepted for compatibility: no change takes long"
-    )
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
+    parser.add_argument("--force", action="store_true", help="erase the last key slot, too: the disk is lost")
     parser.add_cache("-t", "--cache", dest="cache", written=True)
     parser.add_quiet()
     parser.add_access()
@@ -33,13 +34,20 @@ def main(argv: list[str]) -> int:
         kind = lookup_format(args.format or "qcow2")
         if kind.amend_schema is None:
             raise kind.refusal("has no options that can be changed later")
-        print_schema(kind.amend_schema)
+        print_schema(kind.amend_schema, amend=True)
         return 0
     if args.filename is None:
         parser.error("the name of the image is missing")
     if not options:
         parser.error("no option is given: add -o NAME=VALUE")
-    with open_writable(args.filename, args, args.format) as image:
+    if args.force and isinstance(options.get("encrypt"), dict):
+        options["encrypt"].setdefault("force", True)
+    with (
+        open_writable(args.filename, args, args.format) as image,
+        Meter(args.filename, asked=args.progress, quiet=args.quiet) as meter,
+    ):
+        program.current.amending(image, options)
         image.amend(**options)
         image.flush()
+        meter.report(1, 1)
     return 0

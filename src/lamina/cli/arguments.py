@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import OptionError, UnsupportedFeature, printable
+from ..errors import OptionError, UnsupportedFeature, UsageError
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import HELP, asks_for_help, clip, parse_keyval, parse_seconds, parse_size, shown
+from . import program
 from .schema_text import print_driver
 from .schema_text import print_schema as print_schema  # where commands look for it
 
@@ -44,7 +44,7 @@ class Described(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command. Options may stand anywhere between names. Mistakes raise OptionError."""
+    """The parser of one command. Options may stand anywhere between names. Mistakes raise UsageError."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
@@ -58,6 +58,7 @@ class Parser(argparse.ArgumentParser):
         self._names: dict[str, str] = {}
         #: Whether a number with a sign (-5G) as the last word is no option.
         self.signed_last = False
+        self._cache_modes: list[str] = []
         # Python accepts numbers that Lamina does not (5,000 digits, nan, 1_0).
         self.register("type", int, _whole)
         self.register("type", float, _seconds)
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         near = self._nearest(message)
         message = message if len(message) <= 1000 else f"{message[:1000]}..."
         shows = f"lamina {self._command} --help lists the options"
-        raise OptionError(f"{self._command}: {message}", hint=f"did you mean {near}? {shows}" if near else shows)
+        raise UsageError(f"{self._command}: {message}", hint=f"did you mean {near}? {shows}" if near else shows)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The parsed `argv`. All words after a `--` are names, even with a leading dash."""
@@ -93,12 +94,19 @@ class Parser(argparse.ArgumentParser):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
         if vars(args).get("object"):
             _name_secrets(args.object)
+        for mode in filter(None, (vars(args)[dest] for dest in self._cache_modes)):
+            if mode not in CACHE_MODES:  # no wrong usage: `compare` tells the two apart by its exit status
+                raise OptionError(f"there is no cache mode {shown(mode)}", hint=f"use {', '.join(CACHE_MODES)}")
+        program.current.adjust(self._command, args)
         said = {name: vars(args).get(dest) for dest, name in _OF_STORAGE.items()}
-        if any(value is not None for value in said.values()):
+        said = {name: value for name, value in said.items() if value is not None} | dict(
+            program.current.usual_options()
+        )
+        if said:
             from ..graph import usual
 
             usual.clear()
-            usual.update({name: value for name, value in said.items() if value is not None})
+            usual.update(said)
         return args
 
     def _registry_get(self, registry_name: str, value: Any, default: Any = None) -> Any:
@@ -196,7 +204,8 @@ class Parser(argparse.ArgumentParser):
             "--object",
             metavar="OBJDEF",
             action="append",
-            help="a passphrase for encrypted images: secret,id=NAME,file=PATH; or fd=NUMBER, env=VARIABLE; format=base64",
+            help="a passphrase for encrypted images: secret,id=NAME,file=PATH; or fd=NUMBER, env=VARIABLE; format=base64; or "
+            "credentials for servers: tls-creds-x509,id=NAME,endpoint=client,dir=FOLDER",
         )
 
     def add_limits(self, group: argparse._ArgumentGroup | None = None) -> None:
@@ -236,11 +245,11 @@ class Parser(argparse.ArgumentParser):
         """Add an option for a cache mode, which scripts always give. `written`: of an image that the command writes: the
         command flushes it at the end in `DURABLE_MODES`. Other modes have no effect: the page cache is always used, and what
         is flushed without the option is flushed in any mode."""
+        self._cache_modes.append(dest)
         (group or self).add_argument(
             *flags,
             dest=dest,
             metavar="CACHE",
-            choices=CACHE_MODES,
             help="none, writeback or unsafe, which have no effect; writethrough or directsync: flush it at the end"
             if written
             else "a cache mode of qemu-img, which has no effect: none, writeback, writethrough, directsync, unsafe",
@@ -325,18 +334,24 @@ def _connections(text: str) -> int:
 
 
 def _name_secrets(objects: Sequence[str]) -> None:
+    from ..crypto import credentials
     from ..crypto.secret import named, parse_object
 
     named.clear()
+    credentials.named.clear()
     for text in objects:
+        if text.partition(",")[0].removeprefix("qom-type=") in credentials.KINDS:
+            name, found = credentials.parse(parse_keyval(text, implied="qom-type"))
+            if name in credentials.named:
+                raise OptionError(f"two objects have the id {shown(name)}", hint="give each its own")
+            credentials.named[name] = found
+            continue
         name, secret, exposed = parse_object(text)
         if name in named:
             raise OptionError(f"two objects have the id {shown(name)}", hint="give each its own")
         named[name] = secret
-        if exposed:
-            sys.stderr.write(
-                f"lamina: the secret {printable(name)} can be read in the list of processes: use file=, fd= or env=\n"
-            )
+        if exposed and program.current.warns_of_secrets:
+            program.tell(f"the secret {name} can be read in the list of processes: use file=, fd= or env=")
 
 
 def _policy(text: str) -> Policy:
@@ -381,8 +396,8 @@ def format_options(texts: Sequence[str] | None) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {}
     for text in texts or ():
-        for key, value in parse_keyval(text).items():
-            if key in found:
+        for key, value in parse_keyval(text, last_wins=program.current.last_option_counts).items():
+            if key in found and not program.current.last_option_counts:
                 raise OptionError(f"-o: {key} is given twice", hint="give it once")
             found[key] = value
     return found
@@ -452,7 +467,7 @@ def warn_of_writers(names: Iterable[str]) -> None:
     """Print a warning that another program has these files open for writing. Reads of the command may mix several states of
     such a file."""
     for name in names:
-        sys.stderr.write(
-            f"lamina: warning: {printable(name)}: another program has it open for writing; the output may mix the content "
-            "before and after a write\n"
+        program.tell(
+            f"warning: {name}: another program has it open for writing; the output may mix the content before and after a "
+            "write"
         )

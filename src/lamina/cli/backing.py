@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from ..errors import LaminaError, PolicyError, printable
+from ..errors import LaminaError, PolicyError
 from ..policy import Policy
+from . import program
 
 
 def warn_where_refused(image: str, backing: str) -> None:
     """Print a warning if the new `image` names a `backing` file that the default (`Policy.default`) does not grant, with the
     option that grants it. Other problems of that file are not checked."""
+    if not program.current.warns_of_references:
+        return
     try:
         found = Policy.default().open_reference(backing, referrer=os.path.realpath(image))
     except PolicyError as error:
         hint = f"; {error.hint}" if error.hint else ""
         text = f"warning: the new image needs a grant to be opened: {error.message}{hint}"
-        sys.stderr.write(f"lamina: {printable(text)}\n")
+        program.tell(text)
     except LaminaError:
         return
     else:

@@ -10,6 +10,7 @@ from ..errors import OptionError
 from ..jobs.bench import MOST, Load, Measured, bench
 from ..jobs.progress import Monitor
 from ..options import format_size, parse_size, shown
+from . import program
 from .arguments import Parser, image_source, tell_of_writers
 from .io.target import AIO_MODES, CACHE_MODES, Target, choose
 from .terminal import Meter
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
         measured = bench(image, load, Monitor(meter.report))
     if human:
         sys.stdout.write(f"Run completed in {measured.nanoseconds / 1e9:.3f} seconds.\n")
-        if not args.quiet:
+        if not args.quiet and program.current.tells_latency:
             sys.stdout.write(_summary(load, measured))
     else:
         import json

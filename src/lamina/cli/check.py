@@ -12,6 +12,7 @@ from typing import Any
 from ..check_result import CheckResult
 from ..errors import UnsupportedFeature, printable
 from ..inspection import check
+from . import program
 from .arguments import Parser, image_source, warn_of_writers
 
 _EXAMPLES = """
@@ -48,11 +49,14 @@ def main(argv: list[str]) -> int:
         found = check(source, **given)
     except UnsupportedFeature as error:
         if not args.quiet:
-            sys.stderr.write(f"lamina: {printable(str(error))}\n")
+            program.tell(str(error))
         return NO_CHECK
     warn_of_writers(found.other_writers)
 
-    if args.output == "json":
+    text = program.current.checked(found, json=args.output == "json")
+    if text is not None:
+        sys.stdout.write(text)
+    elif args.output == "json":
         import json
 
         sys.stdout.write(json.dumps(found.to_json(), indent=4) + "\n")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from ..jobs.compare import Difference, compare
+from ..jobs.compare import Difference, Strict, compare
 from ..jobs.progress import Monitor
+from . import program
 from .arguments import Parser, open_image
 from .terminal import Meter
 
@@ -14,7 +15,7 @@ _EXAMPLES = """
   lamina compare -f raw -F qcow2 disk.raw disk.qcow2
   lamina compare -s before.qcow2 after.qcow2             sizes and allocation must be equal too
 
-exit status: 0 equal, 1 different, 2 an error
+exit status: 0 equal, 1 different (or an option is wrong), 2 an error
 """
 
 FAILURE = 2
@@ -33,13 +34,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("second", metavar="FILE2")
     args = parser.parse(argv)
 
-    with open_image(args.first, args, args.format) as first, open_image(args.second, args, args.other_format) as second:
-        if not args.quiet and not args.strict and first.size != second.size:
-            print("Warning: Image size mismatch!")
-        with Meter("comparing", asked=args.progress, quiet=args.quiet) as meter:
-            difference = compare(first, second, strict=args.strict, monitor=Monitor(meter.report))
-    if not args.quiet:
-        sys.stdout.write(_verdict(difference) + "\n")
+    with (
+        open_image(args.first, args, args.format) as first,
+        open_image(args.second, args, args.other_format) as second,
+        Meter("comparing", asked=args.progress, quiet=args.quiet) as meter,
+    ):
+        strict: Strict = "" if not args.strict else program.current.strictness
+        difference = compare(first, second, strict=strict, monitor=Monitor(meter.report))
+        # About the part that only one of them has.
+        end = min(first.size, second.size)
+        longer = first.size != second.size and (difference is None or difference.offset >= end)
+        text = "Warning: Image size mismatch!\n" if longer and not args.strict else ""
+        text = "" if args.quiet else text + _verdict(difference) + "\n"
+        if program.current.plain_progress:
+            sys.stdout.write(text)  # before the end of the line of progress
+            text = ""
+    sys.stdout.write(text)
     return 0 if difference is None else 1
 
 
@@ -51,4 +61,5 @@ def _verdict(difference: Difference | None) -> str:
         return "Strict mode: Image size mismatch!"
     if difference.kind == "status":
         return f"Strict mode: Offset {difference.offset} block status mismatch!"
-    return f"Content mismatch at offset {difference.offset}!"
+    unit = program.current.mismatch_unit
+    return f"Content mismatch at offset {difference.offset // unit * unit}!"

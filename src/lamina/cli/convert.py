@@ -134,6 +134,8 @@ def main(argv: list[str]) -> int:
     if options is None:
         print_schema(create_driver(args.target_format or "raw").creation_schema())
         return 0
+    if args.backing_format is not None and args.backing is None and "backing_file" not in options:
+        parser.error("-F is the format of a backing file, and none is given: add -B")
     if len(args.names) < 2:
         parser.error("a source and a target are needed")
     if len(args.names) > 2:

@@ -9,6 +9,7 @@ from ..creation import create, create_driver
 from ..errors import OptionError, printable
 from ..inspection import info
 from ..options import parse_size
+from . import program
 from .arguments import Parser, format_options, print_schema
 
 _EXAMPLES = """
@@ -63,9 +64,15 @@ def main(argv: list[str]) -> int:
         if "size" in options:
             raise OptionError("the size is given twice, once in -o", hint="give it once")
         options["size"] = parse_size(args.size)
-    create(args.filename, format, budget=args.limits, **options)
+    create(
+        args.filename,
+        format,
+        budget=args.limits,
+        **program.current.new_image(args.filename, format, options, quiet=args.quiet),
+    )
     if not args.quiet:
-        sys.stdout.write(_summary(args.filename, format, options))
+        text = program.current.created(args.filename, format, options)
+        sys.stdout.write(_summary(args.filename, format, options) if text is None else text)
     if options.get("backing_file"):
         from .backing import warn_where_refused
 

@@ -7,6 +7,7 @@ from ..jobs.convert import convert_to_file
 from ..jobs.progress import Monitor
 from ..limits import MAX_SIZE
 from ..options import parse_size, shown
+from . import program
 from .arguments import Parser, open_image
 from .streams import print_error
 from .terminal import Meter
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
             source,
             target,
             args.target_format or "raw",
-            {},
+            {"size": program.current.disk_size(end - start)},
             references=args.references,
             max_output=args.max_output,
             monitor=Monitor(meter.report),

@@ -1,4 +1,4 @@
-"""The entry point of the installed program `lamina` and of `python -m lamina`."""
+"""The entry point of the installed program `lamina`, of `python -m lamina`, and of the scripts of `lamina shims`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import signal
 from typing import NoReturn
 
 
-def run() -> NoReturn:
-    """Run the command line of this process, and end the process.
+def run(name: str = "lamina") -> NoReturn:
+    """Run the command line of this process, as the program `name`, and end the process.
 
     Until the command line has handlers of its own (`signals.install`), Ctrl-C ends the process as the system does: Python's
     handler would raise KeyboardInterrupt in the middle of an import, where nothing catches it, and print a traceback."""
@@ -17,4 +17,4 @@ def run() -> NoReturn:
     gc.disable()  # `run_command` enables it when modules are imported; their objects live to the end
     from .main import run as run_command
 
-    run_command()
+    run_command(name)

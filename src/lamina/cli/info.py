@@ -11,6 +11,7 @@ from ..errors import OptionError, printable
 from ..inspection import info, info_chain
 from ..options import format_size
 from ..results import ImageInfo, Snapshot
+from . import program
 from .arguments import Parser, image_source, warn_of_writers
 from .nbd_names import names_export
 
@@ -54,7 +55,10 @@ def main(argv: list[str]) -> int:
             warn_of_writers(one.other_writers)
     else:
         found = (info(source, **given),)
-    if args.output == "json":
+    text = program.current.described(found, json=args.output == "json", chain=args.backing_chain)
+    if text is not None:
+        sys.stdout.write(text)
+    elif args.output == "json":
         import json
 
         records = [one.to_json() for one in found]
@@ -100,7 +104,7 @@ def _human(found: ImageInfo) -> str:
     data = (found.format_specific or {}).get("data")
     if data:
         lines.append("Format specific information:")
-        lines += _nested(data, 1)
+        lines += nested(data, 1)
     lines += (f"not supported here: {printable(feature)}" for feature in found.unsupported)
     return "".join(f"{line}\n" for line in lines)
 
@@ -109,23 +113,25 @@ def snapshot_table(found: Sequence[Snapshot]) -> Iterator[str]:
     """The lines of a table of snapshots."""
     import time
 
-    yield f"{'ID':<8}{'TAG':<20}{'VM SIZE':>12}{'DATE':>21}{'VM CLOCK':>16}{'ICOUNT':>11}"
+    layout = program.current.snapshot_columns
+    yield layout.format(*program.current.snapshot_titles)
     for one in found:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.date))
         seconds, nanoseconds = divmod(one.vm_clock, 1_000_000_000)
-        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{nanoseconds // 1_000_000:03}"
+        hours = f"{seconds // 3600:0{program.current.hour_digits}}"
+        clock = f"{hours}:{seconds // 60 % 60:02}:{seconds % 60:02}.{nanoseconds // 1_000_000:03}"
         icount = "--" if one.icount is None else one.icount
         size = format_size(one.vm_state)
-        yield f"{printable(one.id):<8}{printable(one.name):<20}{size:>12}{date:>21}{clock:>16}{icount:>11}"
+        yield layout.format(printable(one.id), printable(one.name), size, date, clock, str(icount))
 
 
-def _nested(value: Any, level: int) -> Iterator[str]:
+def nested(value: Any, level: int) -> Iterator[str]:
     """Nested values, one in each line, indented."""
     rows = value.items() if isinstance(value, dict) else ((f"[{number}]", item) for number, item in enumerate(value))
     for key, item in rows:
         label = f"{'    ' * level}{str(key).replace('-', ' ')}:"
         if isinstance(item, dict | list):
             yield label
-            yield from _nested(item, level + 1)
+            yield from nested(item, level + 1)
         else:
             yield f"{label} {str(item).lower() if isinstance(item, bool) else printable(str(item))}"

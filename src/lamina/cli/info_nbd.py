@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError, printable
 from ..options import format_size
+from . import program
 from .nbd_names import export_target, names_export
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ def show(name: str, *, every: bool, content: bool, json: bool, timeout: float | 
     if not names_export(name):
         raise OptionError("only NBD servers have a list of exports", path=name, hint="give an NBD address: nbd://HOST")
     found = inspect(export_target(name), exports=every, content=content, timeout=timeout)
-    if json:
+    text = program.current.exports(found)
+    if text is not None:
+        sys.stdout.write(text)
+    elif json:
         from json import dumps
 
         sys.stdout.write(dumps(as_dict(found), indent=4) + "\n")

@@ -16,9 +16,9 @@ from errno import EIO
 from importlib import import_module
 from typing import NoReturn
 
-from ..errors import LaminaError, OptionError
+from ..errors import LaminaError, OptionError, UsageError
 from ..version import __version__
-from . import signals
+from . import program, signals
 from .streams import drop, lost_output, prepare, print_error
 
 #: Command -> (module in this package, summary). In the order of the help.
@@ -44,6 +44,7 @@ COMMANDS = {
     "bench": ("bench", "measure the rate and latency of requests to an image"),
     "serve": ("serve", "serve images over NBD"),
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
+    "shims": ("shims", "write programs named qemu-img, qemu-io and qemu-nbd, which are Lamina"),
     "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
@@ -53,6 +54,9 @@ COMMANDS = {
 
 _HINT = "lamina --help lists the commands"
 
+#: The exit status for an error of the command that this process runs.
+_failure = 1
+
 
 def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None = None) -> int:
     """Run the command line `argv` (default: that of this process), which excludes the name of the program. `imported` is
@@ -60,8 +64,10 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
     that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with LAMINA_DEBUG in the environment also
     unexpected exceptions, which are bugs of Lamina."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    failure = 1
+    global _failure
+    _failure = 1
     try:
+        arguments = program.current.command_line(arguments)
         if not arguments:
             raise OptionError("no command is given", hint=_HINT)
         name = arguments[0]
@@ -74,23 +80,26 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
         if name not in COMMANDS:
             raise _unknown(name)
         module = import_module(f"{__package__}.{COMMANDS[name][0]}")
-        failure = getattr(module, "FAILURE", 1)
+        _failure = getattr(module, "FAILURE", 1)
         if imported is not None:
             imported()
         return int(module.main(arguments[1:]))
     except BrokenPipeError:
         raise
+    except UsageError as error:
+        print_error(str(error))
+        return 1
     except (LaminaError, OSError) as error:
         # The error may be a failed write to standard output, so the buffered output cannot be written either.
         lost = lost_output()
         print_error(f"standard output: {os.strerror(lost.errno or EIO)}" if lost is not None else str(error))
-        return failure
+        return _failure
     except SystemExit as stop:  # argparse raises it after --help
         return stop.code if isinstance(stop.code, int) else 0
     except MemoryError:
         lost_output()
         print_error("out of memory; end other programs, or increase the memory limit (ulimit -v)")
-        return failure
+        return _failure
     except Exception as error:
         if os.environ.get("LAMINA_DEBUG"):
             raise
@@ -100,22 +109,23 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
             f"a bug in lamina: {type(error).__name__}: {text}; please report it, with the traceback that the command prints "
             "with LAMINA_DEBUG=1 in the environment"
         )
-        return failure
+        return _failure
     finally:
         if graph := sys.modules.get("lamina.graph"):
             graph.usual.clear()  # options such as --timeout were for this command
 
 
-def run() -> NoReturn:
-    """The entry point of the installed program `lamina`. Ends the process."""
+def run(name: str = "lamina") -> NoReturn:
+    """The entry point of the installed program `lamina`, or of the program `name` whose place it takes (see `personality`).
+    Ends the process."""
     try:
         signals.install()
         prepare()
-        status = main(imported=_collect_garbage)
+        status = _become(name) or main(imported=_collect_garbage)
         lost = lost_output()
         if lost is not None:
             print_error(f"standard output: {os.strerror(lost.errno or EIO)}")
-            status = status or _failure_status()
+            status = status or _failure
         # An error during the clean-up of an interrupted command may have replaced the interrupt.
         signals.check()
     except KeyboardInterrupt as stop:
@@ -135,18 +145,25 @@ def run() -> NoReturn:
     sys.exit(status)
 
 
+def _become(name: str) -> int:
+    """Make this process the program `name`. Returns the exit status, 0 if that was possible."""
+    if name == program.current.name:
+        return 0
+    from .personality import personality
+
+    try:
+        program.current = personality(name)
+    except LaminaError as error:
+        print_error(str(error))
+        return 1
+    return 0
+
+
 def _collect_garbage() -> None:
     # What is imported by now lives to the end of the process. The collector need not look at it, neither while the command
     # runs nor at the end: 6 ms of the 39 of `lamina info`.
     gc.freeze()
     gc.enable()
-
-
-def _failure_status() -> int:
-    """The exit status for an error of the command that this process ran."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    module = sys.modules.get(f"{__package__}.{COMMANDS[name][0]}") if name in COMMANDS else None
-    return int(getattr(module, "FAILURE", 1))
 
 
 def _help() -> str:

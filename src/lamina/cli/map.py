@@ -10,11 +10,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import OptionError, printable
+from ..errors import OptionError, UnsupportedFeature, printable
 from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
 from ..jobs.windows import windows
 from ..limits import align_down, align_up
 from ..numeric import np
+from . import program
 from .arguments import Parser, open_image
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ def main(argv: list[str]) -> int:
         raise OptionError("--totals needs a metadata context of an NBD export", hint="add --context base:allocation")
     with open_image(args.filename, args, args.format) as image:
         sys.stdout.flush()
-        write = _write_json if args.output == "json" else _write_table
-        write(_joined(_pieces(image, args)), sys.stdout.buffer)
+        pieces = _joined(_pieces(image, args))
+        if args.output == "json":
+            _write_json(pieces, sys.stdout.buffer, program.current.map_of_nothing(args.start_offset))
+        else:
+            _write_table(pieces, sys.stdout.buffer)
     return 0
 
 
@@ -92,6 +96,8 @@ def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
     """The requested extents, in windows. Unless exact, they cover all blocks that overlap the range."""
     begin, size = args.start_offset, image.size
     if begin > size:
+        if program.current.map_of_nothing(begin):
+            return
         raise OptionError(f"the start offset {begin} is past the end of the image at {size}", path=image.filename)
     end = size if args.max_length is None else min(begin + args.max_length, size)
     if args.exact:
@@ -101,7 +107,7 @@ def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
     if begin < end:
         begin, end = align_down(begin, block), min(align_up(end, block), size)
     for piece in windows(image, begin, end, grid=block):
-        yield piece.align(block)
+        yield program.current.mapped(image, piece.align(block))
 
 
 def _joined(pieces: Iterator[Extents]) -> Iterator[Extents]:
@@ -129,14 +135,16 @@ class _Templates(dict[int, str]):
 
         text = (
             f',\n{{ "start": %d, "length": %d, "depth": {depth}, "present": {word(PRESENT)}, "zero": {word(ZERO)}, '
-            f'"data": {word(DATA)}, "compressed": {word(COMPRESSED)}'
+            f'"data": {word(DATA)}'
         )
+        if program.current.maps_compression:
+            text += f', "compressed": {word(COMPRESSED)}'
         # Every row has three numbers; %.0s consumes one and prints nothing.
         self[code] = text + (', "offset": %d}' if stored else "%.0s}")
         return self[code]
 
 
-def _write_json(pieces: Iterator[Extents], out: BinaryIO) -> None:
+def _write_json(pieces: Iterator[Extents], out: BinaryIO, nothing: str = "") -> None:
     templates = _Templates()
     before = b"["
     for piece in pieces:
@@ -149,7 +157,9 @@ def _write_json(pieces: Iterator[Extents], out: BinaryIO) -> None:
                 text = before + text.removeprefix(b",\n")
                 before = b""
             out.write(text)
-    out.write(before + b"]\n")
+    if before:
+        out.write(before + nothing.encode("ascii"))
+    out.write(b"]\n")
 
 
 def _write_table(pieces: Iterator[Extents], out: BinaryIO) -> None:
@@ -157,6 +167,8 @@ def _write_table(pieces: Iterator[Extents], out: BinaryIO) -> None:
     for piece in pieces:
         for extent in piece.where(data=True, zero=False):
             if extent.file is None or extent.offset is None:
+                if program.current.maps_only_files:
+                    raise UnsupportedFeature("some of its bytes are encoded, or in no file", hint="use --output=json")
                 where, file = "compressed" if extent.compressed else "-", ""
             else:
                 where, file = _hex(extent.offset), printable(extent.file.filename)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..creation import create_driver
 from ..format import Format
 from ..jobs.windows import windows
+from . import program
 from .arguments import Parser, format_options, print_schema
 from .source_snapshot import open_source
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
         return 0
     if (args.size is None) == (args.filename is None):
         parser.error("either a source or --size is needed")
+    if args.filename is None and (args.image_opts or args.format is not None or args.source_snapshot is not None):
+        parser.error("-f, -l and --image-opts describe a source, and --size stands for one: omit them")
     values = kind.creation_schema().parse(options)
     kind.prepare_create(values, _NEW, args.limits)
     if args.filename is None:
@@ -56,10 +59,13 @@ def main(argv: list[str]) -> int:
     else:
         with open_source(args.filename, args) as image:
             size, node = values.get("size") or image.size, image.node
-            keeps = kind.keeps_bitmaps and isinstance(node, Format) and node.keeps_bitmaps
+            keeps = kind.keeps_bitmaps and isinstance(node, Format) and node.takes_bitmaps
             stored = windows(image, 0, image.size, grid=values.get("cluster_size") or 1)
             found = kind.measure(size, values, stored, image.bitmaps if keeps else None)
-    if args.output == "json":
+    text = program.current.measured(found, json=args.output == "json")
+    if text is not None:
+        sys.stdout.write(text)
+    elif args.output == "json":
         import json
 
         sys.stdout.write(json.dumps(found.to_json(), indent=4) + "\n")

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             rebase(
                 image,
                 args.backing or None,
-                args.backing_format,
+                args.backing_format if args.backing else None,
                 references=args.references,
                 max_output=args.max_output,
                 monitor=Monitor(meter.report),

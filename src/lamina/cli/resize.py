@@ -6,6 +6,7 @@ import sys
 
 from ..errors import OptionError
 from ..options import parse_size
+from . import program
 from .arguments import Parser, open_writable
 
 _EXAMPLES = """
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> int:
             raise OptionError(
                 f"the disk has {before} bytes, and cannot become {-size} bytes smaller than empty", path=image.filename
             )
+        if size < program.current.smallest_disk:
+            raise OptionError("the new size is 0", path=image.filename, hint="lamina resize makes empty disks")
         if size < before and not args.shrink:
             raise OptionError(
                 f"the disk has {before} bytes: with {size} it would lose what lies behind them",

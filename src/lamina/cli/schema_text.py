@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 from .. import registry
 from ..errors import printable
 from ..schema import REQUIRED, Schema
+from . import program
 
 
-def print_schema(schema: Schema, title: str | None = None) -> None:
-    """Print the options with types and defaults, for `-o help`. `title`: the line above them."""
+def print_schema(schema: Schema, title: str | None = None, *, amend: bool = False) -> None:
+    """Print the options with types and defaults. `title`: the line above them; None: for `-o help`, about a new image, or
+    one that is to `amend`."""
+    text = program.current.options_text(schema, amend=amend) if title is None else None
+    if text is not None:
+        sys.stdout.write(text)
+        return
     rows = [
         (
             f"{name}={kind}",

@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, OptionError, printable
-from ..node import Node, StorageNode
+from ..node import MAY_UNMAP, Node, StorageNode
 from ..options import format_size, parse_keyval, parse_size
 from ..side_file import SideFile
+from . import program
 from .arguments import Parser, image_source
 from .daemon import PidFile, fork_to_background, inherited_sockets
 from .ending import Ending
-from .io.target import DISCARD_MODES, Target, choose
+from .io.target import AIO_MODES, DISCARD_MODES, Target, choose
 
 if TYPE_CHECKING:
     import ssl
@@ -140,6 +141,10 @@ def _parser() -> Parser:
     how.add_argument(
         "--discard", default="unmap", metavar="MODE", help="discards of clients: unmap (default) or ignore"
     )
+    how.add_argument(
+        "--detect-zeroes", choices=("off", "on", "unmap"), default="off",
+        help="write zeros of clients as zeros (on), or free their space (unmap); off: as data",
+    )  # fmt: skip
     how.add_argument("--aio", metavar="MODE", help="accepted for compatibility; threads execute the requests")
     how.add_argument(
         "--handshake-limit",
@@ -194,6 +199,8 @@ def _agree(args: Namespace) -> None:
     if args.cache not in ("writeback", "none", "off"):
         raise OptionError(f"unknown cache mode {printable(args.cache)}", hint="use writeback or none")
     choose(DISCARD_MODES, "discard", args.discard)
+    if args.aio is not None:
+        choose(AIO_MODES, "aio", args.aio)
     if args.folder and (args.offset or args.size is not None or args.partition is not None or args.bitmap):
         raise OptionError("--folder serves whole images, without bitmaps", hint="omit -o, --size, --partition and -B")
     if args.load_snapshot is not None and (args.folder or args.bitmap):
@@ -228,7 +235,9 @@ def _seconds(text: str) -> float:
 
 def _log(verbose: bool) -> None:
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="lamina serve: %(message)s", stream=sys.stderr
+        level=logging.INFO if verbose else logging.WARNING,
+        format=f"{program.current.server_name}: %(message)s",
+        stream=sys.stderr,
     )
 
 
@@ -313,6 +322,7 @@ def _open(args: Namespace, options: dict[str, Any]) -> Image:
     )
     image = target.open()
     image.node.discards = target.discards
+    image.node.zero_detected = {"off": None, "on": 0, "unmap": MAY_UNMAP}[args.detect_zeroes]
     return image
 
 
@@ -341,7 +351,8 @@ def _export(image: Image, args: Namespace, options: dict[str, Any]) -> Any:
         bitmaps[name] = offered[name]
     description = options.get("description", "")
     writable = _writable(args, options)
-    return Export(image, options["name"], description=description, writable=writable, bitmaps=bitmaps)
+    depth = args.allocation_depth or program.current.offers_depth_always
+    return Export(image, options["name"], description=description, writable=writable, bitmaps=bitmaps, depth=depth)
 
 
 def _folder(args: Namespace) -> Folder | None:
@@ -462,6 +473,8 @@ def _server(
 
 
 def _announce(args: Namespace, server: Server, restricted: list[RestrictedExport], folder: Folder | None) -> None:
+    if not program.current.announces:
+        return
     exports = [each.export for each in restricted]
     uris = server.uris
     if args.output == "json":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from . import program
 from .arguments import Parser, open_image, open_writable
 from .source_snapshot import find
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     if args.create is None and args.apply is None and args.delete is None:
         with open_image(args.filename, args, args.format) as image:
-            found = image.snapshots()
+            found = program.current.snapshots(image, asked=args.list)
         if args.output == "json":
             import json
 

@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from ..errors import printable
+from . import program
 
 
 class _DiscardingStream(io.BufferedIOBase):
@@ -80,7 +80,7 @@ def prepare() -> None:
 def print_error(text: str) -> None:
     """Print one line on standard error. Errors of standard error itself are ignored."""
     try:
-        sys.stderr.write(f"lamina: {printable(text)}\n")
+        program.tell(text)
         sys.stderr.flush()
     except (OSError, ValueError):
         drop(sys.stderr)

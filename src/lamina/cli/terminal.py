@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..errors import printable
-from . import signals
+from . import program, signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,7 +27,7 @@ class Meter:
 
     def __init__(self, what: str, *, asked: bool, quiet: bool = False, piped: bool = False) -> None:
         self._what = what
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and not program.current.plain_progress
         self._lines = asked and not self._terminal and not quiet and not piped
         self._begin = monotonic() + (0.0 if asked else _DELAY)
         self._bars = self._terminal and not quiet

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
 from ..format import Format, Measure
-from ..limits import MIB, Limits
+from ..limits import MIB, Limits, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, plain
 from ..request import sizes_changed
 from ..results import ImageInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..pending import Pending
     from ..request import Child
     from ..status import Status
+    from .raw_guessed import Guard
 
 _ZEROS = memoryview(bytes(MIB))
 
@@ -37,14 +39,30 @@ class Raw(Format):
             Option("file", "node", "the storage", required=True),
             Option("offset", "size", "the start of the disk in the file, in bytes", default=0),
             Option("size", "size", "the length of the disk in bytes (default: up to the end of the file)"),
+            Option("guessed", "bool", "refuse writes that make the disk look like another format", default=False),
+            Option(
+                "round-size-up",
+                "size",
+                "without a size: a multiple of this, a power of two; zeros follow the end",
+                default=1,
+            ),
         ],
     )
     create_schema: ClassVar[Schema] = Schema("raw", [Option("size", "size", "the length of the disk in bytes")])
+    _guard: Guard | None = None  # of a disk whose format was only guessed
     # The edge to the storage emulates FUA.
     supported_flags = FUA
 
     def __init__(
-        self, file: Child, *, offset: int = 0, size: int | None = None, name: str | None = None, read_only: bool = False
+        self,
+        file: Child,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        round_up: int = 1,
+        guessed: bool = False,
+        name: str | None = None,
+        read_only: bool = False,
     ) -> None:
         """The disk in `file`, an edge that this node owns from now on. Raises OptionError if the range is not inside it."""
         super().__init__(name=name, read_only=read_only)
@@ -65,12 +83,26 @@ class Raw(Format):
         self.children = {"file": file}
         self._offset = offset
         self._window = size
+        self._unit = round_up
+        if guessed:
+            from .raw_guessed import Guard
+
+            self._guard = Guard(file)
 
     @classmethod
     def open(cls, options: dict[str, Any], opener: Opener) -> Self:
         offset, size = options.get("offset") or 0, options.get("size")
         child = opener.child("file", options["file"], grows=not offset and size is None)
-        return cls(child, offset=offset, size=size, name=opener.name, read_only=opener.read_only)
+        unit = options.get("round-size-up") or 1
+        return cls(
+            child,
+            offset=offset,
+            size=size,
+            round_up=unit,
+            guessed=bool(options.get("guessed")),
+            name=opener.name,
+            read_only=opener.read_only,
+        )
 
     @classmethod
     def create(cls, storage: Child, size: int, values: Mapping[str, Any]) -> None:
@@ -96,7 +128,9 @@ class Raw(Format):
     @classmethod
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:
         """There is no header: the disk has the length of its file, or of the range in `values`."""
-        return ImageInfo(virtual_size=cls(storage, offset=values.get("offset") or 0, size=values.get("size")).size)
+        unit = values.get("round-size-up") or 1
+        disk = cls(storage, offset=values.get("offset") or 0, size=values.get("size"), round_up=unit)
+        return ImageInfo(virtual_size=disk.size)
 
     @classmethod
     def explain(cls, storage: Child, values: Mapping[str, Any]) -> Explainer:
@@ -108,11 +142,13 @@ class Raw(Format):
     @property
     def size(self) -> int:
         # Not negative, even if the file was truncated after the open.
-        return max(self.file.node.size - self._offset, 0) if self._window is None else self._window
+        if self._window is not None:
+            return self._window
+        return align_up(max(self.file.node.size - self._offset, 0), self._unit)
 
     @property
     def faithful(self) -> bool:
-        return not self._offset and self._window is None
+        return not self._offset and self._window is None and self._unit == 1
 
     @property
     def immutable(self) -> bool:
@@ -136,19 +172,30 @@ class Raw(Format):
         file.read_into(self._offset + offset, view)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        if self._guard is None:
+            self._write(offset, view, flags)
+            return
+        with self._guard.writing(offset, view, self.size):
+            self._write(offset, view, flags)
+
+    def _write(self, offset: int, view: memoryview, flags: int) -> None:
         file = self.file
         if file.event is not None:
             file.event("write_aio")
         file.write(self._offset + offset, view, flags)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        if self._guard is not None:
+            raise self.refuse("copy from a file here")  # the caller writes the bytes
         self.file.copy_from(self._offset + offset, source, source_offset, length, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         self.file.zero(self._offset + offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
-        self.file.discard(self._offset + offset, length)
+        inside = min(length, self.file.node.size - self._offset - offset)
+        if inside > 0:
+            self.file.discard(self._offset + offset, inside)
 
     def flush(self) -> None:
         self.file.tell("flush_to_os")
@@ -166,7 +213,8 @@ class Raw(Format):
                 operation="truncate",
                 hint="open it without that option",
             )
-        self.file.truncate(self._offset + size)
+        with nullcontext() if self._guard is None else self._guard.resizing(size):
+            self.file.truncate(self._offset + size)
 
     def resize(self, size: int, preallocation: str) -> None:
         if preallocation == "metadata":
@@ -186,8 +234,24 @@ class Raw(Format):
         return length
 
     def extents(self, offset: int, length: int) -> Extents:
+        inside = min(length, self.file.node.size - self._offset - offset)
+        if inside < length:
+            return self._past_the_end(offset, inside, length)
         found = self.file.extents(self._offset + offset, length)
         return found.shift(-self._offset) if self._offset else found
+
+    def _past_the_end(self, offset: int, inside: int, length: int) -> Extents:
+        """The extents of a request that ends in the zeros after the end of the file, of which `inside` bytes are stored."""
+        from ..extents import Extents
+
+        if inside <= 0:
+            base = self.host_base
+            file, at = (None, None) if base is None else (base[0], base[1] + offset)
+            return Extents.single(offset, length, zero=True, present=True, file=file, offset=at)
+        found = self.extents(offset, inside)
+        if found.end < offset + inside:
+            return found
+        return Extents.concat([found, self._past_the_end(offset + inside, 0, length - inside)])
 
     # Started requests are passed on, for far storage. With an observer of events below, requests complete at once.
 
@@ -197,7 +261,7 @@ class Raw(Format):
         return self.file.start_read(self._offset + offset, view)
 
     def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
-        if self.file.event is not None:
+        if self.file.event is not None or self._guard is not None:
             return super().start_write(offset, view, flags)
         return self.file.start_write(self._offset + offset, view, flags)
 
@@ -205,12 +269,18 @@ class Raw(Format):
         return self.file.start_zero(self._offset + offset, length, flags)
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        if self._unit > 1:
+            return super().zero_runs(offset, length)
         return self.file.zero_runs(self._offset + offset, length)
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
+        if self._unit > 1:
+            return super().start_zero_runs(offset, length)
         return self.file.start_zero_runs(self._offset + offset, length)
 
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        if self._unit > 1:
+            return super().first_extents(offset, length, most)
         return self.file.first_extents(self._offset + offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ..extents import DATA, PRESENT, ZERO
+from ..extents import COMPRESSED, DATA, PRESENT, ZERO
 from ..limits import KIB, MIB
 from ..numeric import np
 from ..zeros import is_zero
@@ -29,6 +29,8 @@ _FAR_PIECE = 2 * MIB
 #: What a strict comparison looks at, by flags: whether a byte is stored, zero without being stored, and owned. (Which stored
 #: zeros lie in a hole is the business of the file system: a copy of a file may have other holes.)
 _STATUS = np.array([flags & (DATA | PRESENT) | (0 if flags & DATA else flags & ZERO) for flags in range(16)], np.uint8)
+#: How strictly two images are compared: by content alone, by size and status, or by compression too.
+Strict = Literal["", "status", "compression"]
 
 # Which of the two images must be read, because it is not known to be zero there; or nothing is read: they are unlike by their
 # status, or it is only said how far we are.
@@ -43,12 +45,18 @@ class Difference(NamedTuple):
 
 
 def compare(
-    first: Image, second: Image, *, strict: bool = False, parallel: int | None = None, monitor: Monitor | None = None
+    first: Image,
+    second: Image,
+    *,
+    strict: Strict | bool = "",
+    parallel: int | None = None,
+    monitor: Monitor | None = None,
 ) -> Difference | None:
     """The first difference between two disks, or None.
 
-    What one has beyond the end of the other must read as zero. With `strict` the sizes must be equal too, and so must
-    be, for each byte, whether it is stored, is zero without being stored, and is owned by any layer. `parallel`: so many
+    What one has beyond the end of the other must read as zero. With `strict` "status" (or True) the sizes must be equal too,
+    and so must be, for each byte, whether it is stored, is zero without being stored, and is owned by any layer; with
+    "compression" also whether it is stored compressed. `parallel`: so many
     pieces are read at once, 1 to 16; None: one, or 8 if an image is remote. Raises the errors of reading, and Cancelled.
     """
     watch = monitor or Monitor()
@@ -81,11 +89,11 @@ class _Step(NamedTuple):
     end: int
 
 
-def _steps(first: Image, second: Image, strict: bool, piece: int) -> Iterator[_Step]:
+def _steps(first: Image, second: Image, strict: Strict | bool, piece: int) -> Iterator[_Step]:
     """What must be looked at, in order, in pieces of at most `piece` bytes."""
     shared = min(first.size, second.size)
     for mine, theirs in pairs(first, second, 0, shared):
-        status = _first_status(mine, theirs) if strict else None
+        status = _first_status(mine, theirs, compression=strict == "compression") if strict else None
         end = mine.end if status is None else status
         for which, begin, length in _unequal(mine.clip(mine.begin, end), theirs.clip(mine.begin, end)):
             yield from _pieces(which, begin, length, piece)
@@ -121,10 +129,11 @@ def _unequal(mine: Extents, theirs: Extents) -> Iterator[tuple[int, int, int]]:
     return stretches(which, start, length, near=(_BOTH, _FIRST, _SECOND))
 
 
-def _first_status(mine: Extents, theirs: Extents) -> int | None:
+def _first_status(mine: Extents, theirs: Extents, *, compression: bool) -> int | None:
     """Where the flags of the two first differ (not where the bytes lie, nor in which layer)."""
     edges = np.union1d(mine.start, theirs.start)
-    status = [_STATUS[one.flags[np.searchsorted(one.start, edges, "right") - 1]] for one in (mine, theirs)]
+    flags = [one.flags[np.searchsorted(one.start, edges, "right") - 1] for one in (mine, theirs)]
+    status = [_STATUS[one] | (one & COMPRESSED if compression else np.uint8(0)) for one in flags]
     differs = np.flatnonzero(status[0] != status[1])
     return int(edges[differs[0]]) if len(differs) else None
 

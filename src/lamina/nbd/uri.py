@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..crypto.credentials import node_options
 from ..errors import OptionError, UnsupportedFeature
 from ..options import MAX_TEXT, parse_seconds, shown
 from ..schema import Option, Schema
@@ -64,7 +65,7 @@ OPTIONS = (
     Option(
         "tls", "enum", "whether to encrypt: allow can be undone by an attacker", choices=("off", "allow", "require")
     ),
-    Option("tls-creds", "str", "QEMU's name of credentials: refused, use tls-certificates or tls-psk-file"),
+    Option("tls-creds", "str", "the id of credentials (--object tls-creds-x509 or tls-creds-psk)"),
     Option("tls-hostname", "str", "the name that the server's certificate must have, if not that of the host"),
     Option("tls-verify-peer", "bool", "whether to check the server's certificate (default on)"),
     Option("tls-certificates", "str", "folder with ca-cert.pem, client-cert.pem, client-key.pem"),
@@ -221,8 +222,7 @@ def from_options(options: Mapping[str, Any]) -> Target:
     """
     given = {name: value for name, value in _SCHEMA.parse(options).items() if value is not None}
     if "tls-creds" in given:
-        hint = "give tls-certificates=FOLDER (ca-cert.pem, client-cert.pem, client-key.pem), or tls-psk-file"
-        raise UnsupportedFeature("tls-creds names an object of QEMU, and there are none here", hint=hint)
+        given |= node_options(given.pop("tls-creds"))
     address = _address(given)
     tls = {
         "tls_hostname": given.get("tls-hostname"),

@@ -41,7 +41,8 @@ _HINTS = {
     errno.EFBIG: "the file system or a limit of this process allows no file of that size",
 }
 
-_CACHE = Schema("cache", [Option("direct", "bool", "bypass the page cache (O_DIRECT)", default=False)])
+_DIRECT = Option("direct", "bool", "bypass the page cache (O_DIRECT)", default=False)
+_CACHE = Schema("cache", [_DIRECT, Option("no-flush", "bool", "without an effect: no flush is omitted")])
 
 
 class FileStorage(StorageNode):
@@ -64,8 +65,7 @@ class FileStorage(StorageNode):
             Option(
                 "holes",
                 "bool",
-                "ask the file system which parts of the file are holes; off: treat every byte as stored data, if the file "
-                "system cannot be trusted",
+                "ask the file system which parts are holes; off: every byte is data, if the file system cannot be trusted",
                 default=True,
             ),
         ],

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 
 from ...errors import LaminaError, OptionError
+from .. import program
 from ..arguments import Parser, image_options
 from .commands import execute
 from .opening import with_modes
@@ -28,9 +29,11 @@ command failed; the other commands are executed all the same. `lamina io -c help
 def main(argv: list[str]) -> int:
     """Run `lamina io` with these arguments. Returns the exit status."""
     args = _parser().parse(argv)
-    session = Session(Output("lamina"), Target())
+    session = Session(Output(program.current.name), Target())
     target = _target(args)
     session.default = replace(target, name=None, options={}, format=None)
+    if program.current.opens_with_own_options:
+        session.default = Target(references=target.references, budget=target.budget)
     try:
         try:
             if args.file is not None:

@@ -32,6 +32,12 @@ class Output:
         with self._mutex:
             self._out.write("\n".join((*lines, "")))
 
+    def write(self, text: str) -> None:
+        """Write text of a line that is not complete, at once."""
+        with self._mutex:
+            self._out.write(text)
+            self._out.flush()
+
     def print_error(self, text: str) -> None:
         """Write an error message to standard error, after flushing standard output."""
         with self._mutex:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...errors import BlockIOError
-from .. import signals
+from .. import program, signals
 from .commands import COMMANDS, execute
 from .session import Session
 
-PROMPT = "lamina> "
 _HISTORY_LENGTH = 1000
 
 
@@ -22,11 +21,21 @@ def run(session: Session) -> None:
     if sys.stdin.isatty():
         _interactive(session)
     else:
-        for line in sys.stdin:
+        for line in _prompted(session):
             more = execute(session, line)
             session.output.flush()  # the writer of the lines may wait for the result of each
             if not more:
                 break
+
+
+def _prompted(session: Session) -> Iterator[str]:
+    """The lines of standard input; before each the prompt, if the program writes one to anything but a terminal."""
+    while True:
+        if program.current.prompts_always:
+            session.output.write(program.current.prompt)
+        if not (line := sys.stdin.readline()):
+            return
+        yield line
 
 
 def _interactive(session: Session) -> None:
@@ -36,7 +45,7 @@ def _interactive(session: Session) -> None:
         while True:
             session.output.flush()
             try:
-                if not execute(session, input(PROMPT)):
+                if not execute(session, input(program.current.prompt)):
                     return
             except EOFError:
                 session.output.say("")

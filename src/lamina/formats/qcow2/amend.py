@@ -92,11 +92,11 @@ def header_changes(header: Header, values: Mapping[str, Any]) -> dict[str, Any]:
         found["backing_file"] = None
         extensions = _with(extensions, q.EXT_BACKING_FORMAT, None)
     if values.get("data_file") is not None or values.get("data_file_raw") is not None:
-        if not header.external_data:
+        if not header.external_data and (values.get("data_file") is not None or values["data_file_raw"]):
             raise OptionError("the image has no external data file", hint="convert it to one that has")
         if values.get("data_file_raw") and not header.raw_external_data:
             raise OptionError("a data file cannot become raw", hint="convert the image to a new one")
-        if values.get("data_file_raw") is False:
+        if values.get("data_file_raw") is False and header.external_data:
             found["autoclear_features"] = header.autoclear_features & ~q.AUTOCLEAR["raw external data"]
         if values.get("data_file") == "":
             raise OptionError("the name of the data file is empty", hint="give its name")

@@ -28,6 +28,10 @@ class WithBitmaps(FormatNode):
     _bitmap_bytes = 0
 
     @property
+    def takes_bitmaps(self) -> bool:
+        return self.header.version > 2
+
+    @property
     def bitmaps(self) -> Mapping[str, DirtyBitmap]:
         found = self._recording or self._bitmaps_of_image()
         return {name: one for name, one in found.all.items() if not one.inconsistent}

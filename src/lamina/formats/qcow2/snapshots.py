@@ -39,8 +39,9 @@ def create(
     found = change.entries_of(active)
     change.count_path(found, 1)
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    # Length of the machine state, size of the disk, and that no instructions were counted.
-    extra = vm_state.to_bytes(8) + header.size.to_bytes(8) + b"\xff" * 8
+    # Length of the machine state, size of the disk, and instructions: a disk alone has executed none, those of a machine
+    # are not known.
+    extra = vm_state.to_bytes(8) + header.size.to_bytes(8) + (b"\xff" * 8 if vm_state else bytes(8))
     short = vm_state if vm_state < 1 << 32 else 0  # of 32 bits, for programs that do not know `extra`
     entry = Entry(active.offset, active.entries, _free_id(entries), name, seconds, nanoseconds, 0, short, extra)
     change.publish(found, entries, [*entries, entry], size=header.size)
