@@ -184,6 +184,15 @@ def test_an_external_data_file(
     assert "of the data file" in back["parts"][0]["text"]
 
 
+def test_beside_a_writer(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lamina.open(chain, format="qcow2", read_only=False):
+        assert main(["explain", "-f", "qcow2", "top.qcow2", "24"]) == 1
+        assert "open to write" in capsys.readouterr().err
+        for words in (["top.qcow2", "24"], ["top.qcow2"], ["--guest", "0", "top.qcow2"]):
+            told = printed(capsys, "-U", "-f", "qcow2", *words)
+            assert "note: another program has top.qcow2 open for writing" in told
+
+
 def test_names_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.qcow2"
     lamina.create(path, "qcow2", MIB, cluster_size=4096)

@@ -25,7 +25,7 @@ from lamina.request import Child
 from lamina.status import COMPRESSED, ZERO
 from tests.attacks.layout_images import SECRET, Kept, content_of, open_on, originals, storage_of
 
-ROUNDS = int(os.environ.get("LAMINA_EXPLAIN_ROUNDS", "12"))
+ROUNDS = int(os.environ.get("LAMINA_EXPLAIN_ROUNDS", "8"))
 KIB = 1 << 10
 
 #: What the check calls the structures; an explanation has finer names for some.
@@ -39,7 +39,7 @@ KINDS = {name: kind for kind, name in NAMES.items()} | {
 
 def random_image(rng: random.Random) -> bytes:
     """A valid image with a bit of everything."""
-    bits = rng.choice((9, 9, 10, 12, 12, 14))
+    bits = rng.choice((9, 9, 10, 12, 12, 14, *(16,) * (ROUNDS > 50)))
     cluster = 1 << bits
     options: dict[str, Any] = {
         "cluster_size": cluster,
