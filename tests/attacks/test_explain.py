@@ -62,7 +62,7 @@ def test_misaligned_entries(tmp_path: Path) -> None:
     data = found.host(0)
     found.put(found.l2(0), (data + 512) | q.COPIED)
     (before, inside, after) = lamina.explain(found.save(), data, data + 600, data + 4096 + 100, format="qcow2")
-    assert before.parts[0].structure == "unused"
+    assert before.parts[0].structure == "unreferenced"
     assert [part.structure for part in inside.parts] == ["guest data"]
     assert "invalid" in inside.parts[0].guest[0].status
     assert len(after.parts) == 2

@@ -141,7 +141,11 @@ def test_a_raw_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     spec = f"driver=raw,offset=1k,size=2k,file.filename={path}"
     first, inside, last = data(capsys, "--image-opts", spec, "0", "1500", "5000")
-    assert [one["parts"][0]["structure"] for one in (first, inside, last)] == ["unused", "guest data", "unused"]
+    assert [one["parts"][0]["structure"] for one in (first, inside, last)] == [
+        "unreferenced",
+        "guest data",
+        "unreferenced",
+    ]
     assert inside["parts"][0]["guest"][0]["exact"] == 476
     (found,) = data(capsys, "--image-opts", "--guest", "476", spec)
     assert found["layers"][0]["host"] == 1500

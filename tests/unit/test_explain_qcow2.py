@@ -16,7 +16,7 @@ import pytest
 
 from lamina.creation import create_driver
 from lamina.errors import LimitExceeded
-from lamina.explanation import DATA, FREE, LEAKED, UNKNOWN, UNUSED, Explanation, Part
+from lamina.explanation import DATA, FREE, LEAKED, UNKNOWN, UNREFERENCED, Explanation, Part
 from lamina.formats.qcow2 import references, snapshot_table
 from lamina.formats.qcow2.explain import Qcow2Explainer
 from lamina.formats.qcow2.header import Header
@@ -122,7 +122,7 @@ def holds(content: bytes, rng: random.Random) -> None:
             assert part.value.encode("utf-8", "surrogateescape") == raw, part
         assert part.structure not in (LEAKED, UNKNOWN), part
         assert (part.structure == FREE) == (found.refcount == 0), part
-        if part.structure not in (FREE, UNUSED):
+        if part.structure not in (FREE, UNREFERENCED):
             last = part.offset + part.length - 1
             for cluster in range(part.offset >> header.cluster_bits, (last >> header.cluster_bits) + 1):
                 kinds[cluster] = kinds.get(cluster, 0) | KINDS[part.structure]
