@@ -233,3 +233,24 @@ def test_random_images(number: int, seed: int) -> None:
 )
 def test_images_with_each_feature(original: Any, seed: int) -> None:
     holds(original.content, random.Random(seed))
+
+
+def test_thousands_of_compressed_clusters_in_one() -> None:
+    """All of them lie in one cluster of the file, each with its own bytes."""
+    cluster, count = 64 * KIB, 1500
+    storage = Kept()
+    kind: Any = create_driver("qcow2")
+    size = count * cluster
+    kind.create(Child(storage, "file", grows=True), size, kind.create_schema.parse({"size": size}))
+    with open_on(storage, read_only=False, backing=False) as image:
+        for number in range(count):
+            image.write(number * cluster, bytes([number % 251]) * cluster, compress=True)
+    content = content_of(storage)
+    of = explainer(content)
+    starts = [step.stored[0] for number in range(count) if (step := of.guest(number * cluster)).stored]
+    assert len(starts) == count
+    assert max(starts) - min(starts) < 6 * cluster
+    for number, start in enumerate(starts):
+        (part,) = of.at(start).parts
+        assert (part.offset, part.guest[0].offset) == (start, number * cluster)
+        assert of.at(start + part.length - 1).parts == (part,)
