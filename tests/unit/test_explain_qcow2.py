@@ -25,7 +25,7 @@ from lamina.request import Child
 from lamina.status import COMPRESSED, ZERO
 from tests.attacks.layout_images import SECRET, Kept, content_of, open_on, originals, storage_of
 
-ROUNDS = int(os.environ.get("LAMINA_EXPLAIN_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("LAMINA_EXPLAIN_ROUNDS", "6"))
 KIB = 1 << 10
 
 #: What the check calls the structures; an explanation has finer names for some.
