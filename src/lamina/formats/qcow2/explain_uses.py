@@ -129,7 +129,7 @@ class Uses(Reader):
         self.snapshot_starts = [header.snapshots_offset]
         self.bitmap_starts = [0]
         self._read_records()
-        self.regions = list(self._regions())
+        self.regions = [use for use in self._regions() if use.start < use.stop]
 
     @property
     def problems(self) -> tuple[str, ...]:
