@@ -36,7 +36,8 @@ soak: $(VENV)/.dev
 	LAMINA_NBD_FUZZ=1000000 LAMINA_NBD_KILLS=400 LAMINA_NBD_SEVERAL=200 LAMINA_INTERRUPTS=all LAMINA_CLOSE_INTERRUPTS=1 \
 	LAMINA_CLOSE_RACES=2000 LAMINA_TRUNCATE_RACES=3000 LAMINA_FORKS=400 LAMINA_SOAK_JOBS=400 LAMINA_SOAK_BACKING=3000 \
 	LAMINA_HOSTILE_SERVERS=1 LAMINA_HOSTILE_CLIENTS=5000 LAMINA_OPTION_ROUNDS=100000 LAMINA_ROOTS=20 \
-	LAMINA_LAYOUT_IMAGES=200000 LAMINA_QCOW2_MACHINE=10000 LAMINA_KILLS=200 \
+	LAMINA_LAYOUT_IMAGES=200000 LAMINA_QCOW2_MACHINE=10000 LAMINA_KILLS=200 LAMINA_EXPLAIN_ROUNDS=300 \
+	LAMINA_INSPECT_ROUNDS=20000 \
 	$(VENV)/bin/python -m pytest tests/crash tests/faults tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
 	tests/unit/test_concurrency.py tests/unit/test_roots_model.py tests/unit/test_image_close.py tests/unit/test_truncate_beside.py tests/unit/test_fork.py \
 	tests/unit/test_convert_backing.py tests/unit/test_commit_rebase.py tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
@@ -44,7 +45,7 @@ soak: $(VENV)/.dev
 	tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py \
 	tests/attacks/test_nbd_client_silent.py tests/attacks/test_nbd_server_waits.py tests/attacks/test_nbd_server_folder.py \
 	tests/conformance/test_nbd_server_several.py tests/conformance/test_nbd_server_closing.py \
-	tests/conformance/test_nbd_server_long.py $(ARGS)
+	tests/conformance/test_nbd_server_long.py tests/unit/test_explain_qcow2.py tests/interop/test_inspect_oslo.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         ReadOnly,
         UnsupportedFeature,
     )
-    from .explanation import Explanation, Guest, Overview, Part, Step
+    from .explanation import Explanation
     from .extents import Extent, Extents
     from .image import Image
     from .inspection import check, explain, explain_guest, info, info_chain, structures
@@ -71,7 +71,7 @@ _HOME = {
     "Policy": "policy",
     **dict.fromkeys(("check", "explain", "explain_guest", "info", "info_chain", "structures"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
-    **dict.fromkeys(("Explanation", "Guest", "Overview", "Part", "Step"), "explanation"),
+    "Explanation": "explanation",
     **dict.fromkeys(("ImageInfo", "Snapshot"), "results"),
     "Graph": "root",
     "tree": "node_tree",
@@ -114,7 +114,6 @@ __all__ = [
     "Finding",
     "FormatError",
     "Graph",
-    "Guest",
     "Image",
     "ImageInfo",
     "LaminaError",
@@ -125,14 +124,11 @@ __all__ = [
     "NotSupported",
     "OptionError",
     "OutOfRange",
-    "Overview",
-    "Part",
     "Policy",
     "PolicyError",
     "ReadOnly",
     "Secret",
     "Snapshot",
-    "Step",
     "UnsupportedFeature",
     "Verdict",
     "__version__",

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 #: Structures that every format has.
-DATA, FREE, LEAKED, UNUSED, UNKNOWN = "guest data", "free", "leaked", "unused", "unknown"
+DATA, FREE, LEAKED, UNREFERENCED, UNKNOWN = "guest data", "free", "leaked", "unreferenced", "unknown"
+#: The field of bytes inside a structure that no field uses.
+UNUSED = "unused"
 
 
 class Guest(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import detect, registry
-from .errors import FormatError, OptionError, UnsupportedFeature
+from .errors import FormatError, OptionError, UnsupportedFeature, printable
 from .explanation import Step
 from .format import Format, Repair, lookup_format
 from .graph import COMMON, Opener, Spec, named, open_graph, probe, usual
@@ -109,6 +109,12 @@ def check(
         node.close()
 
 
+def _beside(storage: Child, force_share: bool) -> Iterator[str]:
+    """What an explanation says of another program that writes to the file meanwhile."""
+    for name in other_writers(storage.node) if force_share else ():
+        yield f"another program has {printable(name)} open for writing: this may be a mixture of old and new bytes"
+
+
 def _chain(where: _Where, references: Policy | None, look: _Look | None = None) -> Iterator[tuple[ImageInfo, Any]]:
     """The description of the image, and of each image below it, with the result of `look`. Raises as `info_chain`."""
     found, host, seen = _info(where, look)
@@ -158,7 +164,8 @@ def explain(
 
     def look(kind: type[Format], storage: Child, values: Mapping[str, Any]) -> tuple[Explanation, ...]:
         explainer = kind.explain(storage, values)
-        return tuple(explainer.at(offset) for offset in offsets)
+        found = tuple(explainer.at(offset) for offset in offsets)
+        return tuple(one._replace(problems=(*one.problems, *_beside(storage, force_share))) for one in found)
 
     where = _Where(named(source), None if format == "probe" else format, budget, force_share)
     found: tuple[Explanation, ...] = _info(where, look)[2]
@@ -169,8 +176,13 @@ def structures(
     source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
 ) -> Overview:
     """The fields of the header of an image file, and the structures to which it leads. Raises the errors of `explain`."""
+
+    def look(kind: type[Format], storage: Child, values: Mapping[str, Any]) -> Overview:
+        seen = kind.explain(storage, values).overview()
+        return seen._replace(problems=(*seen.problems, *_beside(storage, force_share)))
+
     where = _Where(named(source), None if format == "probe" else format, budget, force_share)
-    found: Overview = _info(where, lambda kind, storage, values: kind.explain(storage, values).overview())[2]
+    found: Overview = _info(where, look)[2]
     return found
 
 
@@ -195,7 +207,8 @@ def explain_guest(
             return Step(
                 0, kind.driver, storage.node.filename, offset, rest, "past the end of the disk, which reads as zero"
             )
-        return explainer.guest(offset)
+        found = explainer.guest(offset)
+        return found._replace(problems=(*found.problems, *_beside(storage, force_share)))
 
     where = _Where(named(source), None if format == "probe" else format, budget, force_share)
     for found, step in _chain(where, references, look):
@@ -300,7 +313,7 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
         file_size=file.size if file is not None and file is storage.node else None,
         actual_size=_allocated(storage.node),
         # A name inside an image that is not in a file belongs to no known directory.
-        full_backing_filename=_beside(name, below) if below is not None and file else below,
+        full_backing_filename=_relative(name, below) if below is not None and file else below,
         other_writers=other_writers(storage.node) if where.force_share else (),
     )
 
@@ -328,7 +341,7 @@ def _allocated(node: Node) -> int | None:
     return node.allocated
 
 
-def _beside(image: str, name: str) -> str:
+def _relative(image: str, name: str) -> str:
     """`name` as a path relative to the current directory: an image names it relative to its own."""
     prefix, colon, _ = name.partition(":")
     if colon and "/" not in prefix:

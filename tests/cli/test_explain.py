@@ -141,7 +141,11 @@ def test_a_raw_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     spec = f"driver=raw,offset=1k,size=2k,file.filename={path}"
     first, inside, last = data(capsys, "--image-opts", spec, "0", "1500", "5000")
-    assert [one["parts"][0]["structure"] for one in (first, inside, last)] == ["unused", "guest data", "unused"]
+    assert [one["parts"][0]["structure"] for one in (first, inside, last)] == [
+        "unreferenced",
+        "guest data",
+        "unreferenced",
+    ]
     assert inside["parts"][0]["guest"][0]["exact"] == 476
     (found,) = data(capsys, "--image-opts", "--guest", "476", spec)
     assert found["layers"][0]["host"] == 1500
@@ -182,6 +186,15 @@ def test_an_external_data_file(
     (back,) = data(capsys, "-f", "qcow2", "a.qcow2", str(table))
     assert back["parts"][0]["guest"][0]["offset"] == 8192
     assert "of the data file" in back["parts"][0]["text"]
+
+
+def test_beside_a_writer(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lamina.open(chain, format="qcow2", read_only=False):
+        assert main(["explain", "-f", "qcow2", "top.qcow2", "24"]) == 1
+        assert "open to write" in capsys.readouterr().err
+        for words in (["top.qcow2", "24"], ["top.qcow2"], ["--guest", "0", "top.qcow2"]):
+            told = printed(capsys, "-U", "-f", "qcow2", *words)
+            assert "note: another program has top.qcow2 open for writing" in told
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

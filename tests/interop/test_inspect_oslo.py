@@ -25,7 +25,7 @@ from tests.attacks.layout_images import Original, originals
 from tests.conftest import Qemu, missing
 
 KIB, MIB = 1 << 10, 1 << 20
-ROUNDS = int(os.environ.get("LAMINA_INSPECT_ROUNDS", "600"))
+ROUNDS = int(os.environ.get("LAMINA_INSPECT_ROUNDS", "250"))
 PAGE = Path(__file__).parents[2] / "docs" / "commands" / "inspect.md"
 
 #: Options of `qemu-img create`, by the name of the image.

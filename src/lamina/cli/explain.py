@@ -77,7 +77,7 @@ def _explanation(found: Explanation) -> Iterator[str]:
         yield f"  {len(found.parts)} structures overlap here: the image is damaged"
     for part in found.parts:
         yield from _part(part)
-    yield from (f"  cannot be read: {problem}" for problem in found.problems)
+    yield from (f"  note: {problem}" for problem in found.problems)
 
 
 def _part(part: Part) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _steps(steps: tuple[Step, ...]) -> Iterator[str]:
         if step.stored is not None:
             offset, length = step.stored
             yield f"    compressed: up to {length} bytes at {offset} ({offset:#x})"
-        yield from (f"    cannot be read: {problem}" for problem in step.problems)
+        yield from (f"    note: {problem}" for problem in step.problems)
     if steps[-1].below:
         yield "  no layer below: it reads as zero"
 
@@ -121,4 +121,4 @@ def _overview(found: Overview) -> Iterator[str]:
     for part in found.regions:
         owner = f" of {part.owner}" if part.owner else ""
         yield f"  {part.offset:#14x}  {part.length:>10} bytes  {part.structure}{owner}"
-    yield from (f"cannot be read: {problem}" for problem in found.problems)
+    yield from (f"note: {problem}" for problem in found.problems)

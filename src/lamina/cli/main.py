@@ -46,6 +46,7 @@ COMMANDS = {
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
     "shims": ("shims", "write programs named qemu-img, qemu-io and qemu-nbd, which are Lamina"),
     "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
+    "explain": ("explain", "say what a byte of an image file is, or where a byte of the disk is"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
     "completion": ("completion", "print a script with which a shell completes the words of lamina"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ..explanation import DATA, UNUSED, Explainer, Explanation, Guest, Overview, Part, Step
+from ..explanation import DATA, UNREFERENCED, Explainer, Explanation, Guest, Overview, Part, Step
 
 if TYPE_CHECKING:
     from ..request import Child
@@ -33,7 +33,7 @@ class RawExplainer(Explainer):
             guest = Guest(0, self._size, "data", None, offset - start)
             return Explanation(offset, (Part(DATA, start, self._size, text="data of the guest", guest=(guest,)),))
         low, high = (0, start) if offset < start else (end, self._file_size)
-        return Explanation(offset, (Part(UNUSED, low, high - low, text="outside of the range that is the disk"),))
+        return Explanation(offset, (Part(UNREFERENCED, low, high - low, text="outside of the range that is the disk"),))
 
     def guest(self, offset: int) -> Step:
         if not 0 <= offset < self._size:

@@ -64,8 +64,11 @@ class Content:
     def of(cls, name: str, fd: int, wanted: Wanted) -> Content:
         """What the open descriptor `fd` leads to. Of a pipe everything is read."""
         try:
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            status = os.fstat(fd)
+            mode = status.st_mode
+            if stat.S_ISREG(mode):
+                return cls(name, fd, status.st_size)
+            if stat.S_ISBLK(mode):
                 here = os.lseek(fd, 0, os.SEEK_CUR)
                 size = os.lseek(fd, 0, os.SEEK_END)
                 os.lseek(fd, here, os.SEEK_SET)

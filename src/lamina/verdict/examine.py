@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, Final
 
 from .. import detect
-from ..crypto.luks1 import Luks1
 from ..errors import FormatError, LimitExceeded, OptionError, printable
 from ..limits import DEFAULT_BUDGET, Budget
-from . import qcow2, raw, vdi, vhdx, virtual_pc, vmdk
-from .content import Content, Wanted
+from . import raw
+from .content import Content
 from .result import Findings, Verdict
 
 #: The source that stands for standard input.
@@ -19,7 +19,15 @@ STANDARD_INPUT: Final = "-"
 #: Other names of formats that users of other inspectors declare.
 _ALIASES: Final = {"iso": "raw", "gpt": "raw", "img": "raw", "ami": "raw", "aki": "raw", "ari": "raw"}
 
-_Judge = Callable[[Content, Findings, Budget], None]
+#: The modules with the judges of formats.
+_JUDGES: Final = {
+    "luks": "luks",
+    "qcow2": "qcow2",
+    "vdi": "vdi",
+    "vhdx": "vhdx",
+    "vmdk": "vmdk",
+    "vpc": "virtual_pc",
+}
 
 
 def inspect(
@@ -61,9 +69,14 @@ def _declared(format: str) -> str:
 
 
 def _wanted(head: memoryview) -> Iterator[tuple[int, int]]:
-    judges: dict[bytes, Wanted] = {b"QFI\xfb": qcow2.wanted, b"vhdx": vhdx.wanted}
-    judge = judges.get(bytes(head[:4]))
-    return iter(judge(head) if judge else ())
+    """The parts of a pipe that the judge of the format needs, by the first bytes."""
+    format = {b"QFI\xfb": "qcow2", b"vhdx": "vhdx"}.get(bytes(head[:4]))
+    return iter(_judge(format).wanted(head) if format else ())
+
+
+def _judge(format: str) -> Any:
+    """The module with the judge of this format. Only that of the examined file is imported."""
+    return import_module(f".{_JUDGES[format]}", __package__)
 
 
 def _verdict(content: Content, declared: str | None, budget: Budget, max_size: int | None) -> Verdict:
@@ -71,11 +84,12 @@ def _verdict(content: Content, declared: str | None, budget: Budget, max_size: i
     head = content.read(0, detect.HEAD_BYTES)
     tail = content.read(max(content.size - detect.TAIL_BYTES, 0), detect.TAIL_BYTES)
     formats = list(detect.detect(head, tail, content.size).matches)
-    if not formats and vmdk.is_text_descriptor(head):
+    if not formats and raw.is_text_descriptor(head):
         formats = ["vmdk"]
     on_disk = raw.contents(head)
     format = formats[0] if formats else "raw"
-    begins_with_disk = format == "raw" or (formats == ["vpc"] and virtual_pc.is_fixed(content))
+    # The disk of a fixed VHD begins with the file; only a footer follows it.
+    begins_with_disk = format == "raw" or (formats == ["vpc"] and not head.startswith(b"conectix"))
     if len(formats) > 1 or len(on_disk) > 1 or (on_disk and not begins_with_disk):
         found.refuse(f"it can be taken for several things: {', '.join([*formats, *on_disk])}")
     raw.judge(head, found)
@@ -93,36 +107,12 @@ def _verdict(content: Content, declared: str | None, budget: Budget, max_size: i
 
 
 def _apply(format: str, content: Content, found: Findings, budget: Budget) -> None:
-    judge = _JUDGES.get(format)
-    if judge is None:
+    if format not in _JUDGES:
         found.refuse(f"images of the format {format} are never safe here")
         return
     try:
-        judge(content, found, budget)
+        _judge(format).judge(content, found, budget)
     except LimitExceeded as error:
         found.exceed(error.message)
     except FormatError as error:
         found.refuse(error.message)
-
-
-def _judge_luks(content: Content, found: Findings, budget: Budget) -> None:
-    storage = content.storage()
-    try:
-        header = Luks1.read(storage, 0, content.size)
-    finally:
-        storage.close()
-    found.features.append(f"cipher {header.spec.cipher}-{header.spec.mode_text}")
-    if not 0 < header.payload_offset <= content.size:
-        found.refuse("its payload is not inside the file")
-        return
-    found.virtual_size = content.size - header.payload_offset
-
-
-_JUDGES: Final[dict[str, _Judge]] = {
-    "luks": _judge_luks,
-    "qcow2": qcow2.judge,
-    "vdi": vdi.judge,
-    "vhdx": vhdx.judge,
-    "vmdk": vmdk.judge,
-    "vpc": virtual_pc.judge,
-}

@@ -25,6 +25,12 @@ def contents(head: bytes) -> list[str]:
     return [*found, volume] if volume else found
 
 
+def is_text_descriptor(head: bytes) -> bool:
+    """Whether this is a descriptor of VMDK without a disk, as some programs recognise it: text that says which kind of disk
+    it creates."""
+    return all(0 < byte < 0x80 for byte in head[:_SECTOR]) and b"createtype=" in head.lower()
+
+
 def judge(head: bytes, found: Findings) -> None:
     """Refuse a partition table that programs may understand in different ways."""
     if not _has_table(head):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -195,6 +196,7 @@ def _is_checked(raw: bytes) -> bool:
     return _crc32c(raw[:4] + bytes(4) + raw[8:]) == int.from_bytes(raw[4:8], "little")
 
 
+@cache
 def _crc_table() -> list[int]:
     table = []
     for value in range(256):
@@ -204,11 +206,8 @@ def _crc_table() -> list[int]:
     return table
 
 
-_CRC: Final = _crc_table()
-
-
 def _crc32c(raw: bytes) -> int:
-    crc = 0xFFFF_FFFF
+    crc, table = 0xFFFF_FFFF, _crc_table()
     for byte in raw:
-        crc = _CRC[(crc ^ byte) & 0xFF] ^ crc >> 8
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     return crc ^ 0xFFFF_FFFF

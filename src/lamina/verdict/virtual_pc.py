@@ -57,11 +57,6 @@ _DYNAMIC_HEADER: Final = Structure(
 _MAX_BLOCK: Final = 64 * MIB
 
 
-def is_fixed(content: Content) -> bool:
-    """Whether the disk begins with the file, and a footer follows it: what a raw disk has at its beginning, this one has."""
-    return not content.read(0, 8).startswith(b"conectix")
-
-
 def judge(content: Content, found: Findings, budget: Budget) -> None:
     """Raises FormatError if the file is not a usable image."""
     raw = content.read(max(content.size - _SECTOR, 0), _SECTOR)
@@ -74,7 +69,7 @@ def judge(content: Content, found: Findings, budget: Budget) -> None:
     found.features.append(f"type {_KINDS.get(footer.type, 'unknown')}")
     if footer.type not in _KINDS:
         found.refuse(f"the type {footer.type} is not known")
-    if is_fixed(content):
+    if not content.read(0, 8).startswith(b"conectix"):  # the disk begins with the file
         if footer.type != _FIXED:
             found.refuse("it is not fixed, and has no copy of its footer at the start")
         elif footer.current_size > content.size - _SECTOR:

@@ -48,11 +48,6 @@ _KINDS: Final = ("monolithicsparse", "streamoptimized")
 _EXTENT: Final = re.compile(r'(?:rw|rdonly|noaccess) +[0-9]+ +([a-z]+)(?: +"([^"]*)")?(?: +[0-9]+)?')
 
 
-def is_text_descriptor(head: bytes) -> bool:
-    """Whether this is a descriptor without a disk, as some programs recognise it: text that says which kind it creates."""
-    return all(0 < byte < 0x80 for byte in head[:_SECTOR]) and b"createtype=" in head.lower()
-
-
 def judge(content: Content, found: Findings, budget: Budget) -> None:
     """Raises FormatError if the file cannot be understood."""
     head = content.read(0, _SECTOR)

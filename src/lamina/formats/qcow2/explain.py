@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FormatError, OptionError
-from ...explanation import FREE, LEAKED, UNKNOWN, UNUSED, Explainer, Explanation, Overview, Part, Step
+from ...explanation import FREE, LEAKED, UNKNOWN, UNREFERENCED, Explainer, Explanation, Overview, Part, Step
 from . import explain_fields, l1_table, l2_entry, snapshot_table
 from . import layout as q
 from .explain_found import BitmapBits, Compressed, Data, Found, L2Table, RefcountBlock, Region
@@ -137,7 +137,7 @@ def _between(uses: Uses, offset: int, found: Sequence[Found], refcount: int | No
     high = min([cluster + 1 << uses.bits, uses.size, *(one.start for one in found if one.start > offset)])
     if found:
         names = ", ".join(sorted({one.name for one in found}))
-        return Part(UNUSED, low, high - low, text=f"not used, in a cluster with: {names}")
+        return Part(UNREFERENCED, low, high - low, text=f"nothing refers to it, in a cluster with: {names}")
     structure = UNKNOWN if refcount is None else LEAKED if refcount else FREE
     count = "cannot be read" if refcount is None else f"is {refcount}"
     return Part(structure, low, high - low, text=f"nothing refers to the cluster, and its refcount {count}")

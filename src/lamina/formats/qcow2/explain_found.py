@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ...explanation import DATA, UNKNOWN, UNUSED, Guest, Part
@@ -74,12 +74,12 @@ class Region(Found):
         if value is None:
             return self._cut(at, "entry")
         text, details = self._entry(index, value)
-        guests: list[Guest] = []
+        guests = {}
         if use.kind not in (BITMAPS, REFCOUNT_TABLE):
             status = "mapped" if details["l2-table"] else "unallocated"
             users = [(L1(use.start, 0, use.record), index)]
-            guests = guests_of(uses, users, 0, 1 << uses.header.l1_covers_bits, status)
-        return Part(self.name, at, _ENTRY, uses.owner(use), f"entry {index}", value, text, details, **_told(guests))
+            guests = _served(uses, [(users, 0, status)], 1 << uses.header.l1_covers_bits)
+        return Part(self.name, at, _ENTRY, uses.owner(use), f"entry {index}", value, text, details, **guests)
 
     def _entry(self, index: int, value: int) -> tuple[str, dict[str, Any]]:
         uses = self.uses
@@ -171,9 +171,8 @@ class L2Table(Found):
         text, details = l2_words(uses.header, entry)
         owners = {uses.snapshot(l1.snapshot) for l1, _ in self.users}
         owner = owners.pop() if len(owners) == 1 else None
-        guests = guests_of(uses, self.users, index << uses.bits, uses.cluster, details["status"])
-        value = int.from_bytes(raw)
-        return Part(self.name, at, width, owner, f"entry {index}", value, text, details, **_told(guests))
+        guests = _served(uses, [(self.users, index << uses.bits, details["status"])], uses.cluster)
+        return Part(self.name, at, width, owner, f"entry {index}", int.from_bytes(raw), text, details, **guests)
 
 
 class Data(Found):
@@ -189,16 +188,16 @@ class Data(Found):
         uses = self.uses
         unit = uses.cluster >> uses.layout.units_bits
         number = (offset - self.start) // unit
-        guests = []
-        for entry in self.entries:
-            start = (entry.number << uses.bits) + number * unit
-            guests += guests_of(uses, self.users[entry.table], start, unit, _status(uses, entry, number))
+        served = (
+            (self.users[entry.table], (entry.number << uses.bits) + number * unit, _status(uses, entry, number))
+            for entry in self.entries
+        )
         at = self.start + number * unit
-        guests = [one._replace(exact=one.offset + offset - at) if offset - at < one.length else one for one in guests]
-        read = any(one.status in ("data", "machine state") for one in guests)
+        guests = _served(uses, served, unit, offset - at)
+        read = any(one.status in ("data", "machine state") for one in guests["guest"])
         text = f"{'encrypted ' * bool(uses.header.crypt_method)}data of the guest"
         text += "" if read else ", which no disk reads: the storage is kept for later"
-        return Part(DATA, at, min(unit, uses.size - at), text=text, **_told(guests))
+        return Part(DATA, at, min(unit, uses.size - at), text=text, **guests)
 
 
 class Compressed(Found):
@@ -212,12 +211,11 @@ class Compressed(Found):
 
     def _part(self, offset: int) -> Part:
         uses = self.uses
-        guests: list[Guest] = []
-        for entry in self.entries:
-            guests += guests_of(uses, self.users[entry.table], entry.number << uses.bits, uses.cluster, "compressed")
+        served = ((self.users[entry.table], entry.number << uses.bits, "compressed") for entry in self.entries)
         kind = q.COMPRESSION_TYPES.get(uses.header.compression_type, "unknown")
         text = f"a compressed cluster ({kind}), up to the next one or the end of its last sector"
-        return Part(self.name, self.start, min(self.stop, uses.size) - self.start, text=text, **_told(guests))
+        length = min(self.stop, uses.size) - self.start
+        return Part(self.name, self.start, length, text=text, **_served(uses, served, uses.cluster))
 
 
 class BitmapBits(Found):
@@ -233,43 +231,49 @@ class BitmapBits(Found):
         uses, size = self.uses, self.uses.header.size
         granularity = uses.bitmaps[self.number].granularity_bits
         first = self.entry.number * uses.cluster * 8 << granularity
-        guests = []
+        guests: tuple[Guest, ...] = ()
         if first < size:
             exact = first + ((offset - self.start) * 8 << granularity)
             span = min(uses.cluster * 8 << granularity, size - first)
-            guests = [Guest(first, span, "recorded", None, exact if exact < size else None)]
+            guests = (Guest(first, span, "recorded", None, exact if exact < size else None),)
         value = uses.value(offset, 1)
         text = f"a bit for each {1 << granularity} bytes of the disk; those of this byte, the lowest first: "
         text += "unreadable" if value is None else f"{value:08b}"[::-1]
         length, owner = min(self.stop, uses.size) - self.start, uses.bitmap(self.number)
         field = f"bits of cluster {self.entry.number}"
-        return Part(self.name, self.start, length, owner, field, None, text, {"byte": value}, **_told(guests))
+        return Part(self.name, self.start, length, owner, field, None, text, {"byte": value}, guests)
 
 
 # -- guest ranges
 
 
-def guests_of(uses: Uses, users: Sequence[tuple[L1, int]], start: int, length: int, status: str) -> list[Guest]:
-    """The guest ranges for `length` bytes from `start` on of what the L2 tables of these L1 entries describe."""
-    found = []
-    for l1, index in users:
-        header, id = uses.header, None
-        if l1.snapshot >= 0:
-            header, id = header.at_snapshot(uses.snapshots[l1.snapshot]), uses.snapshots[l1.snapshot].id
-        offset = (index << header.l1_covers_bits) + start
-        state = header.l1_entries(header.size) << header.l1_covers_bits
-        if l1.snapshot >= 0 and offset >= state:
-            found.append(Guest(offset - state, length, "machine state", id))
-        elif offset >= header.size:
-            found.append(Guest(offset, length, "past the end of the disk", id))
-        else:
-            found.append(Guest(offset, min(length, header.size - offset), status, id))
-    return found
+def _served(
+    uses: Uses, served: Iterable[tuple[Sequence[tuple[L1, int]], int, str]], length: int, exact: int | None = None
+) -> dict[str, Any]:
+    """The arguments of `Part` for the guest ranges of `length` bytes that it serves: of what the L2 tables of some L1 entries
+    describe, from which byte on, and with which status. `exact`: the asked byte, counted from the start of each range."""
+    found: list[Guest] = []
+    more = 0
+    for users, start, status in served:
+        for l1, index in users[: _MOST_GUESTS - len(found)]:
+            found.append(_guest(uses, l1, (index << uses.header.l1_covers_bits) + start, length, status, exact))
+        more += len(users)
+    return {"guest": tuple(found), "more": more - len(found)}
 
 
-def _told(guests: list[Guest]) -> dict[str, Any]:
-    """The arguments of `Part` for these guest ranges, of which it has the first."""
-    return {"guest": tuple(guests[:_MOST_GUESTS]), "more": max(len(guests) - _MOST_GUESTS, 0)}
+def _guest(uses: Uses, l1: L1, offset: int, length: int, status: str, exact: int | None) -> Guest:
+    """The range of the disk to which this L1 table belongs; or of the state of the machine, which lies behind the disk."""
+    header, id = uses.header, None
+    if l1.snapshot >= 0:
+        header, id = header.at_snapshot(uses.snapshots[l1.snapshot]), uses.snapshots[l1.snapshot].id
+    state = header.l1_entries(header.size) << header.l1_covers_bits
+    if l1.snapshot >= 0 and offset >= state:
+        offset, status = offset - state, "machine state"
+    elif offset >= header.size:
+        status = "past the end of the disk"
+    else:
+        length = min(length, header.size - offset)
+    return Guest(offset, length, status, id, None if exact is None or exact >= length else offset + exact)
 
 
 def status_of(flags: int) -> str:

@@ -8,7 +8,8 @@ that of one walk over its tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ...errors import LaminaError
@@ -37,8 +38,12 @@ if TYPE_CHECKING:
 
 #: L1 entries in one batch.
 _BATCH: Final = 1 << 18
-#: The uses of one cluster, and the L1 entries that lead to a table, that are kept. More are counted.
-MOST: Final = 1024
+#: The entries that point to data in one cluster that are kept. (One of 2 MiB may have 20,000 compressed clusters.)
+_MOST: Final = 1 << 17
+#: The L1 entries that point to one L2 table that are kept: one for each snapshot, usually.
+_MOST_L1: Final = 1 << 13
+#: Bytes of the snapshot table that are looked at: those of 65,536 snapshots with names of usual length.
+_MOST_BYTES: Final = 16 << 20
 
 
 class L1(NamedTuple):
@@ -124,7 +129,7 @@ class Uses(Reader):
         self.snapshot_starts = [header.snapshots_offset]
         self.bitmap_starts = [0]
         self._read_records()
-        self.regions = list(self._regions())
+        self.regions = [use for use in self._regions() if use.start < use.stop]
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -182,6 +187,9 @@ class Uses(Reader):
             for one in snapshot_table.entries(self.storage, header):
                 self.snapshots.append(one)
                 self.snapshot_starts.append(self.snapshot_starts[-1] + len(one.to_bytes()))
+                if self.snapshot_starts[-1] - self.snapshot_starts[0] > _MOST_BYTES:
+                    self.tell(f"only the first {len(self.snapshots)} of {header.nb_snapshots} snapshots are looked at")
+                    break
         except LaminaError as error:
             self.tell(error.message)
         try:
@@ -238,9 +246,10 @@ class Uses(Reader):
         for l1, first, entries in self._l1_batches():
             at = self._overlapping(l1_table.offsets_of(entries), low, high)
             found += self._few(
-                ((l1, Entry(l1.offset, first + index, int(entries[index]))) for index in at[:MOST].tolist()),
+                ((l1, Entry(l1.offset, first + index, int(entries[index]))) for index in at[:_MOST_L1].tolist()),
                 len(at),
                 found,
+                _MOST_L1,
             )
         return found
 
@@ -260,7 +269,7 @@ class Uses(Reader):
                 start, end = l2_entry.compressed_ranges(tables, self.bits)
                 hit |= compressed & (start < np.uint64(high)) & (end > np.uint64(low))
             rows, columns = np.nonzero(hit)
-            hits = zip(rows[:MOST].tolist(), columns[:MOST].tolist(), strict=True)
+            hits = zip(rows[:_MOST].tolist(), columns[:_MOST].tolist(), strict=True)
             found += self._few(
                 (
                     Entry(
@@ -285,7 +294,7 @@ class Uses(Reader):
             offsets = l1_table.offsets_of(entries)
             for index in np.flatnonzero(np.isin(offsets, wanted)).tolist():
                 users = found[int(offsets[index])]
-                if len(users) < MOST:
+                if len(users) < _MOST_L1:
                     users.append((l1, first + index))
         return found
 
@@ -298,7 +307,7 @@ class Uses(Reader):
                 continue
             table = self.walk.entries(one.table_offset, one.table_size, "bitmap table")
             at = self._overlapping(np.where(table > 1, table & np.uint64(q.BITMAP_TABLE_MASK), np.uint64(0)), low, high)
-            entries = ((number, Entry(one.table_offset, index, int(table[index]))) for index in at[:MOST].tolist())
+            entries = ((number, Entry(one.table_offset, index, int(table[index]))) for index in at[:_MOST].tolist())
             found += self._few(entries, len(at), found)
         return found
 
@@ -340,9 +349,9 @@ class Uses(Reader):
     def _overlapping(self, offsets: Any, low: int, high: int) -> Any:
         return np.flatnonzero(self._inside(offsets, low, high))
 
-    def _few(self, hits: Iterable[Any], count: int, before: list[Any] | None = None) -> list[Any]:
-        """These hits, as far as there is space for them beside those before."""
-        space = MOST - len(before or ())
+    def _few(self, hits: Iterable[Any], count: int, before: Sequence[Any] = (), most: int = _MOST) -> list[Any]:
+        """These `count` hits, as far as there is space for them beside those before."""
+        space = max(most - len(before), 0)
         if count > space:
             self.tell("so many entries point to this cluster that not all of them are told")
-        return [one for one, _ in zip(hits, range(max(space, 0)), strict=False)]
+        return list(islice(hits, space))
