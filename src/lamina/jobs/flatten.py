@@ -37,10 +37,4 @@ def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | N
             path=image.filename,
             hint="open it with the image",
         )
-    if node.snapshots():
-        raise OptionError(
-            "the image has internal snapshots, and they show the backing file as well",
-            path=image.filename,
-            hint="delete the snapshots, or convert the image to a new one",
-        )
     return rebase(image, None, max_output=max_output, monitor=monitor).written
