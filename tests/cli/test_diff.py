@@ -10,6 +10,7 @@ import pytest
 
 import lamina
 from lamina.cli.main import main
+from lamina.jobs.diff import changed_since
 from tests.conftest import Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -106,6 +107,9 @@ def test_a_person_reads_hexadecimal_numbers_and_a_sum(folder: Path, capsys: pyte
         "-o out.qcow2 full.qcow2 disk.qcow2",
         "-f qcow2 -g 4k -o out.qcow2 full.qcow2 disk.qcow2",
         "-f qcow2 -o out.qcow2 -l one disk.qcow2",
+        "-f qcow2 -o out.qcow2 --bitmap since disk.qcow2",
+        "-f qcow2 -o out.qcow2 --bitmap none full.qcow2 disk.qcow2",
+        "-f qcow2 -o out.qcow2 --bitmap since full.qcow2 full.qcow2",
         "-f qcow2 -o full.qcow2 full.qcow2 disk.qcow2",
         "-f qcow2 -o disk.qcow2 full.qcow2 disk.qcow2",
         "none disk.qcow2",
@@ -127,6 +131,26 @@ def test_the_overlay_holds_what_differs(folder: Path, qemu: Qemu) -> None:
     assert qemu.check("inc.qcow2")[0] == 0
     own = [row["start"] for row in qemu.map("inc.qcow2", "qcow2") if row["depth"] == 0 and row["data"]]
     assert own == [0, 896 * KIB]
+
+
+@pytest.mark.peers
+def test_the_overlay_of_a_bitmap_is_an_incremental_backup(folder: Path, qemu: Qemu) -> None:
+    assert main(["convert", "-O", "qcow2", "-f", "qcow2", "disk.qcow2", "now.qcow2"]) == 0
+    with lamina.open("disk.qcow2", format="qcow2", read_only=False) as image:
+        image.clear_bitmap("since")
+        image.write(100 * KIB, b"n" * 5000)
+        image.zero(901 * KIB, 3 * KIB)
+        image.write(902 * KIB, b"m")
+        image.zero(0, 4 * KIB)
+        wanted = [(at, at + n) for at, n in changed_since(image, "since")]
+    line = "-q -f qcow2 -o inc.qcow2 --bitmap since now.qcow2 disk.qcow2"
+    assert main(["diff", *line.split()]) == 0
+    qemu.img("compare", "-f", "qcow2", "-F", "qcow2", "inc.qcow2", "disk.qcow2")
+    assert qemu.check("inc.qcow2")[0] == 0
+    with lamina.open("inc.qcow2", format="qcow2") as image:
+        own = [(row.start, row.end) for row in image.extents() if row.depth == 0 and row.present]
+    assert all(any(lo < stop and start < hi for start, stop in wanted) for lo, hi in own)
+    assert sum(hi - lo for lo, hi in own) <= 4 * 64 * KIB
 
 
 @pytest.mark.peers

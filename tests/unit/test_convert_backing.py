@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lamina
+from lamina.bitmap import MemoryBitmap
 from lamina.creation import create
 from lamina.image import Image
 from lamina.jobs.convert import Result, convert_to_file
@@ -348,3 +351,38 @@ def test_a_snapshot_is_not_the_disk_of_its_file(tmp_path: Path, layers: int) -> 
         convert_to_file(source, tmp_path / "new.qcow2", "qcow2", {}, backing=str(base), backing_format="qcow2")
         assert content_of(tmp_path / "new.qcow2") == source.read(0, MIB)
         assert source.read(0, 1) == b"\1"
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(0, 200 * KIB), st.integers(1, 70 * KIB), st.sampled_from([0, 0, 5, 6])), max_size=8),
+    st.sampled_from([512, 4 * KIB, 64 * KIB]),
+)
+def test_what_a_bitmap_knows_is_all_that_is_looked_at(
+    tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int, int]], granularity: int
+) -> None:
+    """The overlay reads as the source where the bitmap is dirty, and as the backing file elsewhere, even where the source
+    differs."""
+    folder = tmp_path_factory.mktemp("since")
+    dice = random.Random(len(writes))
+    base = dice.randbytes(100 * KIB) + bytes(50 * KIB) + dice.randbytes(50 * KIB)
+    (folder / "base").write_bytes(base)
+    lamina.create(folder / "source", "qcow2", len(base))
+    bitmap = MemoryBitmap(granularity)
+    with lamina.open(folder / "source", format="qcow2", read_only=False) as source:
+        source.write(0, b"other" * (len(base) // 5))
+        for at, length, value in writes:
+            at, length = min(at, len(base) - 1), min(length, len(base) - min(at, len(base) - 1))
+            bitmap.mark(at, length)
+            source.write(at, bytes([value]) * length)
+            if not value:
+                source.zero(at, length)
+        disk = source.read(0, len(base))
+    with lamina.open(folder / "source", format="qcow2") as source:
+        options = {"cluster_size": 4096}
+        backing = {"backing": str(folder / "base"), "backing_format": "raw"}
+        convert_to_file(source, folder / "new", "qcow2", options, **backing, changed=bitmap)  # type: ignore[arg-type]
+    wanted = bytearray(base)
+    for lo, hi in bitmap.dirty(0, len(base)):
+        wanted[lo:hi] = disk[lo:hi]
+    assert content_of(folder / "new") == wanted

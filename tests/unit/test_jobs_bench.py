@@ -21,6 +21,7 @@ from lamina.image import Image
 from lamina.jobs.bench import MOST, Latencies, Load, bench
 from lamina.jobs.progress import Monitor
 from lamina.node import FUA
+from lamina.pending import Pending
 from lamina.storage.memory import MemoryStorage
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -102,6 +103,46 @@ def test_the_requests_are_those_asked_for(depth: int) -> None:
     assert storage.most == depth
     assert measured.latencies.count == 20
     assert 0 < measured.latencies.highest <= measured.nanoseconds
+
+
+class Pipelined(MemoryStorage):
+    """Storage whose started reads end when somebody waits for them."""
+
+    pipelines = True
+
+    def __init__(self) -> None:
+        super().__init__(SIZE)
+        self.now = self.most = self.read = 0
+
+    def start_read(self, offset: int, view: memoryview) -> Pending:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        return _Read(self, offset, view)
+
+
+class _Read:
+    def __init__(self, storage: Pipelined, offset: int, view: memoryview) -> None:
+        self._storage, self._offset, self._view = storage, offset, view
+        self._done = False
+
+    def wait(self) -> None:
+        if not self._done:
+            self._done = True
+            self._storage.now -= 1
+            self._storage.read += 1
+            self._storage.read_into(self._offset, self._view)
+
+    def leave(self) -> None:
+        self._done = True
+
+
+@pytest.mark.parametrize("depth", [2, 9])
+def test_storage_that_pipelines_has_them_in_flight_without_threads(depth: int) -> None:
+    with Image(storage := Pipelined()) as image:
+        measured = bench(image, Load(50, depth, 512))
+        assert not workers.names
+    assert (storage.most, storage.now, storage.read) == (depth, 0, 50)
+    assert measured.latencies.count == 50
 
 
 def test_a_step_may_be_larger_or_smaller_than_a_request() -> None:

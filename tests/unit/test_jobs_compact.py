@@ -294,11 +294,12 @@ def test_free_runs_are_those_between_counts(bits: int, seed: int) -> None:
         column=lambda which: columns[which],
         has_block=lambda which: columns[which].any(),
     )
-    for clusters in (0, 1, per_block, 3 * per_block + 7, 6 * per_block, 9 * per_block):
+    for clusters in (0, 1, per_block // 2, per_block, 3 * per_block + 7, 6 * per_block, 9 * per_block):
         found = list(_free_runs(stand_in, clusters))
         free = np.append(counts, np.zeros(3 * per_block, np.uint64))[:clusters] == 0
         assert [number for first, last in found for number in range(first, last)] == np.flatnonzero(free).tolist()
         assert all(last < first for (_, last), (first, _) in pairwise(found))
+        assert all(first < last <= clusters for first, last in found)
 
 
 def test_an_encrypted_disk(tmp_path: Path) -> None:

@@ -14,17 +14,18 @@ from .terminal import Meter
 
 _EXAMPLES = """
   lamina dd -O qcow2 if=disk.raw of=disk.qcow2
-  lamina dd -f raw bs=1M count=16 if=disk.raw of=first.raw           the first 16 MiB
-  lamina dd bs=1M skip=1 count=3 if=disk.qcow2 of=part.raw           2 MiB, from the second MiB on
+  lamina dd -f raw bs=1M count=16 if=disk.raw of=first.raw     the first 16 MiB
+  lamina dd bs=1M skip=1 count=3 if=disk.qcow2 of=part.raw     2 MiB
 
 operands:
   if=FILE     the source
   of=FILE     the new image; it gets its name when it is complete
   bs=SIZE     the bytes of a block (default: 512)
-  count=N     blocks from the start of the source; the copy ends there (default: all)
+  count=N     the copy ends at block N of the source (default: its end)
   skip=N      blocks at the start of the source that are not copied (default: 0)
 
-As in qemu-img, and unlike in dd(1), the blocks of skip are part of those of count. Zeros are not written.
+As in qemu-img, and unlike in dd(1), the blocks of skip are part of those of
+count. Zeros are not written.
 """
 
 #: The largest block; the copy does not depend on it, and QEMU has the same bound.

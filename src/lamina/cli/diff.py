@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ..jobs.diff import Range, changed_since, diff
+from ..jobs.diff import Range, bitmap_of, changed_since, diff
 from ..jobs.progress import Monitor
 from .arguments import Parser, open_image
 from .terminal import Meter
@@ -24,6 +24,7 @@ _EXAMPLES = """
   lamina diff -l monday disk.qcow2                      from a snapshot to now
   lamina diff --bitmap daily disk.qcow2                 written since then
   lamina diff -f qcow2 -o inc.qcow2 full.qcow2 disk.qcow2
+  lamina diff -f qcow2 -o inc.qcow2 --bitmap daily full.qcow2 disk.qcow2
 
 The ranges are those of the second image. They consist of blocks (-g), each of
 which differs in at least one byte. What both images share is not read.
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
         "-o", "--overlay", metavar="FILE",
         help="create a qcow2 overlay over the first image with the differences (needs -f)",
     )  # fmt: skip
+    parser.add_max_output()
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
     parser.add_quiet()
     parser.add_output()
@@ -56,9 +58,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("names", metavar="FILE", nargs="+", help="the two images, or one with -l or --bitmap")
     args = parser.parse(argv)
 
-    wanted = 1 if args.snapshots or args.bitmap is not None else 2
+    alone = args.snapshots or (args.bitmap is not None and args.overlay is None)
+    wanted = 1 if alone else 2
     if len(args.names) != wanted or len(args.snapshots) > 2 or (args.snapshots and args.bitmap is not None):
-        parser.error("two images are needed, or one with -l SNAPSHOT (once or twice) or --bitmap NAME")
+        parser.error(
+            "two images are needed, or one with -l SNAPSHOT (once or twice) or --bitmap NAME; with -o always two"
+        )
     if args.overlay is not None:
         return _write_overlay(args)
     with ExitStack() as stack:
@@ -134,7 +139,7 @@ def _write_overlay(args: Namespace) -> int:
     from .backing import warn_where_refused
 
     if args.image_opts or len(args.names) != 2:
-        raise OptionError("an overlay needs the names of two image files", hint="omit -l, --bitmap and --image-opts")
+        raise OptionError("an overlay needs the names of two image files", hint="omit -l and --image-opts")
     if args.format is None:
         raise OptionError("the format of the backing file is not given, and is never detected", hint="give it (-f)")
     if args.granularity is not None or args.allocation or args.output == "json":
@@ -151,6 +156,8 @@ def _write_overlay(args: Namespace) -> int:
             {},
             backing=name,
             backing_format=args.format,
+            changed=None if args.bitmap is None else bitmap_of(source, args.bitmap),
+            max_output=args.max_output,
             references=args.references,
             monitor=Monitor(meter.report),
         )

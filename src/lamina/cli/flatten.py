@@ -21,7 +21,7 @@ continued by running it again.
 def main(argv: list[str]) -> int:
     parser = Parser(
         "flatten",
-        "Copy what the backing files of an overlay own into it, and remove their name from it.",
+        "Copy what the backing files of an overlay own into it, and remove the reference.",
         _EXAMPLES,
     )
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")

@@ -19,6 +19,7 @@ from ..node import FilterNode, Node, StorageNode, is_faithful
 from ..numeric import np
 
 if TYPE_CHECKING:
+    from ..bitmap import DirtyBitmap
     from ..format import Format
     from ..image import Image
     from ..request import Child
@@ -30,12 +31,27 @@ class Backing(NamedTuple):
     """The backing file of the target. `image`: its content, for comparison; or, if the backing file is a layer of the source,
     `depth`: the number of layers of the source above it. `keeps_rest`: behind the end of the source the target stays as it
     is. `replaces`: the target is the source, and is to have `image`, as long as itself, in place of its backing file; if
-    `image` is also one of its layers, `depth` says which."""
+    `image` is also one of its layers, `depth` says which. `changed`: the source differs from the backing file only there,
+    and these ranges are as those of a layer above it: `depth` is 1."""
 
     image: Image | None = None
     depth: int | None = None
     keeps_rest: bool = False
     replaces: bool = False
+    changed: DirtyBitmap | None = None
+
+    def marked(self, found: Extents) -> Extents:
+        """The extents of a source, divided at the ends of the ranges in `changed`: those have the depth 0, the others 1."""
+        if self.changed is None:
+            return found
+        edges = [edge for dirty in self.changed.dirty(found.begin, found.end) for edge in dirty]
+        cuts = np.array(edges, np.int64)
+        starts = np.unique(np.concatenate((found.start, cuts[cuts < found.end])))
+        row = np.searchsorted(found.start, starts, "right") - 1
+        depth = (np.searchsorted(cuts, starts, "right") % 2 == 0).astype(np.int32)
+        offset = np.where(found.offset[row] < 0, -1, found.offset[row] + starts - found.start[row])
+        length = np.diff(np.append(starts, found.end))
+        return Extents(found.begin, starts, length, found.flags[row], depth, found.file[row], offset, found.files)
 
     def wanted(self, found: Extents) -> Extents:
         """The extents of a source whose backing file `image` replaces. Those that it does not own, and that `image` may not

@@ -31,6 +31,7 @@ from .requests import Requests, is_far, requests_for
 
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
+    from ..bitmap import DirtyBitmap
     from ..image import Image
     from ..limits import Budget
     from .rate import RateLimit
@@ -172,6 +173,7 @@ def convert_to_file(
     smallest_hole: int = 4096,
     backing: str | None = None,
     backing_format: str | None = None,
+    changed: DirtyBitmap | None = None,
     references: Policy | None = None,
     offload: Offload = "",
     compress: bool = False,
@@ -189,7 +191,8 @@ def convert_to_file(
     `durable`: it is on stable storage when this returns; where a file is replaced it is in any case (see `AtomicFile`).
 
     With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
-    itself built on that file, that is what the layers above it own; else both are read and compared. `compress`: all is
+    itself built on that file, that is what the layers above it own; else both are read and compared. `changed`: the
+    source differs from that file only where this bitmap says so, and the new image owns these ranges. `compress`: all is
     stored packed, as far as that is smaller; UnsupportedFeature where the format cannot. The backing file and the new image
     are opened within the budget of `source` each.
     """
@@ -217,6 +220,7 @@ def convert_to_file(
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
+            below = below if changed is None else Backing(depth=1, changed=changed)
         stack.enter_context(made_beside(kind, values, path))
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)

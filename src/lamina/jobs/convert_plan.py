@@ -74,8 +74,8 @@ class Plan:
         below = self.below
         compared = below is not None and below.image is not None
         for exact, there in self._pieces(compared):
-            if below is not None and below.replaces:
-                exact = below.wanted(exact)
+            if below is not None:
+                exact = below.wanted(exact) if below.replaces else below.marked(exact)
             found = exact.align(self.block) if self.block > 1 else exact
             yield from self._over_content(found, there) if compared else self._over_layers(found, there)
         if below is not None and not below.keeps_rest:

@@ -24,6 +24,7 @@ from .requests import NEAR, Requests, in_order, requests_for
 from .windows import windows
 
 if TYPE_CHECKING:
+    from ..bitmap import DirtyBitmap
     from ..image import Image
     from ..numeric import NDArray
     from ..pending import Pending
@@ -65,19 +66,24 @@ def diff(
     return _diff(first, second, granularity, content, parallel, monitor or Monitor())
 
 
+def bitmap_of(image: Image, name: str) -> DirtyBitmap:
+    """The dirty bitmap of this name. OptionError if there is none, or if it is inconsistent."""
+    if name not in image.bitmaps:
+        raise OptionError(
+            f"the image has no consistent dirty bitmap {shown(name)}",
+            path=image.filename,
+            hint="lamina info lists them; after a crash, make a full backup and a new bitmap",
+        )
+    return image.bitmaps[name]
+
+
 def changed_since(image: Image, bitmap: str, *, granularity: int = 1) -> Iterator[Range]:
     """Yield the ranges of `image` that were written since its dirty bitmap of this name was added or cleared, in order and
     not adjacent, rounded to blocks of `granularity` bytes. Nothing is read; written bytes may have been equal. Raises
     OptionError if there is no such bitmap, or if it is inconsistent."""
     _require_granularity(granularity)
-    if bitmap not in image.bitmaps:
-        raise OptionError(
-            f"the image has no consistent dirty bitmap {shown(bitmap)}",
-            path=image.filename,
-            hint="lamina info lists them; after a crash, make a full backup and a new bitmap",
-        )
     size = image.size
-    found = image.bitmaps[bitmap].dirty(0, size)
+    found = bitmap_of(image, bitmap).dirty(0, size)
     blocks = ((align_down(lo, granularity), min(align_up(hi, granularity), size)) for lo, hi in found)
     return _joined(blocks)
 

@@ -111,7 +111,7 @@ def _free_runs(counts: Refcounts, clusters: int) -> Iterator[tuple[int, int]]:
         used = counts.column(which) != 0
         edges = np.flatnonzero(np.diff(used, prepend=False, append=False)) + which * counts.per_block
         for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            if begin < first:
+            if begin < min(first, clusters):
                 yield begin, min(first, clusters)
             begin = last
     if begin < clusters:
