@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError, UnsupportedFeature
 from ..format import Format
-from .beneath import beneath_filters
+from .beneath import beneath_filters, require_backing_open
 from .progress import Monitor
 from .rebase import rebase
 
@@ -29,14 +29,9 @@ def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | N
     node = beneath_filters(image.node)
     if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
         raise UnsupportedFeature(f"the driver {node.driver} has no backing files", path=image.filename)
+    require_backing_open(node)
     if "backing" not in node.children:
-        if type(node).inspect(node.children["file"], {}).backing_filename is None:
-            return 0
-        raise OptionError(
-            "the backing file that the image names is not open, so its bytes cannot be copied",
-            path=image.filename,
-            hint="open it with the image",
-        )
+        return 0
     if node.snapshots():
         raise OptionError(
             "the image has internal snapshots, and they show the backing file as well",
