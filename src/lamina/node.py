@@ -92,11 +92,11 @@ class Node(Startable, Reopenable):
     widens_zero: ClassVar[bool] = True
     #: The line of code that opened the graph below this node, as "file:line"; None: `lifecycle` does not close it.
     opened_at: str | None = None
-    #: Its graph, set when the node is opened, or when a root on it or above it is created.
-    graph: Graph | None = None
+    graph: Graph | None = None  #: set when the node is opened, or when a root on it or above it is created
     #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`), and the limit for its whole graph.
     kept_bytes, memory_limit = 0, MAX_SIZE
     given: Mapping[str, str] = {}  #: the options that differ from their defaults, as text (`Schema.told`)
+    transient: ClassVar[bool] = False  #: what is written to this node itself is gone when it is closed
     foreign: bool = False  #: another process opened the node, and this one was forked from it
     _settled: bool = False
     #: The hint of the error for a change of a read-only node.

@@ -30,6 +30,7 @@ class Cow(TransformNode):
     Thread-safe: the request path orders overlapping requests. Memory grows with the written data, in pages of 64 KiB."""
 
     driver: ClassVar[str] = "cow"
+    transient = True
     schema: ClassVar[Schema] = Schema(
         "cow", [Option("image", "node", "the child node, which is never written", required=True)]
     )

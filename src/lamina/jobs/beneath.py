@@ -104,14 +104,21 @@ def require_no_snapshots(node: Format) -> None:
         )
 
 
+def loses(node: Node) -> bool:
+    """Whether bytes that are written to `node` are gone when it is closed: it keeps them in memory, or nowhere."""
+    return node.transient or any(loses(edge.node) for role, edge in node.children.items() if role != "backing")
+
+
 def require_backing_open(node: Format) -> None:
-    """Raise OptionError if the image names a backing file that is not open: what the image shows is not its disk."""
-    if "backing" not in node.children and type(node).inspect(node.children["file"], {}).backing_filename is not None:
-        raise OptionError(
-            "the backing file that the image names is not open, so its bytes cannot be copied",
-            path=node.filename,
-            hint="open it with the image",
-        )
+    """Raise OptionError if the image names a backing file that is not open: its bytes are part of the disk, and are not
+    known."""
+    if "backing" in node.children or type(node).inspect(node.children["file"], {}).backing_filename is None:
+        return
+    raise OptionError(
+        "the backing file that the image names is not open, so its bytes cannot be copied",
+        path=node.filename,
+        hint="open it with the image",
+    )
 
 
 def beneath_filters(node: Node) -> Node:

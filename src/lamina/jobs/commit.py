@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptionError
 from ..format import Format
 from ..own_files import is_same_file
-from .beneath import Backing, backing_edges, beneath_filters, require_no_snapshots
+from .beneath import Backing, backing_edges, beneath_filters, loses, require_no_snapshots
 from .convert import Result, copy_disk
 from .progress import Monitor
 from .sole_writer import as_sole_writer, writing_beneath
@@ -41,8 +41,9 @@ def commit(
     backing file. Then `image` must be open for writing. `rate` as for `convert`.
 
     No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if no
-    such backing file is known, another user has it open, or `image` has internal snapshots; Locked if another program has it
-    open; the errors of reading and writing, and Cancelled. The bytes of `image` are the same in any case.
+    such backing file is known, another user has it open, it keeps changes in memory, or `image` has internal snapshots;
+    Locked if another program has it open; the errors of reading and writing, and Cancelled. The bytes of `image` are the
+    same in any case.
     """
     edges = list(backing_edges(image.node))
     depth = _find(edges, base, image)
@@ -67,6 +68,12 @@ def commit(
         image.root.edge.require_writable("commit")
     monitor = monitor or Monitor()
     edge, below = edges[depth - 1], Backing(depth=depth, keeps_rest=True)
+    if loses(edge.node) and not loses(top):
+        raise OptionError(
+            "what is written to that backing node is discarded when it is closed, and would be lost",
+            path=edge.node.filename,
+            hint="open the backing file itself, without snapshot=on or cow",
+        )
 
     def copy(source: Image, target: Image) -> Result:
         if target.size < source.size:
@@ -93,11 +100,19 @@ def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image)
     if base is None:
         return 1
     name = os.fspath(base)
-    folder = os.path.dirname(image.filename)
-    for depth, edge in enumerate(edges, 1):
-        path = edge.node.filename
-        if name == path or is_same_file(name, path) or is_same_file(os.path.join(folder, name), path):
-            return depth
+    inside = os.path.join(os.path.dirname(image.filename), name)
+    paths = [edge.node.filename for edge in edges]
+    if name in paths:
+        return paths.index(name) + 1
+    found = {depth for depth, path in enumerate(paths, 1) if is_same_file(name, path) or is_same_file(inside, path)}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise OptionError(
+            "this names one backing file relative to the image, and another one relative to the working directory",
+            path=name,
+            hint="give the absolute path",
+        )
     raise OptionError(
         "this is not a backing file of the image",
         path=name,

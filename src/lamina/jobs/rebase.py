@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import open as open_image
 from ..errors import OptionError
 from ..format import Format
+from ..options import stored_name
 from ..own_files import refuse_own
 from ..policy import Policy
 from .beneath import Backing, beneath_filters, layers_above, require_backing_open, require_no_snapshots
@@ -42,8 +43,8 @@ def rebase(
     uses its new backing file, and is on stable storage, when this returns.
 
     No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if the
-    format has no backing files or the image has internal snapshots, the errors of opening `backing`, those of reading and
-    writing, and Cancelled. The bytes of `image` are the same in any case.
+    format has no backing files, the image has internal snapshots, or names a backing file that is not open, the errors of
+    opening `backing`, those of reading and writing, and Cancelled. The bytes of `image` are the same in any case.
     """
     node = beneath_filters(image.node)
     if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
@@ -57,7 +58,7 @@ def rebase(
     if backing:
         if backing_format is None:
             raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
-        name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), backing)
+        name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), stored_name(backing))
         spec = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         compared = {"driver": "truncate", "size": image.size, "image": spec}
     with open_image(compared, references=references, budget=image.budget) as new:

@@ -23,6 +23,7 @@ class MemoryStorage(StorageNode):
     FUA."""
 
     driver: ClassVar[str] = "memory"
+    transient = True
     schema: ClassVar[Schema] = Schema("memory", [Option("size", "size", "the initial length in bytes", default=0)])
     supported_flags = FUA
 

@@ -17,6 +17,7 @@ class NullStorage(StorageNode):
     """Writes are discarded, and reads return zeros. Stateless and thread-safe."""
 
     driver: ClassVar[str] = "null"
+    transient = True
     schema: ClassVar[Schema] = Schema(
         "null",
         [
