@@ -17,7 +17,7 @@ is 128 plus the number of the signal. An error is one line on standard error."""
 
 _ENVIRONMENT = (
     ("LAMINA_REFERENCES", "the policy for names inside images that applies where --references is not given"),
-    ("LAMINA_DEBUG", "if set, the traceback of an unexpected error is printed"),
+    ("LAMINA_DEBUG", "if set, tracebacks of errors are printed, as with --debug"),
 )
 
 

@@ -4,6 +4,7 @@ that of the code."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ import pytest
 
 import lamina
 from lamina.cli.described import options_of, parser_of
-from lamina.cli.main import COMMANDS, main
+from lamina.cli.main import COMMANDS, FIRST, main
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,63 @@ def test_the_help_of_a_command(
     assert max(map(len, body.splitlines())) <= 80
     for one in options_of(parser_of(command)):
         assert one.help, f"{one.flags} has no help"
+
+
+def test_the_first_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 24
+    assert len(FIRST) == 6
+    for name in FIRST:
+        assert f"\n  {name:<11}{COMMANDS[name][1]}\n" in told
+    assert set(COMMANDS) <= set(told.split())
+    assert main(["help", "--all"]) == 0
+    everything = capsys.readouterr().out
+    assert all(summary in everything for _, summary in COMMANDS.values())
+    assert max(map(len, (told + everything).splitlines())) <= 80
+
+
+def test_help_of_a_command_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ["help", "resize"], ["resize", "--help"], ["resize", "-h"]:
+        assert main(words) == 0
+    told = capsys.readouterr().out
+    assert told.count("usage: lamina resize ") == 3
+    assert main(["help", "reszie"]) == 1
+    assert "did you mean resize?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--output=json"], ["--output", "json"]])
+def test_an_error_is_an_object_where_json_is_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", *words, "/none/disk"]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    error = json.loads(told.err)["error"]
+    assert error == {
+        "type": "NotFound",
+        "message": "cannot be opened: No such file or directory",
+        "path": "/none/disk",
+        "operation": "open",
+        "hint": "check the name, or create it first",
+        "errno": "ENOENT",
+    }
+    assert main(["info", *words, "--nonsense", "/none/disk"]) == 1
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["type"] == "UsageError"
+    assert "--nonsense" in error["message"]
+    assert main(["info", "--", "--output=json"]) == 1
+    assert capsys.readouterr().err.startswith("lamina: --output=json: ")
+
+
+@pytest.mark.parametrize(
+    "words", [["--debug", "info", "/none"], ["info", "--debug", "/none"], ["info", "/none", "--debug"]]
+)
+def test_debug_shows_where_an_error_came_from(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback (most recent call last):")
+    assert told.splitlines()[-1].startswith("lamina: /none: cannot be opened")
+    assert main(["info", "--", "--debug"]) == 1
+    assert capsys.readouterr().err.startswith("lamina: --debug: ")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ LAMINA = [sys.executable, "-m", "lamina"]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+    assert main(["help", "--all"]) == 0
     told = capsys.readouterr().out
     for name, (_, summary) in COMMANDS.items():
         assert f"{name} " in told
@@ -179,7 +179,9 @@ def test_what_should_not_happen_is_one_line(
     assert told.err.count("\n") == 1
     assert len(told.err) < 600
     if not isinstance(error, MemoryError):
-        assert "LAMINA_DEBUG=1" in told.err
+        assert "with --debug" in told.err
+        with pytest.raises(type(error)):
+            main(["--debug", name])
         monkeypatch.setenv("LAMINA_DEBUG", "1")
         with pytest.raises(type(error)):
             main([name])

@@ -18,13 +18,13 @@ from typing import NoReturn
 
 from ..errors import LaminaError, OptionError, UsageError
 from ..version import __version__
-from . import program, signals
+from . import failure, program, signals
 from .streams import drop, lost_output, prepare, print_error
 
 #: Command -> (module in this package, summary). In the order of the help.
 COMMANDS = {
     "create": ("create", "create a new image"),
-    "info": ("info", "show the format and properties of an image, or the exports of an NBD server"),
+    "info": ("info", "show what an image is, or what an NBD server exports"),
     "inspect": ("inspect", "say whether an untrusted file is safe to open"),
     "map": ("map", "show the status and location of the bytes of an image"),
     "check": ("check", "check the metadata of an image for errors"),
@@ -47,11 +47,16 @@ COMMANDS = {
     "shims": ("shims", "write programs named qemu-img, qemu-io and qemu-nbd, which are Lamina"),
     "explain": ("explain", "say what the bytes of an image file are, and where a byte of the disk is"),
     "explain": ("explain", "say what a byte of an image file is, or where a byte of the disk is"),
+    "shims": ("shims", "write programs named qemu-img, qemu-io, qemu-nbd: Lamina"),
+    "explain": ("explain", "say what a byte of a file is, or where a byte of the disk is"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
-    "completion": ("completion", "print a script with which a shell completes the words of lamina"),
+    "completion": ("completion", "print a script with which a shell completes words"),
     "io": ("io.command", "read and write an image interactively, or with -c commands"),
 }
+
+#: The commands that the help explains first.
+FIRST = ("create", "info", "map", "check", "convert", "serve")
 
 _HINT = "lamina --help lists the commands"
 
@@ -62,18 +67,26 @@ _failure = 1
 def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None = None) -> int:
     """Run the command line `argv` (default: that of this process), which excludes the name of the program. `imported` is
     called when the module of the command is imported, before it runs. Returns the exit status: 0, 1 for an error, or a value
-    that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with LAMINA_DEBUG in the environment also
-    unexpected exceptions, which are bugs of Lamina."""
+    that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with --debug, or LAMINA_DEBUG in the environment,
+    also unexpected exceptions, which are bugs of Lamina."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = bool(os.environ.get("LAMINA_DEBUG"))
     global _failure
     _failure = 1
     try:
+        if program.current.errors_as_json and "--debug" in arguments:
+            arguments, asked = failure.without_debug(arguments)
+            if asked:
+                debug = True
+                failure.log_everything()
         arguments = program.current.command_line(arguments)
         if not arguments:
             raise OptionError("no command is given", hint=_HINT)
+        if arguments[0] == "help" and arguments[1:2] and not arguments[1].startswith("-"):
+            arguments = [arguments[1], "--help"]
         name = arguments[0]
         if name in ("-h", "--help", "help"):
-            sys.stdout.write(_help())
+            sys.stdout.write(_help(everything="--all" in arguments))
             return 0
         if name in ("-V", "--version"):
             sys.stdout.write(f"lamina {__version__}\n")
@@ -88,12 +101,15 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
     except BrokenPipeError:
         raise
     except UsageError as error:
-        print_error(str(error))
+        failure.tell(error, arguments, debug=debug)
         return 1
     except (LaminaError, OSError) as error:
         # The error may be a failed write to standard output, so the buffered output cannot be written either.
         lost = lost_output()
-        print_error(f"standard output: {os.strerror(lost.errno or EIO)}" if lost is not None else str(error))
+        if lost is None:
+            failure.tell(error, arguments, debug=debug)
+        else:
+            print_error(f"standard output: {os.strerror(lost.errno or EIO)}")
         return _failure
     except SystemExit as stop:  # argparse raises it after --help
         return stop.code if isinstance(stop.code, int) else 0
@@ -102,13 +118,13 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
         print_error("out of memory; end other programs, or increase the memory limit (ulimit -v)")
         return _failure
     except Exception as error:
-        if os.environ.get("LAMINA_DEBUG"):
+        if debug:
             raise
         lost_output()
         text = " ".join(str(error).split())[:300]
         print_error(
             f"a bug in lamina: {type(error).__name__}: {text}; please report it, with the traceback that the command prints "
-            "with LAMINA_DEBUG=1 in the environment"
+            "with --debug"
         )
         return _failure
     finally:
@@ -167,16 +183,28 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
-def _help() -> str:
-    rows = "".join(f"  {name:<9} {summary}\n" for name, (_, summary) in COMMANDS.items())
+def _help(*, everything: bool = False) -> str:
+    width = max(map(len, COMMANDS))
+    rows = [(name, f"  {name:<{width}} {summary}\n") for name, (_, summary) in COMMANDS.items()]
+    if everything:
+        commands = "commands:\n" + "".join(row for _, row in rows)
+    else:
+        lines = [""]
+        for name in COMMANDS:
+            if len(lines[-1]) + len(name) > 76:
+                lines.append("")
+            lines[-1] += f" {name}"
+        first = "".join(row for name, row in rows if name in FIRST)
+        commands = f"the first commands:\n{first}\nall commands:\n" + "".join(f" {line}\n" for line in lines)
     return (
         "usage: lamina COMMAND [OPTIONS] ...\n\n"
-        "Create, inspect, compare, convert and serve disk images.\n\n"
-        f"commands:\n{rows}\n"
+        f"Create, inspect, compare, convert and serve disk images.\n\n{commands}\n"
         "options:\n"
         "  -h, --help     show this help; with a command, the help of the command\n"
-        "  -V, --version  show the version\n\n"
-        "Commands and options have the names of qemu-img. `lamina COMMAND --help` shows examples.\n"
+        "  -V, --version  show the version\n"
+        "      --debug    with a command: log what happens, and show tracebacks of errors\n\n"
+        "`lamina help COMMAND` shows options and examples, `lamina help --all` what each\n"
+        "command does. Commands and options have the names of qemu-img.\n"
     )
 
 

@@ -33,6 +33,8 @@ class Program:
     plain_progress = False
     #: Whether a command warns where the default policy for references would refuse a file.
     warns_of_references = True
+    #: Whether an error is an object on standard error where --output json is given, and --debug shows tracebacks.
+    errors_as_json = True
     #: Whether a passphrase in the list of processes is worth a warning.
     warns_of_secrets = True
 

@@ -15,6 +15,7 @@ from .personality import NAMES
 
 _EXAMPLES = """
   lamina shims ~/lamina-bin                       qemu-img, qemu-io and qemu-nbd, which are Lamina
+  lamina shims --force ~/lamina-bin               the same in place of other programs of these names
   PATH=~/lamina-bin:$PATH make check              a test suite that calls them
   LAMINA_COMPAT=10.0 ~/lamina-bin/qemu-img info disk.qcow2
 

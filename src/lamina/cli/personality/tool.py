@@ -21,6 +21,7 @@ class Tool(Program):
 
     plain_progress = True
     warns_of_references = False
+    errors_as_json = False
     warns_of_secrets = False
 
     def __init__(self, version: tuple[int, int]) -> None:
