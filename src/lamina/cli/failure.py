@@ -51,8 +51,8 @@ def describe(error: LaminaError | OSError) -> dict[str, Any]:
     found: dict[str, Any] = {"type": type(error).__name__}
     if isinstance(error, LaminaError):
         found["message"] = error.message
-        names = ("path", "node", "operation", "offset", "length", "hint")
-        found |= {name: value for name in names if (value := getattr(error, name)) is not None}
+        state = {name: vars(error)[name] for name in ("path", "node", "operation", "offset", "length", "hint")}
+        found |= {name: value for name, value in state.items() if value is not None}
     else:
         found["message"] = os.strerror(error.errno) if error.errno else str(error)
         if error.filename is not None:
