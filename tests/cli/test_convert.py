@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lamina
 from lamina.cli.main import main
 from tests.conftest import Qemu
 
@@ -196,3 +197,26 @@ def test_what_is_copied_unseen_is_not_searched_for_zeros(folder: Path, capsys: p
         assert main(["convert", *words, "a.raw", "b.raw"]) != 0
         assert words[0] in capsys.readouterr().err
     assert os.listdir(folder) == ["a.raw"]
+
+
+def test_an_overlay_that_is_there_gets_what_differs(tmp_path: Path) -> None:
+    """`convert -n -B`: what the overlay shows already is not written, whatever it owns."""
+    disk = random.Random(4).randbytes(MIB) + bytes(MIB)
+    base, source, over = (str(tmp_path / name) for name in ("base.raw", "source.raw", "over.qcow2"))
+    Path(base).write_bytes(disk)
+    changed = bytearray(disk)
+    changed[64 * 1024 : 64 * 1024 + 5] = b"other"
+    changed[512 * 1024 : 640 * 1024] = bytes(128 * 1024)
+    Path(source).write_bytes(changed)
+    lamina.create(over, "qcow2", 2 * MIB + 512, backing_file="base.raw", backing_fmt="raw")
+    with lamina.open(over, format="qcow2", read_only=False) as image:
+        image.write(MIB + 7, b"stale")  # the target may own what the source has not
+        image.write(2 * MIB, b"kept")
+    words = ["convert", "-n", "-B", base, "-F", "raw", "-f", "raw", "-O", "qcow2", source, over]
+    assert main(words) == 0
+    with lamina.open(over, format="qcow2") as image:
+        assert image.read(0, 2 * MIB) == changed
+        assert image.read(2 * MIB, 4) == b"kept"
+        owned = sum(one.length for one in image.extents(0, MIB).where(depth=0, present=True))
+        assert owned == 3 * 64 * 1024
+    assert main([*words, "--target-is-zero"]) == 1

@@ -86,3 +86,34 @@ def test_where_it_cannot_be(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert os.listdir(tmp_path) == [source.name]
     assert main(["convert", "-c", "-C", "-f", "raw", "-O", "qcow2", str(source), str(target)]) != 0
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_a_level_makes_smaller_images(qemu10: Any, tmp_path: Path, kind: str) -> None:
+    text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))[: 4 * MIB]
+    (tmp_path / "text.raw").write_bytes(text)
+    sizes: dict[str, int] = {}
+    for level in "1", "", "9":
+        path = tmp_path / f"packed-{level}.qcow2"
+        words = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={kind}"]
+        words += ["--compression-level", level] if level else []
+        assert not main([*words, str(tmp_path / "text.raw"), str(path)])
+        whole(path, text, [qemu10])
+        sizes[level] = path.stat().st_size
+    assert sizes["9"] < sizes[""] < sizes["1"]
+
+
+def test_levels_that_do_not_exist(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["convert", "-f", "raw", "-O", "qcow2", str(source), str(tmp_path / "out.qcow2")]
+    for words, said in (
+        (["-c", "--compression-level", "10"], "no compression level 10"),
+        (["-c", "--compression-level", "0"], "invalid choice"),
+        (["--compression-level", "5"], "requires -c"),
+        (["-n", "-c", "--compression-level", "5"], "requires a new target"),
+    ):
+        assert main([*start, *words]) == 1
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out.qcow2").exists()
+    lamina.create(tmp_path / "disk", "qcow2", MIB)
+    with pytest.raises(lamina.OptionError, match="no compression level 10"):
+        lamina.open({"driver": "qcow2", "file": str(tmp_path / "disk"), "compression-level": 10})

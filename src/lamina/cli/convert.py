@@ -11,6 +11,7 @@ from ..api import open as open_any
 from ..creation import create_driver
 from ..errors import Locked, OptionError, append_hint
 from ..image import Image
+from ..jobs.beneath import Backing
 from ..jobs.convert import Result, convert, convert_to_file
 from ..jobs.progress import Monitor
 from ..options import parse_name
@@ -51,7 +52,10 @@ def main(argv: list[str]) -> int:
         help="options of the target; -o help lists them",
     )
     parser.add_argument(
-        "-B", "--backing", metavar="FILE", help="create an overlay over FILE with the differences from it"
+        "-B",
+        "--backing",
+        metavar="FILE",
+        help="create an overlay over FILE with the differences from it; with -n: write what differs from an overlay",
     )
     parser.add_format(
         "-F", "--backing-format", dest="backing_format", help="format of that backing file; never detected"
@@ -82,6 +86,10 @@ def main(argv: list[str]) -> int:
         help="share blocks if the file system supports that (btrfs, xfs, ...), otherwise read and write",
     )
     offload.add_argument("-c", "--compress", action="store_true", help="compress the data where that makes it smaller")
+    parser.add_argument(
+        "--compression-level", metavar="LEVEL", type=int, choices=range(1, 23),
+        help="with -c: 1 is fast, 9 is small (22 with zstd); default: 3",
+    )  # fmt: skip
     parser.add_connections(
         "--connections", default=None,
         help="connections to each server that supports several coherent ones (1 to 16; default: 1)",
@@ -140,6 +148,8 @@ def main(argv: list[str]) -> int:
         parser.error("a source and a target are needed")
     if len(args.names) > 2:
         _refuse_joined(parser, args, options)
+    if args.compression_level is not None and not args.compress:
+        parser.error("--compression-level requires -c")
     if args.offload and args.sparse_size is not None:
         parser.error("-S searches the data for zeros, which -C and --reflink do not read: omit one of them")
     if args.salvage and args.offload:
@@ -232,6 +242,7 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
         smallest_hole=args.sparse_size,
         offload=args.offload,
         compress=args.compress,
+        compression_level=args.compression_level,
         backing=backing,
         backing_format=backing_format,
         references=args.references,
@@ -252,8 +263,11 @@ def _anew(source: Image, target: str, args: Namespace, options: dict[str, Any], 
 
 
 def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], monitor: Monitor) -> Result:
-    if options or args.backing is not None:
-        raise OptionError("-o and -B require a new target", hint="omit them, or omit -n")
+    if options or args.compression_level is not None:
+        word = "-o" if options else "--compression-level"
+        raise OptionError(f"{word} requires a new target", hint="omit it, or omit -n")
+    if args.backing is not None and args.target_is_zero:
+        raise OptionError("a target over a backing file does not read as zero", hint="omit -B, or --target-is-zero")
     if args.target_format is None and not args.target_image_opts:
         raise OptionError(
             "the format of the target is not given, and an existing target is not overwritten on a guess",
@@ -279,6 +293,8 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 there,
                 blank=args.target_is_zero,
                 smallest_hole=args.sparse_size,
+                # An overlay that is there shows its backing file: what it has already is not written.
+                below=None if args.backing is None else Backing(there, keeps_rest=True),
                 offload=args.offload,
                 parallel=args.parallel,
                 in_order=False if args.oob_writes else None,

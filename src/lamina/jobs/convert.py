@@ -177,6 +177,7 @@ def convert_to_file(
     references: Policy | None = None,
     offload: Offload = "",
     compress: bool = False,
+    compression_level: int | None = None,
     parallel: int | None = None,
     in_order: bool | None = None,
     bitmaps: Chosen = "",
@@ -193,8 +194,9 @@ def convert_to_file(
     With `backing`, the new image is an overlay over that file, and owns only what differs from it. Where the source is
     itself built on that file, that is what the layers above it own; else both are read and compared. `changed`: the
     source differs from that file only where this bitmap says so, and the new image owns these ranges. `compress`: all is
-    stored packed, as far as that is smaller; UnsupportedFeature where the format cannot. The backing file and the new image
-    are opened within the budget of `source` each.
+    stored packed, as far as that is smaller; UnsupportedFeature where the format cannot; `compression_level`: with this
+    effort, for qcow2 1 to 9, with zstd to 22. The backing file and the new image are opened within the budget of `source`
+    each.
     """
     path = path_in(path)
     refuse_own(source.node, path)
@@ -211,6 +213,8 @@ def convert_to_file(
     how |= {"bitmaps": bitmaps, "max_output": max_output, "rate": rate, "salvage": salvage}
     below: Backing | None = None
     given = kind.options_to_open(values)
+    if compression_level is not None and compress and "compression-level" in kind.schema:
+        given = {**given, "compression-level": compression_level}
     with ExitStack() as stack:
         if backing is not None:
             # Names inside the target are relative to its directory; what the user named is opened as such.

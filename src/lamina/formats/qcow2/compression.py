@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...coding import threads_for, workers_of
-from ...errors import CorruptImage
+from ...errors import CorruptImage, OptionError
 from ...format_node import Reservation
 from ...limits import MIB, align_down, align_up
 from .l2_entry import compressed_entry, compressed_range
@@ -52,6 +53,8 @@ class Compression:
         self._tables, self._file = tables, tables.file
         self._bits, self._cluster_size = header.cluster_bits, header.cluster_size
         self._zstd = bool(header.compression_type)
+        #: The effort to compress, as the codec takes it; None: its default for images.
+        self.level: int | None = None
         # With refcounts of one bit no two clusters can share a host cluster, so compression would save nothing.
         self.compresses = header.refcount_bits > 1 and not (header.crypt_method or header.external_data)
         self._cache: dict[int, bytes | bytearray] = {}  # by L2 entry, the oldest first
@@ -60,6 +63,14 @@ class Compression:
         # Held from the allocation of storage until the L2 entries point to it: the end of one cluster's data and the
         # beginning of the next share a sector, and data at the end of the file is padded to a whole sector.
         self._allocating = threading.Lock()
+
+    def set_level(self, level: int | None) -> None:
+        """Compress with this effort, before anything is written. OptionError if the codec has no such level."""
+        if level is not None and level > 9 and not self._zstd:
+            raise OptionError(
+                f"deflate has no compression level {level}", path=self._file.node.filename, hint="it takes 1 to 9"
+            )
+        self.level = level
 
     # -- reading
 
@@ -111,7 +122,7 @@ class Compression:
             self._file.read_into(offset, data)
         return data
 
-    def _codec(self) -> tuple[Callable[[memoryview], bytes], Callable[[memoryview, int], bytes | bytearray]]:
+    def _codec(self) -> tuple[Callable[..., bytes], Callable[[memoryview, int], bytes | bytearray]]:
         if self._zstd:
             from ...codecs import zstd
 
@@ -161,6 +172,8 @@ class Compression:
 
     def _compress(self, view: memoryview) -> list[bytes]:
         size, compress = self._cluster_size, self._codec()[0]
+        if self.level is not None:
+            compress = partial(compress, level=self.level)
         whole = align_down(len(view), size)
         found = [compress(view[at : at + size]) for at in range(0, whole, size)]
         if whole < len(view):  # the last cluster of the disk

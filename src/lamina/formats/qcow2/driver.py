@@ -67,6 +67,13 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
             Option("data-file", "node", "storage of the guest data, in place of the data file in the header"),
             Option("snapshot-id", "str", "open the internal snapshot with this id, for reading"),
             Option("snapshot-name", "str", "open the internal snapshot with this name, for reading"),
+            Option(
+                "compression-level",
+                "int",
+                "the effort to compress what is written: 1 to 9, with zstd to 22; by default 3",
+                minimum=1,
+                maximum=22,
+            ),
             Option("discard-no-unref", "bool", "what is discarded or zeroed keeps its clusters", default=False),
             *OPTIONS,
             Option("encrypt", "dict", "how to read an encrypted image", items=_ENCRYPT),
@@ -172,6 +179,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
         opener.book(max(sum(caches) - opener.cache_bytes, 0), "a cache of tables larger than that of the budget", path)
         node: Self = kind(file, header, read_only=opener.read_only, caches=caches, name=opener.name, data=data)
         node.vm_state, node.keeps_clusters = vm_state, keeps_clusters
+        node._compression.set_level(options.get("compression-level"))
         node.of_snapshot = id is not None or name is not None
         node.unlock(options.get("encrypt"), opener)
         named = Reference(header.backing_file, "backing", "backing file", format=header.backing_format)
@@ -248,7 +256,9 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
         from .refcount_width import set_width
 
         self.rewrite(set_width, bits)
+        level = self._compression.level
         self._compression = Compression(self.tables)
+        self._compression.set_level(level)
         self.supported_flags = COMPRESS if self._compression.compresses else 0
 
     def check(self) -> CheckReport:
