@@ -25,13 +25,14 @@ from lamina.testing.recorder import Marks, Recorder
 
 from .workloads import fresh, open_on
 
-STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000")) // 60
+STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000")) // 120
 RECOVERED_EVERY = 20
 GEOMETRIES: list[dict[str, Any]] = [
     {"cluster_size": 512, "refcount_bits": 16},
     {"cluster_size": 1024, "compat": "0.10"},
     {"cluster_size": 4096, "refcount_bits": 64},
     {"cluster_size": 4096, "backing": True},
+    {"cluster_size": 512, "preallocation": "metadata"},
     {"cluster_size": 16384, "extended_l2": True},
     {"cluster_size": 65536},
 ]

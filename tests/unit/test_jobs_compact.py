@@ -179,6 +179,21 @@ def test_the_file_ends_behind_its_last_cluster(tmp_path: Path) -> None:
         assert image.read(0, MIB) == b"a" * MIB
 
 
+@pytest.mark.parametrize("preallocation", ["metadata", "full"])
+def test_of_preallocation_nothing_stays(tmp_path: Path, preallocation: str) -> None:
+    """The tables lie between the clusters that they map, up to the end of the file."""
+    path = tmp_path / "disk"
+    lamina.create(path, "qcow2", 40 * MIB, cluster_size=4096, preallocation=preallocation)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, b"a" * 8192)
+        done = compact(image)
+        assert done.length[0] > 40 * MIB
+        assert done.length[1] < 100 * KIB
+        assert image.read(0, image.size) == b"a" * 8192 + bytes(40 * MIB - 8192)
+        image.write(30 * MIB, b"b")
+        assert image.node.check().clean  # type: ignore[attr-defined]
+
+
 def test_a_raw_disk_gets_holes(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"a" * MIB + bytes(2 * MIB) + b"b" * 5000 + bytes(100_000))

@@ -7,9 +7,10 @@ from errno import ENOSPC
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BlockIOError, LimitExceeded
-from ...format_node import FormatNode
+from ...format_node import FormatNode, To
 from ...limits import MAX_SIZE
 from ...node import MAY_UNMAP, require_writable
+from . import layout as q
 from .l2_entry import own_cluster
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Trimmable(FormatNode):
 
     header: Header
     tables: Tables
+    keeps_clusters: bool
     _recording: Bitmaps | None
 
     def free_zeros(self, offset: int, length: int) -> int:
@@ -37,10 +39,15 @@ class Trimmable(FormatNode):
         with self.tables.lock:
             self.tables.require_outside_changes()
             ranges = list(self._own_clusters(offset, length)) if shared else [(offset, length)]
+        # Without an entry there need not be a table either. (A data file keeps the bytes of a cluster without an entry.)
+        entries = self.backed or self.keeps_clusters or self.header.external_data
         try:
             self._recording = None  # the bytes do not change
             for start, size in ranges:
-                self.zero(start, size, MAY_UNMAP)
+                if entries:
+                    self.zero(start, size, MAY_UNMAP)
+                else:
+                    self.drop(start, size, To.BELOW)
         finally:
             self._recording = recording
         return sum(size for _, size in ranges)
@@ -61,9 +68,21 @@ class Trimmable(FormatNode):
 
     def _trim(self) -> None:
         self.flush()
-        self.shrink_file()
+        self.tables.settle()
+        if not self.header.external_data:
+            self.tables.changing(self._unlink_empty)
+        self.shrink_file(thoroughly=True)
         self.tables.changing(self._discard_free)
         self.tables.file.flush()  # before a cluster is used again: a discard that is late would destroy it
+
+    def _unlink_empty(self) -> None:
+        """Give up the L2 tables that only the disk of now uses, and that have no entry. All changes are on stable storage."""
+        tables = self.tables
+        mappings = tables.mappings
+        for which in range(min(self.header.l1_entries(self.size), len(mappings.l1))):
+            table = mappings.table(which) if mappings.l1.l2_offset(which) else None
+            if table is not None and table.own and not any(table.entries):
+                tables.unlink([which])
 
     def _discard_free(self) -> None:
         """Make holes of all clusters whose count is 0. All counts are on stable storage."""
@@ -75,16 +94,18 @@ class Trimmable(FormatNode):
         for first, last in _free_runs(counts, -(-size >> bits)):
             file.discard(first << bits, min(last << bits, size) - (first << bits))
 
-    def shrink_file(self) -> None:
+    def shrink_file(self, *, thoroughly: bool = False) -> None:
         """Cut off what lies behind the last cluster in use. Refcount blocks that count little but themselves lie all over the
-        file: they are written anew, near its beginning, where that makes it much shorter."""
+        file: they are written anew, near its beginning, where that makes it much shorter; `thoroughly`: wherever one of
+        them is the last cluster, and could lie further ahead."""
         tables = self.tables
         tables.settle()
         tables.changing(tables.unlink_behind, self.size)
         tables.settle()
         tables.file.flush()
         tables.changing(tables.trim)
-        if self.header.version >= 3 and tables.file.node.growable and tables.file.size > 2 * self.size + _WORTH:
+        worth = tables.file.size > 2 * self.size + _WORTH or (thoroughly and self._counts_end_the_file())
+        if self.header.version >= 3 and tables.file.node.growable and worth:
             from .refcount_width import set_width
 
             try:
@@ -96,6 +117,19 @@ class Trimmable(FormatNode):
                     raise
             tables.changing(tables.trim)
         tables.file.flush()
+
+    def _counts_end_the_file(self) -> bool:
+        """Whether the last cluster in use is a refcount block, and all of them fit into free space before it."""
+        counts, bits = self.tables.refcounts, self.tables.cluster_bits
+        blocks = [(entry & q.REFBLOCK_MASK) >> bits for entry in counts.table if entry & q.REFBLOCK_MASK]
+        last = counts.last_used()
+        needed = len(blocks) + self.header.refcount_table_clusters
+        return last in blocks and sum(stop - start for start, stop in _free_runs(counts, last)) > needed
+
+    @property
+    def backed(self) -> bool:
+        """Whether a cluster without an entry shows a backing file; see `Amendable`."""
+        raise NotImplementedError
 
     def _rewritten(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """As `Rewrite` says; see the driver."""
