@@ -75,8 +75,8 @@ def rebase(
             finally:
                 node.backing_changes = False
             own.flush()
-            own.root.alone("replaces the backing file", own.edit(references=references).set_backing, node, spec)
             own.root.alone("names another backing file", node.amend, values)
+            own.root.alone("replaces the backing file", own.edit(references=references).set_backing, node, spec)
             own.flush()
             return result
 
