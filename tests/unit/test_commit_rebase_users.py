@@ -1,0 +1,303 @@
+"""commit and rebase beside other users of the graph and other programs, and what they refuse."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lamina
+from lamina.creation import create
+from lamina.errors import BlockIOError, Cancelled, LaminaError, Locked, OptionError, PolicyError, ReadOnly
+from lamina.jobs.beneath import layers_above
+from lamina.jobs.commit import commit
+from lamina.jobs.progress import Monitor
+from lamina.jobs.rebase import rebase
+
+from .test_commit_rebase import content, require_clean
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    create(tmp_path / "base", "qcow2", MIB)
+    create(tmp_path / "mid", "qcow2", backing_file="base", backing_fmt="qcow2")
+    create(tmp_path / "top", "qcow2", backing_file="mid", backing_fmt="qcow2")
+    create(tmp_path / "new", "raw", MIB)
+    for number, name in enumerate(("base", "mid", "top"), 1):
+        with lamina.open(tmp_path / name, format="qcow2", read_only=False) as image:
+            image.write(number * 64 * KIB, bytes([number]) * 100 * KIB)
+    return tmp_path
+
+
+def test_no_other_user_writes_meanwhile(chain: Path) -> None:
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        seen: list[type[BaseException] | None] = []
+
+        def report(done: int, total: int) -> None:
+            try:
+                image.write(0, b"x")
+            except LaminaError as error:
+                seen.append(type(error))
+            else:
+                seen.append(None)
+
+        commit(image, monitor=Monitor(report))
+        rebase(image, "new", "raw", monitor=Monitor(report))
+        assert set(seen) == {ReadOnly}
+        image.write(0, b"x")  # again its user's
+        with image.share() as other:
+            for job in (lambda: commit(image), lambda: rebase(image, None)):
+                with pytest.raises(OptionError, match="writes to this graph"):
+                    job()
+            assert not other.read_only
+            other.write(0, b"y")
+            image.write(1, b"z")
+
+
+def test_a_layer_with_another_user_is_not_written(chain: Path) -> None:
+    before = content((chain / "base", "qcow2"))
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        mid = image.node.children["backing"].node
+        with image.share(mid), pytest.raises(OptionError, match="another user"):
+            commit(image, chain / "base")
+        with image.share(mid.children["backing"].node), pytest.raises(OptionError, match="another user"):
+            commit(image, chain / "base")
+        commit(image, chain / "base")
+    assert content((chain / "base", "qcow2")) != before
+
+
+def test_a_base_that_another_program_uses_is_locked(chain: Path) -> None:
+    before = content((chain / "mid", "qcow2")), content((chain / "top", "qcow2"))
+    with (
+        lamina.open(chain / "mid", format="qcow2"),
+        lamina.open(chain / "top", format="qcow2", read_only=False) as image,
+        pytest.raises(Locked),
+    ):
+        commit(image)
+    assert before == (content((chain / "mid", "qcow2")), content((chain / "top", "qcow2")))
+
+
+def test_the_base_is_read_only_again_afterwards(chain: Path) -> None:
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        mid = image.node.children["backing"].node
+        commit(image)
+        assert mid.read_only
+        with lamina.open(chain / "mid", format="qcow2"):  # nobody holds the lock of a writer
+            pass
+        with pytest.raises(ReadOnly), image.share(mid) as layer:
+            layer.write(0, b"x")
+
+
+def test_a_cancelled_job_leaves_an_image_that_reads_the_same(chain: Path) -> None:
+    expected = content((chain / "top", "qcow2"))
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        for job in commit, lambda image, monitor: rebase(image, "new", "raw", monitor=monitor):
+            monitor = Monitor()
+            monitor.cancel()
+            with pytest.raises(Cancelled):
+                job(image, monitor=monitor)  # type: ignore[operator]
+            assert image.read(0, image.size) == expected
+            image.write(0, b"")
+    for name in "base", "mid", "top":
+        require_clean((chain / name, "qcow2"))
+    assert content((chain / "top", "qcow2")) == expected
+
+
+def test_other_threads_read_meanwhile(chain: Path) -> None:
+    expected = content((chain / "top", "qcow2"))
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        stop, wrong = threading.Event(), []
+
+        def read() -> None:
+            while not stop.is_set():
+                if image.read(0, image.size) != expected:
+                    wrong.append(True)
+
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        commit(image)
+        rebase(image, "base", "qcow2")
+        rebase(image, "new", "raw")
+        rebase(image, None)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+# -- what is refused
+
+
+def test_what_has_no_backing_file_is_not_committed(tmp_path: Path) -> None:
+    create(tmp_path / "disk", "qcow2", MIB)
+    with lamina.open(tmp_path / "disk", format="qcow2", read_only=False) as image:
+        with pytest.raises(OptionError, match="no backing file"):
+            commit(image)
+        with pytest.raises(OptionError, match="not given"):
+            rebase(image, "base")
+    create(tmp_path / "raw", "raw", MIB)
+    with (
+        lamina.open(tmp_path / "raw", format="raw", read_only=False) as image,
+        pytest.raises(OptionError, match="another backing file"),
+    ):
+        rebase(image, None)
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("data file", 1), ("data file", 2), ("encrypted", 2), ("both", 1)])
+def test_layers_of_all_kinds_show_what_they_own(chain: Path, kind: str, depth: int) -> None:
+    """`mid` or `top` is an image with an external data file, or an encrypted one."""
+    which = "top" if depth == 1 else "mid"
+    spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / which)}}
+    options: dict[str, Any] = {"backing_file": "mid" if which == "top" else "base", "backing_fmt": "qcow2"}
+    if kind != "encrypted":
+        options["data_file"] = "data"
+    if kind != "data file":
+        secret = lamina.Secret(b"word")
+        options["encrypt"] = {"format": "luks", "key-secret": secret, "iter-time": 10}
+        spec["encrypt"] = {"key-secret": secret}
+    create(chain / which, "qcow2", **options)
+    granted = lamina.Policy.beneath(chain)
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        image.write(300 * KIB, b"e" * 50 * KIB)
+        image.zero(64 * KIB, 30 * KIB)
+    if which == "mid":
+        spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": spec}
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        expected = image.read(0, MIB)
+        below = chain / ("mid" if depth == 1 else "base")
+        with lamina.open(below, format="qcow2", references=granted) as base:
+            assert layers_above(image.node, base.node) == depth
+        commit(image, below)
+        assert image.read(0, MIB) == expected
+    with lamina.open(below, format="qcow2", references=granted) as base:
+        assert base.read(0, MIB) == expected
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        rebase(image, "base", "qcow2", references=granted)
+        image.write(300 * KIB, b"f")  # where the data file still has bytes of before
+        expected = expected[: 300 * KIB] + b"f" + expected[300 * KIB + 1 :]
+        rebase(image, None)
+        assert image.read(0, MIB) == expected
+
+
+def test_commit_names_a_base_of_the_chain(chain: Path) -> None:
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        with pytest.raises(OptionError, match="not a backing file"):
+            commit(image, chain / "new")
+        with pytest.raises(OptionError, match="first backing file"):
+            commit(image, "base", empty=True)
+    with lamina.open(chain / "top", format="qcow2") as image:
+        with pytest.raises(ReadOnly):
+            commit(image)
+        commit(image, "base")
+
+
+@pytest.mark.parametrize("how", ["snapshot", "cow", "memory", "null"])
+def test_nothing_is_committed_to_what_forgets_it(chain: Path, how: str) -> None:
+    expected = content((chain / "top", "qcow2"))
+    mid = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "mid")}}
+    backing: dict[str, Any] = {
+        "snapshot": mid | {"snapshot": True},
+        "cow": {"driver": "throttle", "image": {"driver": "cow", "image": mid}},
+        "memory": {"driver": "raw", "file": {"driver": "memory", "size": MIB}},
+        "null": {"driver": "raw", "file": {"driver": "null", "size": MIB}},
+    }[how]
+    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": backing}
+    for options in {}, {"empty": False}:
+        with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="discarded"):
+            commit(image, **options)
+    assert content((chain / "top", "qcow2")) == expected
+
+
+def test_a_name_of_two_backing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One relative to the image, one relative to the working directory: nobody knows which of them is meant."""
+    for folder in "here", "there":
+        (tmp_path / folder).mkdir()
+    here, there = tmp_path / "here" / "base", tmp_path / "there" / "base"
+    create(there, "qcow2", MIB)
+    create(here, "qcow2", backing_file="../there/base", backing_fmt="qcow2")
+    create(tmp_path / "here" / "top", "qcow2", backing_file="base", backing_fmt="qcow2")
+    granted = lamina.Policy.beneath(tmp_path)
+    with lamina.open(tmp_path / "here" / "top", format="qcow2", read_only=False, references=granted) as image:
+        image.write(0, b"t" * 512)
+        monkeypatch.chdir(there.parent)
+        with pytest.raises(OptionError, match="relative"):
+            commit(image, "base")
+        commit(image, there)
+    assert content((there, "qcow2"))[:1] == b"t"
+
+
+def test_rebase_compares_the_file_that_it_names(chain: Path) -> None:
+    """`file:` is a prefix on a command line, and part of a path inside an image."""
+    with lamina.open(chain / "new", format="raw", read_only=False) as image:
+        image.write(0, b"n" * 512)
+    create(chain / "file:new", "raw", MIB)
+    expected = content((chain / "top", "qcow2"))
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        rebase(image, "file:new", "raw")
+    assert lamina.info(chain / "top", format="qcow2").backing_filename == "new"
+    assert content((chain / "top", "qcow2")) == expected
+
+
+def test_a_backing_file_that_is_not_open_is_not_forgotten(chain: Path) -> None:
+    expected = content((chain / "top", "qcow2"))
+    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": None}
+    for new in (None, None), ("new", "raw"):
+        with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="not open"):
+            rebase(image, *new)
+    assert content((chain / "top", "qcow2")) == expected
+
+
+def test_an_image_is_not_its_own_backing_file(chain: Path) -> None:
+    create(chain / "above", "qcow2", backing_file="top", backing_fmt="qcow2")
+    before = (chain / "top").read_bytes()
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        for name, format in ("top", "raw"), ("above", "qcow2"):
+            with pytest.raises((OptionError, Locked)):
+                rebase(image, name, format)
+    assert (chain / "top").read_bytes() == before
+
+
+def test_snapshots_keep_their_content(chain: Path) -> None:
+    """They show the backing file where they have no clusters."""
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        image.create_snapshot("before")
+        for job in (lambda: commit(image), lambda: rebase(image, "new", "raw"), lambda: rebase(image, None)):
+            with pytest.raises(OptionError, match="internal snapshots"):
+                job()
+        image.delete_snapshot("1")
+        commit(image)
+
+
+def test_commit_needs_the_reference_and_no_more(chain: Path) -> None:
+    with pytest.raises(PolicyError):
+        lamina.open(chain / "top", format="qcow2", references=lamina.Policy.none())
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:  # the default grants reading
+        with pytest.raises(PolicyError):
+            image.node.children["backing"].reopen(False)
+        commit(image)
+
+
+def test_errors_of_the_base_reach_the_caller_and_keep_the_overlay(chain: Path) -> None:
+    expected = content((chain / "top", "qcow2"))
+    rules = [{"event": "pwritev", "errno": 28, "once": True}]
+    base = {
+        "driver": "qcow2",
+        "file": {
+            "driver": "blkdebug",
+            "inject-error": rules,
+            "image": {"driver": "file", "filename": str(chain / "mid")},
+        },
+    }
+    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": base}
+    with lamina.open(spec, read_only=False) as image:
+        with pytest.raises(BlockIOError):
+            commit(image)
+        assert image.read(0, image.size) == expected
+        commit(image)
+        assert image.read(0, image.size) == expected
+    assert content((chain / "mid", "qcow2")) == expected
