@@ -20,6 +20,7 @@ SYSTEM = {"ctypes.CDLL(None)", "errno", "fcntl", "libc", "os", "signal", "socket
 #: Attributes that are asked for by a fixed name, and of what. None is one that a driver may have or not.
 NAMES = {
     "FAILURE": "a module of the command line: its exit status for errors",
+    "WRONG_USAGE": "a module of the command line: its exit status for wrong usage, if that is another",
     "__index__": "a value: whether it is an integer",
     "errno": "an exception of any class",
     "reason": "an exception of ssl",

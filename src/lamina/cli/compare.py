@@ -19,6 +19,8 @@ exit status: 0 equal, 1 different (or an option is wrong), 2 an error
 """
 
 FAILURE = 2
+#: As of qemu-img, for a command line that makes no sense.
+WRONG_USAGE = 1
 
 
 def main(argv: list[str]) -> int:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = bool(os.environ.get("LAMINA_DEBUG"))
     global _failure
-    _failure = 1
+    _failure = wrong_usage = 1
     try:
         if program.current.errors_as_json and "--debug" in arguments:
             arguments, asked = failure.without_debug(arguments)
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
             raise _unknown(name)
         module = import_module(f"{__package__}.{COMMANDS[name][0]}")
         _failure = getattr(module, "FAILURE", 1)
+        wrong_usage = getattr(module, "WRONG_USAGE", _failure)
         if imported is not None:
             imported()
         return int(module.main(arguments[1:]))
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
         raise
     except UsageError as error:
         failure.tell(error, arguments, debug=debug)
-        return 1
+        return wrong_usage
     except (LaminaError, OSError) as error:
         # The error may be a failed write to standard output, so the buffered output cannot be written either.
         lost = lost_output()
