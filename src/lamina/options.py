@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import OptionError
 from .limits import MAX_SIZE
+from .peer_options import DRIVERS
 
 #: The maximum nesting depth of options, and the maximum number of characters of a text that describes them.
 MAX_DEPTH = 32
@@ -230,6 +231,9 @@ def _parse_name(text: str, depth: int) -> dict[str, Any]:
         if query and not query.startswith("?size="):
             raise OptionError(f"a null device has no option {shown(rest)}", hint="write null-co:// or null:?size=1G")
         return {"driver": "null", **({"size": query.removeprefix("?size=")} if query else {})}
+    if scheme in DRIVERS:
+        text = f"{shown(text)} names the protocol {prefix}, which is not supported"
+        raise OptionError(text, hint=f"{DRIVERS[scheme]}; a file of that name is ./NAME")
     hint = "for a file of that name write ./NAME or file:NAME; the format is a separate option"
     raise OptionError(f"{shown(text)} names the protocol {shown(prefix)}, which is unknown", hint=hint)
 

@@ -1,4 +1,4 @@
-"""Options of drivers of the reference tools that have no effect here, or are not supported, each with the reason.
+"""Drivers of the reference tools, and options of drivers, that have no effect here or are not supported, and why.
 
 Scripts give these options for reasons of the other program: its caches, its threads, its checks. An option that changes no
 result here is accepted if its value is valid there, and ignored; any other is refused as "not supported", never as unknown.
@@ -54,6 +54,21 @@ OPTIONS: dict[str, dict[str, PeerOption]] = {
     "nbd": {
         "x-dirty-bitmap": PeerOption("extents of a bitmap: lamina map --context qemu:dirty-bitmap:NAME"),
     },
+}
+
+
+_SERVED = "let a program serve it over NBD, and open nbd://HOST: nbdkit has a plugin for it"
+_MOUNTED = "mount it, and open the file"
+
+#: Drivers and protocols of the reference tools that Lamina does not have: what to do instead.
+DRIVERS: dict[str, str] = {
+    **dict.fromkeys(("http", "https", "ftp", "ftps", "ssh", "iscsi", "iser", "rbd", "gluster", "nvme"), _SERVED),
+    **dict.fromkeys(("nfs", "vvfat", "fat"), _MOUNTED),
+    "host_cdrom": "open the device as a file: driver=host_device",
+    "copy-before-write": "backups of a disk in use need bitmaps: lamina bitmap, lamina diff",
+    "snapshot-access": "backups of a disk in use need bitmaps: lamina bitmap, lamina diff",
+    "replication": "copies of a disk in use: driver=quorum, or lamina copy",
+    "io_uring": "open the device as a file: driver=host_device",
 }
 
 

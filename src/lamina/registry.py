@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import detect
 from .errors import OptionError, UnsupportedFeature, printable
+from .peer_options import DRIVERS
 
 Kind = Literal["storage", "format", "filter"]
 
@@ -240,6 +241,8 @@ def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:
             f"the format {known} ({detect.FORMATS[known].summary}) has no driver",
             hint=f"formats with a driver: {', '.join(names('format'))}",
         )
+    if name in DRIVERS and kind != "filter":
+        return UnsupportedFeature(f"the driver {name} of the reference tools is not supported", hint=DRIVERS[name])
     from difflib import get_close_matches
 
     choices = [*names(kind), *(alias for alias, of in _aliases.items() if kind in (None, _entries[of].kind))]

@@ -38,6 +38,13 @@ def peers(
     return found
 
 
+def test_the_page_lists_lines_of_the_tables() -> None:
+    lines = {line for group in GROUPS for line in group.lines}
+    listed = [one for version in VERSIONS for part in differences(version) for one in part]
+    assert listed
+    assert set(listed) <= lines
+
+
 #: Every line runs under 7.2. Under 10.0, which is much the same, run one of three and those that only it has.
 CASES = [
     *(("7.2", group) for group in GROUPS if group.version is None),

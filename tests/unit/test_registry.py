@@ -259,3 +259,10 @@ def test_packages_are_not_searched_for_names_in_the_table(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.metadata.entry_points", forbidden)
     monkeypatch.setattr("importlib.metadata.distributions", forbidden)
     assert registry.entry("null-co").name == "null"
+
+
+@pytest.mark.parametrize("name", ["iscsi", "http", "replication", "copy-before-write", "vvfat"])
+def test_a_driver_that_is_known_and_not_there_says_so(name: str) -> None:
+    with pytest.raises(UnsupportedFeature, match="is not supported") as raised:
+        registry.lookup(name)
+    assert "did you mean" not in str(raised.value)
