@@ -16,6 +16,7 @@ import lamina
 from lamina.creation import create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, Locked, OptionError, PolicyError, ReadOnly
 from lamina.image import Image
+from lamina.jobs.beneath import layers_above
 from lamina.jobs.commit import commit
 from lamina.jobs.progress import Monitor
 from lamina.jobs.rebase import rebase
@@ -338,6 +339,42 @@ def test_what_has_no_backing_file_is_not_committed(tmp_path: Path) -> None:
         pytest.raises(OptionError, match="another backing file"),
     ):
         rebase(image, None)
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("data file", 1), ("data file", 2), ("encrypted", 2), ("both", 1)])
+def test_layers_of_all_kinds_show_what_they_own(chain: Path, kind: str, depth: int) -> None:
+    """`mid` or `top` is an image with an external data file, or an encrypted one."""
+    which = "top" if depth == 1 else "mid"
+    spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / which)}}
+    options: dict[str, Any] = {"backing_file": "mid" if which == "top" else "base", "backing_fmt": "qcow2"}
+    if kind != "encrypted":
+        options["data_file"] = "data"
+    if kind != "data file":
+        secret = lamina.Secret(b"word")
+        options["encrypt"] = {"format": "luks", "key-secret": secret, "iter-time": 10}
+        spec["encrypt"] = {"key-secret": secret}
+    create(chain / which, "qcow2", **options)
+    granted = lamina.Policy.beneath(chain)
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        image.write(300 * KIB, b"e" * 50 * KIB)
+        image.zero(64 * KIB, 30 * KIB)
+    if which == "mid":
+        spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": spec}
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        expected = image.read(0, MIB)
+        below = chain / ("mid" if depth == 1 else "base")
+        with lamina.open(below, format="qcow2", references=granted) as base:
+            assert layers_above(image.node, base.node) == depth
+        commit(image, below)
+        assert image.read(0, MIB) == expected
+    with lamina.open(below, format="qcow2", references=granted) as base:
+        assert base.read(0, MIB) == expected
+    with lamina.open(spec, read_only=False, references=granted) as image:
+        rebase(image, "base", "qcow2", references=granted)
+        image.write(300 * KIB, b"f")  # where the data file still has bytes of before
+        expected = expected[: 300 * KIB] + b"f" + expected[300 * KIB + 1 :]
+        rebase(image, None)
+        assert image.read(0, MIB) == expected
 
 
 def test_commit_names_a_base_of_the_chain(chain: Path) -> None:

@@ -464,3 +464,5 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
 
 class EncryptedQcow2(Encrypted, Qcow2):
     """An image whose guest data is encrypted."""
+
+    faithful = Qcow2.faithful

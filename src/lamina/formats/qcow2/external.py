@@ -74,7 +74,7 @@ class _NotOpened(Node):
 @cache
 def class_of(kind: type[FormatNode]) -> Any:
     """The class of the node: `kind`, of an encrypted or another image, with this mixin."""
-    return type(kind.__name__, (External, kind), {"__doc__": External.__doc__})
+    return type(kind.__name__, (External, kind), {"__doc__": External.__doc__, "faithful": kind.faithful})
 
 
 class External(FormatNode):
