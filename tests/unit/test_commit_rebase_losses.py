@@ -12,8 +12,10 @@ import lamina
 from lamina.creation import create
 from lamina.errors import OptionError, ReadOnly
 from lamina.image import Image
-from lamina.jobs.beneath import layers_above
+from lamina.jobs.beneath import Backing, layers_above
 from lamina.jobs.commit import commit
+from lamina.jobs.convert_plan import Plan
+from lamina.jobs.diff import diff
 from lamina.jobs.progress import Monitor
 from lamina.jobs.rebase import rebase
 
@@ -193,3 +195,36 @@ def test_layers_of_all_kinds_show_what_they_own(chain: Path, kind: str, depth: i
         expected = expected[: 300 * KIB] + b"f" + expected[300 * KIB + 1 :]
         rebase(image, None)
         assert image.read(0, MIB) == expected
+
+
+@pytest.mark.parametrize("job", ["convert", "diff"])
+def test_an_overlay_that_is_stacked_meanwhile_hides_no_layer(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    """All depths are larger afterwards by one."""
+    monkeypatch.setattr(lamina.limits, "MAX_ROWS", 4)  # so that the job queries the status part by part
+    create(chain / "above", "qcow2", MIB)
+    above = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "above")}}
+    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
+        offsets = range(0, MIB, 128 * KIB)
+        for offset in offsets:
+            image.write(offset + 7 * KIB, b"t" * KIB)
+        owned = {at // (64 * KIB) for lo, hi in stored(image) for at in range(lo, hi, 64 * KIB)}
+        with lamina.open(chain / "mid", format="qcow2") as mid, image.share() as own:
+            if job == "convert":
+                plan = Plan(own, mid, blank=True, smallest_hole=4096, below=Backing(depth=1), offload="")
+                found = ((start, start + length) for _, start, length in plan.ranges())
+            else:
+                found = ((at, at + length) for at, length in diff(mid, own, granularity=64 * KIB, content=False))
+            ranges = [next(found)]
+            with image.edit() as edit:
+                edit.overlay(above)
+            ranges += found
+    assert {at // (64 * KIB) for lo, hi in ranges for at in range(lo, hi, 64 * KIB)} == owned
+    assert len(ranges) > 2
+
+
+def stored(image: Image) -> list[tuple[int, int]]:
+    """The ranges of data of the top layer."""
+    found = [row for rows in image.root.windows(0, image.size) for row in rows]
+    return [(row.start, row.end) for row in found if row.depth == 0 and not row.zero]
