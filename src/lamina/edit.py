@@ -42,6 +42,7 @@ class Edit:
             self._root.require_open()
             gate.take(holder)
             self._root.require_open()
+            self._root.graph.require_free(self._root)
         except BaseException:
             try:
                 gate.release(holder)

@@ -33,10 +33,12 @@ class Graph:
     """The nodes that edges connect, or that were opened to be connected. `image.graph` is the graph of an image;
     `lamina.open(..., graph=image.graph)` adds nodes to it, and their options may name the nodes of the graph."""
 
-    __slots__ = ("__weakref__", "_nodes", "_roots", "gate")
+    __slots__ = ("__weakref__", "_nodes", "_roots", "gate", "sole")
 
     def __init__(self) -> None:
         self.gate = Gate()
+        #: The root of a job that needs the graph for itself: meanwhile no other root writes or edits.
+        self.sole: Root | None = None
         self._nodes: WeakSet[Node] = WeakSet()  # those that were ever added
         self._roots: WeakSet[Root] = WeakSet()
 
@@ -58,6 +60,15 @@ class Graph:
     def add_root(self, root: Root) -> None:
         """Called by a new root of this graph."""
         self._roots.add(root)
+
+    def require_free(self, root: Root | None = None) -> None:
+        """Raise OptionError if a job of another root than `root` needs the graph for itself."""
+        if self.sole is not None and self.sole is not root:
+            raise OptionError(
+                "a job needs this graph for itself: meanwhile no other user writes to it or edits it",
+                path=self.sole.node.filename,
+                hint="wait until the job ends",
+            )
 
     def exclusively(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` while no other thread edits this graph or closes a part of it, and return its result. The
@@ -133,9 +144,12 @@ class Root:
         self.graph.add_root(self)
         lifecycle.roots.add(self)
 
-    @staticmethod
-    def _begin(node: Node, read_only: bool) -> Child:
-        return Child(node, "root", read_only=read_only)
+    def _begin(self, node: Node, read_only: bool) -> Child:
+        edge = Child(node, "root", read_only=read_only)
+        if edge.writes and self.graph.sole is not None:
+            edge.give_up()
+            self.graph.require_free()
+        return edge
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Root:
         """Another root, on the same node or on another node of this graph, given by itself or by name. A root on a node that
@@ -300,7 +314,12 @@ class Root:
         if self.node.foreign:
             raise foreign(self.node, "reopen")
         if read_only != self.read_only:
-            self.alone("reopens the image", self.edge.reopen, read_only)
+            self.alone("reopens the image", self._reopen, read_only)
+
+    def _reopen(self, read_only: bool) -> None:
+        if not read_only:
+            self.graph.require_free(self)
+        self.edge.reopen(read_only)
 
     def alone(self, what: str, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """work(*arguments), while no request of the graph runs. `what` completes "another thread ..." in errors."""

@@ -24,7 +24,7 @@ KIB, MIB = 1 << 10, 1 << 20
 #: How many places of each job are tried in one run of the test; `make soak` sets more.
 PLACES = int(os.environ.get("LAMINA_SOAK_JOBS", "40"))
 #: The functions in which a job begins and ends: all places of them are tried.
-ENDS = {"commit", "rebase", "as_sole_writer", "_claim", "writing_beneath", "_empty", "work"}
+ENDS = {"commit", "rebase", "as_sole_writer", "_claim", "_release", "writing_beneath", "_empty", "work"}
 
 JOBS: dict[str, Callable[[Image], object]] = {
     "commit": commit,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import lamina
 from lamina.creation import create
 from lamina.errors import BlockIOError, Cancelled, LaminaError, Locked, OptionError, PolicyError, ReadOnly
-from lamina.jobs.beneath import layers_above
 from lamina.jobs.commit import commit
 from lamina.jobs.progress import Monitor
 from lamina.jobs.rebase import rebase
@@ -148,42 +146,6 @@ def test_what_has_no_backing_file_is_not_committed(tmp_path: Path) -> None:
         rebase(image, None)
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("data file", 1), ("data file", 2), ("encrypted", 2), ("both", 1)])
-def test_layers_of_all_kinds_show_what_they_own(chain: Path, kind: str, depth: int) -> None:
-    """`mid` or `top` is an image with an external data file, or an encrypted one."""
-    which = "top" if depth == 1 else "mid"
-    spec: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / which)}}
-    options: dict[str, Any] = {"backing_file": "mid" if which == "top" else "base", "backing_fmt": "qcow2"}
-    if kind != "encrypted":
-        options["data_file"] = "data"
-    if kind != "data file":
-        secret = lamina.Secret(b"word")
-        options["encrypt"] = {"format": "luks", "key-secret": secret, "iter-time": 10}
-        spec["encrypt"] = {"key-secret": secret}
-    create(chain / which, "qcow2", **options)
-    granted = lamina.Policy.beneath(chain)
-    with lamina.open(spec, read_only=False, references=granted) as image:
-        image.write(300 * KIB, b"e" * 50 * KIB)
-        image.zero(64 * KIB, 30 * KIB)
-    if which == "mid":
-        spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": spec}
-    with lamina.open(spec, read_only=False, references=granted) as image:
-        expected = image.read(0, MIB)
-        below = chain / ("mid" if depth == 1 else "base")
-        with lamina.open(below, format="qcow2", references=granted) as base:
-            assert layers_above(image.node, base.node) == depth
-        commit(image, below)
-        assert image.read(0, MIB) == expected
-    with lamina.open(below, format="qcow2", references=granted) as base:
-        assert base.read(0, MIB) == expected
-    with lamina.open(spec, read_only=False, references=granted) as image:
-        rebase(image, "base", "qcow2", references=granted)
-        image.write(300 * KIB, b"f")  # where the data file still has bytes of before
-        expected = expected[: 300 * KIB] + b"f" + expected[300 * KIB + 1 :]
-        rebase(image, None)
-        assert image.read(0, MIB) == expected
-
-
 def test_commit_names_a_base_of_the_chain(chain: Path) -> None:
     with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
         with pytest.raises(OptionError, match="not a backing file"):
@@ -194,62 +156,6 @@ def test_commit_names_a_base_of_the_chain(chain: Path) -> None:
         with pytest.raises(ReadOnly):
             commit(image)
         commit(image, "base")
-
-
-@pytest.mark.parametrize("how", ["snapshot", "cow", "memory", "null"])
-def test_nothing_is_committed_to_what_forgets_it(chain: Path, how: str) -> None:
-    expected = content((chain / "top", "qcow2"))
-    mid = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "mid")}}
-    backing: dict[str, Any] = {
-        "snapshot": mid | {"snapshot": True},
-        "cow": {"driver": "throttle", "image": {"driver": "cow", "image": mid}},
-        "memory": {"driver": "raw", "file": {"driver": "memory", "size": MIB}},
-        "null": {"driver": "raw", "file": {"driver": "null", "size": MIB}},
-    }[how]
-    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": backing}
-    for options in {}, {"empty": False}:
-        with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="discarded"):
-            commit(image, **options)
-    assert content((chain / "top", "qcow2")) == expected
-
-
-def test_a_name_of_two_backing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One relative to the image, one relative to the working directory: nobody knows which of them is meant."""
-    for folder in "here", "there":
-        (tmp_path / folder).mkdir()
-    here, there = tmp_path / "here" / "base", tmp_path / "there" / "base"
-    create(there, "qcow2", MIB)
-    create(here, "qcow2", backing_file="../there/base", backing_fmt="qcow2")
-    create(tmp_path / "here" / "top", "qcow2", backing_file="base", backing_fmt="qcow2")
-    granted = lamina.Policy.beneath(tmp_path)
-    with lamina.open(tmp_path / "here" / "top", format="qcow2", read_only=False, references=granted) as image:
-        image.write(0, b"t" * 512)
-        monkeypatch.chdir(there.parent)
-        with pytest.raises(OptionError, match="relative"):
-            commit(image, "base")
-        commit(image, there)
-    assert content((there, "qcow2"))[:1] == b"t"
-
-
-def test_rebase_compares_the_file_that_it_names(chain: Path) -> None:
-    """`file:` is a prefix on a command line, and part of a path inside an image."""
-    with lamina.open(chain / "new", format="raw", read_only=False) as image:
-        image.write(0, b"n" * 512)
-    create(chain / "file:new", "raw", MIB)
-    expected = content((chain / "top", "qcow2"))
-    with lamina.open(chain / "top", format="qcow2", read_only=False) as image:
-        rebase(image, "file:new", "raw")
-    assert lamina.info(chain / "top", format="qcow2").backing_filename == "new"
-    assert content((chain / "top", "qcow2")) == expected
-
-
-def test_a_backing_file_that_is_not_open_is_not_forgotten(chain: Path) -> None:
-    expected = content((chain / "top", "qcow2"))
-    spec = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain / "top")}, "backing": None}
-    for new in (None, None), ("new", "raw"):
-        with lamina.open(spec, read_only=False) as image, pytest.raises(OptionError, match="not open"):
-            rebase(image, *new)
-    assert content((chain / "top", "qcow2")) == expected
 
 
 def test_an_image_is_not_its_own_backing_file(chain: Path) -> None:

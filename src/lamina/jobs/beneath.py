@@ -8,7 +8,6 @@ bytes unchanged, and the layer must be opened in the same way on both sides. Oth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import OptionError, UnsupportedFeature
@@ -53,29 +52,53 @@ class Backing(NamedTuple):
         length = np.diff(np.append(starts, found.end))
         return Extents(found.begin, starts, length, found.flags[row], depth, found.file[row], offset, found.files)
 
-    def wanted(self, found: Extents) -> Extents:
+    @staticmethod
+    def wanted(found: Extents, layers: int) -> Extents:
         """The extents of a source whose backing file `image` replaces. Those that it does not own, and that `image` may not
-        have, get the depth 0 and the others 1, so that rounding to blocks leaves out none."""
+        have, since they are of the first `layers` layers, get the depth 0 and the others 1, so that rounding to blocks leaves
+        out none."""
         owned = (found.flags & PRESENT != 0) & (found.depth == 0)
-        shared = found.depth >= (MAX_SIZE if self.depth is None else self.depth)
+        shared = found.depth >= layers
         depth = (owned | shared).astype(np.int32)
         columns = (found.start, found.length, found.flags | np.uint8(PRESENT), depth, found.file, found.offset)
         return Extents(found.begin, *columns, found.files)
+
+
+class Layer:
+    """The layer of `image` with `depth` layers above it, which edits may move while a job runs. None: no layer. Without
+    `moves`, `depth` is no place in the graph, and stays (see `Backing.changed`)."""
+
+    def __init__(self, image: Image, depth: int | None, *, moves: bool = True) -> None:
+        self._image = image
+        self._node = None if depth is None or not moves else beneath_filters(_layers(image.node)[depth])
+        self._above = MAX_SIZE if depth is None else depth
+
+    def above(self) -> int:
+        """The most layers that were above it at any call so far; more than there are if it was not found. Extents that were
+        queried before this call, and have this depth or a larger one, belong to the layer or to those below it."""
+        if self._node is not None:
+            layers = enumerate(_layers(self._image.node))
+            now = next((depth for depth, node in layers if beneath_filters(node) is self._node), MAX_SIZE)
+            self._above = max(self._above, now)
+        return self._above
+
+
+def _layers(top: Node) -> list[Node]:
+    """The layers of the graph `top`, as far as each leaves offsets and bytes unchanged."""
+    return [top, *(edge.node for edge in backing_edges(top))]
 
 
 def layers_above(top: Node, base: Node) -> int | None:
     """The number of layers of the graph `top` above the layer that equals the graph `base`: the same driver over the same
     file, and the same below it. None if no layer equals it, or if that is unknown because a node between them changes bytes,
     offsets or lengths, or has options of its own."""
-    layers = chain((top,), (edge.node for edge in backing_edges(top)))
-    return next((depth for depth, layer in enumerate(layers) if _same(layer, base)), None)
+    return next((depth for depth, layer in enumerate(_layers(top)) if _same(layer, base)), None)
 
 
 def shared_layers(first: Node, second: Node) -> tuple[int, int] | None:
     """The numbers of layers of two graphs above the first layer that both have, with all below it (see `layers_above`); None
     if they are not known to share one."""
-    layers = chain((second,), (edge.node for edge in backing_edges(second)))
-    for depth, layer in enumerate(layers):
+    for depth, layer in enumerate(_layers(second)):
         if (above := layers_above(first, layer)) is not None:
             return above, depth
     return None
@@ -110,15 +133,14 @@ def loses(node: Node) -> bool:
 
 
 def require_backing_open(node: Format) -> None:
-    """Raise OptionError if the image names a backing file that is not open: its bytes are part of the disk, and are not
-    known."""
-    if "backing" in node.children or type(node).inspect(node.children["file"], {}).backing_filename is None:
-        return
-    raise OptionError(
-        "the backing file that the image names is not open, so its bytes cannot be copied",
-        path=node.filename,
-        hint="open it with the image",
-    )
+    """Raise OptionError if the image was opened without the backing file that it names: its bytes are part of the disk, and
+    are not known."""
+    if node.backing_omitted and "backing" not in node.children:
+        raise OptionError(
+            "the backing file that the image names is not open, so its bytes cannot be copied",
+            path=node.filename,
+            hint="open it with the image",
+        )
 
 
 def beneath_filters(node: Node) -> Node:

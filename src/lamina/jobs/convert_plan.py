@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from ..extents import Extents
 from ..limits import KIB, MAX_SIZE, MIB, is_power_of_two
 from ..numeric import np
-from .beneath import Backing
+from .beneath import Backing, Layer
 from .requests import NEAR
 from .sharing import FileRange, Offloader, without
 from .windows import pairs, stretches, windows
@@ -66,6 +66,9 @@ class Plan:
             self.block = max(self.block, _unit(target))
         if smallest_hole and self.block > 1:
             self.hole, self.granule = max(smallest_hole, self.block), max(self.granule, self.block)
+        self._layer = Layer(
+            source, below.depth if below is not None else None, moves=below is None or below.changed is None
+        )
         #: The file ranges of the part of the plan that `ranges` yielded last.
         self.file_ranges: list[FileRange] = []
 
@@ -74,8 +77,9 @@ class Plan:
         below = self.below
         compared = below is not None and below.image is not None
         for exact, there in self._pieces(compared):
+            self._layers = self._layer.above() if self.hole else MAX_SIZE
             if below is not None:
-                exact = below.wanted(exact) if below.replaces else below.marked(exact)
+                exact = below.wanted(exact, self._layers) if below.replaces else below.marked(exact)
             found = exact.align(self.block) if self.block > 1 else exact
             yield from self._over_content(found, there) if compared else self._over_layers(found, there)
         if below is not None and not below.keeps_rest:
@@ -98,8 +102,7 @@ class Plan:
 
     def _over_layers(self, found: Extents, there: Extents | None) -> Iterator[tuple[int, int, int]]:
         """The same for a part of the disk, of which the target has what the layers beneath the first `depth` own."""
-        below = self.below
-        layers = MAX_SIZE if below is None or below.depth is None or not self.hole else below.depth
+        below, layers = self.below, self._layers
         held = found.where(zero=False) if self.hole else found
         zero = over_zero = Extents.empty(found.begin)
         if there is not None:

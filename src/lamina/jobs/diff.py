@@ -18,7 +18,7 @@ from ..limits import KIB, MIB, align_down, align_up, is_power_of_two
 from ..node import StorageNode
 from ..numeric import np
 from ..options import shown
-from .beneath import shared_layers, unlike
+from .beneath import Layer, shared_layers, unlike
 from .progress import Monitor
 from .requests import NEAR, Requests, in_order, requests_for
 from .windows import windows
@@ -157,7 +157,8 @@ class _Plan:
     def __init__(self, first: Image, second: Image, granularity: int) -> None:
         self._images = (first, second)
         self._granularity = granularity
-        self._layers = shared_layers(first.node, second.node)
+        layers = shared_layers(first.node, second.node) or (None, None)
+        self._layers = Layer(first, layers[0]), Layer(second, layers[1])
         #: Whether both return the bytes at the host offsets that they tell.
         self._located = first.node.copyable and second.node.copyable
 
@@ -191,9 +192,8 @@ class _Plan:
         both = (mine, rows[0]), (theirs, rows[1])
         stored = tuple((found.flags[row] & ZERO) == 0 for found, row in both)
         equal = ~stored[0] & ~stored[1]
-        if self._layers is not None:
-            deep = [found.depth[row] >= layers for (found, row), layers in zip(both, self._layers, strict=True)]
-            equal |= deep[0] & deep[1]
+        deep = [found.depth[row] >= layer.above() for (found, row), layer in zip(both, self._layers, strict=True)]
+        equal |= deep[0] & deep[1]
         if self._located:
             files: dict[Any, int] = {}
             file = [_numbers(found.files, files)[found.file[row]] for found, row in both]

@@ -17,29 +17,40 @@ _Result = TypeVar("_Result")
 
 def as_sole_writer(image: Image, work: Callable[[Image], _Result]) -> _Result:
     """work(another image on the node of `image`), which nothing else writes to meanwhile: `image` itself refuses writes of
-    all threads. OptionError if other users of the graph write to it."""
+    all threads, no other image of the graph becomes writable, and nobody else edits the graph. OptionError if other users of
+    the graph write to it, or another job needs it for itself."""
     root = image.root
-    before = root.edge.read_only
+    before: list[bool] = []  # whether `image` was read-only, once the job has the graph
     with image.share() as own:
         try:
             try:
-                root.alone("starts a job", _claim, root, own.root)
+                root.alone("starts a job", _claim, root, own.root, before)
                 return work(own)
             finally:
-                root.edge.read_only = before
+                _release(root, own.root, before)
         finally:
-            root.edge.read_only = before  # an interrupt may have struck the first time
+            _release(root, own.root, before)  # an interrupt may have struck the first time
 
 
-def _claim(root: Root, own: Root) -> None:
+def _claim(root: Root, own: Root, before: list[bool]) -> None:
     """Runs while no request does, so that no write is under way."""
-    if any(other.edge.writes for other in root.graph.roots if other not in (root, own)):
+    graph = root.graph
+    graph.require_free()
+    if any(other.edge.writes for other in graph.roots if other not in (root, own)):
         raise OptionError(
             "another image, export or job writes to this graph, and the job needs it for itself",
             path=root.node.filename,
             hint="close that one first",
         )
+    before.append(root.edge.read_only)
+    graph.sole = own
     root.edge.read_only = True
+
+
+def _release(root: Root, own: Root, before: list[bool]) -> None:
+    if root.graph.sole is own:  # else it never had the graph, or another job has it by now
+        root.edge.read_only = before[0]
+        root.graph.sole = None
 
 
 def writing_beneath(image: Image, edge: Child, work: Callable[[Image], _Result]) -> _Result:
