@@ -86,7 +86,7 @@ def test_36_both_programs_count_the_same(tmp_path: Path, qemu: Qemu, seed: int, 
 def test_38_both_programs_measure_the_same(
     tmp_path: Path, qemu: Qemu, seed: int, first: str, second: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """38: the figures of `measure` are those of QEMU, for any source and any options of the target."""
+    """38: the figures of `measure` are those of QEMU where it knows all zeros, for any source and options."""
     for disks in rounds(tmp_path, seed, f"measure {first} {second}", 2 * SOME):
         source, options = disks.new(first), options_of(second, disks.dice)
         words = ["-f", first, "-O", second, *words_of(options), str(source.path)]
@@ -97,7 +97,13 @@ def test_38_both_programs_measure_the_same(
         if not status:
             # The size of a raw disk is exact for us; QEMU says whole sectors.
             ours = {name: align_up(size, 512) for name, size in json.loads(capsys.readouterr().out).items()}
-            assert ours == json.loads(theirs.stdout), f"{source} to {second} {options}"
+            peers = json.loads(theirs.stdout)
+            with source.opened() as opened:
+                known = opened.extents()
+            if (known.data & known.zero).any():  # clusters in a hole of the file: we know that they are zero
+                assert ours["required"] <= peers["required"], f"{source} to {second} {options}"
+                peers["required"] = ours["required"]
+            assert ours == peers, f"{source} to {second} {options}"
 
 
 @formats
