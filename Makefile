@@ -37,10 +37,11 @@ soak: $(VENV)/.dev
 	LAMINA_CLOSE_RACES=2000 LAMINA_TRUNCATE_RACES=3000 LAMINA_FORKS=400 LAMINA_SOAK_JOBS=400 LAMINA_SOAK_BACKING=3000 \
 	LAMINA_HOSTILE_SERVERS=1 LAMINA_HOSTILE_CLIENTS=5000 LAMINA_OPTION_ROUNDS=100000 LAMINA_ROOTS=20 \
 	LAMINA_LAYOUT_IMAGES=200000 LAMINA_QCOW2_MACHINE=10000 LAMINA_KILLS=200 LAMINA_EXPLAIN_ROUNDS=300 \
-	LAMINA_INSPECT_ROUNDS=20000 \
+	LAMINA_INSPECT_ROUNDS=20000 LAMINA_SOAK_TOOLS=500 \
 	$(VENV)/bin/python -m pytest tests/crash tests/faults tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
 	tests/unit/test_concurrency.py tests/unit/test_roots_model.py tests/unit/test_image_close.py tests/unit/test_truncate_beside.py tests/unit/test_fork.py \
-	tests/unit/test_convert_backing.py tests/unit/test_commit_rebase.py tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
+	tests/conformance/test_tool_invariants*.py tests/unit/test_convert_backing.py tests/unit/test_commit_rebase.py \
+	tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
 	tests/attacks/test_options.py tests/attacks/test_qcow2_layout.py tests/interop/test_qcow2_machine.py \
 	tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py \
 	tests/attacks/test_nbd_client_silent.py tests/attacks/test_nbd_server_waits.py tests/attacks/test_nbd_server_folder.py \
