@@ -173,6 +173,9 @@ class Disks:
         with lamina.open(path, format=format, read_only=False) as image:
             content = bytearray(below.content[: image.size] if below is not None else b"")
             content += bytes(image.size - len(content))
+            if dice.random() < 0.4:  # full of data, which layers above it hide with zeros
+                content[:] = dice.randbytes(image.size)
+                image.write(0, content)
             for _ in range(dice.randrange(9)):
                 change(image, content, dice, options.get("cluster_size", 64 * KIB))
         return Disk(path, format, bytes(content), options, below)
@@ -193,8 +196,8 @@ def change(image: Image, content: bytearray, dice: random.Random, unit: int) -> 
         step = dice.choice([512, 4 * KIB])
         offset -= offset % step
         length = min(align_up(length, step), image.size - offset)
-    what = dice.randrange(6)
-    if what == 0:
+    what = dice.randrange(7)
+    if what in (0, 6):
         image.zero(offset, length, unmap=dice.random() < 0.5)
         data = bytes(length)
     elif what == 1 and image.node.supported_flags & COMPRESS and image.size >= unit:
