@@ -133,14 +133,15 @@ def loses(node: Node) -> bool:
 
 
 def require_backing_open(node: Format) -> None:
-    """Raise OptionError if the image was opened without the backing file that it names: its bytes are part of the disk, and
-    are not known."""
-    if node.backing_omitted and "backing" not in node.children:
-        raise OptionError(
-            "the backing file that the image names is not open, so its bytes cannot be copied",
-            path=node.filename,
-            hint="open it with the image",
-        )
+    """Raise OptionError if the image names a backing file that is not open: its bytes are part of the disk, and are not
+    known."""
+    if "backing" in node.children or type(node).inspect(node.children["file"], {}).backing_filename is None:
+        return
+    raise OptionError(
+        "the backing file that the image names is not open, so its bytes cannot be copied",
+        path=node.filename,
+        hint="open it with the image",
+    )
 
 
 def beneath_filters(node: Node) -> Node:

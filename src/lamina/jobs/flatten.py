@@ -30,6 +30,6 @@ def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | N
     if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
         raise UnsupportedFeature(f"the driver {node.driver} has no backing files", path=image.filename)
     require_backing_open(node)
-    if "backing" not in node.children and type(node).inspect(node.children["file"], {}).backing_filename is None:
-        return 0  # else an interrupted call was about to remove the name
+    if "backing" not in node.children:
+        return 0
     return rebase(image, None, max_output=max_output, monitor=monitor).written

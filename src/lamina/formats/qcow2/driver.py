@@ -186,7 +186,6 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
         backing = opener.reference(file, named, options.get("backing", {}))
         if backing is not None:
             node.children["backing"] = backing
-        node.backing_omitted = backing is None and header.backing_file is not None
         if not (opener.read_only or opener.repair):
             node._begin()
         if not header.l1_inside:
