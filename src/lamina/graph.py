@@ -195,7 +195,10 @@ class Opener:
         values = kind.schema.parse(options)
         if registry.entry(name).kind != "filter":
             kind.schema.fill(values, options, usual)
-        return self._opened_as(kind, values)
+        # A chain of backing files is opened by recursion, so no level has a frame more than it needs.
+        node = cast(Node, kind.open(values, self))
+        node.given = kind.schema.told(values)
+        return node
 
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` filter that keeps all changes in memory."""
@@ -280,10 +283,6 @@ class Opener:
         self.probed = found.format
         values = kind.schema.parse({**options, "file": storage})
         kind.schema.fill(values, options, usual)
-        return self._opened_as(kind, values)
-
-    def _opened_as(self, kind: type[Any], values: dict[str, Any]) -> Node:
-        """The node of the driver `kind` with these options."""
         node = cast(Node, kind.open(values, self))
         node.given = kind.schema.told(values)
         return node

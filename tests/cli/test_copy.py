@@ -93,6 +93,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     assert main(["copy", *arguments]) == 1
     told = capsys.readouterr().err
+    if told.startswith("{"):
+        error = json.loads(told)["error"]
+        return f"lamina: {error['message']}; {error.get('hint', '')}"
     assert told.count("\n") == 1
     return told
 

@@ -12,6 +12,7 @@ import pytest
 import lamina
 from lamina import registry
 from lamina.errors import BlockIOError, NotSupported
+from lamina.filters.concat import Concat
 from lamina.filters.offset import Offset
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.formats.raw import Raw
@@ -33,7 +34,7 @@ def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: Filters that copies pass, and filters whose reads may be replaced by copies: no others, and none of the latter that does
 #: something about reads. Leaving a method alone is what puts a filter in; this is here so that none gets in unseen.
-PASS = {"blocksize", "copy_on_read", "nodiscard", "noextents", "nozero", "offset", "partition", "readonly"}
+PASS = {"blocksize", "concat", "copy_on_read", "nodiscard", "noextents", "nozero", "offset", "partition", "readonly"}
 READ = (PASS - {"copy_on_read"}) | {"compress", "logwrites", "preallocate", "protect"}
 
 
@@ -54,6 +55,9 @@ def bare(kind: type[Node], image: Child) -> Any:
     node.image = image  # type: ignore[attr-defined]
     node.children["image"] = image
     node._offset = 0  # type: ignore[attr-defined]
+    if isinstance(node, Concat):
+        node._disks = (image,)
+        node.graph_changed()
     return node
 
 

@@ -161,3 +161,22 @@ def test_its_clusters_are_never_written_as_data(path: Path) -> None:
         image.write(0, b"y" * 4096)
     after = path.read_bytes()
     assert after[place[0] : sum(place)] == raw[place[0] : sum(place)]
+
+
+def test_a_disk_that_ended_inside_a_sector_grows_by_zeros(tmp_path: Path) -> None:
+    """The sector is encrypted as a whole."""
+    secret = lamina.Secret(b"word")
+    path = tmp_path / "disk"
+    lamina.create(
+        path, "qcow2", 70_144, cluster_size=4096, encrypt={"format": "luks", "key-secret": secret, "iter-time": 1}
+    )
+    raw = bytearray(path.read_bytes())
+    raw[24:32] = (70_000).to_bytes(8, "big")
+    path.write_bytes(raw)
+    spec = {"driver": "qcow2", "file": str(path), "encrypt": {"key-secret": secret}}
+    with lamina.open(spec, read_only=False) as image:
+        image.write(0, b"x" * 69_633)
+        image.write(69_990, b"end")
+        image.truncate(80_384)
+        expected = (b"x" * 69_633).ljust(69_990, b"\0") + b"end"
+        assert image.read(0, image.size) == expected.ljust(80_384, b"\0")

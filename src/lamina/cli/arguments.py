@@ -94,9 +94,16 @@ class Parser(argparse.ArgumentParser):
                 value[:] = [names.get(one, one) if isinstance(one, str) else one for one in value]
         if vars(args).get("object"):
             _name_secrets(args.object)
-        for mode in filter(None, (vars(args)[dest] for dest in self._cache_modes)):
-            if mode not in CACHE_MODES:  # no wrong usage: `compare` tells the two apart by its exit status
-                raise OptionError(f"there is no cache mode {shown(mode)}", hint=f"use {', '.join(CACHE_MODES)}")
+        for mode in (vars(args)[dest] for dest in self._cache_modes):
+            if mode is not None and mode not in CACHE_MODES:
+                # No wrong usage: `compare` tells the two apart by its exit status.
+                from difflib import get_close_matches
+
+                near = get_close_matches(mode[:64], CACHE_MODES, 1)
+                hint = f"use {', '.join(CACHE_MODES)}"
+                raise OptionError(
+                    f"there is no cache mode {shown(mode)}", hint=f"did you mean {near[0]}? {hint}" if near else hint
+                )
         program.current.adjust(self._command, args)
         said = {name: vars(args).get(dest) for dest, name in _OF_STORAGE.items()}
         said = {name: value for name, value in said.items() if value is not None} | dict(

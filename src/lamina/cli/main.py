@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
     that the command defines. Raises KeyboardInterrupt and BrokenPipeError; with --debug, or LAMINA_DEBUG in the environment,
     also unexpected exceptions, which are bugs of Lamina."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = bool(os.environ.get("LAMINA_DEBUG"))
+    debug = False
     global _failure
     _failure = wrong_usage = 1
     try:
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
         print_error("out of memory; end other programs, or increase the memory limit (ulimit -v)")
         return _failure
     except Exception as error:
-        if debug:
+        if debug or os.environ.get("LAMINA_DEBUG"):
             raise
         lost_output()
         text = " ".join(str(error).split())[:300]

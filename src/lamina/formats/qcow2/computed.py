@@ -18,6 +18,7 @@ from ...node import TransformNode, fill_zero
 from ...numeric import np
 from . import layout as q
 from .create import header_of
+from .l2_entry import with_copied
 from .measure import refcount_clusters
 
 if TYPE_CHECKING:
@@ -227,8 +228,8 @@ class ComputedFile(TransformNode):
 
     def _pointers(self, ranks: NDArray[np.int64], region: str) -> NDArray[np.int64]:
         """Table entries that point to the clusters with these ranks of a region; 0 for -1."""
-        copied = np.int64(q.COPIED - (1 << 64))
-        return np.where(ranks < 0, np.int64(0), self._begin[region] + ranks * self._cluster | copied)
+        offsets = np.where(ranks < 0, 0, self._begin[region] + ranks * self._cluster).astype(np.uint64)
+        return with_copied(offsets, ranks >= 0).view(np.int64)  # type: ignore[no-any-return]
 
     def _fill_data(self, offset: int, view: memoryview) -> None:
         done = 0

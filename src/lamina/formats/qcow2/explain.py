@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FormatError, OptionError
 from ...explanation import FREE, LEAKED, UNKNOWN, UNREFERENCED, Explainer, Explanation, Overview, Part, Step
+from ...limits import MAX_SIZE
 from . import explain_fields, l1_table, l2_entry, snapshot_table
 from . import layout as q
 from .explain_found import BitmapBits, Compressed, Data, Found, L2Table, RefcountBlock, Region
@@ -124,7 +125,7 @@ def _data(uses: Uses, low: int, high: int) -> list[Found]:
         ends[decoded.offset] = max(ends.get(decoded.offset, 0), decoded.offset + decoded.length)
     found: list[Found] = [Data(uses, start, some, users) for start, some in plain.items() if start < high]
     # Only the sectors are known: the data of one ends where the next begins, in the same sector.
-    for start, following in pairwise([*sorted(compressed), 1 << 63]):
+    for start, following in pairwise([*sorted(compressed), MAX_SIZE]):
         if start < high:
             found.append(Compressed(uses, start, min(ends[start], following), compressed[start], users))
     return found

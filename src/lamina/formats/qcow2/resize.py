@@ -102,7 +102,13 @@ def _blank(node: FormatNode, header: Header, old: int, size: int) -> None:
     """Make [old, size) read as zero: the rest of the last cluster may contain any bytes, and so may a longer backing file."""
     start = min(align_up(old, header.cluster_size), size)
     if old < start and not node.reads_zero(old, start - old):
-        _write_zeros(node, old, start)
+        unit = node.limits.request_alignment
+        first = align_down(old, unit)
+        if first < old:  # the disk ended inside a sector, which an encrypted image writes whole
+            sector = memoryview(bytearray(min(unit, start - first)))
+            node.read_into(first, sector[: old - first])
+            node.write(first, sector)
+        _write_zeros(node, align_up(old, unit), start)
     backing = node.backing
     below = min(backing.node.size if backing is not None else 0, size)
     if below > start:
