@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from ..creation import create_driver
 from ..format import Format
@@ -11,9 +10,6 @@ from ..jobs.windows import windows
 from . import program
 from .arguments import Parser, format_options, print_schema
 from .source_snapshot import open_source
-
-if TYPE_CHECKING:
-    pass
 
 _EXAMPLES = """
   lamina measure -O qcow2 --size 100G
