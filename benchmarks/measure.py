@@ -20,17 +20,22 @@ from pathlib import Path
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
+#: A file system in memory.
+SHARED = Path("/dev/shm")
+
+
 class Failed(Exception):
     """A command failed, or its result was wrong. The text is one line."""
 
 
 @dataclass
 class Figures:
-    """Seconds on the clock, seconds of CPU (user and system), bytes of peak memory."""
+    """Seconds on the clock, seconds of CPU (user and system), bytes of peak memory, bytes that a new file takes."""
 
     wall: float
     cpu: float
     memory: int
+    stored: int = 0
 
 
 def anything(_stdout: Path) -> None:
@@ -42,7 +47,8 @@ class Task:
     """One command of one program.
 
     `check` gets the file of the command's standard output and raises Failed if the result is wrong. `makes` names the
-    file that the command writes, removed after each run. `prepare` is a command that runs before each run.
+    file that the command writes, removed after each run. `prepare` is a command that runs before each run. `memory`: so
+    many bytes are used and freed just before (see `use_memory`).
     """
 
     program: str
@@ -50,6 +56,7 @@ class Task:
     check: Callable[[Path], None] = anything
     makes: Path | None = None
     prepare: Sequence[str] = ()
+    memory: int = 0
 
 
 def run_once(command: Sequence[str], stdout: Path) -> Figures:
@@ -86,17 +93,21 @@ def in_turn(tasks: Sequence[Task], rounds: int, folder: Path, *, median: bool = 
                 continue
             if task.prepare:
                 subprocess.run(task.prepare, check=True)
+            use_memory(task.memory)
             os.sync()  # data that the previous program wrote must not be written back in the time of this one
             try:
                 now = run_once(task.command, stdout)
                 if number == 0:
                     task.check(stdout)
                     continue
+                if task.makes:
+                    now.stored = task.makes.stat().st_blocks * 512
                 runs[task.program].append(now)
                 done = runs[task.program]
                 found[task.program] = Figures(
                     *(typical([getattr(one, name) for one in done], median) for name in ("wall", "cpu")),
                     memory=max(one.memory for one in done),
+                    stored=max(one.stored for one in done),
                 )
             except Failed as failure:
                 found[task.program] = failure
@@ -105,6 +116,17 @@ def in_turn(tasks: Sequence[Task], rounds: int, folder: Path, *, median: bool = 
                     task.makes.unlink(missing_ok=True)
     stdout.unlink(missing_ok=True)
     return found
+
+
+def use_memory(length: int) -> None:
+    """Let the page cache take `length` bytes, and free them. A virtual machine gives free memory back to its host: the first
+    use of such a page takes several times the time of a copy, and would count in the time of the program that gets it."""
+    if not length:
+        return
+    with tempfile.TemporaryFile(dir=SHARED if SHARED.is_dir() else None) as file:
+        piece = bytes(1 << 20)
+        for _ in range(length >> 20):
+            file.write(piece)
 
 
 def typical(seconds: list[float], median: bool) -> float:

@@ -66,6 +66,7 @@ class Row:
     wall: float | None = None
     cpu: float | None = None
     memory: int | None = None
+    stored: int | None = None
     basis: str = ""
     peer: str = ""
     ratio: float | None = None
@@ -186,6 +187,7 @@ def rows_of(group: Group, tasks: list[Task], found: dict[str, Figures | Failed])
             row.error = str(figures)
         else:
             row.wall, row.cpu, row.memory = figures.wall, figures.cpu, figures.memory
+            row.stored = figures.stored or None
         if task.program in group.targets:
             row.basis = group.basis
             row.target = group.targets[task.program]
@@ -206,7 +208,9 @@ def table(rows: list[Row]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "n/a" if value is None else format(value, form)
 
-    lines: list[tuple[str, ...]] = [("work", "program", "wall s", "CPU s", "peak MiB", "ratio", "of", "target", "")]
+    lines: list[tuple[str, ...]] = [
+        ("work", "program", "wall s", "CPU s", "peak MiB", "made MiB", "ratio", "of", "target", "")
+    ]
     for row in rows:
         ratio = cell(row.ratio, ".2f") if row.basis else ""
         lines.append(
@@ -216,6 +220,7 @@ def table(rows: list[Row]) -> str:
                 cell(row.wall, ".3f"),
                 cell(row.cpu, ".3f"),
                 cell(row.memory and row.memory / MIB, ".0f"),
+                cell(row.stored / MIB, ".1f") if row.stored else "",
                 ratio,
                 f"{row.peer}, {row.basis}" if row.peer else "",
                 cell(row.target, ".2f") if row.target is not None else "",
@@ -223,7 +228,7 @@ def table(rows: list[Row]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = {2, 3, 4, 5, 7}
+    numbers = {2, 3, 4, 5, 6, 8}
     lines.insert(1, tuple("-" * (w - 1) + ":" if n in numbers else "-" * w for n, w in enumerate(widths)))
     aligned = (
         (text.rjust(w) if n in numbers else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
@@ -262,7 +267,11 @@ def main() -> int:
             if options.only in group.title:
                 print(f"measuring {group.title} ...", file=sys.stderr, flush=True)
                 tasks = group.make_tasks()
-                rows += rows_of(group, tasks, in_turn(tasks, group.rounds, folder, median=group.median))
+                measured = list(rows_of(group, tasks, in_turn(tasks, group.rounds, folder, median=group.median)))
+                rows += measured
+                for row in measured:  # a long run shows what it has
+                    told = row.error or f"{row.wall:.3f} s" + (f", {row.ratio:.2f} {row.verdict}" if row.ratio else "")
+                    print(f"  {row.program}: {told}", file=sys.stderr, flush=True)
         small_requests: list[dict[str, Any]] = []
         if options.only in "4 KiB requests" and not options.small and (folder / "ext4.raw").exists():
             print("measuring 4 KiB requests ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Other NBD servers for the tests, and a wire between client and server that can be cut."""
+"""NBD servers for the tests, ours and others, and a wire between client and server that can be cut."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import lamina
+from lamina.nbd import Export, Server
 
 from .conftest import missing
 
@@ -70,6 +74,29 @@ def qemu_nbd(folder: Path, *arguments: str) -> contextlib.AbstractContextManager
     """qemu-nbd with these arguments, for any number of clients; the URI of its default export."""
     path = folder / "qemu.sock"
     return running([program("qemu-nbd", "qemu-utils"), "-t", "-k", str(path), *arguments], path)
+
+
+class Served:
+    """Our server with the export "disk", of memory, behind the Unix socket at `path`; `rules`: when it fails."""
+
+    def __init__(
+        self, path: str, size: int, content: bytes = b"", *, align: int = 1, rules: list[dict[str, Any]] | None = None
+    ) -> None:
+        memory: dict[str, Any] = {"driver": "memory", "size": size}
+        blocks = {"driver": "blkdebug", "align": align, "image": memory}
+        self.image = lamina.open({"driver": "faults", "rules": rules or [], "image": blocks}, read_only=False)
+        if content:
+            self.image.write(0, content)
+        self._server = Server([Export(self.image, "disk", writable=True)], unix=path)
+        self.uri = f"nbd+unix:///disk?socket={path}"
+
+    def __enter__(self) -> Served:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+        self.image.close()
 
 
 class Wire:

@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent.parent / "src" / "lamina"
 #: Commands that are about servers themselves, and what they are made of.
-ABOUT_SERVERS = {"serve", "info", "info_nbd", "map_nbd", "nbd_names"}
+ABOUT_SERVERS = {"serve", "serve_folder", "info", "info_nbd", "map_nbd", "nbd_names"}
 #: `map` has `map --context`, and hands it on.
 HANDS_ON = {"map": {"map_nbd"}, "program": {"nbd.inspect"}}
 #: The names of the reference tools, one of which is a server.

@@ -17,8 +17,7 @@ import pytest
 import lamina
 from lamina.cli.main import main
 from lamina.jobs import copy as job
-from lamina.nbd import Export, Server
-from tests.nbd_peers import Wire, nbdkit, qemu_nbd
+from tests.nbd_peers import Served, Wire, nbdkit, qemu_nbd
 
 MIB = 1 << 20
 SIZE = 8 * MIB + 512
@@ -51,29 +50,6 @@ def source(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.chdir(tmp_path)
     Path("source.raw").write_bytes(content)
     return "source.raw"
-
-
-class Served:
-    """Our server with the export "disk", of memory, behind the Unix socket at `path`; `rules`: when it fails."""
-
-    def __init__(
-        self, path: str, size: int, content: bytes = b"", *, align: int = 1, rules: list[dict[str, Any]] | None = None
-    ) -> None:
-        memory: dict[str, Any] = {"driver": "memory", "size": size}
-        blocks = {"driver": "blkdebug", "align": align, "image": memory}
-        self.image = lamina.open({"driver": "faults", "rules": rules or [], "image": blocks}, read_only=False)
-        if content:
-            self.image.write(0, content)
-        self._server = Server([Export(self.image, "disk", writable=True)], unix=path)
-        self.uri = f"nbd+unix:///disk?socket={path}"
-
-    def __enter__(self) -> Served:
-        self._server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-        self.image.close()
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_qemu_nbd_is_serve() -> None:
         "--bitmap=b1",
     ):
         assert word in on_socket
-    assert "--cache=writeback" in on_socket
+    assert "--cache=unsafe" in on_socket
     assert translated("qemu-nbd", "-L", "-k", "/s") == ["info", "--list", "--", "nbd+unix:///?socket=/s"]
     assert translated("qemu-nbd", "-L", "-b", "::1", "-p", "1") == ["info", "--list", "--", "nbd://[::1]:1/"]
 
@@ -181,7 +181,6 @@ def test_credentials_of_qemu_nbd() -> None:
     [
         ["-c", "/dev/nbd0", "disk"],
         ["-d", "/dev/nbd0"],
-        ["--cache=writethrough", "disk"],
         ["--selinux-label=x", "disk"],
         [],
         ["a", "b"],

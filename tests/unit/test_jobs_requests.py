@@ -262,11 +262,12 @@ def test_comparing_reads_several_at_once(content: bytes, far: str) -> None:
     assert TOGETHER <= max(first.most, second.most) <= FAR
 
 
-def test_near_images_are_compared_one_by_one(content: bytes) -> None:
+@pytest.mark.parametrize(("parallel", "most"), [(None, 2), (1, 1)])
+def test_near_images_are_compared_by_two_threads(content: bytes, parallel: int | None, most: int) -> None:
     first, second = Slow(SIZE), Slow(SIZE)
     with disk(first, content) as one, disk(second, content) as other:
-        assert compare(one, other) is None
-    assert (first.most, second.most) == (1, 1)
+        assert compare(one, other, parallel=parallel) is None
+    assert max(first.most, second.most) == most
 
 
 def test_the_first_difference_counts_and_what_lies_behind_may_be_broken(

@@ -12,7 +12,7 @@ from ..creation import create_driver
 from ..errors import Locked, OptionError, append_hint
 from ..image import Image
 from ..jobs.beneath import Backing
-from ..jobs.convert import Result, convert, convert_to_file
+from ..jobs.convert import Result, convert_and_flush, convert_to_file
 from ..jobs.progress import Monitor
 from ..options import parse_name
 from ..own_files import refuse_own
@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
         "--connections", default=None,
         help="connections to each server that supports several coherent ones (1 to 16; default: 1)",
     )  # fmt: skip
+    parser.add_reconnect(default=10)
     parser.add_argument(
         "--flush",
         action="store_true",
@@ -288,7 +289,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             with there.edit() as edit:
                 edit.insert("compress")
         try:
-            done = convert(
+            return convert_and_flush(
                 source,
                 there,
                 blank=args.target_is_zero,
@@ -304,8 +305,6 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
                 salvage=args.salvage,
                 monitor=monitor,
             )
-            there.flush()
-            return done
         except KeyboardInterrupt as stop:
             append_hint(stop, f"{target} is partly overwritten")
             raise

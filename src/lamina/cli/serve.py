@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BlockIOError, OptionError, printable
+from ..errors import OptionError, printable
 from ..node import MAY_UNMAP, Node, StorageNode
 from ..options import format_size, parse_keyval, parse_size
 from ..side_file import SideFile
@@ -22,7 +21,8 @@ from . import program
 from .arguments import Parser, image_source
 from .daemon import PidFile, fork_to_background, inherited_sockets
 from .ending import Ending
-from .io.target import AIO_MODES, DISCARD_MODES, Target, choose
+from .io.target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose
+from .serve_folder import folder_of
 
 if TYPE_CHECKING:
     import ssl
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         )
         if stats is not None and any(stats.identity in _files(each.export.image.node) for each in restricted):
             raise OptionError("the counters would overwrite a served image", path=args.stats)
-        folder = _folder(args)
+        folder = folder_of(args, writable=_writable(args, {}))
         mode, context, allow = _tls(args, restricted)
         ending.start()
         server = _server(args, restricted, folder, mode, context, allow, sockets)
@@ -136,7 +136,11 @@ def _parser() -> Parser:
     how.add_argument("--fork", action="store_true", help="continue in the background when the server is ready")
     how.add_argument("--pid-file", metavar="PATH", help="write the process id to this file while the server runs")
     how.add_argument(
-        "--cache", default="writeback", metavar="MODE", help="writeback (default), or none: bypass the page cache"
+        "--cache",
+        default="writeback",
+        metavar="MODE",
+        help="writeback (default); none: bypass the page cache; writethrough, directsync: the same two, and each write is "
+        "on stable storage before its reply",
     )
     how.add_argument(
         "--discard", default="unmap", metavar="MODE", help="discards of clients: unmap (default) or ignore"
@@ -196,8 +200,7 @@ def _parser() -> Parser:
 
 def _agree(args: Namespace) -> None:
     """Raise OptionError for options that are invalid, have no effect, or disable another option."""
-    if args.cache not in ("writeback", "none", "off"):
-        raise OptionError(f"unknown cache mode {printable(args.cache)}", hint="use writeback or none")
+    choose(CACHE_MODES, "cache", args.cache)
     choose(DISCARD_MODES, "discard", args.discard)
     if args.aio is not None:
         choose(AIO_MODES, "aio", args.aio)
@@ -352,51 +355,15 @@ def _export(image: Image, args: Namespace, options: dict[str, Any]) -> Any:
     description = options.get("description", "")
     writable = _writable(args, options)
     depth = args.allocation_depth or program.current.offers_depth_always
-    return Export(image, options["name"], description=description, writable=writable, bitmaps=bitmaps, depth=depth)
-
-
-def _folder(args: Namespace) -> Folder | None:
-    if not args.folder:
-        return None
-    if not os.path.isdir(args.folder):
-        raise BlockIOError("it is not a folder", errno=errno.ENOTDIR, path=args.folder, operation="serve")
-    if args.writable and not args.format:
-        raise OptionError("writing requires an explicit format", path=args.folder, hint="give it: -f raw, -f qcow2")
-    from ..nbd.server.exports import Folder
-
-    _format_of_folder(args)
-    return Folder(
-        args.folder,
-        open_fd=lambda path, fd: _open_fd(args, path, fd),
-        writable=_writable(args, {}),
-        snapshot=args.snapshot,
+    return Export(
+        image,
+        options["name"],
+        description=description,
+        writable=writable,
+        bitmaps=bitmaps,
+        depth=depth,
+        write_through=CACHE_MODES[args.cache].stable,
     )
-
-
-def _format_of_folder(args: Namespace) -> None:
-    from .. import registry
-
-    if args.format and registry.entry(args.format).kind != "format":
-        raise OptionError(f"{printable(args.format)} is not a format", path=args.folder, hint="give -f raw or -f qcow2")
-
-
-def _open_fd(args: Namespace, path: str, fd: int) -> Image:
-    """The image in an open file of the folder. Its name is always a path."""
-    from ..graph import open_graph
-    from ..image import Image
-
-    file = {"driver": "file", "filename": path, "cache": {"direct": args.cache != "writeback"}}
-    node = open_graph(
-        {"file": file, "discard": args.discard},
-        format=args.format or "probe",
-        read_only=not _writable(args, {}),
-        policy=args.references,
-        budget=args.limits,
-        force_share=args.force_share,
-        snapshot=args.snapshot,
-        fd=fd,
-    )
-    return Image(node, budget=args.limits)
 
 
 def _files(node: Node) -> Iterator[tuple[int, int]]:

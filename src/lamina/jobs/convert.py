@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..api import open as open_image
 from ..creation import create_driver, made_beside, new_file, open_new, write_image
-from ..errors import OptionError
+from ..errors import BlockIOError, OptionError
 from ..format_node import FormatNode
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
@@ -27,13 +27,14 @@ from .convert_transfer import Transfer
 from .output import OutputLimit
 from .pipe_storage import PipeStorage
 from .progress import Monitor
-from .requests import Requests, is_far, requests_for
+from .requests import Requests, is_far, reconnects, requests_for
 
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..bitmap import DirtyBitmap
     from ..image import Image
     from ..limits import Budget
+    from ..node import Node
     from .rate import RateLimit
     from .salvage import Unreadable
 
@@ -127,6 +128,30 @@ def convert(
             monitor=monitor,
         )
         return result if unreadable is None else result._replace(unreadable=unreadable.length)
+
+
+def convert_and_flush(source: Image, target: Image, **how: Any) -> Result:
+    """As `convert`, and flush `target`.
+
+    The flush fails if a connection was lost meanwhile: the server may have restarted without what it had acknowledged. The
+    job then writes everything again, twice at most. The error is raised where that cannot mend the target: a format keeps
+    tables in what may be lost, or a pipe is not read again."""
+    again = 2 if reconnects(target.node) and not _has_tables(target.node) else 0
+    if isinstance(source.node, PipeStorage):
+        again = 0
+    while True:
+        result = convert(source, target, **how)
+        try:
+            target.flush()
+            return result
+        except BlockIOError:
+            if not again:
+                raise
+        again -= 1
+
+
+def _has_tables(top: Node) -> bool:
+    return isinstance(top, FormatNode) or any(_has_tables(child.node) for child in top.children.values())
 
 
 def copy_disk(

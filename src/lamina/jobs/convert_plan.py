@@ -66,6 +66,9 @@ class Plan:
             self.block = max(self.block, _unit(target))
         if smallest_hole and self.block > 1:
             self.hole, self.granule = max(smallest_hole, self.block), max(self.granule, self.block)
+        # Known zeros between two reads are found again by the search, unless they are shorter than it finds, and would take
+        # whole clusters of the target.
+        self._joins = self.hole > 0 and not 1 < target.node.limits.zero_alignment < self.granule
         self._layer = Layer(
             source, below.depth if below is not None else None, moves=below is None or below.changed is None
         )
@@ -114,7 +117,7 @@ class Plan:
                 held = held.intersect(blocks.where(zero=False))
         wanted, owned = held.depth < layers, zero.depth < layers
         near: tuple[int, ...] = ()
-        if self.hole and self.offloader is None and below is None:
+        if self._joins and self.offloader is None and below is None:
             near = (STORED, OVER_ZERO)
             owned &= _apart(zero, held)
         self.file_ranges = file_ranges = self.offloader.file_ranges(held, wanted) if self.offloader is not None else []

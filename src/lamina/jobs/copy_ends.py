@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import GIB, KIB, MIB
-from ..node import MAY_UNMAP, Node, StorageNode
+from ..node import MAY_UNMAP, Node
 from ..pending import DONE, Pending
+from .requests import reconnects
 
 if TYPE_CHECKING:
     from ..image import Image
@@ -176,7 +177,7 @@ class StorageTarget:
         self.blank = blank and not allocated
         self.block = child.node.limits.request_alignment
         self.size = None if grows else child.size
-        self.forgets = _reconnects(child.node)
+        self.forgets = reconnects(child.node)
         self._zeros = None if self.blank or allocated or grows else _KnownZeros(child, self.block)
 
     @property
@@ -208,13 +209,6 @@ class StorageTarget:
 
     def close(self) -> None:
         self._child.close()
-
-
-def _reconnects(node: Node) -> bool:
-    """Whether some storage below `node` reconnects after the loss of a connection."""
-    if isinstance(node, StorageNode) and node.reconnects:
-        return True
-    return any(_reconnects(child.node) for child in node.children.values())
 
 
 class _KnownZeros:

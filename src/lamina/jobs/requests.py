@@ -115,7 +115,7 @@ class Requests:
             task = Task(call, *arguments)
             self._tasks.append(task)  # before a thread can have it
             self._workers.start(task)
-            return _Threaded(task)
+            return Threaded(task)
         begun = time.monotonic()
         try:
             if self._pipelines:
@@ -131,12 +131,12 @@ class Requests:
         return DONE
 
 
-class _Threaded:
+class Threaded:
     """A request that a thread makes."""
 
     __slots__ = ("task",)
 
-    def __init__(self, task: Task[None]) -> None:
+    def __init__(self, task: Task[Any]) -> None:
         self.task = task
 
     def wait(self) -> None:
@@ -250,3 +250,11 @@ def requests_for(image: Image, *others: Node, asked: int | None, name: str, rate
 def is_far(top: Node) -> bool:
     """Whether some storage below `top` is far away."""
     return (isinstance(top, StorageNode) and top.far) or any(is_far(child.node) for child in top.children.values())
+
+
+def reconnects(top: Node) -> bool:
+    """Whether some storage below `top` reconnects after the loss of a connection. Its flush may then fail once, because
+    the server may have restarted without what was written since the flush before."""
+    if isinstance(top, StorageNode) and top.reconnects:
+        return True
+    return any(reconnects(child.node) for child in top.children.values())

@@ -133,12 +133,7 @@ def _access(found: Found) -> list[str]:
     if read_only and found.last("snapshot") is not None:
         words = []  # nothing that clients write stays
     cache = found.last("cache") or ("none" if found.last("nocache") is not None else "writeback")
-    if cache in ("writethrough", "directsync"):
-        raise UnsupportedFeature(
-            f"--cache={cache} is not supported: writes are durable after a flush of the client, not each by itself",
-            hint="use writeback, none or unsafe",
-        )
-    words.append(f"--cache={'writeback' if cache == 'unsafe' else cache}")
+    words.append(f"--cache={cache}")
     return [*words, f"--discard={found.last('discard') or 'ignore'}"]
 
 

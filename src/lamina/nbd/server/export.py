@@ -40,7 +40,8 @@ _MAX_CACHED = 32 * MIB
 
 class Export:
     """`image` under a name. `writable` only if the image is, too. `bitmaps` by name, as contexts `qemu:dirty-bitmap:NAME`;
-    `depth`: offer `qemu:allocation-depth`. Safe for any number of threads and connections, which see one another's writes at
+    `depth`: offer `qemu:allocation-depth`. `write_through`: each change of a client is on stable storage before its reply, as
+    with FUA. Safe for any number of threads and connections, which see one another's writes at
     once: all share the one image. While a server serves it, the export has a root of its own (`root.py`): the image may
     be closed before the server, which then closes the files."""
 
@@ -53,8 +54,10 @@ class Export:
         writable: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
         depth: bool = True,
+        write_through: bool = False,
     ) -> None:
         self.image = image
+        self._always = wire.CMD_FLAG_FUA if write_through else 0  # a flag of each change
         self._served: Image | None = None  # another image on the same node, while a server serves the export
         self._servers = 0
         self.name = name
@@ -86,7 +89,7 @@ class Export:
         if self.size == self._end:
             # No padding: straight to the image. (It saves 0.2 us of the 4 that a read takes.)
             self.read_into = self.root.read_into  # type: ignore[method-assign]
-            if not self.read_only:
+            if not self.read_only and not self._always:
                 self.write = self._write_straight  # type: ignore[method-assign]
 
     def begin(self) -> None:
@@ -131,6 +134,7 @@ class Export:
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
         """Make the bytes at `offset` equal to `view`. The padding has no place for anything but zeros."""
         self._need_writable()
+        flags |= self._always
         inside = self._inside(offset, len(view))
         if inside < len(view) and not is_zero(view[inside:]):
             raise BlockIOError("the padding behind the end of the image takes only zeros", errno=wire.ENOSPC)
@@ -143,6 +147,7 @@ class Export:
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """Make the bytes read as zero. With FAST_ZERO raises NotSupported, touching nothing, where that is not quick."""
         self._need_writable()
+        flags |= self._always
         inside = self._inside(offset, length)
         if inside:
             bits = FUA if flags & wire.CMD_FLAG_FUA else 0
@@ -156,7 +161,7 @@ class Export:
         inside = self._inside(offset, length)
         if inside:
             self.root.discard(offset, inside)
-        if flags & wire.CMD_FLAG_FUA:
+        if (flags | self._always) & wire.CMD_FLAG_FUA:
             self.flush()
 
     def flush(self) -> None:

@@ -56,6 +56,7 @@ class Folder:
     client refused.
 
     `writable`: clients may write. `snapshot`: what they write is kept in memory, so that files are opened for reading only.
+    `write_through`: as for `Export`.
 
     Thread-safe. A file that is slow to open or close delays only clients of this file.
     """
@@ -68,13 +69,14 @@ class Folder:
         open_fd: Callable[[str, int], Image] | None = None,
         writable: bool = False,
         snapshot: bool = False,
+        write_through: bool = False,
     ) -> None:
         if (open is None) == (open_fd is None):
             raise OptionError("a folder is opened in one way", hint="give open_fd, or open")
         self.path = Path(path)
         self._place = os.path.abspath(path)
         self._open, self._open_fd = open, open_fd
-        self._writable = writable
+        self._writable, self._write_through = writable, write_through
         self._access = os.O_RDWR if writable and not snapshot else os.O_RDONLY
         self._mutex = threading.Lock()  # of the table alone: nothing is opened or closed while it is held
         self._entries: dict[str, _Entry] = {}
@@ -154,7 +156,7 @@ class Folder:
         finally:
             os.close(fd)  # the image has a duplicate
         try:
-            return Export(image, name, writable=self._writable)
+            return Export(image, name, writable=self._writable, write_through=self._write_through)
         except BaseException:
             image.close()
             raise
