@@ -155,6 +155,10 @@ class Format(Node):
         during the first one."""
         raise self._at(self.refusal("cannot be repaired"))
 
+    def require_amendable(self, values: Mapping[str, Any]) -> None:
+        """Raise what `amend` would refuse, for work that must not begin in vain."""
+        raise self._at(self.refusal("has no options that can be changed later"))
+
     def amend(self, values: Mapping[str, Any]) -> None:
         """Change options of the image in place, as parsed by `amend_schema`; an option that is None stays unchanged. What the
         format does not have, or contradicts itself, is refused before anything changes. Each option then changes whole or

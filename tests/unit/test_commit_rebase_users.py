@@ -9,7 +9,16 @@ import pytest
 
 import lamina
 from lamina.creation import create
-from lamina.errors import BlockIOError, Cancelled, LaminaError, Locked, OptionError, PolicyError, ReadOnly
+from lamina.errors import (
+    BlockIOError,
+    Cancelled,
+    LaminaError,
+    LimitExceeded,
+    Locked,
+    OptionError,
+    PolicyError,
+    ReadOnly,
+)
 from lamina.jobs.commit import commit
 from lamina.jobs.progress import Monitor
 from lamina.jobs.rebase import rebase
@@ -207,3 +216,16 @@ def test_errors_of_the_base_reach_the_caller_and_keep_the_overlay(chain: Path) -
         commit(image)
         assert image.read(0, image.size) == expected
     assert content((chain / "mid", "qcow2")) == expected
+
+
+def test_a_name_without_room_in_the_header_is_refused_before_the_copying(tmp_path: Path) -> None:
+    """With clusters of 512 bytes, the header has one sector for everything."""
+    name = "n" * 250
+    create(tmp_path / "base", "qcow2", MIB)
+    create(tmp_path / name, "raw", MIB)
+    create(tmp_path / "top", "qcow2", cluster_size=512, backing_file="base", backing_fmt="qcow2")
+    (tmp_path / name).write_bytes(bytes([7]) * MIB)  # all of it differs
+    with lamina.open(tmp_path / "top", format="qcow2", read_only=False) as image:
+        with pytest.raises(LimitExceeded, match="does not fit"):
+            rebase(image, "./" * 80 + name, "raw", monitor=Monitor(lambda done, total: pytest.fail("it copies")))
+    assert lamina.check(tmp_path / "top", format="qcow2").clean

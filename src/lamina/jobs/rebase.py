@@ -53,11 +53,12 @@ def rebase(
     require_no_snapshots(node)
     require_backing_open(node)
     values = node.amend_schema.parse({"backing_file": backing or "", "backing_fmt": backing_format})
+    if backing and backing_format is None:
+        raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
+    node.require_amendable(values)
     spec: Mapping[str, Any] | None = None
     compared: dict[str, Any] = {"driver": "null", "size": image.size}
     if backing:
-        if backing_format is None:
-            raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
         name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), stored_name(backing))
         spec = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         compared = {"driver": "truncate", "size": image.size, "image": spec}

@@ -11,6 +11,7 @@ from ...node import require_writable
 from ...request import sizes_changed
 from . import amend
 from . import layout as q
+from .header_rewrite import require_room
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,12 +30,17 @@ class Amendable(FormatNode):
     tables: Tables
     _recording: Bitmaps | None
 
-    def amend(self, values: Mapping[str, Any]) -> None:
+    def require_amendable(self, values: Mapping[str, Any]) -> None:
         require_writable(self, "amend")
-        header = self.header
         # Bitmaps that are not stored yet have no extension in the header.
         bitmaps = self._recording is not None and bool(self._recording.all)
-        amend.require_possible(header, values, self.filename, bitmaps=bitmaps)
+        amend.require_possible(self.header, values, self.filename, bitmaps=bitmaps)
+        if changes := amend.header_changes(self.header, values):
+            require_room(self.header, self.tables.file, changes)
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        self.require_amendable(values)
+        header = self.header
         compat, bits, size, slot = (values.get(name) for name in ("compat", "refcount_bits", "size", "encrypt"))
         newer = amend.version_changes(header, compat) if header.version == 2 else {}
         self._publish_header(amend.header_changes(header, values) | newer)

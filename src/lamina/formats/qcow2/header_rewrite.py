@@ -24,8 +24,29 @@ if TYPE_CHECKING:
 def rewrite(header: Header, storage: Child, changes: Mapping[str, Any]) -> None:
     """Change these attributes of `header`, of the image in `storage`. After a power cut or an error the file has the old
     header, or the new one. LimitExceeded, before anything changes, if the new one does not fit."""
+    old = _first_cluster(header, storage)
+    content, new = _fitting(header, old, storage, changes)
+    if content[q.SECTOR :] != old[q.SECTOR :]:
+        storage.write(q.SECTOR, memoryview(content)[q.SECTOR :])
+        storage.flush()
+    storage.write(0, memoryview(content)[: q.SECTOR])
+    storage.flush()
+    header.set({**changes, "extensions": new.extensions})
+
+
+def require_room(header: Header, storage: Child, changes: Mapping[str, Any]) -> None:
+    """LimitExceeded if the header with these changes does not fit."""
+    _fitting(header, _first_cluster(header, storage), storage, changes)
+
+
+def _first_cluster(header: Header, storage: Child) -> bytearray:
     old = bytearray(header.cluster_size)
     storage.read_into(0, memoryview(old))
+    return old
+
+
+def _fitting(header: Header, old: bytearray, storage: Child, changes: Mapping[str, Any]) -> tuple[bytearray, Header]:
+    """The first cluster with the changed header, and that header."""
     new = header.but(changes)
     content = _content(old, header, new)
     if content is None:
@@ -37,12 +58,7 @@ def rewrite(header: Header, storage: Child, changes: Mapping[str, Any]) -> None:
             path=storage.node.filename,
             hint="convert the image to a new one",
         )
-    if content[q.SECTOR :] != old[q.SECTOR :]:
-        storage.write(q.SECTOR, memoryview(content)[q.SECTOR :])
-        storage.flush()
-    storage.write(0, memoryview(content)[: q.SECTOR])
-    storage.flush()
-    header.set({**changes, "extensions": new.extensions})
+    return content, new
 
 
 def _content(old: bytearray, header: Header, new: Header) -> bytearray | None:
