@@ -49,7 +49,7 @@ soak: $(VENV)/.dev
 	tests/conformance/test_nbd_server_long.py tests/unit/test_explain_qcow2.py tests/interop/test_inspect_oslo.py $(ARGS)
 
 bench: $(VENV)/.run
-	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+	$(VENV)/bin/python -m benchmarks.run --plot bench.svg $(ARGS)
 
 docs: $(VENV)/.run
 	$(VENV)/bin/python docs/nbd_protocol.py

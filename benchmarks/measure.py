@@ -20,8 +20,8 @@ from pathlib import Path
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-#: A file system in memory.
-SHARED = Path("/dev/shm")
+#: Seconds; see `in_turn`.
+_LONG = 6.0
 
 
 class Failed(Exception):
@@ -47,8 +47,7 @@ class Task:
     """One command of one program.
 
     `check` gets the file of the command's standard output and raises Failed if the result is wrong. `makes` names the
-    file that the command writes, removed after each run. `prepare` is a command that runs before each run. `memory`: so
-    many bytes are used and freed just before (see `use_memory`).
+    file that the command writes, removed after each run. `prepare` is a command that runs before each run.
     """
 
     program: str
@@ -56,7 +55,6 @@ class Task:
     check: Callable[[Path], None] = anything
     makes: Path | None = None
     prepare: Sequence[str] = ()
-    memory: int = 0
 
 
 def run_once(command: Sequence[str], stdout: Path) -> Figures:
@@ -80,53 +78,55 @@ def run_once(command: Sequence[str], stdout: Path) -> Figures:
 def in_turn(tasks: Sequence[Task], rounds: int, folder: Path, *, median: bool = False) -> dict[str, Figures | Failed]:
     """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and is not measured.
 
-    Returns for each program the shortest of its times, or the `median`, and the largest of its peaks, or its failure. The
-    programs take turns, so that noise of the machine affects all alike.
+    Returns for each program the shortest of its times and the largest of its peaks, or its failure. The programs take turns,
+    so that noise of the machine affects all alike.
+
+    `median`: the median of the times, and before each measured run a program runs once without being measured. (The time of
+    work that fills the page cache depends on the memory that it gets: a virtual machine gives free memory back to its host,
+    and the first use of such a page takes several times the time of a copy. So each program gets what it used itself. Work
+    that takes longer than `_LONG` is not repeated: its time depends on other things.)
     """
     found: dict[str, Figures | Failed] = {}
     runs: dict[str, list[Figures]] = {task.program: [] for task in tasks}
     stdout = folder / "stdout"
     for number in range(rounds + 1):
         for task in tasks:
-            before = found.get(task.program)
-            if isinstance(before, Failed):
+            if isinstance(found.get(task.program), Failed):
                 continue
-            if task.prepare:
-                subprocess.run(task.prepare, check=True)
-            use_memory(task.memory)
-            os.sync()  # data that the previous program wrote must not be written back in the time of this one
             try:
-                now = run_once(task.command, stdout)
-                if number == 0:
-                    task.check(stdout)
-                    continue
-                if task.makes:
-                    now.stored = task.makes.stat().st_blocks * 512
-                runs[task.program].append(now)
+                now = _run(task, stdout, check=not number)
+                if median and number and now.wall < _LONG:
+                    now = _run(task, stdout, check=False)
+            except Failed as failure:
+                found[task.program] = failure
+                continue
+            if number:
                 done = runs[task.program]
+                done.append(now)
                 found[task.program] = Figures(
                     *(typical([getattr(one, name) for one in done], median) for name in ("wall", "cpu")),
                     memory=max(one.memory for one in done),
                     stored=max(one.stored for one in done),
                 )
-            except Failed as failure:
-                found[task.program] = failure
-            finally:
-                if task.makes:
-                    task.makes.unlink(missing_ok=True)
     stdout.unlink(missing_ok=True)
     return found
 
 
-def use_memory(length: int) -> None:
-    """Let the page cache take `length` bytes, and free them. A virtual machine gives free memory back to its host: the first
-    use of such a page takes several times the time of a copy, and would count in the time of the program that gets it."""
-    if not length:
-        return
-    with tempfile.TemporaryFile(dir=SHARED if SHARED.is_dir() else None) as file:
-        piece = bytes(1 << 20)
-        for _ in range(length >> 20):
-            file.write(piece)
+def _run(task: Task, stdout: Path, *, check: bool) -> Figures:
+    """One run, with all that comes before and after it."""
+    if task.prepare:
+        subprocess.run(task.prepare, check=True)
+    os.sync()  # data that the previous program wrote must not be written back in the time of this one
+    try:
+        figures = run_once(task.command, stdout)
+        if check:
+            task.check(stdout)
+        if task.makes:
+            figures.stored = task.makes.stat().st_blocks * 512
+        return figures
+    finally:
+        if task.makes:
+            task.makes.unlink(missing_ok=True)
 
 
 def typical(seconds: list[float], median: bool) -> float:

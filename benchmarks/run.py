@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import nbd, peers, qcow2, requests
+from . import nbd, peers, plot, qcow2, requests
 from .measure import Failed, Figures, Task, anything, idle_peak, in_turn
 from .tools import Tools
 
@@ -241,6 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each command; the best counts (5)")
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the ratios of the table into this file, as SVG")
     parser.add_argument(
         "--dir", type=Path, help="work in this existing folder (about 8 GiB) instead of a temporary one"
     )
@@ -305,6 +306,9 @@ def main() -> int:
     for row in rows:
         if row.error:
             print(f"n/a: {row.program} ({row.work}): {row.error}")
+    if options.plot and rows:
+        options.plot.write_text(plot.svg(rows))
+        print(f"\nThe ratios as a picture: {options.plot}")
     if options.output:
         options.output.write_text(
             json.dumps(

@@ -1,9 +1,9 @@
 """The work of qemu-img on whole images, done by both: conversions, comparisons, and changes in place.
 
 `run.py` measures these groups with the others. Two ext4 images are used, with real files: a small one (4 GiB, 600 MB of
-files) and a large one (16 GiB, over 4 GB); `measure` has an image of a million extents. Before each run the files of changes
-in place are copied anew, and memory is used and freed (see `use_memory`). Targets are new files, and both programs have their
-default cache mode; one row counts the time until the target is on the disk.
+files) and a large one (16 GiB, over 4 GB); `measure` has an image of a million extents. The files of changes in place are
+copied anew before each run. Targets are new files, and both programs have their default cache mode; one row counts the time
+until the target is on the disk.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class Tools:
         for name, command in programs:
             if synced:
                 command = ["sh", "-c", '"$@" && sync', "sh", *command]
-            memory = (5 if "large" in " ".join(words) else 2) * GIB // self.scale if makes or prepare else 0
-            found.append(Task(name, command, check, makes=makes, prepare=prepare, memory=memory))
+            found.append(Task(name, command, check, makes=makes, prepare=prepare))
         return found
 
     def convert(

@@ -1,4 +1,4 @@
-"""What signals do to commands that change an image in place: it reads as before, holds together, and the command works again."""
+"""What signals do to commands that change an image in place: it reads as before, and the command works again."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_a_name_without_room_in_the_header_is_refused_before_the_copying(tmp_pat
     create(tmp_path / name, "raw", MIB)
     create(tmp_path / "top", "qcow2", cluster_size=512, backing_file="base", backing_fmt="qcow2")
     (tmp_path / name).write_bytes(bytes([7]) * MIB)  # all of it differs
-    with lamina.open(tmp_path / "top", format="qcow2", read_only=False) as image:
-        with pytest.raises(LimitExceeded, match="does not fit"):
-            rebase(image, "./" * 80 + name, "raw", monitor=Monitor(lambda done, total: pytest.fail("it copies")))
+    opened = lamina.open(tmp_path / "top", format="qcow2", read_only=False)
+    with opened as image, pytest.raises(LimitExceeded, match="does not fit"):
+        rebase(image, "./" * 80 + name, "raw", monitor=Monitor(lambda done, total: pytest.fail("it copies")))
     assert lamina.check(tmp_path / "top", format="qcow2").clean

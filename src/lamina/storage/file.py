@@ -18,11 +18,12 @@ from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
-from ..limits import MIB, Limits, align_down, align_up
+from ..limits import KIB, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
 from ..schema import Option, Schema
 from ..status import DATA, PRESENT, ZERO, Status
 from . import aligned, holes, locks, system
+from .failure import failure
 from .holes import DataRange
 from .opening import open_again, open_file, path_of, require_file
 from .system import fallocate as _libc_fallocate
@@ -35,11 +36,9 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
 
-_HINTS = {
-    errno.ENOSPC: "free some space on that file system, then try again",
-    errno.EDQUOT: "free some space within the quota, then try again",
-    errno.EFBIG: "the file system or a limit of this process allows no file of that size",
-}
+#: The longest write into the page cache, whose pages are no larger then. A virtual machine that gives free memory back to its
+#: host loses pages of 2 MiB: after another program, 4.3 GB took 7.2 s in writes of 2 MiB, and take 3.7 s (1.2 after itself).
+_PIECE = 512 * KIB
 
 _DIRECT = Option("direct", "bool", "bypass the page cache (O_DIRECT)", default=False)
 _CACHE = Schema("cache", [_DIRECT, Option("no-flush", "bool", "without an effect: no flush is omitted")])
@@ -338,6 +337,10 @@ class FileStorage(StorageNode):
             done += count
 
     def _write(self, offset: int, view: memoryview, flags: int) -> None:
+        if len(view) > _PIECE and self._cached and not flags & FUA:
+            for at in range(0, len(view), _PIECE):
+                self._write(offset + at, view[at : at + _PIECE], flags)
+            return
         try:
             how = _RWF_DSYNC if flags & FUA else 0
             done = pwritev(self._fd, (view,), offset, how)
@@ -422,10 +425,7 @@ class FileStorage(StorageNode):
     def _failed(
         self, error: OSError, operation: str, offset: int | None = None, length: int | None = None
     ) -> LaminaError:
-        context: dict[str, Any] = {"path": self._filename, "operation": operation, "offset": offset, "length": length}
-        if self._fd < 0:
-            return Closed("the file is closed", **context)
-        return BlockIOError.from_os(error, hint=_HINTS.get(error.errno or 0), **context)
+        return failure(error, operation, self._filename, offset, length, closed=self._fd < 0)
 
 
 class DirectFileStorage(FileStorage):
