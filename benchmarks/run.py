@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the results to this file, as JSON")
     parser.add_argument("--plot", type=Path, help="draw the ratios of the table into this file, as SVG")
     parser.add_argument(
-        "--dir", type=Path, help="work in this existing folder (about 8 GiB) instead of a temporary one"
+        "--dir", type=Path, help="work in this existing folder (about 40 GiB) instead of a temporary one"
     )
     parser.add_argument("--keep", action="store_true", help="with --dir: leave the images there for the next run")
     parser.add_argument("--only", metavar="WORD", default="", help="only the work whose title contains WORD")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,37 @@ def test_credentials_of_qemu_nbd() -> None:
     simple = "authz-simple,id=a,identity=CN=one,,O=two"
     found = translated("qemu-nbd", "--object", x509, "--object", simple, "--tls-creds=t", "--tls-authz=a", "disk")
     assert "--tls-allow=CN=one,O=two" in found
+
+
+def test_lists_of_clients_of_qemu_nbd(tmp_path: Path) -> None:
+    x509 = ["--object", "tls-creds-x509,id=t,endpoint=server,dir=/etc/pki", "--tls-creds=t", "--tls-authz=a", "disk"]
+    rules = "rules.0.match=CN=one,,O=two,rules.0.policy=allow,"
+    rules += "rules.1.match=CN=three,rules.1.policy=allow,rules.1.format=exact"
+    found = translated("qemu-nbd", "--object", f"authz-list,id=a,policy=deny,{rules}", *x509)
+    assert {"--tls-allow=CN=one,O=two", "--tls-allow=CN=three"} <= set(found)
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps({"policy": "deny", "rules": [{"match": "CN=four", "policy": "allow"}]}))
+    found = translated("qemu-nbd", "--object", f"authz-list-file,id=a,filename={path},refresh=off", *x509)
+    assert "--tls-allow=CN=four" in found
+    (tmp_path / "none.json").write_text('{"policy": "deny", "rules": []}')
+    (tmp_path / "wrong.json").write_text("[" * 100_000)
+    for refused in (
+        "authz-list,id=a",  # without rules nobody is admitted: not everybody
+        "authz-list,id=a,policy=allow",
+        "authz-list,id=a,rules.0.match=CN=*,rules.0.policy=allow,rules.0.format=glob",
+        "authz-list,id=a,rules.0.match=CN=one,rules.0.policy=deny",
+        "authz-list,id=a,rules.0.policy=allow",
+        "authz-list,id=a,rules=x",
+        f"authz-list-file,id=a,filename={path}",
+        f"authz-list-file,id=a,filename={tmp_path}/none.json,refresh=no",
+        f"authz-list-file,id=a,filename={tmp_path}/wrong.json,refresh=no",
+        f"authz-list-file,id=a,filename={tmp_path}/missing.json,refresh=no",
+        "authz-list-file,id=a",
+        "authz-simple,id=a",
+        "authz-pam,id=a,service=x",
+    ):
+        with pytest.raises(LaminaError):
+            translated("qemu-nbd", "--object", refused, *x509)
 
 
 @pytest.mark.parametrize(

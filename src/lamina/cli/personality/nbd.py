@@ -11,6 +11,7 @@ from urllib.parse import quote
 from ...crypto.credentials import KINDS, Credentials, parse
 from ...errors import OptionError, UnsupportedFeature, UsageError, printable
 from ...options import parse_keyval
+from .authz import allowed_names
 from .grammar import NBD, Found
 from .tool import Tool
 
@@ -195,7 +196,5 @@ def _security(found: Found) -> list[str]:
             ]
     if (name := found.last("tls-authz")) is not None:
         given = _named(found, name, "--tls-authz")
-        if given.get("qom-type") != "authz-simple" or not isinstance(given.get("identity"), str):
-            raise UnsupportedFeature("only authz-simple is supported here", hint="use lamina serve --tls-allow NAME")
-        words.append(f"--tls-allow={given['identity']}")
+        words += [f"--tls-allow={allowed}" for allowed in allowed_names(given)]
     return words
