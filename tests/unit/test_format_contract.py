@@ -63,6 +63,7 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "resize": ((512, "full"), "change of the size"),
     "make_empty": ((), "emptied"),
     "amend": (({},), "changed later"),
+    "require_amendable": (({},), "changed later"),
     "free_zeros": ((0, 512), "zeros"),
     "trim": ((), "free space"),
     "snapshots": ((), "snapshots"),

@@ -188,6 +188,8 @@ class _Comparers:
         return None if found is None else Difference("content", found)
 
     def close(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
         self._workers.close()
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ..extents import Extents
+from ..format_node import FormatNode
 from ..limits import KIB, MAX_SIZE, MIB, is_power_of_two
 from ..numeric import np
-from .beneath import Backing, Layer
+from .beneath import Backing, Layer, beneath_filters
 from .requests import NEAR
 from .sharing import FileRange, Offloader, without
 from .windows import pairs, stretches, windows
@@ -66,9 +67,11 @@ class Plan:
             self.block = max(self.block, _unit(target))
         if smallest_hole and self.block > 1:
             self.hole, self.granule = max(smallest_hole, self.block), max(self.granule, self.block)
-        # Known zeros between two reads are found again by the search, unless they are shorter than it finds, and would take
-        # whole clusters of the target.
-        self._joins = self.hole > 0 and not 1 < target.node.limits.zero_alignment < self.granule
+        # Known zeros between two reads are found again by the search, unless they are shorter than it finds. In a format with
+        # smaller clusters they would take storage.
+        node = beneath_filters(target.node)
+        small = isinstance(node, FormatNode) and node.limits.zero_alignment < self.granule
+        self._joins = self.hole > 0 and not small
         self._layer = Layer(
             source, below.depth if below is not None else None, moves=below is None or below.changed is None
         )
