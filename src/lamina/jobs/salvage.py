@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .. import lifecycle
 from ..errors import BlockIOError, CorruptImage, LaminaError, NotSupported, printable
 from ..image import Image
 from ..limits import KIB, MAX_SIZE, align_down
@@ -175,9 +176,11 @@ def salvaging(source: Image, monitor: Monitor) -> Iterator[tuple[Image, Unreadab
     record of these bytes. `monitor` is told of them, and ends the search for them when it is cancelled."""
     unreadable = Unreadable(source.filename, monitor)
     try:
-        with Image(
-            Salvage(Child(source.node, "image", read_only=True), unreadable, monitor), budget=source.budget
-        ) as image:
+        node = Salvage(Child(source.node, "image", read_only=True), unreadable, monitor)
+        lifecycle.guard(
+            node
+        )  # an interrupt may strike just before `with` closes the image, and the files stay open with it
+        with Image(node, budget=source.budget) as image:
             yield image, unreadable
     finally:
         unreadable.end()
