@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def test_credentials_of_qemu_nbd() -> None:
     assert "--tls-allow=CN=one,O=two" in found
 
 
-def test_lists_of_clients_of_qemu_nbd(tmp_path: Path) -> None:
+def test_lists_of_clients_of_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x509 = ["--object", "tls-creds-x509,id=t,endpoint=server,dir=/etc/pki", "--tls-creds=t", "--tls-authz=a", "disk"]
     rules = "rules.0.match=CN=one,,O=two,rules.0.policy=allow,"
     rules += "rules.1.match=CN=three,rules.1.policy=allow,rules.1.format=exact"
@@ -188,6 +189,8 @@ def test_lists_of_clients_of_qemu_nbd(tmp_path: Path) -> None:
     found = translated("qemu-nbd", "--object", f"authz-list-file,id=a,filename={path},refresh=off", *x509)
     assert "--tls-allow=CN=four" in found
     (tmp_path / "none.json").write_text('{"policy": "deny", "rules": []}')
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr("lamina.named_file.PATIENCE", 0.1)  # a FIFO without a writer is waited for, but not for ever
     (tmp_path / "wrong.json").write_text("[" * 100_000)
     for refused in (
         "authz-list,id=a",  # without rules nobody is admitted: not everybody
@@ -200,6 +203,7 @@ def test_lists_of_clients_of_qemu_nbd(tmp_path: Path) -> None:
         f"authz-list-file,id=a,filename={tmp_path}/none.json,refresh=no",
         f"authz-list-file,id=a,filename={tmp_path}/wrong.json,refresh=no",
         f"authz-list-file,id=a,filename={tmp_path}/missing.json,refresh=no",
+        f"authz-list-file,id=a,filename={tmp_path}/fifo,refresh=no",
         "authz-list-file,id=a",
         "authz-simple,id=a",
         "authz-pam,id=a,service=x",

@@ -16,10 +16,10 @@ from .test_signals import LAMINA, ended, said, started
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 16 * MIB
 
-#: The commands, with what the finished one leaves: each reads the file of the overlay slowly.
+#: The commands, without the image: they are given one whose files are read slowly.
 COMMANDS = {
     "commit": ["commit", "-p", "-r", "1M"],
-    "rebase": ["rebase", "-p", "-b", "", "--max-output", "1G"],
+    "rebase": ["rebase", "-p", "-b", ""],
     "flatten": ["flatten", "-p"],
     "compact": ["compact", "-p"],
 }

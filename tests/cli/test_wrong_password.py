@@ -1,4 +1,4 @@
-"""Every command with a wrong passphrase, or without one: an error that does not show it, and no file has changed."""
+"""Commands with a wrong passphrase: the error does not show it, and no file has changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RIGHT, WRONG = "correct horse", "battery staple"
 
 ENCRYPTED = "driver=qcow2,encrypt.key-secret=s,file.filename="
 
-#: Command lines in a folder with the encrypted enc.qcow2, its overlay top.qcow2, and plain.qcow2.
+#: Command lines in a folder with enc.qcow2, which is encrypted, top.qcow2, which is opened as its overlay, and plain.qcow2.
 LINES = [
     "map --image-opts {enc}",
     "compare --image-opts {enc} driver=qcow2,file.filename=plain.qcow2",

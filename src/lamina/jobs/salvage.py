@@ -177,9 +177,8 @@ def salvaging(source: Image, monitor: Monitor) -> Iterator[tuple[Image, Unreadab
     unreadable = Unreadable(source.filename, monitor)
     try:
         node = Salvage(Child(source.node, "image", read_only=True), unreadable, monitor)
-        lifecycle.guard(
-            node
-        )  # an interrupt may strike just before `with` closes the image, and the files stay open with it
+        # An interrupt may strike just before `with` closes the image: then nothing else closes the files below.
+        lifecycle.guard(node)
         with Image(node, budget=source.budget) as image:
             yield image, unreadable
     finally:

@@ -37,7 +37,7 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
 
 #: The longest write into the page cache, whose pages are no larger then. A virtual machine that gives free memory back to its
-#: host loses pages of 2 MiB: after another program, 4.3 GB took 7.2 s in writes of 2 MiB, and take 3.7 s (1.2 after itself).
+#: host loses pages of 2 MiB: after another program had run, 4.3 GB took 7.2 s in writes of 2 MiB, and 3.7 s in these.
 _PIECE = 512 * KIB
 
 _DIRECT = Option("direct", "bool", "bypass the page cache (O_DIRECT)", default=False)

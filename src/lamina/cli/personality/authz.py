@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import BlockIOError, OptionError, UnsupportedFeature, printable
+from ...errors import OptionError, UnsupportedFeature, printable
 from ...limits import MIB
+from ...named_file import read_named
 
 #: The most bytes of a file with rules.
 _MOST = MIB
@@ -63,11 +64,7 @@ def _rules_in(given: Mapping[str, Any]) -> Mapping[str, Any]:
             path=path,
             hint="add refresh=off, and restart the server after a change",
         )
-    try:
-        with open(path, "rb") as file:
-            content = file.read(_MOST + 1)
-    except OSError as error:
-        raise BlockIOError.from_os(error, "cannot be opened", path=path, operation="open") from error
+    content, _ = read_named(path, _MOST + 1, failure="the rules of --tls-authz cannot be read")
     try:
         found = json.loads(content) if len(content) <= _MOST else None
     except (ValueError, RecursionError):
