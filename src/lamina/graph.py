@@ -216,7 +216,6 @@ class Opener:
         """An edge to a child: to a new node, to the node of this graph that `spec` names, or to the given node. `grows` as in
         `request.Child`; `read_only` if the driver only reads the child; `storage` as in `open`."""
         if isinstance(spec, Child):
-            lifecycle.release(spec.node)
             return spec
         if isinstance(spec, str):
             shared = self.graph.edge_to(spec, role, grows=grows, writes=not (self.read_only or read_only))

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
@@ -63,15 +63,35 @@ _late = False  # whether `_flush_all` was registered after the thread pools of t
 
 def guard(node: Node, opened_at: str | None = None) -> None:
     """Close `node`, the top of a graph, if its users do not. `opened_at`: the line of code that opened it, as "file:line"; by
-    default the innermost one outside Lamina."""
+    default the innermost one outside Lamina. The guards of the nodes beneath it that have no root end, since `node` closes
+    them."""
     node.opened_at = opened_at or caller()
     _guarded.add(node)
+    for below in node.beneath():
+        if below is not node and below.opened_at is not None and not any(edge.is_root for edge in below.parents()):
+            release(below)
     if not _late and "concurrent.futures.thread" in sys.modules:
         before_pools()
 
 
+def inherit(node: Node) -> None:
+    """Guard `node`, to which a root is added, if a node beneath it is guarded: otherwise nothing would close that one when
+    its own users are gone and `node` is forgotten."""
+    if node.opened_at is None:
+        where = next((below.opened_at for below in node.beneath() if below.opened_at is not None), None)
+        if where is not None:
+            guard(node, where)
+
+
+def lost_root(node: Node, others: Iterable[Node]) -> None:
+    """`node` lost its last root, and edges of other nodes are left: its guard ends if a guarded node, one of `others`, is
+    above it. If not, the guard stays: an interrupt may drop such an edge before its node has a guard."""
+    if any(other.opened_at is not None and node in other.beneath() for other in others if other is not node):
+        release(node)
+
+
 def release(node: Node) -> None:
-    """`node` becomes part of a larger graph, which closes it."""
+    """End the guard of `node`: a node above closes it, or it is no longer part of a graph."""
     node.opened_at = None
     _guarded.discard(node)
 

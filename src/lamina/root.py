@@ -139,6 +139,7 @@ class Root:
         #: Whether the gate refuses further requests of this root, and whether `close` has completed.
         self.closing = self.closed = False
         self.edge: Child = self.graph.exclusively("opens an image", self._begin, node, read_only)
+        lifecycle.inherit(node)
         #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
         self.opened_at = node.opened_at
         self.graph.add_root(self)
@@ -363,4 +364,4 @@ class Root:
         self.closed = True
         others = node.parents()
         if others and not any(edge.is_root for edge in others):
-            lifecycle.release(node)  # the node above it closes it
+            lifecycle.lost_root(node, self.graph.nodes.values())

@@ -85,7 +85,7 @@ class Images:
             for line in _STEPS.splitlines():
                 program, _, rest = line.partition(" ")
                 if program == "img":
-                    _run(qemu, rest.split())
+                    qemu.img(*rest.split())
                 else:
                     options, *commands = rest.split(" : ")
                     qemu.io(*options.split(), *(part for command in commands for part in ("-c", command)))
@@ -114,14 +114,6 @@ class Images:
                     if block.count(0) != len(block):
                         file.seek(at)
                         file.write(block)
-
-
-def _run(qemu: Any, words: list[str]) -> None:
-    """Run qemu-img. For a new key slot it measures the CPU, which fails at times on a busy machine: then once more."""
-    for _ in range(9 if any("iter-time" in word for word in words) else 0):
-        if qemu.img(*words, check=False).returncode == 0:
-            return
-    qemu.img(*words)
 
 
 def _damage(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -138,6 +139,20 @@ def test_an_exception_anywhere_in_a_request(serve: Serve, name: str) -> None:
             client.close()
 
     watched(work, 120)
+
+
+def test_an_exception_anywhere_in_connecting_leaves_no_socket(serve: Serve) -> None:
+    """A socket that is left to its finalizer is told as a ResourceWarning, which fails the test."""
+    server = serve(late)
+    clients: list[Client] = []
+    turn = 0
+    while interrupted_at(turn, lambda: clients.append(Client.connect(server.uri, request_timeout=10))):
+        turn += STEP
+        gc.collect()
+        while clients:
+            clients.pop().close()
+    assert turn > 100
+    clients.pop().close()
 
 
 def test_threads_go_on_beside_one_that_is_interrupted(serve: Serve) -> None:

@@ -114,6 +114,58 @@ def test_an_image_that_shares_a_graph_is_forgotten_without_harm(tmp_path: Path) 
     assert content(path) == b"written"
 
 
+def test_an_edge_that_outlives_the_image_does_not_keep_its_file_open(tmp_path: Path) -> None:
+    """As an interrupt leaves it, between an edge and the node that would own it."""
+    path = made(tmp_path / "disk.qcow2")
+    image = lamina.open(path, format="qcow2", read_only=False)
+    keep: list[object] = [Child(image.node, "image")]
+    image.write(0, b"written")
+    image.close()
+    del image
+    assert not is_free(path)
+    with pytest.warns(ResourceWarning, match="test_never_closed.py"):
+        forget(keep)
+    wait_until(lambda: is_free(path))
+    assert content(path) == b"written"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the image below is closed first", "and last"])
+def test_a_forgotten_image_above_another_one_is_closed_from_the_top(tmp_path: Path, first: bool) -> None:
+    """The node in the middle has buffered bytes, which its settling writes to the file below."""
+    path = made(tmp_path / "disk.qcow2")
+    below = lamina.open(path, format="qcow2", read_only=False)
+    node = below.node
+    above = Image(Late(Child(node, "image")))
+    assert node.opened_at is not None and above.node.opened_at == node.opened_at
+    if first:
+        below.close()
+        assert node.opened_at is None
+    above.write(0, b"written")
+    keep: list[object] = [above]
+    keep.append(keep)
+    del above
+    with pytest.warns(ResourceWarning, match="test_never_closed.py") as warned:
+        forget(keep)
+        wait_until(lambda: len(node.parents()) == (0 if first else 1))
+    assert len(warned) == 1
+    below.close()
+    wait_until(lambda: is_free(path))
+    assert content(path) == b"written"
+
+
+class Late(FilterNode):
+    """It writes everything when it is settled."""
+
+    driver = "late"
+
+    def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        self.kept = (offset, bytes(view))
+
+    def settle(self) -> None:
+        offset, data = self.kept
+        self.image.write(offset, memoryview(data))
+
+
 def test_nothing_is_said_of_what_was_closed_or_holds_nothing(tmp_path: Path) -> None:
     path = made(tmp_path / "disk.qcow2")
     with warnings.catch_warnings():

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from .. import lifecycle
 from ..creation import create_driver
 from ..errors import OptionError
 from ..filters.noextents import NoExtents
@@ -70,9 +69,7 @@ def convert_to_pipe(
         if allocated:
             edge = Child(NoExtents(edge, read_only=True), "image", read_only=True)
         try:
-            node = kind.file_of(edge, values)
-            lifecycle.guard(node)  # as in `salvaging`
-            file = stack.enter_context(Image(node))
+            file = stack.enter_context(Image(kind.file_of(edge, values)))
         except BaseException:
             edge.close()
             raise

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .. import lifecycle
 from ..errors import BlockIOError, CorruptImage, LaminaError, NotSupported, printable
 from ..image import Image
 from ..limits import KIB, MAX_SIZE, align_down
@@ -177,8 +176,6 @@ def salvaging(source: Image, monitor: Monitor) -> Iterator[tuple[Image, Unreadab
     unreadable = Unreadable(source.filename, monitor)
     try:
         node = Salvage(Child(source.node, "image", read_only=True), unreadable, monitor)
-        # An interrupt may strike just before `with` closes the image: then nothing else closes the files below.
-        lifecycle.guard(node)
         with Image(node, budget=source.budget) as image:
             yield image, unreadable
     finally:

@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ...errors import BlockIOError, LaminaError, printable
 from ..channel import Channel, PlainChannel
@@ -143,10 +143,10 @@ def _channel(target: Target, family: int, address: Any, timeout: float, check: C
             late = number in (errno.EAGAIN, errno.EINPROGRESS)
             raise OSError(errno.ETIMEDOUT if late else number, "")
         channel = PlainChannel(sock)
+        channel.peer = str(target)  # errors name what the user named
     except BaseException:
         sock.close()
         raise
-    channel.peer = str(target)  # errors name what the user named
     return channel
 
 
@@ -197,16 +197,17 @@ def negotiate(
         from ..tls import client_context
 
         context = client_context(target)
-    channel: Channel = connect(target, connect_timeout, check)
     negotiation = Negotiation(wanted, task, all_exports=all_exports)
-    deadline = time.monotonic() + timeout
 
     def watch(_: int = 0) -> None:
         check()
         if time.monotonic() >= deadline:
             raise BlockIOError(f"no handshake within {timeout:g} s", errno=errno.ETIMEDOUT, path=str(target))
 
+    # Nothing between the connection and the block that closes it: an interrupt there would leave the socket open.
+    channel: Channel = connect(target, connect_timeout, check)
     try:
+        deadline = time.monotonic() + timeout
         while True:
             channel.settimeout(min(_LOOK, timeout))
             channel.watch = watch
@@ -275,8 +276,7 @@ def enter(
             channel, negotiation = negotiate(
                 target, wanted, connect_timeout=connect_timeout, timeout=timeout, check=check
             )
-            assert isinstance(negotiation.result, ExportDetails)
-            return channel, negotiation.result
+            return channel, cast("ExportDetails", negotiation.result)  # no call of ours that an interrupt could end
         except LaminaError as error:
             if not passes(error) or time.monotonic() + rest > deadline:
                 raise
