@@ -136,7 +136,9 @@ def test_a_forgotten_image_above_another_one_is_closed_from_the_top(tmp_path: Pa
     below = lamina.open(path, format="qcow2", read_only=False)
     node = below.node
     above = Image(Late(Child(node, "image")))
-    assert node.opened_at is not None and above.node.opened_at == node.opened_at
+    where = node.opened_at
+    assert where is not None
+    assert above.node.opened_at == where
     if first:
         below.close()
         assert node.opened_at is None
@@ -146,7 +148,7 @@ def test_a_forgotten_image_above_another_one_is_closed_from_the_top(tmp_path: Pa
     del above
     with pytest.warns(ResourceWarning, match="test_never_closed.py") as warned:
         forget(keep)
-        wait_until(lambda: len(node.parents()) == (0 if first else 1))
+    wait_until(lambda: len(node.parents()) == (0 if first else 1))
     assert len(warned) == 1
     below.close()
     wait_until(lambda: is_free(path))
