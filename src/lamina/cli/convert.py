@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     offload.add_argument("-c", "--compress", action="store_true", help="compress the data where that makes it smaller")
     parser.add_argument(
         "--compression-level", metavar="LEVEL", type=int, choices=range(1, 23),
-        help="with -c: 1 is fast, 9 is small (22 with zstd); default: 3",
+        help="with -c: 1 is fast, 9 is small (22 with zstd); default: 3, with zstd 2",
     )  # fmt: skip
     parser.add_connections(
         "--connections", default=None,

@@ -11,8 +11,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-#: The default level for images.
-LEVEL = 3
+#: The default level for images. On 200 MB of programs and texts in clusters of 64 KiB, level 3 took 1.2 times as long and
+#: saved 2 % of the bytes.
+LEVEL = 2
 #: Frames with a larger window than 128 MiB are refused.
 _WINDOW_LOG_MAX = 27
 

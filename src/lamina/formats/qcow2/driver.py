@@ -70,7 +70,7 @@ class Qcow2(WithSnapshots, WithBitmaps, Amendable, Creatable, Trimmable):
             Option(
                 "compression-level",
                 "int",
-                "the effort to compress what is written: 1 to 9, with zstd to 22; by default 3",
+                "the effort to compress what is written: 1 to 9, by default 3; with zstd 1 to 22, by default 2",
                 minimum=1,
                 maximum=22,
             ),
