@@ -110,6 +110,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory, qemu7: Qemu) -> Path:
 
 
 @pytest.mark.peers
+def test_rebase_compresses_as_much(tmp_path: Path, folder: Path, qemu10: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option of the newer QEMU, which also compresses what is a zero cluster here."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for twin in ours, theirs:
+        shutil.copytree(folder, twin)
+    words = ["rebase", "-c", "-f", "qcow2", "-b", "raw", "-F", "raw", "top"]
+    monkeypatch.chdir(theirs)
+    qemu10.img(*words)
+    monkeypatch.chdir(ours)
+    assert main(words) == 0
+    told = [json.loads(qemu10.img("check", "--output=json", twin / "top").stdout) for twin in (ours, theirs)]
+    assert 0 < told[0]["compressed-clusters"] <= told[1]["compressed-clusters"]
+    assert told[0]["image-end-offset"] <= told[1]["image-end-offset"]
+    qemu10.img("compare", "-f", "qcow2", "-F", "qcow2", ours / "top", theirs / "top")
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("words", [*map(str.split, LINES), *EMPTY], ids=" ".join)
 def test_the_same_lines_end_in_the_same_disks(
     tmp_path: Path,

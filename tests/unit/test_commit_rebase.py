@@ -140,7 +140,8 @@ def test_rebase_keeps_every_byte_over_any_base(tmp_path: Path, seed: int) -> Non
             none += 1
         expected = content(top)
         with opened(top) as image:
-            rebase(image, new and new[0].name, new and new[1])
+            packs = image.node.limits.compress_alignment > 0 and dice.random() < 0.5
+            rebase(image, new and new[0].name, new and new[1], compress=packs)
             assert image.read(0, image.size) == expected, number
             fill_nothing_but_what_is_written(image, dice, bytearray(expected))
         assert lamina.info(top[0], format="qcow2").backing_filename == (new and new[0].name)
@@ -205,3 +206,49 @@ def test_rebase_onto_a_layer_reads_only_what_lies_between(tmp_path: Path) -> Non
         result = rebase(image, "base", "raw")
     assert result.read == MIB
     assert result.written == MIB
+
+
+def test_rebase_compresses_what_it_takes_over_and_nothing_else(tmp_path: Path) -> None:
+    create(tmp_path / "base", "raw", MIB + 100)
+    (tmp_path / "base").write_bytes(bytes(range(1, 129)) * (MIB // 128) + b"z" * 100)
+    create(tmp_path / "top", "qcow2", backing_file="base", backing_fmt="raw")
+    with lamina.open(tmp_path / "top", format="qcow2", read_only=False) as image:
+        image.write(100 * KIB, b"own")
+        expected, drivers = image.read(0, image.size), list(image.graph.nodes)
+        rebase(image, None, compress=True)
+        assert image.read(0, image.size) == expected
+        assert [(one.start, one.length) for one in image.extents().where(compressed=False)] == [(64 * KIB, 64 * KIB)]
+        assert set(image.graph.nodes) < set(drivers)  # nothing stays above the image
+        image.write(0, b"x" * 64 * KIB)
+        assert not image.extents(0, 64 * KIB)[0].compressed
+    require_clean((tmp_path / "top", "qcow2"))
+
+
+def test_rebase_that_compresses_and_fails_can_be_started_again(tmp_path: Path) -> None:
+    content = bytes(range(1, 129)) * (MIB // 128)
+    create(tmp_path / "base", "raw", MIB)
+    (tmp_path / "base").write_bytes(content)
+    create(tmp_path / "top", "qcow2", backing_file="base", backing_fmt="raw")
+    with lamina.open(tmp_path / "top", format="qcow2", read_only=False) as image:
+        with pytest.raises(lamina.LimitExceeded):
+            rebase(image, None, compress=True, max_output=256 * KIB)
+        names = [node.driver for node in image.graph.nodes.values()]
+        assert "compress" not in names
+        assert image.read(0, MIB) == content
+        image.write(5, b"x")
+        rebase(image, None, compress=True)
+        assert image.read(6, MIB - 6) == content[6:]
+    require_clean((tmp_path / "top", "qcow2"))
+
+
+def test_an_image_that_cannot_compress_is_not_changed(tmp_path: Path) -> None:
+    create(tmp_path / "base", "raw", MIB)
+    (tmp_path / "base").write_bytes(b"b" * MIB)
+    create(tmp_path / "top", "qcow2", backing_file="base", backing_fmt="raw", refcount_bits=1)
+    before = (tmp_path / "top").read_bytes()
+    with (
+        lamina.open(tmp_path / "top", format="qcow2", read_only=False) as image,
+        pytest.raises(lamina.UnsupportedFeature, match="compression"),
+    ):
+        rebase(image, None, compress=True)
+    assert (tmp_path / "top").read_bytes() == before

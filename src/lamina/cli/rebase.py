@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """
   lamina rebase -f qcow2 -b new-base.qcow2 -F qcow2 overlay.qcow2
   lamina rebase -f qcow2 -b "" overlay.qcow2                       no backing file any more
+  lamina rebase -c -f qcow2 -b "" overlay.qcow2                    the same, and compress what it takes over
   lamina rebase -u -b moved.qcow2 -F qcow2 overlay.qcow2           change the name only
 """
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         "-u", "--backing-unsafe", action="store_true",
         help="change only the name in the image; the overlay reads as before only if the new file has the same content",
     )  # fmt: skip
-    parser.add_later("-c", "--compress", "what is taken over cannot be compressed yet: convert the overlay with -c")
+    parser.add_argument("-c", "--compress", action="store_true", help="compress what the overlay takes over")
     parser.add_cache("-t", "--cache", dest="cache", written=False)
     parser.add_cache("-T", "--backing-cache", dest="backing_cache", written=False)
     parser.add_max_output()
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> int:
                 args.backing or None,
                 args.backing_format if args.backing else None,
                 references=args.references,
+                compress=args.compress,
                 max_output=args.max_output,
                 monitor=Monitor(meter.report),
             )

@@ -8,7 +8,8 @@ power cut, leaves an image that reads the same, and can be started again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..api import open as open_image
@@ -26,12 +27,25 @@ if TYPE_CHECKING:
     from ..image import Image
 
 
+@contextmanager
+def _compressing(image: Image) -> Iterator[None]:
+    """While the block runs, what is written to `image` is compressed."""
+    with image.edit() as edit:
+        inserted = edit.insert("compress")
+    try:
+        yield
+    finally:
+        with image.edit() as edit:
+            edit.remove(inserted)
+
+
 def rebase(
     image: Image,
     backing: str | None,
     backing_format: str | None = None,
     *,
     references: Policy | None = None,
+    compress: bool = False,
     max_output: int | None = None,
     monitor: Monitor | None = None,
 ) -> Result:
@@ -39,12 +53,14 @@ def rebase(
     of the format `backing_format`; None: no backing file. The image reads as before, and takes over what differs.
 
     Only blocks that the image does not own are read and compared; where the new backing file is a layer of the old chain,
-    only those that the layers above it own. `references` decides about the backing file of the new backing file. The image
-    uses its new backing file, and is on stable storage, when this returns.
+    only those that the layers above it own. `references` decides about the backing file of the new backing file. `compress`:
+    the blocks that it takes over are stored compressed where that makes them smaller. The image uses its new backing file,
+    and is on stable storage, when this returns.
 
     No other user of the graph writes to it meanwhile, and `image` refuses writes of other threads. Raises OptionError if the
-    format has no backing files, the image has internal snapshots, or names a backing file that is not open, the errors of
-    opening `backing`, those of reading and writing, and Cancelled. The bytes of `image` are the same in any case.
+    format has no backing files, the image has internal snapshots, or names a backing file that is not open,
+    UnsupportedFeature if the image cannot compress, the errors of opening `backing`, those of reading and writing, and
+    Cancelled. The bytes of `image` are the same in any case.
     """
     node = beneath_filters(image.node)
     if not isinstance(node, Format) or node.amend_schema is None or "backing_file" not in node.amend_schema:
@@ -72,7 +88,8 @@ def rebase(
         def work(own: Image) -> Result:
             try:
                 node.backing_changes = True
-                result = copy_disk(own, own, below=below, max_output=max_output, monitor=monitor or Monitor())
+                with _compressing(own) if compress else nullcontext():
+                    result = copy_disk(own, own, below=below, max_output=max_output, monitor=monitor or Monitor())
             finally:
                 node.backing_changes = False
             own.flush()
