@@ -35,6 +35,7 @@ LAYERS = [
         "named_file",
         "numeric",
         "options",
+        "palette",
         "peer_options",
         "pending",
         "policy",
