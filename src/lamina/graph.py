@@ -17,7 +17,7 @@ from .limits import DEFAULT_BUDGET, Budget, Memory
 from .node import MAY_UNMAP, Node
 from .options import parse_name, shown
 from .policy import Policy
-from .references import Reference, Trail
+from .references import Reference, Trail, Unopened
 from .request import Child
 from .root import Graph
 from .schema import Option, Schema
@@ -73,7 +73,8 @@ class Opener:
     images above. `taken`, `unshared`: permissions (see `storage.locks`) that the file locks take and refuse to other
     programs, besides their own; not those of backing nodes. `policy`: the grants of the user; None: there are none.
     `probed`: the format that was detected. `budget`: the limit for the cost of all images of the graph together. `graph`:
-    the graph to which the nodes belong; options refer to its nodes by name.
+    the graph to which the nodes belong; options refer to its nodes by name. `unopened`: if given, a reference inside an
+    image that cannot be followed is an entry here, and no error; what is opened then serves to be described only.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Opener:
         repair: bool = False,
         fd: int | None = None,
         graph: Graph | None = None,
+        unopened: Unopened | None = None,
     ) -> None:
         self.graph = graph or Graph()
+        self.unopened = unopened
         self.policy = policy
         self.probed: str | None = None
         self.budget = budget
@@ -336,6 +339,7 @@ def open_graph(
     snapshot: bool = False,
     fd: int | None = None,
     graph: Graph | None = None,
+    unopened: Unopened | None = None,
 ) -> Node:
     """Open the graph that `source` names: a path, a prefixed name (`json:{...}`, `blkdebug::x`), or nested options.
 
@@ -343,7 +347,7 @@ def open_graph(
     may be omitted if the options name a driver. `policy` decides about names inside images; the default is
     `Policy.default()`, and `Policy.none()` for a detected format. `snapshot`: the image is opened for reading, and changes
     are kept in memory above it. `fd`: an open descriptor of the image file; the storage duplicates it, and no file is opened
-    by name. `graph`: the graph of the nodes. The caller closes the node.
+    by name. `graph`: the graph of the nodes. `unopened` as for `Opener`. The caller closes the node.
     """
     options = parse_name(source) if isinstance(source, str) else dict(source)
     # A plain or prefixed name is the location of the bytes; json: and nested options describe the node.
@@ -372,6 +376,7 @@ def open_graph(
         repair=repair,
         fd=fd,
         graph=graph,
+        unopened=unopened,
     )
     return opener.open({**options, "snapshot": True} if snapshot else options)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .format import Format
 from .image import Image
 from .node import Node, StorageNode
+
+if TYPE_CHECKING:
+    from .references import NotOpened, Unopened
 
 
 def tree(top: Image | Node) -> dict[str, Any]:
@@ -21,13 +24,20 @@ def tree(top: Image | Node) -> dict[str, Any]:
 
     An edit of the graph waits meanwhile. Raises Closed if the image was closed.
     """
+    return tree_of_opened(top, {})
+
+
+def tree_of_opened(top: Image | Node, unopened: Unopened) -> dict[str, Any]:
+    """As `tree`, for a graph that was opened with `unopened` (see `Opener`). A node that was not opened has `name` null,
+    `driver` (the format that the image states; null if it states none), `filename` (the name in the image) and `not-opened`:
+    the `type` of the error, its `message`, and a `hint` or null."""
     node = top.node if isinstance(top, Image) else top
     if node.graph is None:
-        return _described(node, set())
-    return node.graph.exclusively("describes the graph", _described, node, set[int]())
+        return _described(node, set(), unopened)
+    return node.graph.exclusively("describes the graph", _described, node, set[int](), unopened)
 
 
-def _described(node: Node, seen: set[int]) -> dict[str, Any]:
+def _described(node: Node, seen: set[int], unopened: Unopened) -> dict[str, Any]:
     found: dict[str, Any] = {"name": node.name, "driver": node.driver}
     if id(node) in seen:
         return found | {"shared": True}
@@ -46,8 +56,24 @@ def _described(node: Node, seen: set[int]) -> dict[str, Any]:
     if not node.discards:
         options["discard"] = "ignore"
     found["options"] = options
-    found["children"] = [
-        {"role": role, "writes": edge.writes, "node": _described(edge.node, seen)}
+    lacking = {
+        one.reference.role: one for edge in node.children.values() for one in unopened.get(edge.node, ()) if not storage
+    }
+    edges = [
+        {"role": role, "writes": edge.writes, "node": _described(edge.node, seen, unopened)}
         for role, edge in node.children.items()
+        if role not in lacking  # the driver may have put something in its place
     ]
+    edges += [{"role": role, "writes": False, "node": _not_opened(one)} for role, one in lacking.items()]
+    found["children"] = edges
     return found
+
+
+def _not_opened(found: NotOpened) -> dict[str, Any]:
+    name, error = found.reference, found.error
+    return {
+        "name": None,
+        "driver": name.format if name.kind == "format" else "file",
+        "filename": name.name,
+        "not-opened": {"type": type(error).__name__, "message": error.message, "hint": error.hint},
+    }

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from . import detect, registry
-from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, PolicyError, printable
+from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, OptionError, PolicyError, printable
 from .node import Node, StorageNode
 from .options import parse_name, to_keyval
 from .request import Child
@@ -41,6 +41,17 @@ class Reference(NamedTuple):
     kind: Literal["format", "storage"] = "format"
     format: str | None = None
     writable: bool = False
+
+
+class NotOpened(NamedTuple):
+    """A reference that was not followed, and why."""
+
+    reference: Reference
+    error: LaminaError
+
+
+#: The references that were not followed, by the node of the storage that contains the image.
+Unopened: TypeAlias = dict[Node, list[NotOpened]]
 
 
 class Trail(NamedTuple):
@@ -95,7 +106,15 @@ def follow(opener: Opener, image: Child, reference: Reference, given: Child | Sp
         child = opener.below(trail, read_only=read_only).child(reference.role, given, grows=grows, storage=grows)
         trail.require_room(chain_depth(child.node), image.node.filename)  # the node may have been open before
         return child
-    return _by_name(opener, image, host, reference._replace(writable=not read_only), given, trail)
+    try:
+        return _by_name(opener, image, host, reference._replace(writable=not read_only), given, trail)
+    except OptionError:  # a mistake of the user
+        raise
+    except LaminaError as error:
+        if opener.unopened is None:
+            raise
+        opener.unopened.setdefault(image.node, []).append(NotOpened(reference, error))
+        return None
 
 
 def _names_a_node(given: Mapping[str, Any], reference: Reference) -> bool:

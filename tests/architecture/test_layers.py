@@ -38,6 +38,7 @@ LAYERS = [
         "palette",
         "peer_options",
         "pending",
+        "picture",
         "policy",
         "registry",
         "schema",

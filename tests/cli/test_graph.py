@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -127,7 +128,14 @@ def test_the_picture(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [text.text for text in drawn.iter(f"{SVG}text")]
     assert {"qcow2", "raw", "file", "backing", "top.qcow2", "middle.qcow2", "base.raw"} <= set(words)
     assert len(drawn.findall(f"{SVG}g")) == 6
-    assert len(drawn.findall(f"{SVG}path")) == 5
+    assert len([one for one in drawn.findall(f"{SVG}path") if one.attrib["class"] == "edge"]) == 5
+    assert (drawn.attrib["role"], drawn.attrib["aria-labelledby"]) == ("img", "title description")
+    parts = {one.attrib.get("id"): one.text or "" for one in drawn}
+    assert parts["title"].startswith("Graph of qcow2#")
+    assert re.fullmatch(
+        r"6 nodes, 0 of them not opened. qcow2, .* \(file: file, .*top.qcow2.*; backing: .*base.raw.*\)",
+        parts["description"],
+    )
     assert "prefers-color-scheme: dark" in told
     assert not re.search(r"href|url\(|@import|<script|http(?!://www.w3.org/2000/svg)", told)
     _, _, width, height = map(float, drawn.attrib["viewBox"].split())
@@ -157,7 +165,8 @@ def test_no_name_gets_out_of_the_output(tmp_path: Path, name: str, capsys: pytes
     with lamina.open(path, format="raw") as image:
         found = lamina.tree(image)
     drawn = ElementTree.fromstring(picture(found).encode())
-    assert {one.tag.removeprefix(SVG) for one in drawn.iter()} == {"svg", "title", "style", "g", "rect", "text", "path"}
+    tags = {one.tag.removeprefix(SVG) for one in drawn.iter()}
+    assert tags == {"svg", "title", "desc", "style", "g", "rect", "text", "path"}
     whole = "".join(one.text or "" for one in drawn.iter(f"{SVG}title"))
     assert printable(str(path)) in whole
     for output in ("human", "svg"):
@@ -180,3 +189,119 @@ def test_what_may_not_be_opened_is_refused(chain: Path, capsys: pytest.CaptureFi
     assert main(["graph", chain.name]) == 1
     assert "backing file" in capsys.readouterr().err
     assert main(["graph", "--references", "none", "-f", "qcow2", chain.name]) == 1
+
+
+# -- references that were not followed
+
+WATCHED = """
+import sys
+from collections.abc import Callable
+opened = []
+sys.addaudithook(lambda name, arguments: opened.append(str(arguments[0])) if name == "open" else None)
+from lamina.cli.main import main
+status = main(sys.argv[1:])
+print([name for name in opened if "qcow2" in name and "lamina/" not in name], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def tree_with_refusals(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
+    """What the command prints, and its error."""
+    capsys.readouterr()
+    assert main(["graph", *words]) == 1
+    told = capsys.readouterr()
+    return json.loads(told.out), told.err
+
+
+def test_what_was_refused_is_a_node(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, error = tree_with_refusals(capsys, "--output=json", "--references", "none", "-f", "qcow2", chain.name)
+    assert [edge["role"] for edge in found["children"]] == ["file", "backing"]
+    refused = found["children"][1]["node"]
+    reason = refused.pop("not-opened")
+    assert refused == {"name": None, "driver": "qcow2", "filename": "middle.qcow2"}
+    assert reason["type"] == "PolicyError"
+    assert "no name inside an image is opened" in reason["message"]
+    assert reason["hint"].startswith("to allow it, give --references list:")
+    assert json.loads(error)["error"]["message"] == reason["message"]
+
+
+def test_what_was_refused_is_in_the_text_and_the_picture(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["graph", "-f", "qcow2", "--references", f"list:{chain.parent}/middle.qcow2", chain.name]) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].startswith(
+        '   └─ backing: raw, base.raw, not opened: backing file "base.raw" is refused: '
+    )
+    assert 'middle.qcow2: backing file "base.raw" is refused' in told.err
+    assert main(["graph", "--svg", "-f", "qcow2", "--references", "none", chain.name]) == 1
+    drawn = ElementTree.fromstring(capsys.readouterr().out)
+    kinds = [one.attrib["class"] for one in drawn.findall(f"{SVG}g")]
+    assert sorted(kinds) == ["format", "refused", "storage"]
+    (box,) = (one for one in drawn.findall(f"{SVG}g") if one.attrib["class"] == "refused")
+    words = [text.text or "" for text in box.iter(f"{SVG}text")]
+    assert words[:3] == ["qcow2", "middle.qcow2", "not opened"]
+    assert "refused" in " ".join(words[3:])
+    assert "3 nodes, 1 of them not opened." in "".join(one.text or "" for one in drawn.iter(f"{SVG}desc"))
+
+
+def test_what_was_refused_is_not_opened(chain: Path) -> None:
+    command = [sys.executable, "-c", WATCHED, "graph", "--references", "none", "-f", "qcow2", "top.qcow2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "backing: qcow2, middle.qcow2, not opened" in done.stdout
+    assert done.stderr.splitlines()[-1] == "['top.qcow2']"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "kind"),
+    [
+        (lambda: Path("base.raw").unlink(), "NotFound"),
+        (
+            lambda: main(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "top.qcow2", "middle.qcow2"]),
+            "CorruptImage",
+        ),
+        (lambda: main(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "base.raw", "middle.qcow2"]), "FormatError"),
+    ],
+)
+def test_a_broken_chain_is_shown_as_far_as_it_goes(
+    chain: Path, capsys: pytest.CaptureFixture[str], break_it: Callable[[], object], kind: str
+) -> None:
+    break_it()
+    found, error = tree_with_refusals(capsys, "--output=json", "-f", "qcow2", chain.name)
+    middle = found["children"][1]["node"]
+    assert middle["driver"] == "qcow2"
+    assert middle["children"][1]["node"]["not-opened"]["type"] == kind
+    assert json.loads(error)["error"]["type"] == kind
+
+
+def test_a_missing_data_file_is_a_node_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lamina.create("a.qcow2", "qcow2", MIB, data_file="a.data")
+    Path("a.data").unlink()
+    found, _ = tree_with_refusals(capsys, "--output=json", "-f", "qcow2", "a.qcow2")
+    roles = {edge["role"]: edge["node"] for edge in found["children"]}
+    assert set(roles) == {"file", "data-file"}
+    assert roles["data-file"]["driver"] == "file"
+    assert roles["data-file"]["filename"] == "a.data"
+    assert roles["data-file"]["not-opened"]["type"] == "NotFound"
+
+
+def test_a_mistake_in_the_options_is_an_error(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "driver=qcow2,file.filename=top.qcow2,backing.nonsense=1"
+    assert main(["graph", "--image-opts", options]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert "nonsense" in told.err
+
+
+def test_the_output_file(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--svg", "-o", "a.svg", "-f", "qcow2", chain.name) == ""
+    assert ElementTree.fromstring(Path("a.svg").read_text()).tag == f"{SVG}svg"
+    assert printed(capsys, "-o", "a.txt", "-f", "qcow2", chain.name) == ""
+    assert "└─ backing: qcow2" in Path("a.txt").read_text()
+    Path("link.svg").symlink_to("base.raw")
+    assert main(["graph", "--svg", "-o", "link.svg", "-f", "qcow2", chain.name]) == 1
+    assert "symbolic links are not followed" in capsys.readouterr().err
+    assert Path("base.raw").read_bytes() == bytes(MIB)

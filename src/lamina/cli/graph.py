@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
-from ..node_tree import tree
+from ..graph import open_graph
+from ..node_tree import tree_of_opened
 from ..options import format_size
-from .arguments import Parser, open_image
+from .arguments import Parser, image_source, tell_of_writers
+
+if TYPE_CHECKING:
+    from ..references import Unopened
 
 _EXAMPLES = """
   lamina graph -f qcow2 overlay.qcow2
-  lamina graph --output=svg -f qcow2 overlay.qcow2 > overlay.svg
+  lamina graph --svg -o overlay.svg -f qcow2 overlay.qcow2
   lamina graph --image-opts driver=throttle,image.driver=qcow2,image.file.filename=disk.qcow2
 """
 
@@ -30,24 +34,52 @@ def main(argv: list[str]) -> int:
         default="human",
         help="format of the output (default: human); svg is a picture in one file",
     )
+    parser.add_argument("--svg", dest="output", action="store_const", const="svg", help="the same as --output svg")
+    parser.add_argument(
+        "-o", "--output-file", metavar="FILE", default="-", help="write to this file (default: standard output)"
+    )
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)
 
-    with open_image(args.filename, args, args.format) as image:
-        found = tree(image)
-    if args.output == "json":
+    unopened: Unopened = {}
+    node = open_graph(
+        image_source(args.filename, args, args.format),
+        format=args.format or "probe",
+        policy=args.references,
+        budget=args.limits,
+        force_share=args.force_share,
+        unopened=unopened,
+    )
+    try:
+        if args.force_share:
+            tell_of_writers(node)
+        found = tree_of_opened(node, unopened)
+    finally:
+        node.close()
+    if args.output_file == "-":
+        sys.stdout.write(_told(found, args.output, blocks=_has_lines()))
+    else:
+        from ..side_file import SideFile
+
+        with SideFile(args.output_file) as file:
+            file.write(_told(found, args.output, blocks=True))
+    for one in (one for ones in unopened.values() for one in ones):
+        raise one.error  # what could be opened is told; the command did not do all that it was asked for
+    return 0
+
+
+def _told(found: dict[str, Any], output: str, *, blocks: bool) -> str:
+    if output == "json":
         import json
 
-        sys.stdout.write(json.dumps(found, indent=4) + "\n")
-    elif args.output == "svg":
+        return json.dumps(found, indent=4) + "\n"
+    if output == "svg":
         from .graph_picture import picture
 
-        sys.stdout.write(picture(found))
-    else:
-        lines = _LINES[0] if _has_lines() else _LINES[1]
-        sys.stdout.write("".join(f"{line}\n" for line in _text(found, "", "", "", lines)))
-    return 0
+        return picture(found)
+    lines = _LINES[0] if blocks else _LINES[1]
+    return "".join(f"{line}\n" for line in _text(found, "", "", "", lines))
 
 
 def _has_lines() -> bool:
@@ -68,6 +100,12 @@ def _text(node: dict[str, Any], role: str, first: str, rest: str, lines: tuple[s
 
 def words(node: dict[str, Any]) -> Iterator[str]:
     """What people read about a node: its driver and name, then its properties."""
+    if "not-opened" in node:
+        why = node["not-opened"]
+        yield node["driver"] or "unknown format"
+        yield node["filename"]
+        yield f"not opened: {why['message']}"
+        return
     yield f"{node['driver']} ({node['name']})" if not node["name"].startswith(node["driver"] + "#") else node["name"]
     if "shared" in node:
         yield "see above"

@@ -41,7 +41,7 @@ def open_data_file(file: Child, header: Header, given: Any, opener: Opener) -> C
     found = opener.reference(file, reference, given)
     if found is not None:
         return found
-    if not opener.no_references:
+    if not (opener.no_references or (opener.unopened is not None and file.node in opener.unopened)):
         raise FormatError(
             "the guest data is in an external data file, and the image does not name it",
             path=file.node.filename,
