@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -246,7 +247,8 @@ def test_what_was_refused_is_in_the_text_and_the_picture(chain: Path, capsys: py
 
 def test_what_was_refused_is_not_opened(chain: Path) -> None:
     command = [sys.executable, "-c", WATCHED, "graph", "--references", "none", "-f", "qcow2", "top.qcow2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "backing: qcow2, middle.qcow2, not opened" in done.stdout
     assert done.stderr.splitlines()[-1] == "['top.qcow2']"

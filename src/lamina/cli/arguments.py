@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +12,7 @@ from ..options import HELP, asks_for_help, clip, parse_keyval, parse_seconds, pa
 from . import program
 from .schema_text import print_driver
 from .schema_text import print_schema as print_schema  # where commands look for it
+from .screen import columns
 
 if TYPE_CHECKING:
     from ..graph import Spec
@@ -286,14 +286,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Queries the width of the terminal itself: argparse imports shutil for that, and shutil imports three compressors."""
-
     def __init__(self, prog: str) -> None:
-        try:
-            columns = int(os.environ["COLUMNS"]) if "COLUMNS" in os.environ else os.get_terminal_size(1).columns
-        except (ValueError, OSError):
-            columns = 0
-        super().__init__(prog, width=(columns or 80) - 2)
+        super().__init__(prog, width=columns() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """The description is filled; examples keep their lines."""

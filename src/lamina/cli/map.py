@@ -25,6 +25,7 @@ _EXAMPLES = """
   lamina map disk.qcow2
   lamina map --output=json disk.qcow2
   lamina map --output=json -s 1G -l 1M disk.qcow2        one MiB at offset 1 GiB
+  lamina map --plot disk.qcow2                           a picture of the disk
   lamina map --exact --image-opts driver=blkdebug,align=4k,image.driver=qcow2,image.file.filename=disk.qcow2
   lamina map --context base:allocation --context qemu:dirty-bitmap:b0 nbd://server/disk
   lamina map --context base:allocation --totals nbd://server/disk
@@ -45,6 +46,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--exact", action="store_true", help="exact boundaries, not rounded to the alignment of the node"
     )
+    parser.add_argument(
+        "--plot",
+        action="store_true",
+        help="draw the disk as rows of cells: what they contain and, in a chain, which layer owns them",
+    )
     parser.add_size("-s", "--start-offset", metavar="OFFSET", default=0, help="the first offset in bytes (default: 0)")
     parser.add_size("-l", "--max-length", metavar="LENGTH", help="the number of bytes (default: up to the end)")
     parser.add_argument(
@@ -58,12 +64,21 @@ def main(argv: list[str]) -> int:
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")
     args = parser.parse(argv)
+    if args.plot and args.output == "json":
+        raise OptionError(
+            "--plot is a picture for people, and has no JSON form", hint="omit one of --plot and --output"
+        )
     if args.context:
         return _show_contexts(args)
     if args.totals:
         raise OptionError("--totals needs a metadata context of an NBD export", hint="add --context base:allocation")
     with open_image(args.filename, args, args.format) as image:
         sys.stdout.flush()
+        if args.plot:
+            from .map_plot import show
+
+            show(image, _pieces(image, args), *_range(image, args))
+            return 0
         pieces = _joined(_pieces(image, args))
         if args.output == "json":
             _write_json(pieces, sys.stdout.buffer, program.current.map_of_nothing(args.start_offset))
@@ -75,6 +90,8 @@ def main(argv: list[str]) -> int:
 def _show_contexts(args: Namespace) -> int:
     from .map_nbd import show
 
+    if args.plot:
+        raise OptionError("--plot draws the status of an image, not metadata contexts", hint="omit --context")
     if args.format is not None or args.image_opts or args.exact:
         raise OptionError(
             "--context applies to the export itself, not to an image format inside it",
@@ -92,20 +109,27 @@ def _show_contexts(args: Namespace) -> int:
     return 0
 
 
-def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
-    """The requested extents, in windows. Unless exact, they cover all blocks that overlap the range."""
+def _range(image: Image, args: Namespace) -> tuple[int, int, int]:
+    """The begin and end of the requested range, and the size of the blocks to which its extents are rounded. The range covers
+    all blocks that overlap the one that the user gave. OptionError if it begins past the end of the image."""
     begin, size = args.start_offset, image.size
     if begin > size:
-        if program.current.map_of_nothing(begin):
-            return
         raise OptionError(f"the start offset {begin} is past the end of the image at {size}", path=image.filename)
     end = size if args.max_length is None else min(begin + args.max_length, size)
+    block = 1 if args.exact else image.alignment
+    if begin < end:
+        begin, end = align_down(begin, block), min(align_up(end, block), size)
+    return begin, end, block
+
+
+def _pieces(image: Image, args: Namespace) -> Iterator[Extents]:
+    """The requested extents, in windows; rounded, unless they are to be exact."""
+    if args.start_offset > image.size and program.current.map_of_nothing(args.start_offset):
+        return
+    begin, end, block = _range(image, args)
     if args.exact:
         yield from windows(image, begin, end)
         return
-    block = image.alignment
-    if begin < end:
-        begin, end = align_down(begin, block), min(align_up(end, block), size)
     for piece in windows(image, begin, end, grid=block):
         yield program.current.mapped(image, piece.align(block))
 
