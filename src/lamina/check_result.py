@@ -64,3 +64,9 @@ class CheckResult(NamedTuple):
             "format": self.format,
             "findings": [one.to_json() for one in self.findings],
         }
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the counters, and the first findings."""
+        from .picture.tables import of_check
+
+        return of_check(self)

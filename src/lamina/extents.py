@@ -244,6 +244,13 @@ class Extents:
         rows = ", ".join(map(repr, self._objects(slice(0, 8)))) + (f", and {more} more" if more > 0 else "")
         return f"<Extents [{self.begin}, {self.end}): {rows}>"
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: a picture, and the first extents."""
+        from .picture.notebook import of_extents
+        from .picture.tables import guarded
+
+        return guarded(lambda: of_extents(self))
+
     def clip(self, begin: int, end: int) -> Extents:
         """The part inside [begin, end), with adjusted host offsets. Without such a part: empty, at the nearest offset."""
         if begin > end:

@@ -263,3 +263,18 @@ def lookup_format(name: str, *, from_image: bool = False) -> type[Format]:
             hint="see docs/drivers-outside-the-tree.md",
         )
     return kind
+
+
+def layers_of(top: Node) -> list[Node]:
+    """The layers of the graph below `top`, from the top of its chain: the nodes to which the depths of extents refer. It ends
+    at a filter with several children, each of which may have layers of its own."""
+    found: list[Node] = []
+    node: Node | None = top
+    while node is not None:
+        children = node.children
+        if isinstance(node, Format):
+            found.append(node)
+            node = children["backing"].node if "backing" in children else None
+        else:
+            node = next(iter(children.values())).node if len(children) == 1 else None
+    return found

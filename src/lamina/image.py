@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .edit import Edit
 from .errors import Closed, LimitExceeded, OptionError, UnsupportedFeature
-from .format import Format
+from .format import Format, layers_of
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, Budget
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, check_size
@@ -284,6 +284,14 @@ class Image:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: a picture of the disk, and its layers. The status is queried for half a second at most; the
+        picture says where it ends then. Never raises: an error is shown."""
+        from .picture.notebook import of_image
+        from .picture.tables import guarded
+
+        return guarded(partial(of_image, self, layers_of))
 
     def __repr__(self) -> str:
         return f"<Image {self._root.node!r}>" if self._root else "<Image closed>"

@@ -88,3 +88,9 @@ class ImageInfo(NamedTuple):
         if self.format_probed:
             found["format-probed"] = True
         return found
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: a table."""
+        from .picture.tables import of_info
+
+        return of_info(self)

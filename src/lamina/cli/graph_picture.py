@@ -161,7 +161,7 @@ def _drawn(box: _Box, x: float, y: float) -> Iterator[str]:
     dash = ' stroke-dasharray="5 3"' if box.kind in ("shared", "refused") else ""
     fill, stroke = _LIGHT[box.kind]
     yield (
-        f'<g class="{box.kind}"><title>{escaped(chr(10).join(box.lines))}</title>'
+        f'<g class="{box.kind}"><title>{chr(10).join(map(escaped, box.lines))}</title>'
         f'<rect x="{left:.1f}" y="{y:.1f}" width="{box.own:.1f}" height="{box.height:.1f}" rx="6" '
         f'fill="{fill}" stroke="{stroke}" stroke-width="1.5"{dash}/>\n'
     )

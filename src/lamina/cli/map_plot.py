@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..format import Format
+from ..format import layers_of
 from ..picture.cells import Cells, exact_size
 from ..picture.terminal import LEAST, grid, plot
 from .screen import columns, look
@@ -14,7 +14,6 @@ from .screen import columns, look
 if TYPE_CHECKING:
     from ..extents import Extents
     from ..image import Image
-    from ..node import Node
 
 
 def show(image: Image, pieces: Iterable[Extents], begin: int, end: int, block: int) -> None:
@@ -28,19 +27,7 @@ def show(image: Image, pieces: Iterable[Extents], begin: int, end: int, block: i
     cells = Cells(begin, end, size)
     for piece in pieces:
         cells.add(piece)
+    names = [layer.filename for layer in layers_of(image.node)]
     notes = f"rounded to blocks of {exact_size(block)}" if block > 1 else "exact"
-    for line in plot(cells, count, look(), width, notes=notes, layers=_layers(image.node)):
+    for line in plot(cells, count, look(), width, notes=notes, layers=names):
         sys.stdout.write(f"{line}\n")
-
-
-def _layers(node: Node | None) -> list[str]:
-    """The names of the layers below `node`, from the top, as far as filters have a single child."""
-    found: list[str] = []
-    while node is not None:
-        children = node.children
-        if isinstance(node, Format):
-            found.append(node.filename)
-            node = children["backing"].node if "backing" in children else None
-        else:
-            node = next(iter(children.values())).node if len(children) == 1 else None
-    return found

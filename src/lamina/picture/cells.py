@@ -6,13 +6,15 @@ stands for another: a cell with bytes of several kinds says so.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..extents import Extents, Int64s
 from ..limits import align_down
 from ..numeric import np
 from ..palette import CONTENT, content
 from ..status import COMPRESSED, DATA, PRESENT, ZERO
+
+if TYPE_CHECKING:
+    from ..extents import Extents, Int64s
 
 #: The kinds of content, in the order in which a picture shows them; see `palette.CONTENT`.
 KINDS = tuple(CONTENT)

@@ -7,8 +7,8 @@ from ..errors import printable
 
 def escaped(text: str) -> str:
     """`text` with entities for what has a meaning in markup. Control characters, and all else that XML does not allow, are
-    shown as escape sequences; line breaks stay."""
-    text = "\n".join(printable(line) for line in text.split("\n"))
+    shown as escape sequences."""
+    text = printable(text)
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("'", "&#39;")):
         text = text.replace(mark, entity)
     return text
