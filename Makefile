@@ -3,7 +3,7 @@
 #   make tour     see it work: the whole story on real image files, in a temporary folder
 #   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
 #   make lint     style, format and types
-#   make bench    Lamina beside qemu-img, one table   (make bench ARGS='--only start-up'; see benchmarks/README.md)
+#   make bench    Lamina beside its peers: writes benchmarks/RESULTS.md   (make bench ARGS='--only start-up'; about 25 minutes)
 #   make soak     the random tests for much longer, with interrupts, forks, closes, kills and hostile peers (over an hour)
 #   make docs     write the pages that are generated from the code
 #   make clean    remove what the others made
@@ -49,12 +49,13 @@ soak: $(VENV)/.dev
 	tests/conformance/test_nbd_server_long.py tests/unit/test_explain_qcow2.py tests/interop/test_inspect_oslo.py $(ARGS)
 
 bench: $(VENV)/.run
-	$(VENV)/bin/python -m benchmarks.run --plot bench.svg $(ARGS)
+	$(VENV)/bin/python -m benchmarks.run $(ARGS)
 
 docs: $(VENV)/.run
 	$(VENV)/bin/python docs/nbd_protocol.py
 	$(VENV)/bin/python docs/qcow2_format.py
 	$(VENV)/bin/python docs/manual_pages.py
+	$(VENV)/bin/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

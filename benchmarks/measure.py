@@ -20,8 +20,8 @@ from pathlib import Path
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-#: Seconds; see `in_turn`.
-_LONG = 6.0
+#: Seconds, seconds and rounds; see `in_turn`.
+_LONG, _BUDGET, _FEWEST = 6.0, 45.0, 3
 
 
 class Failed(Exception):
@@ -75,39 +75,44 @@ def run_once(command: Sequence[str], stdout: Path) -> Figures:
     return Figures(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def in_turn(tasks: Sequence[Task], rounds: int, folder: Path, *, median: bool = False) -> dict[str, Figures | Failed]:
-    """Run all `tasks` in turn, `rounds` times, after a first round that warms the cache, is checked and is not measured.
+def in_turn(
+    tasks: Sequence[Task], rounds: int, folder: Path, *, again: bool = False
+) -> dict[str, list[Figures] | Failed]:
+    """Run all `tasks` in turn, after a first round that warms the cache, is checked and is not measured.
 
-    Returns for each program the shortest of its times and the largest of its peaks, or its failure. The programs take turns,
-    so that noise of the machine affects all alike.
+    Returns for each program its figures in each round, or its failure. There are `rounds` rounds; fewer, but not less than
+    `_FEWEST`, of work that would take more than `_BUDGET` seconds. The programs take turns, so that noise of the machine
+    affects all alike: the Nth figures of two programs were measured at almost the same time.
 
-    `median`: the median of the times, and before each measured run a program runs once without being measured. (The time of
-    work that fills the page cache depends on the memory that it gets: a virtual machine gives free memory back to its host,
-    and the first use of such a page takes several times the time of a copy. So each program gets what it used itself. Work
-    that takes longer than `_LONG` is not repeated: its time depends on other things.)
+    `again`: before each measured run a program runs once without being measured. (The time of work that fills the page cache
+    depends on the memory that it gets: a virtual machine gives free memory back to its host, and the first use of such a page
+    takes several times the time of a copy. So each program gets what it used itself. Work that takes longer than `_LONG` is
+    not repeated: its time depends on other things.)
     """
-    found: dict[str, Figures | Failed] = {}
-    runs: dict[str, list[Figures]] = {task.program: [] for task in tasks}
+    found: dict[str, list[Figures] | Failed] = {}
     stdout = folder / "stdout"
-    for number in range(rounds + 1):
+    number, most = 0, rounds
+    while number <= most:
+        spent = 0.0
         for task in tasks:
-            if isinstance(found.get(task.program), Failed):
+            before = found.setdefault(task.program, [])
+            if isinstance(before, Failed):
                 continue
             try:
                 now = _run(task, stdout, check=not number)
-                if median and number and now.wall < _LONG:
-                    now = _run(task, stdout, check=False)
+                spent += now.wall
+                if again and now.wall < _LONG:
+                    spent += now.wall
+                    if number:
+                        now = _run(task, stdout, check=False)
             except Failed as failure:
                 found[task.program] = failure
                 continue
             if number:
-                done = runs[task.program]
-                done.append(now)
-                found[task.program] = Figures(
-                    *(typical([getattr(one, name) for one in done], median) for name in ("wall", "cpu")),
-                    memory=max(one.memory for one in done),
-                    stored=max(one.stored for one in done),
-                )
+                before.append(now)
+        if not number:
+            most = min(rounds, max(_FEWEST, int(_BUDGET / max(spent, 1e-9))))
+        number += 1
     stdout.unlink(missing_ok=True)
     return found
 
@@ -127,11 +132,6 @@ def _run(task: Task, stdout: Path, *, check: bool) -> Figures:
     finally:
         if task.makes:
             task.makes.unlink(missing_ok=True)
-
-
-def typical(seconds: list[float], median: bool) -> float:
-    """The median of these, or the smallest."""
-    return sorted(seconds)[len(seconds) // 2] if median else min(seconds)
 
 
 def idle_peak(folder: Path) -> int:

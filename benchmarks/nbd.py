@@ -1,8 +1,8 @@
 """NBD: our server compared with qemu-nbd and nbdkit, and our client compared with nbdcopy.
 
-All servers of a work run at the same time and their clients take turns, so that noise of the machine affects all alike; the
-table shows the best round. The images are in memory (tmpfs) if it has enough free space: random writes to a file system on a
-disk measure that file system. `run.py` calls this module; nothing here imports Lamina.
+All servers of a work run at the same time and their clients take turns, so that noise of the machine affects all alike. The
+images are in memory (tmpfs) if it has enough free space: random writes to a file system on a disk measure that file system.
+`run.py` calls this module; nothing here imports Lamina.
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-from . import nbd_servers, peers
+from . import machine, nbd_servers, peers, results
 from .measure import Failed
 from .nbd_clients import CLIENTS, IN_FLIGHT, NBDCOPY, Figures, copied, fio, memory, nbdcopies, nbdcopy, qemu_img
 from .nbd_servers import NBDKIT, OURS, Program, Server, Share
+from .results import Promise, Row, Spread
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+#: The most rounds of a work.
+ROUNDS = 3
 
 QEMU = "qemu-nbd"
 OUR_COPY = "lamina copy"
 
 
 @dataclass(frozen=True)
-class Promise:
-    """A ratio to the best of the programs whose names begin with `peer`: at least `target` times their rate, or at most
-    `target` times their seconds. `peer` None: at most `target` times the bound of its memory."""
+class Target:
+    """A ratio to the best of the programs whose names begin with `peer`: at least `limit` times their rate, or at most
+    `limit` times their seconds. `peer` None: at most `limit` times the bound of its memory."""
 
     peer: str | None
-    target: float
+    limit: float
 
 
 #: A client of one server, and the programs to measure by the names of their rows.
@@ -47,13 +52,13 @@ Runs = dict[str, Callable[[], Figures]]
 
 @dataclass(frozen=True)
 class Work:
-    """`unit`: "k/s", "GiB/s" or "s". `ours`: the row to which the promises apply. `runs` returns the rows for the running
+    """`unit`: "k/s", "GiB/s" or "s". `ours`: the row to which the targets apply. `runs` returns the rows for the running
     servers; by default each server is a row, and `client` does the work."""
 
     title: str
     unit: str
     client: Client
-    promises: Sequence[Promise]
+    targets: Sequence[Target]
     ours: str = OURS
     runs: Callable[[dict[str, Server], Client], Runs] = lambda servers, client: {
         name: partial(client, server) for name, server in servers.items()
@@ -76,36 +81,19 @@ class Session:
     leave_out: Sequence[str] = ()
 
 
-@dataclass
-class Row:
-    """One line of the table; a second promise of a row is a line without figures."""
-
-    work: str
-    program: str
-    unit: str
-    value: float | None = None
-    cpu: float | None = None
-    peak: int | None = None
-    peer: str = ""
-    ratio: float | None = None
-    target: float | None = None
-    verdict: str = ""
-    error: str = ""
-
-
 # -- works
 
 
 def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
-    """The works with their promises. Copies are written to `target`."""
-    seconds = 1 if small else 3
+    """The works with their targets. Copies are written to `target`."""
+    seconds = 1 if small else 2
     disk = 64 * MIB if small else 512 * MIB
     sparse = 256 * MIB if small else 4 * GIB
 
-    def requests(title: str, kind: str, depth: int, *promises: Promise, size: int = 4 * KIB) -> Work:
+    def requests(title: str, kind: str, depth: int, *targets: Target, size: int = 4 * KIB) -> Work:
         unit = "k/s" if size < 256 * KIB else "GiB/s"
         client = partial(fio, kind=kind, size=size, depth=depth, seconds=seconds)
-        return Work(f"nbd: {title}, {depth} in flight", unit, client, promises)
+        return Work(f"nbd: {title}, {depth} in flight", unit, client, targets)
 
     def four(servers: dict[str, Server], client: Client) -> Runs:
         """Four clients of each server; for ours also one client, with which they are compared."""
@@ -117,18 +105,18 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
     title = "nbd: 4 KiB random reads of four clients, 16 in flight each"
     four_clients = partial(fio, kind="randread", size=4 * KIB, depth=16, seconds=seconds, jobs=4)
     raw = [
-        requests("4 KiB random reads", "randread", 1, Promise(QEMU, 1.1), Promise(NBDKIT, 0.9)),
-        requests("4 KiB random reads", "randread", 16, Promise(QEMU, 1.5), Promise(NBDKIT, 0.9)),
-        requests("4 KiB random reads", "randread", 64, Promise(QEMU, 2.5), Promise(NBDKIT, 1.1)),
-        requests("4 KiB random writes", "randwrite", 16, Promise(QEMU, 1.4)),
-        requests("4 KiB random writes", "randwrite", 64, Promise(QEMU, 2.5)),
-        requests("256 KiB sequential reads", "read", 16, Promise(QEMU, 1.8), Promise(NBDKIT, 0.9), size=256 * KIB),
-        Work(title, "k/s", four_clients, [Promise("one client", 1.0)], runs=four),
+        requests("4 KiB random reads", "randread", 1, Target(QEMU, 1.1), Target(NBDKIT, 0.9)),
+        requests("4 KiB random reads", "randread", 16, Target(QEMU, 1.5), Target(NBDKIT, 0.9)),
+        requests("4 KiB random reads", "randread", 64, Target(QEMU, 2.5), Target(NBDKIT, 1.1)),
+        requests("4 KiB random writes", "randwrite", 16, Target(QEMU, 1.4)),
+        requests("4 KiB random writes", "randwrite", 64, Target(QEMU, 2.5)),
+        requests("256 KiB sequential reads", "read", 16, Target(QEMU, 1.8), Target(NBDKIT, 0.9), size=256 * KIB),
+        Work(title, "k/s", four_clients, [Target("one client", 1.0)], runs=four),
     ]
     yield Session(raw, "raw", partial(_random, size=disk), own=True)
 
     count, sharing = (1 << 14, 128) if small else (1 << 20, 128)
-    work = requests(f"4 KiB random reads of a {count >> 14} GiB qcow2", "randread", 16, Promise(QEMU, 1.3))
+    work = requests(f"4 KiB random reads of a {count >> 14} GiB qcow2", "randread", 16, Target(QEMU, 1.3))
     make = partial(_qcow2, count=count, sharing=sharing)
     yield Session([work], "qcow2", make, form="qcow2", leave_out=[NBDKIT])
 
@@ -138,7 +126,7 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
             f"nbd: qemu-img {command} of {extents:,} extents",
             "s",
             partial(qemu_img, command=command, target=target),
-            [Promise(QEMU, 1.0)],
+            [Target(QEMU, 1.0)],
         )
         for command in ("map", "convert")
     ]
@@ -153,7 +141,7 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
         return Figures(disk / found.value, found.cpu / (disk / (256 * KIB)), found.peak)
 
     title = "nbd: TLS, 256 KiB sequential reads (nbdcopy), 16 in flight"
-    yield Session([Work(title, "GiB/s", encrypted, [Promise(QEMU, 0.8)])], "raw", partial(_random, size=disk), tls=True)
+    yield Session([Work(title, "GiB/s", encrypted, [Target(QEMU, 0.8)])], "raw", partial(_random, size=disk), tls=True)
 
     def copying(servers: dict[str, Server], client: Client) -> Runs:
         served = [server for name, server in servers.items() if name.startswith(QEMU)]
@@ -169,13 +157,13 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
     what = f"{sparse // MIB} MiB, 10 % data"
     programs = (OUR_COPY, *nbdcopies())
     copies = [
-        Work(f"nbd: nbdcopy of {what}, to a file", "s", partial(nbdcopy, target=target), [Promise(QEMU, 1.0)]),
-        Work(f"nbd: nbdcopy of {what}, to nowhere", "s", partial(nbdcopy, target=None), [Promise(QEMU, 1.0)]),
+        Work(f"nbd: nbdcopy of {what}, to a file", "s", partial(nbdcopy, target=target), [Target(QEMU, 1.0)]),
+        Work(f"nbd: nbdcopy of {what}, to nowhere", "s", partial(nbdcopy, target=None), [Target(QEMU, 1.0)]),
         Work(
             f"nbd: copying {what}, from qemu-nbd",
             "s",
             partial(nbdcopy, target=target),
-            [Promise(NBDCOPY, 1.2)],
+            [Target(NBDCOPY, 1.2)],
             ours=OUR_COPY,
             runs=copying,
             clients=programs,
@@ -190,7 +178,7 @@ def plan(lamina: list[str], target: Path, small: bool) -> Iterator[Session]:
             title.format(f"{kind}s"),
             "GiB/s",
             partial(memory, kind=kind, size=size, seconds=seconds),
-            [Promise(None, 1)],
+            [Target(None, 1)],
         )
         for kind in ("read", "write")
     ]
@@ -227,36 +215,22 @@ def _qcow2(path: Path, count: int, sharing: int, every: int = 1, bits: int = 16)
 # -- running them
 
 
-@dataclass
-class Results:
-    rows: list[Row] = field(default_factory=list)
-    #: Where the images were: folder and kind of file system.
-    folder: str = ""
-    #: Whether Ctrl-C ended the run early.
-    interrupted: bool = False
-
-    def json(self) -> list[dict[str, Any]]:
-        return [asdict(row) for row in self.rows]
-
-
-def measure(lamina: list[str], folder: Path, rounds: int, *, only: str = "", small: bool = False) -> Results:
+def measure(
+    lamina: list[str], folder: Path, rounds: int, *, only: str = "", small: bool = False
+) -> Iterator[results.Work]:
     """Measure the works with `only` in their titles, with the images in `folder` or, if there is enough space, in memory."""
-    results = Results()
     programs = nbd_servers.programs(lamina)
     with tempfile.TemporaryDirectory(dir=_images_folder(folder, small), prefix="lamina-bench-nbd-") as there:
         parent = Path(there)
-        results.folder = _file_system(parent)
-        try:
-            for session in plan(lamina, parent / "copy.raw", small):
-                works = [work for work in session.works if only in work.title]
-                if works:
-                    results.rows += _session(session, works, programs, parent, rounds)
-        except KeyboardInterrupt:  # keep the results so far
-            results.interrupted = True
-    return results
+        for session in plan(lamina, parent / "copy.raw", small):
+            works = [work for work in session.works if only in work.title]
+            if works:
+                yield from _session(session, works, programs, parent, rounds)
 
 
-def _session(session: Session, works: list[Work], programs: list[Program], parent: Path, rounds: int) -> Iterator[Row]:
+def _session(
+    session: Session, works: list[Work], programs: list[Program], parent: Path, rounds: int
+) -> Iterator[results.Work]:
     programs = [program for program in programs if program.name not in session.leave_out]
     failed: dict[str, Failed] = {}
     servers: dict[str, Server] = {}
@@ -281,62 +255,73 @@ def _session(session: Session, works: list[Work], programs: list[Program], paren
                 failed[program.name] = failure
         for work in works:
             print(f"measuring {work.title} ...", file=sys.stderr, flush=True)
+            began = time.monotonic()
             runs = work.runs(servers, work.client)
-            found: dict[str, Figures | Failed] = {}
+            found: dict[str, list[Figures] | Failed] = {}
             if not work.clients:
                 found |= {program.name: failed[program.name] for program in programs if program.name in failed}
-            found |= _in_turn(runs, rounds, seconds=work.unit == "s")
+            found |= _in_turn(runs, rounds)
             order = [program.name for program in programs]
             names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-            yield from _rows(work, {name: found[name] for name in names})
+            rows = rows_of(work, {name: found[name] for name in names})
+            for row in rows:
+                row.error = row.error.replace(f"{parent}/", "")
+            how = f"median of {rounds}, images in {machine.file_system(parent)}"
+            yield results.Work("nbd", work.title, how, rows, seconds=time.monotonic() - began)
 
 
-def _in_turn(runs: Runs, rounds: int, *, seconds: bool) -> dict[str, Figures | Failed]:
-    """The best round of each, with the CPU time of that round and the largest peak of all rounds."""
-    found: dict[str, Figures | Failed] = {}
+def _in_turn(runs: Runs, rounds: int) -> dict[str, list[Figures] | Failed]:
+    """The figures of each in all rounds."""
+    found: dict[str, list[Figures] | Failed] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            before = found.get(name)
+            before = found.setdefault(name, [])
             if isinstance(before, Failed):
                 continue
             try:
-                now = run()
+                before.append(run())
             except Failed as failure:
                 found[name] = failure
-                continue
-            if before is None:
-                found[name] = now
-                continue
-            better = now if (now.value < before.value) == seconds else before
-            found[name] = Figures(better.value, better.cpu, max(before.peak, now.peak), now.bound)
     return found
 
 
-def _rows(work: Work, found: dict[str, Figures | Failed]) -> Iterator[Row]:
-    ok = {name: figures for name, figures in found.items() if isinstance(figures, Figures)}
+def rows_of(work: Work, found: Mapping[str, list[Figures] | Failed]) -> list[Row]:
+    """A row for each program, with the figures in the unit of the work; ours has a promise for each target."""
+    scale = {"k/s": 1e3, "GiB/s": float(GIB), "s": 1.0}[work.unit]
+    ok = {name: figures for name, figures in found.items() if not isinstance(figures, Failed)}
+    rows = []
     for name, figures in found.items():
-        row = Row(work.title, name, work.unit)
+        row = Row(name, work.unit)
         if isinstance(figures, Failed):
             row.error = str(figures)
         else:
-            row.value, row.cpu, row.peak = figures.value, figures.cpu, figures.peak
-        for promise in work.promises if name == work.ours else ():
-            row.target, row.verdict = promise.target, "n/a"
-            ours = ok.get(name)
-            others = [one for one in ok if promise.peer and one.startswith(promise.peer)]
-            if ours and promise.peer is None and ours.bound:
-                row.peer, row.ratio = f"{ours.bound / MIB:.0f} MiB, peak", ours.peak / ours.bound
-                row.verdict = "met" if row.ratio <= promise.target else "missed"
-            elif ours and others:
-                best = min if work.unit == "s" else max
-                row.peer = best(others, key=lambda one: ok[one].value)
-                row.ratio = ours.value / ok[row.peer].value
-                met = row.ratio <= promise.target if work.unit == "s" else row.ratio >= promise.target
-                row.verdict = "met" if met else "missed"
-            yield row
-            row = Row(work.title, "", work.unit)
-        if row.program:
-            yield row
+            row.figure = Spread.of([one.value / scale for one in figures])
+            row.cpu = median(one.cpu for one in figures) * (1.0 if work.unit == "s" else 1e6)
+            row.memory = max(one.peak for one in figures)
+        if name == work.ours:
+            row.promises = [_promise(work, target, ok.get(name), ok) for target in work.targets]
+        rows.append(row)
+    return rows
+
+
+def _promise(work: Work, target: Target, ours: list[Figures] | None, ok: Mapping[str, list[Figures]]) -> Promise:
+    if target.peer is None:
+        found = Promise("memory", target=target.limit)
+        if ours and (bound := ours[0].bound):
+            found.of = f"{bound / MIB:.0f} MiB"
+            found.found = Spread.of([one.peak / bound for one in ours])
+        return found
+    seconds = work.unit == "s"
+    found = Promise("wall" if seconds else "rate", target=target.limit, at_least=not seconds)
+    values = {name: [one.value for one in figures] for name, figures in ok.items()}
+    others = [name for name in values if name.startswith(target.peer)]
+    if ours and others:
+        best = min if seconds else max
+        found.of = best(others, key=lambda name: median(values[name]))
+        mine, theirs = values[work.ours], values[found.of]
+        single = [one / other for one, other in zip(mine, theirs, strict=False)]
+        found.found = Spread(median(mine) / median(theirs), min(single), max(single))
+    return found
 
 
 # -- the folder of the images
@@ -353,56 +338,3 @@ def _images_folder(folder: Path, small: bool) -> Path:
     except OSError:
         return folder
     return memory if os.access(memory, os.W_OK) and min(free, available // 2) >= needed else folder
-
-
-def _file_system(parent: Path) -> str:
-    told = subprocess.run(
-        ["stat", "-f", "-c", "%T", parent], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return f"{parent.parent} ({told or 'file system unknown'})"
-
-
-def table(results: Results) -> str:
-    """The rows as an aligned Markdown table."""
-    scale = {"k/s": 1e3, "GiB/s": float(GIB), "s": 1.0}
-
-    def cpu(row: Row) -> str:
-        if row.cpu is None:
-            return "" if not row.program else "n/a"
-        return f"{row.cpu:.2f} s" if row.unit == "s" else f"{row.cpu * 1e6:.1f} us"
-
-    lines: list[tuple[str, ...]] = [
-        ("work", "program", "rate or wall", "CPU", "peak MiB", "ratio", "of", "target", ""),
-    ]
-    for row in results.rows:
-        digits = {"k/s": 1, "GiB/s": 2, "s": 3}[row.unit]
-        missing = "n/a" if row.program else ""
-        lines.append(
-            (
-                row.work,
-                row.program,
-                missing if row.value is None else f"{row.value / scale[row.unit]:.{digits}f} {row.unit}",
-                cpu(row),
-                missing if row.peak is None else f"{row.peak / MIB:.0f}",
-                "" if row.ratio is None else f"{row.ratio:.2f}",
-                row.peer,
-                "" if row.target is None else f"{row.target:.2f}",
-                row.verdict or ("failed" if row.error else ""),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = {2, 3, 4, 5, 7}
-    lines.insert(1, tuple("-" * (w - 1) + ":" if n in numbers else "-" * w for n, w in enumerate(widths)))
-    aligned = (
-        (text.rjust(w) if n in numbers else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-    return "\n".join(
-        [
-            *(f"| {' | '.join(line)} |" for line in aligned),
-            "",
-            f"Images in {results.folder}. CPU: of the named program, for each request where there is a rate.",
-            *(["Interrupted: the rest was not measured."] if results.interrupted else []),
-            *(f"n/a: {row.program} ({row.work}): {row.error}" for row in results.rows if row.error),
-        ]
-    )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from .compare import Target, Targets
 from .measure import Failed, Task, anything
 from .peers import Peer
 
@@ -32,8 +34,8 @@ PEER_WRITER = """\
 "$0" create -q -f qcow2 "$1" $(($2 * 65536)) && exec "$0" bench -q -w -f qcow2 -c $2 -s 65536 -d 1 -t writeback "$1"
 """
 Image = Callable[..., Path]
-#: A title, what is compared, targets, tasks.
-Work = tuple[str, str, dict[str, float | None], Callable[[], list[Task]]]
+#: A title, targets, tasks.
+Work = tuple[str, Targets, Callable[[], list[Task]]]
 
 
 def works(folder: Path, image: Image, lamina: list[str], others: list[Peer], small: bool) -> Iterator[Work]:
@@ -45,15 +47,14 @@ def works(folder: Path, image: Image, lamina: list[str], others: list[Peer], sma
         arguments = ["check", "-q", "-f", "qcow2", str(path)]
         return [
             Task("lamina check", [*lamina, *arguments]),
-            *(Task(f"{other.name} check", [other.qemu_img, *arguments]) for other in others),
+            *(Task(other.name, [other.qemu_img, *arguments]) for other in others),
         ]
 
     for every, what in (2, "half"), (1, "fully"):
         yield (
             f"check, {clusters << 16 >> 30} GiB, {what} mapped",
-            "cpu",
-            {"lamina check": 0.8},
-            lambda n=every: checks(n),
+            {"lamina check": [Target("cpu", 0.8)]},
+            partial(checks, every),
         )
 
     size = (GIB // 16) if small else GIB
@@ -68,8 +69,11 @@ def works(folder: Path, image: Image, lamina: list[str], others: list[Peer], sma
         ]
 
     if others:
-        yield "compressed reads, zlib", "wall", {"lamina convert": 1 / 1.5}, lambda: reads("compressed")
-        yield "reads through LUKS, aes-256-xts", "wall", {"lamina convert": 1 / 0.7}, lambda: reads("luks")
+        for title, kind, limit in (
+            ("compressed reads, zlib", "compressed", 1 / 1.5),
+            ("reads through LUKS, aes-256-xts", "luks", 1 / 0.7),
+        ):
+            yield title, {"lamina convert": [Target("wall", limit)]}, partial(reads, kind)
 
     count, made = 1024 if small else 16_384, folder / "written.qcow2"
 
@@ -82,7 +86,7 @@ def works(folder: Path, image: Image, lamina: list[str], others: list[Peer], sma
             ),
         ]
 
-    yield "allocating writes of 64 KiB", "wall", {"lamina library": 1.0}, writes
+    yield "allocating writes of 64 KiB", {"lamina library": [Target("wall", 1.0)]}, writes
 
 
 def _from(path: Path, kind: str) -> list[str]:
