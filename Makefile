@@ -4,12 +4,13 @@
 #   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
 #   make lint     style, format and types
 #   make bench    Lamina beside its peers: writes benchmarks/RESULTS.md   (make bench ARGS='--only start-up'; about 25 minutes)
+#   make evidence the long suites for a chosen time: writes docs/evidence.md   (make evidence MINUTES=30)
 #   make soak     the random tests for much longer, with interrupts, forks, closes, kills and hostile peers (over an hour)
 #   make docs     write the pages that are generated from the code
 #   make clean    remove what the others made
 #   make help     print this
 
-.PHONY: help tour test lint bench soak docs clean
+.PHONY: help tour test lint bench evidence soak docs clean
 .DEFAULT_GOAL := help
 
 # The virtual environment that everything runs in, and its programs.
@@ -37,12 +38,12 @@ soak: $(VENV)/.dev
 	LAMINA_CLOSE_RACES=2000 LAMINA_TRUNCATE_RACES=3000 LAMINA_FORKS=400 LAMINA_SOAK_JOBS=400 LAMINA_SOAK_BACKING=3000 \
 	LAMINA_HOSTILE_SERVERS=1 LAMINA_HOSTILE_CLIENTS=5000 LAMINA_OPTION_ROUNDS=100000 LAMINA_ROOTS=20 \
 	LAMINA_LAYOUT_IMAGES=200000 LAMINA_QCOW2_MACHINE=10000 LAMINA_KILLS=200 LAMINA_EXPLAIN_ROUNDS=300 \
-	LAMINA_INSPECT_ROUNDS=20000 LAMINA_SOAK_TOOLS=500 \
+	LAMINA_INSPECT_ROUNDS=20000 LAMINA_SOAK_TOOLS=500 LAMINA_NBD_OPERATIONS=20000 \
 	$(VENV)/bin/python -m pytest tests/crash tests/faults tests/interop/test_differential.py tests/unit/test_filter_stacks.py \
 	tests/unit/test_concurrency.py tests/unit/test_roots_model.py tests/unit/test_image_close.py tests/unit/test_truncate_beside.py tests/unit/test_fork.py \
 	tests/conformance/test_tool_invariants*.py tests/unit/test_convert_backing.py tests/unit/test_commit_rebase.py \
 	tests/unit/test_nbd_client_interrupts.py tests/attacks/test_fuzz.py \
-	tests/attacks/test_options.py tests/attacks/test_qcow2_layout.py tests/interop/test_qcow2_machine.py \
+	tests/attacks/test_options.py tests/attacks/test_qcow2_layout.py tests/interop/test_qcow2_machine.py tests/interop/test_nbd_random_operations.py \
 	tests/attacks/test_nbd_server_fuzz.py tests/attacks/test_nbd_client_fuzz.py \
 	tests/attacks/test_nbd_client_silent.py tests/attacks/test_nbd_server_waits.py tests/attacks/test_nbd_server_folder.py \
 	tests/conformance/test_nbd_server_several.py tests/conformance/test_nbd_server_closing.py \
@@ -50,6 +51,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+
+MINUTES ?= 30
+evidence: $(VENV)/.dev
+	$(VENV)/bin/python -m benchmarks.evidence --minutes $(MINUTES) $(ARGS)
 
 docs: $(VENV)/.run
 	$(VENV)/bin/python docs/nbd_protocol.py

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lamina
 from lamina.formats.qcow2 import layout as q
+from tests import evidence
 
 from .images import KIB, U64, Victim, victim
 from .oracle import Answer, survives
@@ -199,6 +200,7 @@ def test_mutated_images_survive_the_oracle(tmp_path: Path, seed: int) -> None:
         rounds += 1
         answered += not result.errors
     print(f"{rounds} images, {answered} of them without any error")
+    evidence.count("mutated images", rounds)
     assert base.read_bytes() == kept
     assert rounds > 10
 

@@ -20,6 +20,7 @@ from lamina.nbd.client import Client
 from lamina.nbd.client.details import ExportDetails, HandshakeOptions, Mode
 from lamina.nbd.client.negotiation import Negotiation, Task
 from lamina.nbd.client.transmission import Request, Transmission
+from tests import evidence
 
 from ..nbd_fake_server import FakeServer
 from ..nbd_scripts import (
@@ -275,6 +276,7 @@ def test_nonsense_for_the_machines(seed: int) -> None:
                         assert sum(size for size, _ in extents) <= request.length
     # It is worth something only if neither all nor none of it is thrown away at the door.
     assert min(ended.values()) > MESSAGES // 500, ended
+    evidence.count("messages to the NBD client", grammar.count)
 
 
 def test_nonsense_for_a_whole_client(seed: int, tmp_path: Path) -> None:
@@ -329,3 +331,4 @@ def test_nonsense_for_a_whole_client(seed: int, tmp_path: Path) -> None:
             assert said.isprintable()
     assert works > 0
     assert threading.active_count() == before
+    evidence.count("messages to the NBD client", grammar.count)

@@ -28,6 +28,7 @@ from lamina.nbd import Export, RestrictedExport, Server
 from lamina.nbd import wire as w
 from lamina.nbd.tls import client_context, server_context
 from lamina.nbd.uri import Target
+from tests import evidence
 
 from ..certificates import write_certificates
 from ..nbd_load import nothing_left, server_threads
@@ -341,6 +342,7 @@ def batches(victim: Victim, seed: int, messages: int, play_one: Callable[[bytes,
         assert now <= descriptors, f"batch {batch}: {now - descriptors} more descriptors"
         total += grammar.count
         batch += 1
+    evidence.count("messages to the NBD server", total)
 
 
 @pytest.fixture

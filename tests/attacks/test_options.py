@@ -14,6 +14,7 @@ import pytest
 import lamina
 from lamina.cli.main import main
 from lamina.errors import LaminaError
+from tests import evidence
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: How many cases of each kind; `make soak` asks for more.
@@ -32,6 +33,7 @@ def test_whatever_the_options_are(tmp_path: Path, seed: int, kind: str) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"{done.stdout}{done.stderr[-3000:]}"
+    evidence.count("random options and command lines", ROUNDS)
 
 
 DISK = {"driver": "memory", "size": 1 << 20}

@@ -28,6 +28,7 @@ from lamina.layout import Structure
 from lamina.limits import MAX_SIZE
 from lamina.request import Child
 from lamina.testing.model import check_status
+from tests import evidence
 from tests.conftest import Qemu
 
 from .layout_images import BACKING, Kept, content_of, open_on, originals, storage_of
@@ -311,4 +312,7 @@ def test_fields_at_the_edges(
         counts["written"] += not changed.opened.error
     with capsys.disabled():
         print(f"\n{IMAGES} images: {dict(counts)}; {dict(peers.counts)}")
+    evidence.count("images with fields at the edges of their ranges", IMAGES)
+    evidence.count("of these opened", counts["opened"])
+    evidence.count("of these written to", counts["written"])
     assert all(counts[kind] > IMAGES // 20 for kind in ("opened", "read whole", "sound", "written")), counts

@@ -22,6 +22,7 @@ from lamina.format import lookup_format
 from lamina.image import Image
 from lamina.limits import KIB, MIB, align_up
 from lamina.node import COMPRESS
+from tests import evidence
 
 #: The formats that Lamina creates.
 FORMATS = [name for name in registry.names("format") if lookup_format(name).create_schema is not None]
@@ -221,3 +222,4 @@ def rounds(folder: Path, seed: int, law: object, count: int) -> Iterator[Disks]:
         print(f"{law}, round {number}")
         yield disks
         disks.clear()
+        evidence.count("random disks held to a law of the tools")

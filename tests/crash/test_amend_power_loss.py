@@ -19,6 +19,7 @@ import pytest
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import record
+from tests import evidence
 
 from .amend_workload import AmendWork
 
@@ -71,6 +72,8 @@ def test_any_power_cut_leaves_the_metadata_of_one_moment(
         recording.examine(examine)
         workloads += 1
         done.update(work.done)
+    evidence.count("crash states", states)
+    evidence.count("crash states that QEMU checked as well", asked)
     with capsys.disabled():
         print(
             f"\n{options}: {states} states of {workloads} workloads, 0 corruptions; {asked} checks by QEMU agree; "

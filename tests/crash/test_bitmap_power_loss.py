@@ -19,6 +19,7 @@ from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, c
 from lamina.testing.persistence import SECTOR, Bounds, CrashState, Persistence
 from lamina.testing.power_loss import record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 
 from .workloads import fresh, open_on
 
@@ -128,5 +129,7 @@ def test_no_power_cut_leaves_a_bitmap_that_is_wrong(
         recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=30))
         recording.examine(examine)
         workloads += 1
+    evidence.count("crash states", states)
+    evidence.count("crash states that QEMU checked as well", asked)
     with capsys.disabled():
         print(f"\n{options}: {states} states of {workloads} workloads, 0 corruptions; {asked} checks by QEMU agree")

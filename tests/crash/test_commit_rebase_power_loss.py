@@ -21,6 +21,7 @@ from lamina.testing.image_checks import check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import Recording, record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 from tests.unit.test_convert_backing import fill
 
 from .workloads import fresh
@@ -108,6 +109,7 @@ def test_no_power_cut_in_a_commit_changes_the_overlay(options: dict[str, Any], s
                 require_recovery(content, done)  # noqa: B023
 
         states += above.examine(examine)
+    evidence.count("crash states", states)
 
 
 @geometries
@@ -139,3 +141,4 @@ def test_no_power_cut_in_a_rebase_changes_the_overlay(options: dict[str, Any], s
 
         recording = record(work, start=files.top, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8))
         states += recording.examine(examine)
+    evidence.count("crash states", states)

@@ -22,6 +22,7 @@ from lamina.testing.image_checks import check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import PowerLossFailure, record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 
 from .workloads import fresh, open_on
 
@@ -121,6 +122,7 @@ def test_no_power_cut_changes_a_byte_of_the_guest(options: dict[str, Any], seed:
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8)).examine(examine)
         workloads += 1
+    evidence.count("crash states", states)
 
 
 def test_storage_must_not_become_a_hole_before_its_entry_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

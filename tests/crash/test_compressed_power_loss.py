@@ -23,6 +23,7 @@ from lamina.node import COMPRESS
 from lamina.testing.persistence import Bounds, Persistence
 from lamina.testing.power_loss import record
 from lamina.testing.recorder import Marks
+from tests import evidence
 
 from .workloads import Examination, Geometry, Work
 
@@ -63,7 +64,7 @@ class Packing(Work):
 def test_any_power_cut_leaves_a_whole_image(
     geometry: Geometry, seed: int, tmp_path: Path, qemu7: Any, qemu10: Any
 ) -> None:
-    states = workloads = compressed = packed = 0
+    states = workloads = compressed = packed = asked = 0
     while states < STATES // len(GEOMETRIES):
         rng = random.Random(f"{seed}/{geometry}/{workloads}")
         work = Packing(rng, geometry, rng.randrange(8, 40), unaligned=workloads % 3 == 2)
@@ -73,6 +74,9 @@ def test_any_power_cut_leaves_a_whole_image(
         recording.examine(examine)
         packed += work.packed  # of eight operations perhaps none
         states, workloads, compressed = states + examine.count, workloads + 1, compressed + examine.compressed
+        asked += examine.asked
+    evidence.count("crash states", states)
+    evidence.count("crash states that QEMU checked as well", asked)
     assert packed
     assert compressed
 

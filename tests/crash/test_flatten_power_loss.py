@@ -21,6 +21,7 @@ from lamina.testing.image_checks import check_recovers, check_whole
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import PowerLossFailure, record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 
 from .workloads import fresh, open_on
 
@@ -107,6 +108,7 @@ def test_no_power_cut_changes_a_byte_of_the_guest(options: dict[str, Any], seed:
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8)).examine(examine)
         workloads += 1
+    evidence.count("crash states", states)
 
 
 def test_the_reference_must_not_go_before_the_copies_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 import lamina
 from lamina.creation import create
 from lamina.errors import LaminaError
+from tests import evidence
 
 MIB = 1 << 20
 KILLS = int(os.environ.get("LAMINA_KILLS", "8"))
@@ -31,6 +32,7 @@ def run(folder: Path, words: list[str], after: float | None) -> bool:
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
+        evidence.count("commands killed at a random moment")
         return False
     assert not child.returncode, errors.decode()
     return True

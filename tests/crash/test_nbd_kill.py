@@ -21,6 +21,7 @@ from lamina.limits import KIB, MIB
 from lamina.nbd import Export, Server
 from lamina.nbd import wire as w
 from lamina.testing.image_checks import check_whole
+from tests import evidence
 
 from ..nbd_load import nothing_left, served
 from ..nbd_raw import CLIENT_FLAGS, Gone, Raw, dial, info, meta, option_bytes
@@ -194,6 +195,7 @@ def test_what_was_flushed_survives_a_kill(tmp_path: Path, seed: int, number: int
         with lamina.open(path, format="qcow2") as image:
             check_whole(image)
             model.holds(image.read(0, SIZE))
+        evidence.count("servers killed while they wrote")
 
 
 def half_done() -> Model:

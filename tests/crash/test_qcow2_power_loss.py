@@ -20,6 +20,7 @@ import pytest
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import cut_power, record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 
 from .workloads import GEOMETRIES, Examination, Geometry, Work, fresh, open_on
 
@@ -49,6 +50,8 @@ def test_any_power_cut_leaves_a_whole_image(
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         recording.examine(examine)
         states, workloads, asked = examine.count, workloads + 1, asked + examine.asked
+    evidence.count("crash states", states)
+    evidence.count("crash states that QEMU checked as well", asked)
     with capsys.disabled():
         print(
             f"\n{geometry}: {states} states of {workloads} workloads, 0 corruptions; {asked} checks by QEMU agree; "

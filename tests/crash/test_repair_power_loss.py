@@ -26,6 +26,7 @@ from lamina.testing.image_checks import check_recovers
 from lamina.testing.persistence import Bounds, CrashState, Persistence
 from lamina.testing.power_loss import record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 from tests.damaged_counts import EXTENDED, damaged, made, put, word
 
 from .workloads import open_on
@@ -154,6 +155,8 @@ def test_any_power_cut_leaves_an_image_that_repair_mends(
         recording = record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=20))
         recording.examine(examine)
         workloads += 1
+    evidence.count("crash states", states)
+    evidence.count("crash states that QEMU checked as well", asked)
     with capsys.disabled():
         print(
             f"\nrepair, {cluster}, {bits} bits: {states} states of {workloads} workloads, no byte of the guest changed; "

@@ -36,6 +36,7 @@ from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Opening, Session, no_corruption
 from lamina.testing.noticed import comes_from, warned_errors
+from tests import evidence
 
 KIB = 1024
 #: What is written after each failure, and what before the operation, without a flush.
@@ -214,6 +215,7 @@ def fail_each(geometry: Geometry, kind: Kind, operation: Operation) -> int:
                 for way in (trials.goes_on, trials.closes):
                     trials.run(fault, nth, way)
                 points += 1
+    evidence.count("points (operation, request that fails, fault)", points)
     return points
 
 

@@ -19,6 +19,7 @@ from lamina.node import COMPRESS
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Session, fail_nth
+from tests import evidence
 
 KIB = 1024
 BELOW = random.Random(8).randbytes(50 * KIB + 77)
@@ -144,7 +145,9 @@ OPERATIONS = [packing, packing_over, plain_over, giving_up, reading, resizing, c
 @pytest.mark.parametrize("operation", OPERATIONS, ids=[operation.__name__ for operation in OPERATIONS])
 def test_each_request_fails(operation: Any, name: str) -> None:
     case = Case(name)
-    assert fail_nth(case.open, operation, no_corruption, content=case.content)
+    points = fail_nth(case.open, operation, no_corruption, content=case.content)
+    assert points
+    evidence.count("points (operation, request that fails, fault)", points)
 
 
 def test_what_could_not_be_written_leaves_the_room_to_others() -> None:

@@ -23,6 +23,7 @@ from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.failing import FailingStorage, Opening, Session, fail_nth
+from tests import evidence
 from tests.two_files import image_behind_data_file, open_two_files
 
 KIB = 1024
@@ -355,11 +356,14 @@ def test_each_request_of_an_operation_fails(operation: Operation, geometry: Geom
     content = contents(geometry, full)
     points = fail_nth(opening(geometry), operation, content=content, absorbed=absorbed)
     assert points == 4 * requests(geometry, operation, content)
+    evidence.count("points (operation, request that fails, fault)", points)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=[geometry.name for geometry in GEOMETRIES])
 def test_each_request_of_a_creation_fails(geometry: Geometry) -> None:
-    assert fail_nth(opening(geometry), creating(geometry))
+    points = fail_nth(opening(geometry), creating(geometry))
+    assert points
+    evidence.count("points (operation, request that fails, fault)", points)
 
 
 def test_there_are_enough_points() -> None:
@@ -406,7 +410,9 @@ def test_the_counts_of_a_large_file(operation: Operation) -> None:
         operation(session)
         stored = bytes(session.storage.content)
 
-    assert fail_nth(opening(LARGE), observed, content=content, errnos=(errno.EIO,), sticky=(False,))
+    points = fail_nth(opening(LARGE), observed, content=content, errnos=(errno.EIO,), sticky=(False,))
+    assert points
+    evidence.count("points (operation, request that fails, fault)", points)
     grew = header(stored).refcount_table_clusters > header(content).refcount_table_clusters
     assert grew is (operation is growing_counts)
 

@@ -20,6 +20,7 @@ from lamina.jobs.rebase import rebase
 from lamina.testing.image_checks import check_whole
 from lamina.testing.persistence import Record
 from lamina.testing.recorder import Recorder
+from tests import evidence
 from tests.crash.test_commit_rebase_power_loss import GEOMETRIES, Files, content_of, overlay
 from tests.unit.test_convert_backing import fill
 
@@ -107,6 +108,7 @@ def test_each_operation_fails_in_its_turn(
                     check_whole(image)
                 if header_names_it:
                     run_again(files, top, base, jobs[name])
+    evidence.count("points (operation, request that fails, fault)", points)
     with capsys.disabled():
         print(f"\n{name}, {options}: {points} points")
 

@@ -9,6 +9,7 @@ import pytest
 
 from lamina.formats.qcow2.driver import Qcow2
 from lamina.testing.failing import fail_nth
+from tests import evidence
 
 from .test_fail_the_nth import (
     KIB,
@@ -41,3 +42,4 @@ def test_each_request_of_an_operation_fails(operation: Operation, geometry: Geom
     content = contents(geometry, full)
     points = fail_nth(opening(geometry), operation, content=content, absorbed=absorbed)
     assert points == 4 * requests(geometry, operation, content)
+    evidence.count("points (operation, request that fails, fault)", points)

@@ -27,6 +27,7 @@ from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from lamina.testing.image_checks import check_whole
 from lamina.testing.interrupts import interrupts
+from tests import evidence
 
 KIB = 1024
 PATIENCE = 20
@@ -340,6 +341,7 @@ def test_an_interrupt_anywhere(name: str, request: pytest.FixtureRequest, tmp_pa
             peer(request, tmp_path, disk.content, where)
         tried += 1
     assert tried > 10 // step
+    evidence.count("interrupts", tried)
 
 
 def peer(request: pytest.FixtureRequest, folder: Path, content: bytes, where: str) -> None:

@@ -17,6 +17,7 @@ from lamina.image import Image
 from lamina.jobs.commit import commit
 from lamina.jobs.rebase import rebase
 from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
+from tests import evidence
 
 from .test_interrupts_jobs import PATIENCE, counting, threads
 
@@ -94,3 +95,4 @@ def test_an_interrupt_anywhere_keeps_the_overlay(
     for number in places if len(places) <= PLACES else dice.sample(places, PLACES):
         print(f"opcode {number} of {total[0]}")
         in_another_thread(lambda: run_once(tmp_path, content, JOBS[name], number, ends))  # noqa: B023
+        evidence.count("interrupts")

@@ -30,6 +30,7 @@ from lamina.jobs.diff import diff
 from lamina.jobs.flatten import flatten
 from lamina.request import Child
 from lamina.testing.interrupts import in_another_thread, interrupted_at_opcode
+from tests import evidence
 
 KIB, MIB = 1 << 10, 1 << 20
 PATIENCE = 20.0
@@ -168,6 +169,7 @@ class Trials:
     def at(self, number: int) -> None:
         print(f"opcode {number} of {self.total}")
         in_another_thread(lambda: self._once(number))
+        evidence.count("interrupts")
 
     def _once(self, number: int) -> None:
         with ExitStack() as stack:

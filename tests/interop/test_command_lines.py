@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests import evidence
+
 from .command_folder import BENEATH, Images
 from .command_lines import Group, differences, groups, run_ours, run_theirs, unlike
 
@@ -91,3 +93,4 @@ def test_the_same_answer(
         assert problems, "the page about differences lists this line, and there is none"
     else:
         assert not problems, "\n".join(problems)
+    evidence.count("command lines compared with QEMU's", len(group.lines))

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests import evidence
+
 from .twins import Geometry, Twins, draw_operations
 
 SEQUENCES = int(os.environ.get("LAMINA_TWINS", "300"))
@@ -32,3 +34,4 @@ def test_twins_stay_equal(qemu: Any, tmp_path: Path, seed: int, batch: int) -> N
         twins.compare()
         for leftover in folder.iterdir():
             leftover.unlink()
+    evidence.count("sequences on twin images, ours and QEMU's", BATCH)

@@ -21,6 +21,7 @@ import pytest
 import lamina
 from lamina import Secret, Verdict
 from lamina.formats.qcow2 import layout as q
+from tests import evidence
 from tests.attacks.layout_images import Original, originals
 from tests.conftest import Qemu, missing
 
@@ -244,6 +245,7 @@ def test_mutated_images(oslo: Any, images: dict[str, bytes], seed: int) -> None:
     for number, (name, content) in enumerate(mutants(rng, images)):
         refused += not never_less_strict(oslo, content, f"mutant {number} of {name}, seed {seed}").safe
     assert 0 < refused < ROUNDS
+    evidence.count("mutated images beside format_inspector of oslo.utils", ROUNDS)
 
 
 def test_images_with_every_field_changed(oslo: Any, seed: int) -> None:

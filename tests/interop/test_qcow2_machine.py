@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from lamina.errors import ReadOnly
+from tests import evidence
 from tests.conftest import Qemu
 
 from .qcow2_model import SECTOR, Modelled
@@ -208,4 +209,6 @@ def test_all_features_agree_with_a_model(qemu7: Qemu, qemu10: Qemu, capsys: pyte
     with capsys.disabled():
         print(f"\n{dict(Judged.counts)}")
     assert Judged.counts["sequences"] >= SEQUENCES
+    evidence.count("sequences of all changes, compared with a model", Judged.counts["sequences"])
+    evidence.count("of these judged by QEMU", Judged.counts["judged by QEMU"])
     assert Judged.counts["judged by QEMU"] >= SEQUENCES // (10 * PEERS_EVERY)

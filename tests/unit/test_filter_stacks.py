@@ -17,6 +17,7 @@ from lamina.graph import Opener
 from lamina.node import Node
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
+from tests import evidence
 
 STACKS = int(os.environ.get("LAMINA_STACKS", "2000"))
 BATCH = 100
@@ -114,3 +115,4 @@ def test_stacks_change_nothing(batch: int, seed: int) -> None:
         assert found.coalesce() == right.coalesce(), f"{top!r}"
         alignment = top.limits.request_alignment
         assert found.align(alignment) == right.align(alignment), f"{top!r}"
+    evidence.count("stacks of filters compared with what is below them", BATCH)
