@@ -1,9 +1,9 @@
 """Run the long suites for a chosen time, and write `docs/evidence.md`: `python -m benchmarks.evidence --minutes 30`.
 
-Each suite (`suites.py`) has a share of the time. It begins with a short round, whose speed says how much fits into the
-next; it ends when no further round fits, so it stops between rounds and not within one. A round is one run of pytest
-with a seed of its own. The tests count themselves what they examined (`tests/evidence.py`). A suite whose round failed
-is not continued.
+Each suite (`suites.py`) has a share of the time. It begins with a few of its tests, whose speed says how many fit into
+the next round; with enough time all of them run, and then again with larger settings. It ends when no further round
+fits: it stops between rounds and not within one. A round is one run of pytest with a seed of its own. The tests count
+themselves what they examined (`tests/evidence.py`). A suite whose round failed is not continued.
 
 The page is written whatever happens, also after Ctrl-C. The exit status is 0 if all that was run was right, else 1.
 """
@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -33,41 +32,14 @@ from .suites import SUITES, Suite
 
 PAGE = ROOT / "docs" / "evidence.md"
 
-#: Tests in the first round of a suite of cases.
-FIRST_CASES = 6
+#: Tests in the first round of a suite.
+FIRST_CASES = 3
 #: A round is at most so many times as large as the largest before it: a few tests say little about many.
-GROWTH = 8.0
+GROWTH = 4.0
 #: A round that takes so many times its expected time, and so many seconds more, hangs.
 PATIENCE, PATIENCE_SECONDS = 4.0, 900.0
 
 _KNOBS = {name for suite in SUITES for name in suite.knobs}
-
-
-@dataclass
-class Pace:
-    """How long rounds of some size take, from those that were made."""
-
-    made: list[tuple[float, float]] = field(default_factory=list)
-
-    def add(self, size: float, seconds: float) -> None:
-        self.made.append((size, seconds))
-
-    def seconds(self, size: float) -> float:
-        """How long a round of that size will take. Its fixed part is known when there are rounds of two sizes."""
-        small, large = min(self.made), max(self.made)
-        if large[0] <= small[0]:
-            return size * large[1] / large[0]
-        slope = max((large[1] - small[1]) / (large[0] - small[0]), 1e-9)
-        return max(large[1] + (size - large[0]) * slope, 0.0)
-
-    def size(self, seconds: float, least: float) -> float:
-        """The size of the next round for `seconds`; 0.0 if not even one of `least` fits."""
-        if self.seconds(least) > seconds:
-            return 0.0
-        size, most = least, GROWTH * max(self.made)[0]
-        while size < most and self.seconds(min(size * 1.1, most)) <= seconds:
-            size = min(size * 1.1, most)
-        return size
 
 
 #: Runs one round: the tests (paths or names), the environment, and the seconds after which it hangs.
@@ -77,37 +49,47 @@ Collector = Callable[[Suite], list[str]]
 
 
 def run_suite(suite: Suite, seconds: float, run: Runner, collect: Collector, dice: random.Random) -> Section:
-    """The rounds of a suite, for about `seconds`."""
-    section = Section(suite)
-    end, pace = time.monotonic() + seconds, Pace()
-    cases = [] if suite.knobs else collect(suite)
+    """The rounds of a suite, for about `seconds`: a few of its tests, as many more as fit into the time, and, when each of
+    them has run and there is time for more than twice that, all of them with larger settings."""
+    end, section = time.monotonic() + seconds, Section(suite)
+    cases = collect(suite)
     section.cases = len(cases)
     left: list[str] = []
+    spent = ran = largest = 0.0  # by rounds of some tests
+    each: float | None = (
+        None  # seconds of all tests, for each time that the settings of the suite are contained in theirs
+    )
+    factor = 1.0
     while True:
-        seed = dice.randrange(1 << 32)
         remaining = end - time.monotonic()
-        least = 1.0 if suite.knobs else float(min(FIRST_CASES, len(cases)))
-        size = least if not section.rounds else pace.size(remaining, least)
-        if not size:
-            return section
-        if suite.knobs:
-            tests, settings = paths(suite), {name: round(first * size) for name, first in suite.knobs.items()}
+        if not left:
+            if suite.once and section.rounds:
+                return section
+            left = dice.sample(cases, len(cases))
+            if ran and each is None:
+                each = spent
+        if suite.knobs and each is not None and remaining > 2 * each:
+            factor = min(factor * GROWTH, remaining / each)
+            tests, settings, expected = paths(suite), suite.multiplied(factor), factor * each
+            left = []
         else:
-            if not left:
-                if section.rounds and suite.once:
-                    return section
-                left = dice.sample(cases, len(cases))
-            tests, settings = left[: int(size)], {}
-            left = left[int(size) :]
-        expected = pace.seconds(size) if section.rounds else seconds
+            number = FIRST_CASES if not ran else min(int(remaining * ran / max(spent, 1e-9)), int(largest * GROWTH))
+            if number < 1:
+                return section
+            tests, left = left[:number], left[number:]
+            settings, expected = dict(suite.knobs), seconds
+        seed = dice.randrange(1 << 32)
         environment = {"LAMINA_SEED": str(seed), **{name: str(value) for name, value in settings.items()}}
         done = run(tests, environment, PATIENCE * expected + PATIENCE_SECONDS)
         done.seed, done.settings = seed, settings
         section.rounds.append(done)
-        pace.add(float(len(tests)) if not suite.knobs else size, done.seconds)
         print(f"  {evidence_page.told(done)}", file=sys.stderr, flush=True)
         if done.failures or done.interrupted:
             return section
+        if settings == dict(suite.knobs):
+            spent, ran, largest = spent + done.seconds, ran + len(tests), max(largest, len(tests))
+        else:
+            each = done.seconds / factor
 
 
 def paths(suite: Suite) -> list[str]:
@@ -141,7 +123,7 @@ class Pytest:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=environment_of({}),
+            env=environment_of({name: str(value) for name, value in suite.knobs.items()}),
             capture_output=True,
             text=True,
             check=False,

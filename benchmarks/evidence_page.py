@@ -35,7 +35,7 @@ class Round:
 
 @dataclass
 class Section:
-    """A suite with its rounds. `cases`: how many tests a suite without settings has."""
+    """A suite with its rounds. `cases`: how many tests it has."""
 
     suite: Suite
     rounds: list[Round] = field(default_factory=list)

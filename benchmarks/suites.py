@@ -11,8 +11,8 @@ class Suite:
     """Tests that show one thing.
 
     `paths`: files of tests, which may contain `*`; those in `without` are left out. `knobs`: the environment variables that
-    say how much is done, with their values in the first, short round; later rounds multiply them. A suite without knobs is
-    a set of cases, of which each round runs some; with `once`, each of them a single time, for a repetition would find the
+    say how much a test does, with the values that the tests have by default (with less they do too little to show that
+    they would notice a fault). Suites that end after each test has run a single time have `once`: a repetition would find the
     same. `share`: its part of the time, in relation to the others.
     """
 
@@ -24,6 +24,10 @@ class Suite:
     knobs: Mapping[str, int] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     once: bool = False
+
+    def multiplied(self, factor: float) -> dict[str, int]:
+        """The settings for so many times the work."""
+        return {name: round(value * factor) for name, value in self.knobs.items()}
 
 
 #: Those that may end early come first: what they leave of their time belongs to the others.
@@ -74,7 +78,7 @@ SUITES = (
         "corruption, and every sector holds what was flushed or something written since.",
         ("tests/crash/test_*_power_loss.py",),
         24,
-        {"LAMINA_CRASH_STATES": 12_000},
+        {"LAMINA_CRASH_STATES": 36_000},
     ),
     Suite(
         "kills",
@@ -83,7 +87,7 @@ SUITES = (
         "in place keeps the disk, and what a client had flushed is there.",
         ("tests/crash/test_killed_tools.py", "tests/crash/test_nbd_kill.py"),
         6,
-        {"LAMINA_KILLS": 2, "LAMINA_NBD_KILLS": 10},
+        {"LAMINA_KILLS": 8, "LAMINA_NBD_KILLS": 40},
     ),
     Suite(
         "fuzz",
@@ -99,10 +103,10 @@ SUITES = (
         ),
         14,
         {
-            "LAMINA_FUZZ_SECONDS": 2,
-            "LAMINA_LAYOUT_IMAGES": 400,
-            "LAMINA_OPTION_ROUNDS": 100,
-            "LAMINA_INSPECT_ROUNDS": 100,
+            "LAMINA_FUZZ_SECONDS": 10,
+            "LAMINA_LAYOUT_IMAGES": 3000,
+            "LAMINA_OPTION_ROUNDS": 1000,
+            "LAMINA_INSPECT_ROUNDS": 250,
         },
     ),
     Suite(
@@ -119,7 +123,7 @@ SUITES = (
             "tests/unit/test_filter_stacks.py",
         ),
         12,
-        {"LAMINA_TWINS": 10, "LAMINA_QCOW2_MACHINE": 60, "LAMINA_SOAK_TOOLS": 1, "LAMINA_STACKS": 200},
+        {"LAMINA_TWINS": 300, "LAMINA_QCOW2_MACHINE": 1000, "LAMINA_SOAK_TOOLS": 8, "LAMINA_STACKS": 2000},
     ),
     Suite(
         "nbd-fuzz",
@@ -128,7 +132,7 @@ SUITES = (
         "no error is the program's own, and good clients are served between them. Also around and inside TLS.",
         ("tests/attacks/test_nbd_server_fuzz.py", "tests/attacks/test_nbd_client_fuzz.py"),
         10,
-        {"LAMINA_NBD_FUZZ": 15_000},
+        {"LAMINA_NBD_FUZZ": 40_000},
     ),
     Suite(
         "nbd-operations",
@@ -138,6 +142,6 @@ SUITES = (
         "what a model says.",
         ("tests/interop/test_nbd_random_operations.py",),
         8,
-        {"LAMINA_NBD_OPERATIONS": 150},
+        {"LAMINA_NBD_OPERATIONS": 400},
     ),
 )

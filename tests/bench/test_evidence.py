@@ -64,14 +64,17 @@ class Clock:
         self.now = 1000.0
         self.rounds: list[tuple[list[str], dict[str, str]]] = []
         monkeypatch.setattr("benchmarks.evidence.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("benchmarks.evidence.paths", lambda _: ["tests/x.py"])
 
-    def runner(self, fixed: float, each: float, failing: int = 0) -> evidence.Runner:
-        """Rounds that take `fixed` seconds and `each` for each state or test; the one with the number `failing` fails."""
+    def runner(self, each: float, *, cases: int, failing: int = 0) -> evidence.Runner:
+        """Rounds in which a test takes `each` seconds, for each 100 states; the one with the number `failing` fails. The file
+        has so many `cases`."""
 
         def run(tests: Sequence[str], environment: Mapping[str, str], patience: float) -> Round:
             self.rounds.append((list(tests), dict(environment)))
-            size = int(environment.get("LAMINA_STATES", len(tests)))
-            done = Round(fixed + each * size, Counter({"states": size}), passed=len(tests))
+            number = cases if list(tests) == ["tests/x.py"] else len(tests)
+            states = int(environment.get("LAMINA_STATES", 100))
+            done = Round(1.0 + each * number * states / 100, Counter({"states": states * number}), passed=number)
             assert patience > done.seconds
             self.now += done.seconds
             if len(self.rounds) == failing:
@@ -80,54 +83,69 @@ class Clock:
 
         return run
 
-    def states(self) -> list[int]:
-        return [int(environment["LAMINA_STATES"]) for _, environment in self.rounds]
+    @property
+    def elapsed(self) -> float:
+        return self.now - 1000
+
+    def ran(self) -> list[str]:
+        return [name for tests, _ in self.rounds for name in tests]
 
 
-def run(clock: Clock, suite: Suite, seconds: float, runner: evidence.Runner, cases: int = 0) -> Section:
-    names = [f"tests/x.py::test_a[{number}]" for number in range(cases)]
-    return evidence.run_suite(suite, seconds, runner, lambda _: names, random.Random(1))
+def named(cases: int) -> list[str]:
+    return [f"tests/x.py::test_a[{number}]" for number in range(cases)]
 
 
-def test_rounds_grow_until_the_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    section = run(clock, KNOBS, 100.0, clock.runner(2.0, 0.01))
-    states = clock.states()
-    assert states[0] == 100
-    assert states[1] == 800, "no more than eight times"
-    assert states[2] > 2000
-    assert 80 < clock.now - 1000 <= 100
-    assert section.counts["states"] == sum(states)
-    seeds = {environment["LAMINA_SEED"] for _, environment in clock.rounds}
-    assert len(seeds) == len(states)
-    assert [str(done.seed) in seeds for done in section.rounds] == [True] * len(states)
-
-
-def test_the_first_round_is_made_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    run(clock, KNOBS, 1.0, clock.runner(20.0, 0.01))
-    assert clock.states() == [100]
+def run(clock: Clock, suite: Suite, seconds: float, each: float, cases: int = 50, failing: int = 0) -> Section:
+    runner = clock.runner(each, cases=cases, failing=failing)
+    return evidence.run_suite(suite, seconds, runner, lambda _: named(cases), random.Random(1))
 
 
 def test_each_case_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    section = run(clock, CASES, 1000.0, clock.runner(1.0, 0.1), cases=50)
-    ran = [name for tests, _ in clock.rounds for name in tests]
-    assert sorted(ran) == sorted(f"tests/x.py::test_a[{number}]" for number in range(50))
-    assert len(clock.rounds[0][0]) == evidence.FIRST_CASES
+    section = run(clock, CASES, 1000.0, 0.1)
+    assert sorted(clock.ran()) == sorted(named(50))
+    assert clock.ran() != named(50)
+    assert [len(tests) for tests, _ in clock.rounds] == [3, 12, 35]
     assert section.passed == section.cases == 50
 
 
 def test_cases_for_which_there_is_no_time_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    run(clock, CASES, 30.0, clock.runner(0.0, 1.0), cases=50)
-    assert clock.now - 1000 <= 30
-    assert 20 < sum(len(tests) for tests, _ in clock.rounds) <= 30
+    run(clock, CASES, 40.0, 1.0)
+    assert 30 < clock.elapsed <= 40
+    assert 25 < len(set(clock.ran())) == len(clock.ran()) < 50
+
+
+def test_the_first_round_is_made_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    run(clock, KNOBS, 1.0, 20.0)
+    assert [len(tests) for tests, _ in clock.rounds] == [evidence.FIRST_CASES]
+
+
+def test_a_suite_with_settings_does_more_when_all_its_tests_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    section = run(clock, KNOBS, 1000.0, 0.5)
+    states = [(tests == ["tests/x.py"], int(environment["LAMINA_STATES"])) for tests, environment in clock.rounds]
+    assert states[:3] == [(False, 100)] * 3
+    assert states[3] == (True, 400), "no more than four times"
+    assert states[4] == (True, 1600)
+    assert 900 < clock.elapsed <= 1000
+    assert section.counts["states"] == sum(done.counts["states"] for done in section.rounds)
+    seeds = [environment["LAMINA_SEED"] for _, environment in clock.rounds]
+    assert len(set(seeds)) == len(seeds)
+    assert [str(done.seed) for done in section.rounds] == seeds
+
+
+def test_tests_without_settings_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    run(clock, Suite("again", "Again", "", ("x",), 1), 100.0, 0.1, cases=5)
+    assert Counter(clock.ran()).most_common()[-1][1] > 5
+    assert 90 < clock.elapsed <= 100
 
 
 def test_a_suite_that_failed_is_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    section = run(clock, KNOBS, 100.0, clock.runner(1.0, 0.01, failing=2))
+    section = run(clock, KNOBS, 1000.0, 0.01, failing=2)
     assert len(section.rounds) == 2
     assert len(section.failures) == 1
 
@@ -135,12 +153,10 @@ def test_a_suite_that_failed_is_not_continued(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_suite_leaves_of_its_time_belongs_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     report = Report("", "", {}, 1.0, 5)
-    names = ["tests/x.py::test_a", "tests/x.py::test_b"]
-    runner = clock.runner(0.5, 0.01)
-    evidence.run_all([CASES, KNOBS], 100.0, runner, lambda _: names, report)
+    evidence.run_all([CASES, KNOBS], 100.0, clock.runner(0.2, cases=10), lambda _: named(10), report)
     assert [section.suite for section in report.sections] == [CASES, KNOBS]
     assert report.missing == []
-    assert clock.now - 1000 > 80, "a quarter of the time was for two tests"
+    assert 90 < clock.elapsed <= 105, "a quarter of the time was for ten tests"
 
 
 # Pytest
@@ -199,6 +215,7 @@ def test_pytest_that_runs_nothing_or_hangs_is_a_failure(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["fails", "interrupted", "broken"])
 def test_the_page_is_written_whatever_happens(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(evidence, "SUITES", (SOME,))
+    monkeypatch.setattr(evidence, "FIRST_CASES", 4)
     monkeypatch.setattr(evidence.machine, "commit", lambda: "abc1234")
     monkeypatch.setattr(evidence.machine, "facts", lambda _: {"processors": "2"})
     page = folder / "evidence.md"
@@ -228,7 +245,7 @@ def canned() -> Report:
         600.0, Counter({"crash states": 120_000, "kills": 3}), 45, seed=2, settings={"LAMINA_STATES": 120_000}
     )
     some = Round(90.0, Counter(), 6, Counter({"no newer QEMU": 2}), seed=3)
-    report.sections = [Section(KNOBS, [first, second]), Section(CASES, [some], cases=20)]
+    report.sections = [Section(KNOBS, [first, second], cases=45), Section(CASES, [some], cases=20)]
     return report
 
 
@@ -255,6 +272,8 @@ The last run: 2026-01-02, commit abc1234, 30.1 minutes (30 chosen), seed 77. Mac
 No state is corrupt.
 
 Tests: `tests/crash/test_*.py`.
+
+90 runs of its 45 tests.
 
 | round | settings | passed | seconds |
 | ---: | --- | ---: | ---: |
