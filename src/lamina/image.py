@@ -5,10 +5,10 @@ of any kind, `bytes` as results, context management, and a file object."""
 
 from __future__ import annotations
 
-import io
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from .buffers import byte_view
 from .edit import Edit
 from .errors import Closed, LimitExceeded, OptionError, UnsupportedFeature
 from .format import Format, layers_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Buffer, Callable, Iterable, Iterator, Mapping  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
 
     from .bitmap import DirtyBitmap
+    from .disk_file import DiskFile
     from .extents import Extents
     from .results import Snapshot
 
@@ -64,6 +65,11 @@ class Image:
         return self.root.graph
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` has completed."""
+        return self._root is None or self._root.closed
+
+    @property
     def size(self) -> int:
         """The length of the disk in bytes."""
         return self.root.node.size
@@ -97,7 +103,7 @@ class Image:
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` (any writable contiguous buffer) with the bytes at `offset`."""
-        self.root.read_into(offset, _view(buffer))
+        self.root.read_into(offset, byte_view(buffer))
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False, compress: bool = False) -> None:
         """Make the bytes at `offset` equal to `data`; with `fua` they are on stable storage before it returns. `compress`:
@@ -108,7 +114,7 @@ class Image:
                 hint = "write without compression, or use a format with compression: qcow2"
                 raise UnsupportedFeature("it does not compress written data", path=self.filename, hint=hint)
             flags |= COMPRESS
-        self.root.write(offset, _view(data), flags)
+        self.root.write(offset, byte_view(data), flags)
 
     def zero(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False) -> None:
         """Make the bytes read as zero. `unmap`: their storage may be freed. `fast`: raise NotSupported, before any change,
@@ -258,10 +264,12 @@ class Image:
         of `lamina.open` (Locked, CorruptImage, ...); the image is unchanged then."""
         self.root.reopen(read_only)
 
-    def as_file(self) -> io.RawIOBase:
-        """A seekable raw file over this image, with a position of its own. Closing it leaves the image open. Once either is
-        closed, its operations raise ValueError."""
-        return _RawFile(self)
+    def as_file(self) -> DiskFile:
+        """The disk as a seekable raw file (`io.RawIOBase`) with a position of its own, for code that expects a file. Closing
+        it leaves the image open. Once either is closed, its operations raise ValueError; see `DiskFile`."""
+        from .disk_file import DiskFile
+
+        return DiskFile(self)
 
     def close(self) -> None:
         """Write buffered data to the files and close them; only `flush` brings data to stable storage. Thread-safe.
@@ -307,68 +315,3 @@ def _append(pieces: list[Extents], found: Extents) -> None:
         return
     parts = [last.clip(last.begin, seam), joined, found.clip(first, found.end)]
     pieces[-1:] = [part for part in parts if len(part)]
-
-
-def _view(buffer: Any) -> memoryview:
-    view = buffer if type(buffer) is memoryview else memoryview(buffer)
-    return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
-
-
-class _RawFile(io.RawIOBase):
-    """`Image` as a raw file of the standard library: reads stop at the end of the disk, writes past it are refused. `Closed`,
-    the error of a closed image, is a ValueError."""
-
-    def __init__(self, image: Image) -> None:
-        self._of = image
-        self._at = 0
-
-    @property
-    def _image(self) -> Image:
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
-        return self._of
-
-    def readable(self) -> bool:
-        return self._image.size >= 0
-
-    def writable(self) -> bool:
-        return not self._image.read_only
-
-    def seekable(self) -> bool:
-        return self._image.size >= 0
-
-    def tell(self) -> int:
-        return self._at if self._image.size >= 0 else 0
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = self._image.size
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
-        if base + offset < 0:
-            raise ValueError(f"seek to {base + offset}, before the start")
-        self._at = base + offset
-        return self._at
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes; up to the end of the disk if it is negative. Allocates no memory for bytes past the end."""
-        left = max(self._image.size - self._at, 0)
-        if size is None or size < 0:
-            return self.readall()
-        return super().read(min(size, left)) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        image, view = self._image, _view(buffer)
-        count = min(len(view), max(image.size - self._at, 0))
-        image.read_into(self._at, view[:count])
-        self._at += count
-        return count
-
-    def write(self, data: Any) -> int:
-        view = _view(data)
-        self._image.write(self._at, view)
-        self._at += len(view)
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        size = self._at if size is None else size
-        self._image.truncate(size)
-        return size

@@ -23,6 +23,7 @@ LAYERS = [
     {"errors"},
     {
         "atomic_file",
+        "buffers",
         "check_result",
         "clock",
         "codecs",
@@ -57,6 +58,7 @@ LAYERS = [
         "block_runs",
         "coding",
         "creation",
+        "disk_file",
         "edge",
         "edit",
         "explanation",

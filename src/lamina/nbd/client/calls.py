@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from ...buffers import byte_view
 from ...errors import BlockIOError, Closed, LaminaError, NotSupported, OutOfRange, ReadOnly
 from ...limits import GIB, MAX_SIZE, align_down, align_up
 from .. import wire
@@ -96,7 +97,7 @@ class Calls:
             raise
 
     def _read(self, started: list[Sent], offset: int, view: Buffer, piece: int) -> Pending:
-        into = _flat(view)
+        into = byte_view(view)
         length = len(into)
         self._check("read", offset, length)
         most = min(self._most, piece)
@@ -128,7 +129,7 @@ class Calls:
         return Group(parts)
 
     def _write(self, started: list[Sent], offset: int, data: Buffer, fua: bool, piece: int) -> Pending:
-        view = _flat(data)
+        view = byte_view(data)
         self._check_change("write", offset, len(view))
         flags = self._fua(fua)
         if self.mode == "extended":
@@ -321,11 +322,6 @@ class Calls:
     def _outside(self, operation: str, offset: int, length: int) -> OutOfRange:
         message = f"the request is not inside the {self.size} bytes of the export"
         return OutOfRange(message, path=str(self.target), operation=operation, offset=offset, length=length)
-
-
-def _flat(data: Buffer) -> memoryview:
-    view = data if isinstance(data, memoryview) else memoryview(data)
-    return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
 
 
 def _pieces(view: memoryview, offset: int, most: int) -> list[tuple[int, memoryview]]:
