@@ -16,11 +16,12 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, overload
 
 from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
 from .numeric import ArrayLike, NDArray, np
+from .rounding import follows, mixed_blocks
 
 # Bits of the column `flags`, and one row as an object; see `status`.
 from .status import COMPRESSED as COMPRESSED
@@ -42,14 +43,14 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 
 class Totals(NamedTuple):
-    """The bytes of all extents, of those that are data, zero, present and compressed, and the number of extents."""
+    """How many bytes have each status (`Extents.totals`)."""
 
-    length: int
-    data: int
-    zero: int
-    present: int
-    compressed: int
-    extents: int
+    length: int  #: the bytes of all extents
+    data: int  #: bytes that are stored
+    zero: int  #: bytes that are known to read as zeros
+    present: int  #: bytes that a layer of the chain owns
+    compressed: int  #: bytes that are stored compressed
+    extents: int  #: the number of extents
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -61,19 +62,31 @@ class Extents:
     Create instances with the class methods, since the constructor checks nothing.
     """
 
-    begin: int  #: the start of the first extent; defined even without extents
-    start: Int64s  #: increasing
-    length: Int64s  #: bytes, above 0
-    flags: Bytes  #: DATA, ZERO, PRESENT, COMPRESSED
-    depth: Int32s  #: the layer of the chain that decides, 0 is the top; the bottom layer if none owns the bytes
-    file: Int32s  #: index into `files` of the file that stores the bytes unencoded, or -1
-    offset: Int64s  #: the offset of the extent in that file, or -1
+    begin: int
+    """The start of the first extent in bytes; defined even without extents."""
+    start: Int64s
+    """The first byte of each extent on the disk, as its offset in bytes; increasing."""
+    length: Int64s
+    """The bytes of each extent, above 0."""
+    flags: Bytes
+    """The status of each extent, as the sum of DATA, ZERO, PRESENT and COMPRESSED (see `lamina.status`). The properties
+    `data`, `zero`, `present` and `compressed` are its bits as columns of their own."""
+    depth: Int32s
+    """The number of layers above the one that decides: 0 is the top of the chain; the bottom layer if none owns the bytes."""
+    file: Int32s
+    """The index in `files` of the file that stores the bytes of each extent as they are, or -1 if none does."""
+    offset: Int64s
+    """The offset in bytes of each extent in that file, or -1."""
     files: tuple[HostFile, ...] = ()
+    """The host files to which `file` refers, each once: nodes of the graph, or `HostPath`s after `pickle`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled extents have a `HostPath` in place of each node."""
-        files = tuple(HostPath(file.filename) for file in self.files)
-        return type(self), (self.begin, self.start, self.length, self.flags, self.depth, self.file, self.offset, files)
+        """Pickled extents have a `HostPath` in place of each node, so that they may go to another process."""
+        paths = [HostPath(file.filename) for file in self.files]
+        number = {path: index for index, path in enumerate(dict.fromkeys(paths))}  # two nodes may have one name
+        file = np.array([*(number[path] for path in paths), -1], np.int32)[self.file]  # index -1 finds the -1
+        columns = (self.start, self.length, self.flags, self.depth, file, self.offset)
+        return type(self), (self.begin, *columns, tuple(number))
 
     def __deepcopy__(self, _: object = None) -> Extents:
         return self
@@ -178,18 +191,22 @@ class Extents:
 
     @property
     def data(self) -> Bools:
+        """Whether the bytes of each extent are stored."""
         return (self.flags & DATA).astype(np.bool_)
 
     @property
     def zero(self) -> Bools:
+        """Whether the bytes of each extent are known to read as zeros."""
         return (self.flags & ZERO).astype(np.bool_)
 
     @property
     def present(self) -> Bools:
+        """Whether a layer of the chain owns the bytes of each extent, so that no deeper layer matters."""
         return (self.flags & PRESENT).astype(np.bool_)
 
     @property
     def compressed(self) -> Bools:
+        """Whether the bytes of each extent are stored compressed."""
         return (self.flags & COMPRESSED).astype(np.bool_)
 
     @property
@@ -209,8 +226,21 @@ class Extents:
         for first in range(0, len(self), _CHUNK):
             yield from self._objects(slice(first, first + _CHUNK))
 
-    def __getitem__(self, index: int) -> Extent:
-        """The extent with the number `index`; negative numbers count from the end."""
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Extent: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Extents: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Extent | Extents:
+        """The extent with the number `index`; negative numbers count from the end. A slice gives these rows as `Extents`,
+        with gaps if it has a step; ValueError for a negative step, since extents are in order."""
+        if isinstance(index, slice):
+            first, stop, step = index.indices(len(self))
+            if step < 0:
+                raise ValueError(f"the step of the slice is {step}, and extents stay in order; use a positive step")
+            begin = int(self.start[first]) if first < len(self) else self.end
+            return self._take(index) if first < stop else Extents.empty(begin, self.files)
         number = range(len(self))[operator.index(index)]
         return next(self._objects(slice(number, number + 1)))
 
@@ -228,8 +258,13 @@ class Extents:
         data, zero, present, compressed = (int(self.length[mask].sum()) for mask in masks)
         return Totals(int(self.length.sum()), data, zero, present, compressed, len(self))
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """A dict for each extent, with the names of `lamina map --output=json`; see `Extent.to_json`."""
+        return [extent.to_json() for extent in self]
+
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same rows in the same files. Rows that differ may have the same meaning: see `coalesce`."""
+        """Whether both have the same rows in the same files: the same nodes, or paths of the same name. Rows that differ may
+        have the same meaning: see `coalesce`."""
         if not isinstance(other, Extents):
             return NotImplemented
         if self.begin != other.begin or len(self) != len(other):
@@ -305,7 +340,7 @@ class Extents:
         joins = self.flags[this] == self.flags[last]
         joins &= self.depth[this] == self.depth[last]
         joins &= self.start[this] == self._ends()[last]
-        joins &= (self.file[this] < 0) & (self.file[last] < 0) | self._follows()
+        joins &= (self.file[this] < 0) & (self.file[last] < 0) | follows(self)
         if not joins.any():
             return self
         heads = np.flatnonzero(np.concatenate(([True], ~joins)))
@@ -432,47 +467,15 @@ class Extents:
         begin = np.maximum(self.start[mine], other.start[theirs])
         return mine, theirs, begin, np.minimum(ends[mine], other_ends[theirs])
 
-    def _follows(self) -> Bools:
-        """For each row but the first: whether its bytes follow those of the previous row in the same host file."""
-        follows: Bools = self.offset[1:] == self.offset[:-1] + self.length[:-1]  # False for two offsets of -1
-        follows &= self.file[1:] == self.file[:-1]
-        return follows
-
     def _round(self, alignment: int) -> Extents:
-        """`align` without its checks. Only *mixed* blocks change: those with the start of an extent inside them."""
-        inner = np.flatnonzero(self.start[1:] & (alignment - 1)) + 1  # the rows that start inside a block
-        if not len(inner):
+        """`align` without its checks."""
+        found = mixed_blocks(self, alignment)
+        if found is None:
             return self
-        base = self.start[inner] & -alignment
-        # Not base + alignment, which overflows 64 bits for the last block below 2**63.
-        top = base + np.minimum(self.end - base, alignment)
-        bottom = np.maximum(base, self.begin)
-
-        heads = np.flatnonzero(np.concatenate(([True], base[1:] != base[:-1])))  # in `inner`, the first of each block
-        tails = np.append(heads[1:], len(inner)) - 1
-        first, last = inner[heads] - 1, inner[tails]  # the two or more rows that overlap a block
-        # A row may overlap two blocks, so the groups overlap. reduceat gets the bounds first, last + 1, first, ...: every
-        # other result belongs to a group, and the results between are discarded.
-        bounds = np.column_stack((first, last + 1)).ravel()
-        bounds = bounds[bounds < len(self)]  # the last group ends with the rows
-        # ZERO is inverted before and after, so that "or" acts as "and" on it. An absent row gets 2**32 added to its depth,
-        # so that the minimum selects it only if no row of the block is present; the mask removes the sum again.
-        flags = (np.bitwise_or.reduceat(self.flags ^ ZERO, bounds)[::2] ^ ZERO).astype(np.uint8)
-        ranks = self.depth + np.where(self.present, 0, 1 << 32)
-        depth = (np.minimum.reduceat(ranks, bounds)[::2] & 0xFFFFFFFF).astype(np.int32)
-        breaks = np.concatenate(([0], np.cumsum(~self._follows())))
-        kept = breaks[first] == breaks[last]
-        file = np.where(kept, self.file[first], np.int32(-1))
-        offset = np.where(kept, self.offset[first] + (bottom[heads] - self.start[first]), -1)
-        start = bottom[heads]
-        mixed = Extents(int(start[0]), start, top[heads] - start, flags, depth, file, offset, self.files)
-
-        # The part of each row outside mixed blocks; a row inside a mixed block gets the length 0.
-        start, stop = self.start.copy(), self._ends()
-        start[inner] = top
-        stop[inner - 1] = bottom
-        rows = np.flatnonzero(stop > start)
-        return mixed._merge(self._cut(rows, start[rows], stop[rows])) if len(rows) else mixed
+        start, stop, flags, depth, file, offset, rest_start, rest_stop = found
+        mixed = Extents(int(start[0]), start, stop - start, flags, depth, file, offset, self.files)
+        rows = np.flatnonzero(rest_stop > rest_start)
+        return mixed._merge(self._cut(rows, rest_start[rows], rest_stop[rows])) if len(rows) else mixed
 
 
 def _column(values: ArrayLike, dtype: Any, count: int) -> NDArray[Any]:

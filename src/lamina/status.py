@@ -6,7 +6,9 @@ on the command line. Base layer, without numpy, since small reads use it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol
+
+from .errors import printable
 
 if TYPE_CHECKING:
     from .extents import Extents
@@ -27,31 +29,52 @@ class HostFile(Protocol):
     """The file to which host offsets refer: a node of the graph. Two are equal if they are the same object."""
 
     @property
-    def filename(self) -> str: ...
+    def filename(self) -> str:
+        """Its path, or another name for messages."""
+        ...
 
 
 class HostPath(NamedTuple):
-    """A host file in extents that were pickled: its path. The node itself belongs to the process that opened it."""
+    """A host file in extents that were pickled: its name. The node itself belongs to the process that opened it. `open` and
+    `os.fspath` take it as a path."""
 
     filename: str
 
+    def __fspath__(self) -> str:
+        return self.filename
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"the host file {printable(self.filename)} has no {name}: these extents were pickled, which leaves the name of "
+            "the file only; open the image in this process to use its nodes"
+        )
+
 
 class Extent(NamedTuple):
-    """`length` bytes from `start` with one status. The other fields have the meaning of the columns of `Extents`."""
+    """A range of a disk with one status: a row of `Extents`. Offsets and lengths are in bytes."""
 
-    start: int
-    length: int
-    data: bool = False
-    zero: bool = False
-    present: bool = False
+    start: int  #: the first byte
+    length: int  #: the number of bytes, above 0
+    data: bool = False  #: whether the bytes are stored
+    zero: bool = False  #: whether they are known to read as zeros
+    present: bool = False  #: whether a layer of the chain owns them, so that no deeper layer matters
+    #: The number of layers above the one that decides; 0 is the top; the bottom layer if none owns the bytes.
     depth: int = 0
-    compressed: bool = False
-    file: HostFile | None = None
-    offset: int | None = None
+    compressed: bool = False  #: whether they are stored compressed
+    file: HostFile | None = None  #: the file that stores them as they are: its node, or a `HostPath`; None if none does
+    offset: int | None = None  #: the offset of the first of them in that file
 
     @property
     def end(self) -> int:
+        """The first byte behind the range."""
         return self.start + self.length
+
+    def to_json(self) -> dict[str, Any]:
+        """The same with the names of `lamina map --output=json`; without `file`, and without `offset` if there is none."""
+        found = {
+            name: getattr(self, name) for name in ("start", "length", "depth", "present", "zero", "data", "compressed")
+        }
+        return found if self.offset is None else found | {"offset": self.offset}
 
 
 class Status(NamedTuple):

@@ -45,6 +45,7 @@ LAYERS = [
         "schema",
         "side_file",
         "report",
+        "rounding",
         "status",
         "results",
         "target_file",
