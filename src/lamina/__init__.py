@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .image import Image
     from .inspection import check, explain, explain_guest, info, info_chain, structures
     from .jobs.diff import diff
+    from .layers import Layer
     from .limits import Budget, Limits
     from .node_tree import tree
     from .policy import Policy
@@ -68,6 +69,7 @@ _HOME = {
     "diff": "jobs.diff",
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
+    "Layer": "layers",
     "Policy": "policy",
     **dict.fromkeys(("check", "explain", "explain_guest", "info", "info_chain", "structures"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
@@ -117,6 +119,7 @@ __all__ = [
     "Image",
     "ImageInfo",
     "LaminaError",
+    "Layer",
     "LimitExceeded",
     "Limits",
     "Locked",

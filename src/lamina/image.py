@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from .bitmap import DirtyBitmap
     from .disk_file import DiskFile
     from .extents import Extents
+    from .layers import Layer
     from .results import Snapshot
 
 
 _Result = TypeVar("_Result")
+_Kind = TypeVar("_Kind", bound=Node)
 #: Reads up to this length allocate their buffer before they check that they are inside the disk.
 _MODEST = 1 << 20
 
@@ -91,6 +93,33 @@ class Image:
     def alignment(self) -> int:
         """The request alignment of the top node, to which the command `map` rounds."""
         return self.root.node.limits.request_alignment
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of the disk from the top down: the image, its backing file, the backing file of that, ... Layer `n` is
+        the one that `Extents.depth` calls `n`. An edit of the graph waits meanwhile."""
+        from .layers import layers_of
+
+        return self.graph.exclusively("describes the layers", layers_of, self.node)
+
+    def find(self, kind: type[_Kind], name: str | None = None) -> _Kind:
+        """The node of the class `kind`, on top of this image or anywhere below it: `image.find(Stats).snapshot()`. `name`, a
+        `node-name`, chooses one of several. Raises OptionError if there is none, or more than one. The node is good until
+        the image is closed or an edit takes it out."""
+        nodes: list[Node] = self.graph.exclusively("looks for a node", list, self.node.beneath())
+        found = [node for node in nodes if isinstance(node, kind) and name in (None, node.name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(node.name for node in found)
+            raise OptionError(
+                f"{len(found)} nodes are of the class {kind.__name__}", path=self.filename, hint=f"name one: {names}"
+            )
+        known = ", ".join(f"{node.name} ({type(node).__name__})" for node in nodes)
+        wanted = "" if name is None else f" called {shown(name)}"
+        raise OptionError(
+            f"no node of the class {kind.__name__}{wanted}", path=self.filename, hint=f"the nodes are {known}"
+        )
 
     def read(self, offset: int, length: int) -> bytes:
         """The `length` bytes at `offset`. Raises OutOfRange, before it allocates memory, if they are not inside the disk."""

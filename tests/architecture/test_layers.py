@@ -70,6 +70,7 @@ LAYERS = [
         "holes",
         "image",
         "inspection",
+        "layers",
         "lifecycle",
         "node",
         "node_tree",
