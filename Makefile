@@ -61,6 +61,7 @@ docs: $(VENV)/.run
 	$(VENV)/bin/python docs/qcow2_format.py
 	$(VENV)/bin/python docs/manual_pages.py
 	$(VENV)/bin/python -m benchmarks.page
+	$(VENV)/bin/python docs/json_page.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .limits import Budget, Limits
     from .node_tree import tree
     from .policy import Policy
+    from .result_schema import json_schema
     from .results import ImageInfo, Snapshot
     from .root import Graph
     from .verdict.examine import inspect
@@ -70,6 +71,7 @@ _HOME = {
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Layer": "layers",
+    "json_schema": "result_schema",
     "Policy": "policy",
     **dict.fromkeys(("check", "explain", "explain_guest", "info", "info_chain", "structures"), "inspection"),
     **dict.fromkeys(("CheckResult", "Finding"), "check_result"),
@@ -143,6 +145,7 @@ __all__ = [
     "info",
     "info_chain",
     "inspect",
+    "json_schema",
     "open",
     "probe",
     "structures",

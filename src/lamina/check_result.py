@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from .json_forms import CheckResultJson, FindingJson
+
+
+#: The kinds of findings; see `Finding`.
+FindingKind: TypeAlias = Literal["error", "leak", "unreadable", "note"]
 
 
 class Finding(NamedTuple):
@@ -10,13 +17,16 @@ class Finding(NamedTuple):
     (clusters are counted as allocated without a reference), "unreadable" (the check could not read a part) or "note"
     (correct, but unusual). `offset`: the byte of the image file that the finding concerns."""
 
-    kind: str
+    kind: FindingKind
     message: str
     offset: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"kind": self.kind, "message": self.message}
-        return found if self.offset is None else found | {"offset": self.offset}
+    def to_json(self) -> FindingJson:
+        """Its fields; without `offset` if it is None."""
+        found: FindingJson = {"kind": self.kind, "message": self.message}
+        if self.offset is not None:
+            found["offset"] = self.offset
+        return found
 
 
 class CheckResult(NamedTuple):
@@ -43,7 +53,7 @@ class CheckResult(NamedTuple):
         """Whether the check was complete and found no error and no leak."""
         return not (self.corruptions or self.leaks or self.check_errors)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> CheckResultJson:
         """The same under the names of `qemu-img check --output=json`, and "findings". Zero counters are omitted, as programs
         that read this form expect."""
         counts = {
@@ -55,7 +65,7 @@ class CheckResult(NamedTuple):
             "fragmented-clusters": self.fragmented_clusters,
             "compressed-clusters": self.compressed_clusters,
         }
-        return {
+        found = {
             "image-end-offset": self.image_end_offset,
             "total-clusters": self.total_clusters,
             "check-errors": self.check_errors,
@@ -64,6 +74,7 @@ class CheckResult(NamedTuple):
             "format": self.format,
             "findings": [one.to_json() for one in self.findings],
         }
+        return cast("CheckResultJson", found)
 
     def _repr_html_(self) -> str:
         """What notebooks show: the counters, and the first findings."""

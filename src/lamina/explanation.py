@@ -8,7 +8,11 @@ A format derives an `Explainer` from its tables and returns it from `Format.expl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from .json_forms import ExplanationJson, GuestJson, OverviewJson, PartJson, StepJson
+
 
 #: Structures that every format has.
 DATA, FREE, LEAKED, UNREFERENCED, UNKNOWN = "guest data", "free", "leaked", "unreferenced", "unknown"
@@ -28,8 +32,9 @@ class Guest(NamedTuple):
     snapshot: str | None = None
     exact: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict()
+    def to_json(self) -> GuestJson:
+        """Its fields."""
+        return cast("GuestJson", self._asdict())
 
 
 class Part(NamedTuple):
@@ -49,13 +54,14 @@ class Part(NamedTuple):
     guest: tuple[Guest, ...] = ()
     more: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> PartJson:
+        """Its fields, without those that are None or empty; `more` as "more-guest-ranges"."""
         found = {
             key: value for key, value in self._asdict().items() if value not in (None, "", {}, ()) and key != "more"
         }
         found |= {"details": dict(self.details)} if self.details else {}
         found["guest"] = [one.to_json() for one in self.guest]
-        return found | ({"more-guest-ranges": self.more} if self.more else {})
+        return cast("PartJson", found | ({"more-guest-ranges": self.more} if self.more else {}))
 
 
 class Explanation(NamedTuple):
@@ -69,8 +75,10 @@ class Explanation(NamedTuple):
     refcount: int | None = None
     problems: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict() | {"parts": [one.to_json() for one in self.parts], "problems": list(self.problems)}
+    def to_json(self) -> ExplanationJson:
+        """Its fields."""
+        found = self._asdict() | {"parts": [one.to_json() for one in self.parts], "problems": list(self.problems)}
+        return cast("ExplanationJson", found)
 
 
 class Step(NamedTuple):
@@ -96,11 +104,11 @@ class Step(NamedTuple):
         """Whether the layer below decides about the byte."""
         return self.status == "unallocated"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> StepJson:
+        """Its fields; `stored` with the keys "offset" and "length"."""
         found = self._asdict() | {"parts": [one.to_json() for one in self.parts], "problems": list(self.problems)}
-        return found | {
-            "stored": None if self.stored is None else dict(zip(("offset", "length"), self.stored, strict=True))
-        }
+        stored = None if self.stored is None else dict(zip(("offset", "length"), self.stored, strict=True))
+        return cast("StepJson", found | {"stored": stored})
 
 
 class Overview(NamedTuple):
@@ -110,7 +118,8 @@ class Overview(NamedTuple):
     regions: tuple[Part, ...] = ()
     problems: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> OverviewJson:
+        """Its fields."""
         return {
             "header": [one.to_json() for one in self.header],
             "regions": [one.to_json() for one in self.regions],

@@ -16,7 +16,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias, overload
 
 from .errors import OutOfRange
 from .limits import MAX_SIZE, is_power_of_two
@@ -31,6 +31,10 @@ from .status import ZERO as ZERO
 from .status import Extent as Extent
 from .status import HostFile as HostFile
 from .status import HostPath as HostPath
+
+if TYPE_CHECKING:
+    from .json_forms import ExtentJson
+
 
 #: The number of rows that iteration converts to objects at a time: few enough for the CPU cache, and enough to amortise the
 #: cost of a numpy call.
@@ -258,7 +262,7 @@ class Extents:
         data, zero, present, compressed = (int(self.length[mask].sum()) for mask in masks)
         return Totals(int(self.length.sum()), data, zero, present, compressed, len(self))
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[ExtentJson]:
         """A dict for each extent, with the names of `lamina map --output=json`; see `Extent.to_json`."""
         return [extent.to_json() for extent in self]
 

@@ -11,12 +11,12 @@ from .node import Node, StorageNode
 class Layer(NamedTuple):
     """One layer of a chain of overlays and backing files. Sizes are in bytes."""
 
-    depth: int  #: the number of layers above it; 0 is the top. Extents have the same number (`Extents.depth`).
+    depth: int  #: the number of layers above it; 0 is the top; extents have the same number
     format: str  #: the name of its driver
-    filename: str
+    filename: str  #: the name of its file
     virtual_size: int  #: the length of its disk
-    file_size: int | None  #: the length of its file; None if that is unknown, as where several nodes make up the layer
-    actual_size: int | None  #: the bytes that its file takes up; None if that is unknown
+    file_size: int | None  #: the length of its file, if it is known and one file
+    actual_size: int | None  #: the bytes that its file takes up, if that is known
     read_only: bool  #: whether its node refuses writes; layers below the top always do
     node_name: str  #: the name of its node in the graph
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .format import Format
 from .image import Image
 from .node import Node, StorageNode
 
 if TYPE_CHECKING:
+    from .json_forms import NodeJson
     from .references import NotOpened, Unopened
 
 
-def tree(top: Image | Node) -> dict[str, Any]:
+def tree(top: Image | Node) -> NodeJson:
     """The node on top of an image, or this node, and all nodes below it, as dicts of JSON types.
 
     A node has `name`, `driver`, `kind` ("storage", "format" or "filter"), `size` (bytes of its disk) and `read-only`;
@@ -24,7 +25,7 @@ def tree(top: Image | Node) -> dict[str, Any]:
 
     An edit of the graph waits meanwhile. Raises Closed if the image was closed.
     """
-    return tree_of_opened(top, {})
+    return cast("NodeJson", tree_of_opened(top, {}))
 
 
 def tree_of_opened(top: Image | Node, unopened: Unopened) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
-from .check_result import CheckResult, Finding
+from .check_result import CheckResult, Finding, FindingKind
 
 #: The number of findings with a text; the counters include all findings.
 MAX_FINDINGS = 1000
 
-ERROR = "error"  #: a contradiction: data may be wrong, or a write may destroy data
-LEAK = "leak"  #: clusters are counted as allocated without a reference; harmless
-UNREADABLE = "unreadable"  #: a part could not be checked
-NOTE = "note"  #: correct, but unusual; not counted
+ERROR: Final = "error"  #: a contradiction: data may be wrong, or a write may destroy data
+LEAK: Final = "leak"  #: clusters are counted as allocated without a reference; harmless
+UNREADABLE: Final = "unreadable"  #: a part could not be checked
+NOTE: Final = "note"  #: correct, but unusual; not counted
 
 
 @dataclass
@@ -33,7 +34,7 @@ class CheckReport:
     def clean(self) -> bool:
         return not (self.corruptions or self.leaks or self.check_errors)
 
-    def add(self, kind: str, message: str, offset: int | None = None, count: int = 1) -> None:
+    def add(self, kind: FindingKind, message: str, offset: int | None = None, count: int = 1) -> None:
         """Count `count` findings of `kind`, and keep their text, up to MAX_FINDINGS."""
         if kind == LEAK:
             self.leaks += count

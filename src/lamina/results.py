@@ -8,7 +8,10 @@ them. A field is None if its value is unknown, or if the format has no such prop
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from .json_forms import ImageInfoJson, SnapshotJson
 
 
 class Snapshot(NamedTuple):
@@ -25,9 +28,9 @@ class Snapshot(NamedTuple):
     vm_clock: int = 0
     icount: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SnapshotJson:
         """The same by the names that `qemu-img info --output=json` uses, and "disk-size"."""
-        found: dict[str, Any] = {
+        found: SnapshotJson = {
             "id": self.id,
             "name": self.name,
             "vm-state-size": self.vm_state,
@@ -37,7 +40,9 @@ class Snapshot(NamedTuple):
             "vm-clock-nsec": self.vm_clock % 1_000_000_000,
             "disk-size": self.size,
         }
-        return found if self.icount is None else found | {"icount": self.icount}
+        if self.icount is not None:
+            found["icount"] = self.icount
+        return found
 
 
 class ImageInfo(NamedTuple):
@@ -65,7 +70,7 @@ class ImageInfo(NamedTuple):
     #: Files beneath that another program had open for writing. (Not in the JSON.)
     other_writers: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ImageInfoJson:
         """The same under the names of `qemu-img info --output=json`, and "format-probed" and "unsupported"."""
         values: dict[str, Any] = {
             "filename": self.filename,
@@ -87,7 +92,7 @@ class ImageInfo(NamedTuple):
             found["full-backing-filename"] = self.full_backing_filename
         if self.format_probed:
             found["format-probed"] = True
-        return found
+        return cast("ImageInfoJson", found)
 
     def _repr_html_(self) -> str:
         """What notebooks show: a table."""

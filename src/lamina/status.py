@@ -6,12 +6,13 @@ on the command line. Base layer, without numpy, since small reads use it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Protocol, cast
 
 from .errors import printable
 
 if TYPE_CHECKING:
     from .extents import Extents
+    from .json_forms import ExtentJson
 
 #: DATA: the bytes are stored. ZERO: they read as zeros. PRESENT: they belong to a layer, so no layer below it matters.
 #: COMPRESSED: they are stored compressed, and so have no offset.
@@ -69,12 +70,12 @@ class Extent(NamedTuple):
         """The first byte behind the range."""
         return self.start + self.length
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ExtentJson:
         """The same with the names of `lamina map --output=json`; without `file`, and without `offset` if there is none."""
         found = {
             name: getattr(self, name) for name in ("start", "length", "depth", "present", "zero", "data", "compressed")
         }
-        return found if self.offset is None else found | {"offset": self.offset}
+        return cast("ExtentJson", found if self.offset is None else found | {"offset": self.offset})
 
 
 class Status(NamedTuple):

@@ -33,6 +33,10 @@ NAMES = {
     "__slots__": "any object, whose locks are renewed after a fork",
     "__dict__": "any object, whose locks are renewed after a fork",
     "after_fork": "any object, whose locks are renewed after a fork",
+    "to_json": "a type: whether it is that of a result",
+    "_fields": "a type: the fields of a named tuple",
+    "__dataclass_fields__": "a type: the fields of a dataclass",
+    "__name__": "a type",
     "abandon_all": "a module that may not be imported",
 }
 
@@ -41,6 +45,7 @@ COMPUTED = {
     "getattr(import_module(f'.{home}', __name__), name)": "public names that are imported when they are first used",
     "getattr(import_module(f'{__name__}.{home}'), name)": "public names that are imported when they are first used",
     "getattr(import_module(f'.{_HOMES[name]}', __name__), name)": "public names that are imported when they are first used",
+    "getattr(import_module(__package__), name, None)": "a public name that a caller gives as text",
     "getattr(import_module(module), attribute, None)": "the registry: the class that an entry names",
     "getattr(self, name)": "fields of the same object",
     "getattr(other, name)": "columns of extents",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..json_forms import VerdictJson
 
 
 class NamedFile(NamedTuple):
@@ -30,11 +33,12 @@ class Verdict(NamedTuple):
     #: The size of the disk in bytes; None if it is not known. (Not in the JSON.)
     virtual_size: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> VerdictJson:
+        """Its fields under their names, but for `virtual_size`."""
         return {
             "format": self.format,
             "matches": list(self.matches),
-            "references": [one._asdict() for one in self.references],
+            "references": [{"role": one.role, "name": one.name} for one in self.references],
             "features": list(self.features),
             "limits_hit": list(self.limits_hit),
             "safe": self.safe,

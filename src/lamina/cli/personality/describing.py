@@ -32,7 +32,7 @@ def as_text(found: Sequence[ImageInfo], tool: ImageTool) -> str:
 
 
 def _record(one: ImageInfo, tool: ImageTool) -> dict[str, Any]:
-    told = one.to_json()
+    told: dict[str, Any] = dict(one.to_json())
     for key in ("format-probed", "unsupported"):
         told.pop(key, None)
     for snapshot in told.get("snapshots", ()):

@@ -121,7 +121,7 @@ class ImageTool(Tool):
 
         if not json:
             return None
-        told = found.to_json()
+        told: dict[str, Any] = dict(found.to_json())
         del told["findings"]
         return dump(told)
 

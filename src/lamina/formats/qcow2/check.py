@@ -18,6 +18,7 @@ from . import layout as q
 from .references import NAMES, REFCOUNT_BLOCK, Clusters, Mask, References, Use, joined, ranges
 
 if TYPE_CHECKING:
+    from ...check_result import FindingKind
     from ...request import Child
     from .header import Header
 
@@ -245,7 +246,7 @@ class _Comparison:
 
     def runs(
         self,
-        kind: str,
+        kind: FindingKind,
         clusters: Clusters,
         counts: NDArray[Any],
         references: Clusters,

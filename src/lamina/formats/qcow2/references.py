@@ -26,6 +26,7 @@ from . import layout as q
 from .holes import stored_tables
 
 if TYPE_CHECKING:
+    from ...check_result import FindingKind
     from ...request import Child
     from .header import Header
 
@@ -133,7 +134,7 @@ class References:
     # -- findings
 
     def each(
-        self, kind: str, message: Callable[[int], str], where: NDArray[Any], count: int = 1, *, shift: int = 0
+        self, kind: FindingKind, message: Callable[[int], str], where: NDArray[Any], count: int = 1, *, shift: int = 0
     ) -> None:
         """Report a finding of `kind` for each element of `where`, counted `count` times; `message` returns its text.
         Elements are table entries, or clusters with the `shift` that makes them offsets."""
@@ -377,7 +378,8 @@ class References:
         if self.header.version < 3 or self.header.extended_l2:
             zero = entries[l2_entry.zero_mask(entries)]
             # The reference tools count it in version 2, and ignore it in extended entries.
-            kind, where = (NOTE, "in extended entries") if self.header.extended_l2 else (ERROR, "in version 2")
+            kind: FindingKind = NOTE if self.header.extended_l2 else ERROR
+            where = "in extended entries" if self.header.extended_l2 else "in version 2"
             self.each(kind, lambda entry: f"L2 entry {entry:#018x} has the zero flag, unknown {where}", zero, weight)
         offsets = l2_entry.offsets_of(entries)
         copied = l2_entry.copied_mask(entries)
