@@ -33,9 +33,9 @@ prints what no function returns, the types are in `lamina.json_forms`:
 import lamina
 from lamina.json_forms import DriverJson
 
-lamina.json_schema("ImageInfo")             # one image
+lamina.json_schema("ImageInfo")  # one image
 lamina.json_schema(list[lamina.ImageInfo])  # a chain
-lamina.json_schema(DriverJson)              # a driver
+lamina.json_schema(DriverJson)  # a driver
 ```
 
 This page is made from these schemas.
