@@ -54,6 +54,7 @@ class MemoryBitmap:
             self._granules.clear()
 
     def dirty(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """As `DirtyBitmap.dirty`."""
         size = self.granularity
         if begin >= end:
             return

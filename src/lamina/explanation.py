@@ -136,6 +136,7 @@ class Explainer:
         raise NotImplementedError
 
     def overview(self) -> Overview:
+        """The fields of the header, and the structures to which it leads."""
         raise NotImplementedError
 
     def at(self, offset: int) -> Explanation:

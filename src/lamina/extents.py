@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 #: cost of a numpy call.
 _CHUNK = 4096
 
+#: The types of the columns.
 Int64s: TypeAlias = NDArray[np.int64]
 Int32s: TypeAlias = NDArray[np.int32]
 Bytes: TypeAlias = NDArray[np.uint8]

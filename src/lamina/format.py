@@ -40,6 +40,7 @@ class Measure(NamedTuple):
     bitmaps: int | None = None
 
     def to_json(self) -> dict[str, int]:
+        """By the names of `qemu-img measure --output=json`; without `bitmaps` if there are none."""
         sizes = {"required": self.required, "fully-allocated": self.fully_allocated}
         return sizes if self.bitmaps is None else {"bitmaps": self.bitmaps, **sizes}
 

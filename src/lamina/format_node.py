@@ -216,6 +216,7 @@ class FormatNode(Format):
 
     @property
     def backing(self) -> Child | None:
+        """The edge to the backing node; None if there is none."""
         return self.children.get("backing")
 
     @plain

@@ -56,6 +56,7 @@ STORAGE_ROLES = ("file", "data-file")
 
 _NODE_NAME = re.compile(r"[A-Za-z][\w.-]{0,254}", re.ASCII)
 
+#: What names a node: nested options, or a name for `parse_name`.
 Spec = Mapping[str, Any] | str
 
 #: Defaults for options of storage and formats in all graphs that this program opens: a command line sets an option once for

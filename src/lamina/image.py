@@ -78,6 +78,7 @@ class Image:
 
     @property
     def filename(self) -> str:
+        """The name of the node on top in messages: a path if there is one."""
         return self.root.node.filename
 
     @property
@@ -87,6 +88,7 @@ class Image:
 
     @property
     def read_only(self) -> bool:
+        """Whether this image refuses changes."""
         return self.root.read_only
 
     @property

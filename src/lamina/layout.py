@@ -120,10 +120,12 @@ class Field:
 
     @property
     def is_pad(self) -> bool:
+        """Whether its bytes have no meaning."""
         return self.type.endswith("x")
 
     @property
     def is_integer(self) -> bool:
+        """Whether its value is an integer."""
         return self.type in _INTEGERS
 
     @property

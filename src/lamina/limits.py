@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from .errors import LimitExceeded, OptionError
 
+#: Units in bytes.
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,14 +30,17 @@ MAX_ROWS = 1 << 17
 
 
 def is_power_of_two(value: int) -> bool:
+    """Whether `value` is 1, 2, 4, ..."""
     return value > 0 and value & (value - 1) == 0
 
 
 def align_down(value: int, alignment: int) -> int:
+    """The largest multiple of `alignment` up to `value`."""
     return value - value % alignment
 
 
 def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` from `value` on."""
     return value + -value % alignment
 
 

@@ -40,10 +40,11 @@ class Done:
         self._answer = answer
 
     def wait(self) -> Any:
+        """The answer."""
         return self._answer
 
     def leave(self) -> None:
-        return
+        """Nothing is left to do."""
 
 
 #: A finished read or change.

@@ -164,6 +164,7 @@ class Policy:
 
     @property
     def kind(self) -> Kind:
+        """What the policy grants in general; its other properties say the rest."""
         return self._kind
 
     @property

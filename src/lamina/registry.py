@@ -23,9 +23,10 @@ from . import detect
 from .errors import OptionError, UnsupportedFeature, printable
 from .peer_options import DRIVERS
 
+#: What a driver may be, as a type and as values.
 Kind = Literal["storage", "format", "filter"]
-
 KINDS: tuple[Kind, ...] = ("storage", "format", "filter")
+#: The group of entry points in which packages name their drivers.
 ENTRY_POINTS = "lamina.drivers"
 
 _FROM_PACKAGE = "from an installed package"

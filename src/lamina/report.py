@@ -32,6 +32,7 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
+        """Whether there is no error and no leak, and all could be checked."""
         return not (self.corruptions or self.leaks or self.check_errors)
 
     def add(self, kind: FindingKind, message: str, offset: int | None = None, count: int = 1) -> None:

@@ -196,19 +196,23 @@ class Root:
 
     @property
     def node(self) -> Node:
+        """The node of the edge."""
         return self.edge.node
 
     @property
     def size(self) -> int:
+        """The length of the node in bytes."""
         return self.edge.node.size
 
     @property
     def read_only(self) -> bool:
+        """Whether requests of this root that change something are refused."""
         return self.edge.read_only or self.edge.node.read_only
 
     # -- requests. (`read_into` and `write` repeat the code of `_request`: a call takes 0.05 us of the 2 us of a read.)
 
     def read_into(self, offset: int, view: memoryview) -> None:
+        """As `Node.read_into`."""
         inside, me = self._inside, get_ident()
         if me in inside:
             self.gate.require_outside("make another")
@@ -224,6 +228,7 @@ class Root:
             inside.pop(me, None)
 
     def write(self, offset: int, view: memoryview, flags: int = 0) -> None:
+        """As `Node.write`."""
         inside, me = self._inside, get_ident()
         if me in inside:
             self.gate.require_outside("make another")
@@ -254,41 +259,53 @@ class Root:
             inside.pop(me, None)
 
     def copy_from(self, offset: int, source: HostFile, source_offset: int, length: int, flags: int = 0) -> None:
+        """As `Node.copy_from`."""
         self._request(self.edge.copy_from, offset, source, source_offset, length, flags)
 
     def zero(self, offset: int, length: int, flags: int = 0) -> None:
+        """As `Node.zero`."""
         self._request(self.edge.zero, offset, length, flags)
 
     def discard(self, offset: int, length: int) -> None:
+        """As `Node.discard`."""
         self._request(self.edge.discard, offset, length)
 
     def flush(self) -> None:
+        """As `Node.flush`."""
         self._request(self.edge.flush)
 
     def extents(self, offset: int, length: int) -> Extents:
+        """As `Node.extents`: a prefix."""
         return self._request(self.edge.extents, offset, length)
 
     def first_extents(self, offset: int, length: int, most: int) -> list[Status]:
+        """As `Node.first_extents`."""
         return self._request(self.edge.first_extents, offset, length, most)
 
     def reads_zero(self, offset: int, length: int) -> bool:
+        """As `Node.reads_zero`."""
         return self._request(self.edge.reads_zero, offset, length)
 
     def zero_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """As `Node.zero_runs`."""
         return self._request(self.edge.zero_runs, offset, length)
 
     # A started request stays inside the gate until it is finished (see `gate.py`).
 
     def start_read(self, offset: int, view: memoryview) -> Pending:
+        """As `Node.start_read`."""
         return self._start(self.edge.start_read, offset, view)
 
     def start_write(self, offset: int, view: memoryview, flags: int = 0) -> Pending:
+        """As `Node.start_write`."""
         return self._start(self.edge.start_write, offset, view, flags)
 
     def start_zero(self, offset: int, length: int, flags: int = 0) -> Pending:
+        """As `Node.start_zero`."""
         return self._start(self.edge.start_zero, offset, length, flags)
 
     def start_zero_runs(self, offset: int, length: int) -> Pending:
+        """As `Node.start_zero_runs`."""
         return self._start(self.edge.start_zero_runs, offset, length)
 
     def _start(self, start: Callable[..., Pending], *arguments: Any) -> Pending:

@@ -77,3 +77,7 @@ def __getattr__(name: str) -> Any:
     found = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = found  # later lookups find it at once
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -86,6 +86,7 @@ class FormatConformance(DiskConformance):
         return node
 
     def below(self) -> KeptMemory | None:
+        """The storage of the backing node; None without one."""
         if self.backing is None:
             return None
         below = KeptMemory(self.backing)

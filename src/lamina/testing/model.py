@@ -31,14 +31,17 @@ class Disk:
         return len(self.bytes)
 
     def write(self, offset: int, data: bytes) -> None:
+        """The bytes from `offset` on become `data`."""
         if self.keeps:
             self.bytes[offset : offset + len(data)] = data
             self._discarded[offset : offset + len(data)] = bytes(len(data))
 
     def zero(self, offset: int, length: int) -> None:
+        """These bytes become zeros."""
         self.write(offset, bytes(length))
 
     def discard(self, offset: int, length: int) -> None:
+        """These bytes may become anything that the contract allows."""
         self._discarded[offset : offset + length] = b"\1" * length
 
     def truncate(self, size: int) -> None:

@@ -38,6 +38,7 @@ class RestrictedExport:
         self.allow = allow
 
     def shown_to(self, secure: bool, names: Sequence[str]) -> bool:
+        """Whether a client sees it: over TLS or not, with the names of its certificate."""
         return (secure or not self.tls_only) and (self.allow is None or allowed(names, self.allow))
 
 
