@@ -57,12 +57,12 @@ class Edge:
     )
 
     def __init__(self, node: Node, role: str, *, grows: bool = False, read_only: bool = False) -> None:
-        self.node = node
-        self.role = role
-        self.grows = grows
-        self.read_only = read_only
+        self.node: Node = node
+        self.role: str = role
+        self.grows: bool = grows
+        self.read_only: bool = read_only
         #: Whether its root is closing: long requests end early.
-        self.closing = False
+        self.closing: bool = False
         #: Makes the error for a reopening for writing, if the policy for references lets the image only read this child;
         #: each further user of the node has it as well.
         self.denied: Callable[[], LaminaError] | None = next((one.denied for one in node.parents() if one.denied), None)

@@ -73,7 +73,7 @@ def _rebuild(kind: type[LaminaError], message: str, state: dict[str, Any]) -> La
 class OptionError(LaminaError, ValueError):
     """An option that is unknown, of the wrong type, missing, or in conflict with another."""
 
-    errno = _errno.EINVAL
+    errno: int | None = _errno.EINVAL
 
 
 class UsageError(OptionError):
@@ -83,31 +83,31 @@ class UsageError(OptionError):
 class FormatError(LaminaError, ValueError):
     """The file is not a usable image of the format with which it was opened."""
 
-    errno = _errno.EINVAL
+    errno: int | None = _errno.EINVAL
 
 
 class CorruptImage(FormatError):
     """A structure inside the image is inconsistent or holds an invalid reference."""
 
-    errno = _errno.EIO
+    errno: int | None = _errno.EIO
 
 
 class UnsupportedFeature(FormatError):
     """The image or the caller needs a feature of the format that this version of Lamina does not implement."""
 
-    errno = _errno.ENOTSUP
+    errno: int | None = _errno.ENOTSUP
 
 
 class LimitExceeded(FormatError):
     """A length or count from an image or a peer exceeds the limit that bounds allocations."""
 
-    errno = _errno.EFBIG
+    errno: int | None = _errno.EFBIG
 
 
 class PolicyError(LaminaError, PermissionError):
     """The policy of the opened image does not grant a file name that the image contains."""
 
-    errno = _errno.EPERM
+    errno: int | None = _errno.EPERM
 
 
 class BlockIOError(LaminaError, OSError):
@@ -115,8 +115,8 @@ class BlockIOError(LaminaError, OSError):
 
     def __init__(self, message: str, *, errno: int = _errno.EIO, **context: Any) -> None:
         LaminaError.__init__(self, message, **context)
-        self.errno = errno
-        self.strerror = message
+        self.errno: int | None = errno
+        self.strerror: str | None = message
 
     @classmethod
     def from_os(cls, error: OSError, message: str | None = None, **context: Any) -> BlockIOError:
@@ -145,31 +145,31 @@ class NotSupported(BlockIOError):
 class OutOfRange(LaminaError, ValueError):
     """A request exceeds the bounds of the node, or has a negative offset or length."""
 
-    errno = _errno.EINVAL
+    errno: int | None = _errno.EINVAL
 
 
 class ReadOnly(LaminaError, PermissionError):
     """A request would change a node that was opened read-only."""
 
-    errno = _errno.EPERM
+    errno: int | None = _errno.EPERM
 
 
 class Locked(LaminaError, BlockingIOError):
     """Another process, or another image in this process, holds a conflicting lock on the file."""
 
-    errno = _errno.EAGAIN
+    errno: int | None = _errno.EAGAIN
 
 
 class Closed(LaminaError, ValueError):
     """The operation needs a node or image that is already closed."""
 
-    errno = _errno.EBADF
+    errno: int | None = _errno.EBADF
 
 
 class Cancelled(LaminaError):
     """A job was stopped before it was complete. The job has removed its incomplete output."""
 
-    errno = _errno.ECANCELED
+    errno: int | None = _errno.ECANCELED
 
 
 def append_hint(error: BaseException | None, text: str) -> None:

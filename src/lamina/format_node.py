@@ -99,15 +99,15 @@ class Reservation:
         blank: bool = False,
         token: Any = None,
     ) -> None:
-        self.offset = offset
-        self.length = length
-        self.host = host
-        self.child = child
-        self.new = new
-        self.head = head
-        self.tail = tail
-        self.blank = blank
-        self.token = token
+        self.offset: int = offset
+        self.length: int = length
+        self.host: int = host
+        self.child: Child = child
+        self.new: bool = new
+        self.head: int = head
+        self.tail: int = tail
+        self.blank: bool = blank
+        self.token: Any = token
 
 
 class To(enum.Enum):

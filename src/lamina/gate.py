@@ -54,9 +54,9 @@ class Holder:
     __slots__ = ("stops", "thread", "what")
 
     def __init__(self, what: str, *, stops: bool = True) -> None:
-        self.what = what
-        self.stops = stops
-        self.thread = get_ident()
+        self.what: str = what
+        self.stops: bool = stops
+        self.thread: int = get_ident()
 
 
 class Gate:
@@ -72,7 +72,7 @@ class Gate:
         self.holders: set[Holder] = set()
         #: The number of times that a thread stopped the requests. Knowledge about the graph stays valid while this number
         #: stays the same and no thread holds the gate.
-        self.changes = 0
+        self.changes: int = 0
         #: Release the gate, or withdraw from the queue for it.
         self.release: Callable[[Holder], None] = self.holders.discard
         #: The same threads in the order of arrival, and some that have withdrawn.

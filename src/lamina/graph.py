@@ -92,7 +92,7 @@ class Opener:
         graph: Graph | None = None,
         unopened: Unopened | None = None,
     ) -> None:
-        self.graph = graph or Graph()
+        self.graph: Graph = graph or Graph()
         self.unopened = unopened
         self.policy = policy
         self.probed: str | None = None
@@ -105,7 +105,7 @@ class Opener:
         self.repair = repair
         self.fd = fd
         self.name: str | None = None
-        self.trail = Trail(budget.chain_depth)
+        self.trail: Trail = Trail(budget.chain_depth)
         self.taken: frozenset[int] = frozenset()
         self.unshared: frozenset[int] = frozenset()
         self._opened: list[Child] = []

@@ -47,11 +47,11 @@ class Flags:
     __slots__ = ("_masks", "bits", "known")
 
     def __init__(self, bits: Mapping[int, tuple[str, str]]) -> None:
-        self.bits = tuple(Flag(bit, *bits[bit]) for bit in sorted(bits))
+        self.bits: tuple[Flag, ...] = tuple(Flag(bit, *bits[bit]) for bit in sorted(bits))
         self._masks = {flag.name: 1 << flag.bit for flag in self.bits}
         if len(self._masks) != len(self.bits):
             raise ValueError("two flags have one name")
-        self.known = sum(self._masks.values())
+        self.known: int = sum(self._masks.values())
 
     def __getitem__(self, name: str) -> int:
         """The mask of the flag `name`; KeyError if there is none."""
@@ -93,6 +93,13 @@ class Field:
 
     __slots__ = ("_code", "default", "doc", "flags", "name", "offset", "size", "type", "values")
 
+    default: int | bytes | None
+    doc: str
+    flags: Flags | None
+    name: str
+    type: str
+    values: Mapping[int, str] | None
+
     def __init__(
         self,
         name: str,
@@ -110,9 +117,9 @@ class Field:
             code = type
         self.name, self.type, self.doc = name, type, doc
         self.default, self.flags, self.values = default, flags, values
-        self.offset = 0
+        self.offset: int = 0
         self._code = code
-        self.size = struct.calcsize("=" + code)
+        self.size: int = struct.calcsize("=" + code)
         if not self.is_pad and (not name.isidentifier() or iskeyword(name) or name.startswith("_")):
             raise ValueError(f"{name!r} cannot be the name of a field")
         if not self.is_integer and (flags or values):
@@ -208,6 +215,9 @@ class Structure:
 
     __slots__ = ("_by_name", "_bytes", "_names", "_record", "_struct", "byte_order", "doc", "fields", "name", "size")
 
+    doc: str
+    name: str
+
     def __init__(self, name: str, byte_order: str, fields: Sequence[Field], *, doc: str = "") -> None:
         if byte_order not in ("<", ">"):
             raise ValueError(f"{name}: the byte order is {byte_order!r}, not '<' or '>'")
@@ -224,8 +234,8 @@ class Structure:
             if field.name in self._by_name:
                 raise ValueError(f"{name}: two fields are named {field.name}")
             self._by_name[field.name] = field
-        self.size = offset
-        self.fields = tuple(located)
+        self.size: int = offset
+        self.fields: tuple[Field, ...] = tuple(located)
         self._names = tuple(self._by_name)
         self._bytes = tuple(field for field in self._by_name.values() if not field.is_integer)
         self._struct = struct.Struct(byte_order + "".join(field._code for field in located))

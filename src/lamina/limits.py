@@ -115,7 +115,7 @@ class Memory:
 
     def __init__(self, limit: int, taken: int = 0) -> None:
         self._limit = limit
-        self.taken = taken
+        self.taken: int = taken
 
     def take(self, count: int, what: str, path: str | None = None) -> None:
         """Book `count` bytes for `what`, before they are allocated. Raises LimitExceeded if fewer are left."""

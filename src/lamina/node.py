@@ -94,7 +94,8 @@ class Node(Startable, Reopenable):
     opened_at: str | None = None
     graph: Graph | None = None  #: set when the node is opened, or when a root on it or above it is created
     #: Bytes of memory for its loaded tables, as the driver booked them (`Opener.book`), and the limit for its whole graph.
-    kept_bytes, memory_limit = 0, MAX_SIZE
+    kept_bytes: int = 0
+    memory_limit: int = MAX_SIZE
     given: Mapping[str, str] = {}  #: the options that differ from their defaults, as text (`Schema.told`)
     transient: ClassVar[bool] = False  #: what is written to this node itself is gone when it is closed
     foreign: bool = False  #: another process opened the node, and this one was forked from it
@@ -103,13 +104,13 @@ class Node(Startable, Reopenable):
     writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
-        self.name = name or f"{self.driver}#{next(_serial)}"
-        self.read_only = read_only
+        self.name: str = name or f"{self.driver}#{next(_serial)}"
+        self.read_only: bool = read_only
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}
         #: Weak references to the edges to this node; some of these edges may have been redirected. See `parents`.
         self._parents: set[ref[Edge]] = set()
-        self.ranges = RangeLock()
+        self.ranges: RangeLock = RangeLock()
         lifecycle.nodes.add(self)
 
     def __del__(self) -> None:
@@ -341,10 +342,9 @@ class _ImageFilter(Node):
     """The common part of both kinds of filters: one child, `image`. A filter sets its `driver` and its `options`; these make
     its schema, unless it has a `schema` of its own."""
 
-    #: The options besides `image`.
-    options: ClassVar[tuple[Option, ...]] = ()
-    # The edge to the child emulates what the child does not implement.
-    supported_flags = FUA
+    schema: ClassVar[Schema]
+    options: ClassVar[tuple[Option, ...]] = ()  #: besides `image`
+    supported_flags = FUA  # the edge to the child emulates what the child does not implement
     widens_zero = False
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
@@ -382,7 +382,7 @@ class FilterNode(_ImageFilter):
 
     def __init__(self, image: Child, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(image, name=name, read_only=read_only)
-        self.supported_flags |= image.node.supported_flags & COMPRESS
+        self.supported_flags: int = self.supported_flags | (image.node.supported_flags & COMPRESS)
 
     @property
     def limits(self) -> Limits:

@@ -77,7 +77,7 @@ class Policy:
     ) -> None:
         self._kind: Kind = kind
         #: Whether names and formats are believed; see `unchecked`.
-        self.trusting = trusting
+        self.trusting: bool = trusting
         self._directory = directory
         self._paths = paths
         self._probed = probed

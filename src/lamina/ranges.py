@@ -61,7 +61,7 @@ class RangeLock:
         self._uncount = self._counted.discard
         self._started: set[Holding] = set()  # started requests that are not finished
         #: Release the lock of a started request. (One call of C code, which no exception interrupts.)
-        self.finish = self._started.discard
+        self.finish: Callable[[Holding], None] = self._started.discard
 
     def shared(self, start: int, end: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call `work(*arguments)` under a shared lock of the range, and return its result."""

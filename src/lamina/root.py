@@ -36,7 +36,7 @@ class Graph:
     __slots__ = ("__weakref__", "_nodes", "_roots", "gate", "sole")
 
     def __init__(self) -> None:
-        self.gate = Gate()
+        self.gate: Gate = Gate()
         #: The root of a job that needs the graph for itself: meanwhile no other root writes or edits.
         self.sole: Root | None = None
         self._nodes: WeakSet[Node] = WeakSet()  # those that were ever added
@@ -132,16 +132,19 @@ class Root:
 
     __slots__ = ("__weakref__", "_holders", "_inside", "closed", "closing", "edge", "gate", "graph", "opened_at")
 
+    closed: bool
+    closing: bool
+
     def __init__(self, node: Node, *, read_only: bool = False) -> None:
-        self.graph = graph_of(node)
-        self.gate = self.graph.gate
+        self.graph: Graph = graph_of(node)
+        self.gate: Gate = self.graph.gate
         self._inside, self._holders = self.gate.inside, self.gate.holders
         #: Whether the gate refuses further requests of this root, and whether `close` has completed.
         self.closing = self.closed = False
         self.edge: Child = self.graph.exclusively("opens an image", self._begin, node, read_only)
         lifecycle.inherit(node)
         #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
-        self.opened_at = node.opened_at
+        self.opened_at: str | None = node.opened_at
         self.graph.add_root(self)
         lifecycle.roots.add(self)
 

@@ -33,6 +33,17 @@ class Option:
 
     __slots__ = ("aliases", "choices", "default", "doc", "items", "maximum", "minimum", "name", "required", "type")
 
+    aliases: tuple[str, ...]
+    choices: tuple[Any, ...]
+    default: Any
+    doc: str
+    items: Schema | Option | None
+    maximum: int | None
+    minimum: int | None
+    name: str
+    required: bool
+    type: str
+
     def __init__(
         self,
         name: str,
@@ -175,8 +186,8 @@ class Schema:
     __slots__ = ("_by_name", "driver", "options")
 
     def __init__(self, driver: str, options: Iterable[Option]) -> None:
-        self.driver = driver
-        self.options = tuple(options)
+        self.driver: str = driver
+        self.options: tuple[Option, ...] = tuple(options)
         self._by_name: dict[str, Option] = {}
         for option in self.options:
             for name in (option.name, *option.aliases):

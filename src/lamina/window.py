@@ -24,7 +24,7 @@ class WindowNode(TransformNode):
         super().__init__(image, name=name, read_only=read_only)
         self._offset = start
         self._size = length
-        self.supported_flags |= image.node.supported_flags & COMPRESS
+        self.supported_flags: int = self.supported_flags | (image.node.supported_flags & COMPRESS)
         self.graph_changed()
 
     def graph_changed(self) -> None:

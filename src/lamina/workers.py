@@ -34,6 +34,9 @@ class Task(Generic[_T]):
 
     __slots__ = ("_arguments", "_call", "_cancelled", "_error", "_value", "_wake", "begun", "finished")
 
+    begun: bool
+    finished: bool
+
     def __init__(self, call: Callable[..., _T], *arguments: Any) -> None:
         self._call, self._arguments = call, arguments
         self._cancelled = self.begun = self.finished = False

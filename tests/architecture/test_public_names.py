@@ -1,7 +1,8 @@
 """The public names of Lamina, and the list of everything that is internal.
 
-What is public stays, or is deprecated first, and has a docstring. What is internal may change in any version, without a line
-in the changelog. Names with an underscore, and whatever is inside an internal module, are internal without being listed.
+What is public stays, or is deprecated first; it has a docstring, and complete types (`test_public_types`). What is internal
+may change in any version, without a line in the changelog. Names with an underscore, and whatever is inside an internal
+module, are internal without being listed.
 
 A new module or name fails a test here until it is in one of the lists. A new public name is also a line in CHANGELOG.md and a
 part of the documentation.

@@ -3,7 +3,7 @@ above it aligns and splits the requests."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import OptionError
 from ..limits import MIB, Limits, is_power_of_two
@@ -18,7 +18,7 @@ class BlockSize(FilterNode):
 
     driver = "blocksize"
     faithful = True
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("minimum", "size", "the block size, a power of two", default=1, maximum=64 * MIB),
         Option("maximum", "size", "the largest read or write; 0: the limit of the child", default=0),
     )

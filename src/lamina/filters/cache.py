@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LaminaError, OptionError
 from ..limits import MIB, is_power_of_two
@@ -27,7 +27,7 @@ class Cache(TransformNode):
     Thread-safe: operations run one at a time."""
 
     driver = "cache"
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("blocks", "int", "the maximum number of cached blocks", default=256, minimum=1),
         Option("block-size", "size", "a power of two", default=1 << 16, minimum=512, maximum=64 * MIB),
         Option(

@@ -37,7 +37,7 @@ class Concat(Node):
         super().__init__(name=name, read_only=read_only)
         if not children:
             raise OptionError("concat has no children", hint="give at least one")
-        self.children = {f"children.{number}": child for number, child in enumerate(children)}
+        self.children: dict[str, Child] = {f"children.{number}": child for number, child in enumerate(children)}
         self._disks = tuple(children)
         self.graph_changed()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..around import AroundNode, Request
 from ..request import Child
@@ -19,13 +19,13 @@ class Delay(AroundNode):
 
     driver = "delay"
     faithful = True
-    options = tuple(
+    options: ClassVar[tuple[Option, ...]] = tuple(
         Option(f"{kind}-ms", "int", f"milliseconds before each: {kind}", default=0, minimum=0, maximum=LONGEST)
         for kind in KINDS
     )
 
     def __init__(self, image: Child, **waits: Any) -> None:
-        self.seconds = {kind: waits.pop(f"{kind}_ms", 0) / 1000 for kind in KINDS}
+        self.seconds: dict[str, Any] = {kind: waits.pop(f"{kind}_ms", 0) / 1000 for kind in KINDS}
         super().__init__(image, **waits)
 
     def around(self, kind: str, request: Request, /, *_: int) -> Any:

@@ -12,7 +12,7 @@ import json
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from ..around import AroundNode, Request
 from ..errors import BlockIOError
@@ -34,7 +34,9 @@ class Log(AroundNode):
 
     driver = "log"
     faithful = True
-    options = (Option("log", "str", "the file to which lines are appended (default: standard error)"),)
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("log", "str", "the file to which lines are appended (default: standard error)"),
+    )
 
     def __init__(self, image: Child, log: str | None = None, **common: Any) -> None:
         super().__init__(image, **common)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..request import Child
 from ..schema import Option
@@ -14,7 +14,7 @@ class Offset(WindowNode):
     node is opened). Stateless and thread-safe. Raises OptionError if the range is not inside the image."""
 
     driver = "offset"
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("offset", "size", "the start of the range in the image, in bytes", default=0),
         Option("size", "size", "the length in bytes (default: up to the end of the image)"),
     )

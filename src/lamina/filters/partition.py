@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from ..errors import CorruptImage, FormatError, LimitExceeded, OptionError
 from ..layout import Field, Structure
@@ -79,7 +79,7 @@ class Partition(WindowNode):
     table, OptionError for an unknown partition."""
 
     driver = "partition"
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("partition", "int", "the number of the partition, from 1", required=True, minimum=1),
         Option("sector-size", "int", "the sector size of the disk in bytes (default: detected)", choices=SECTOR_SIZES),
     )

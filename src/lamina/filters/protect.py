@@ -3,15 +3,18 @@ exclude their end."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..around import AroundNode, Request
 from ..errors import ReadOnly
 from ..limits import MAX_SIZE, Limits
-from ..node import FilterNode
+from ..node import plain
 from ..options import parse_range
 from ..request import Child
 from ..schema import Option
+
+if TYPE_CHECKING:
+    from ..extents import Extents
 
 
 class Protect(AroundNode):
@@ -20,7 +23,9 @@ class Protect(AroundNode):
 
     driver = "protect"
     faithful = True
-    options = (Option("ranges", "str", "the protected ranges: FROM-TO,FROM-,...; TO is excluded", required=True),)
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("ranges", "str", "the protected ranges: FROM-TO,FROM-,...; TO is excluded", required=True),
+    )
 
     def __init__(self, image: Child, ranges: str, **common: Any) -> None:
         super().__init__(image, **common)
@@ -33,8 +38,13 @@ class Protect(AroundNode):
         return Limits(max_transfer=MAX_SIZE, optimal_transfer=self.image.node.limits.optimal_transfer)
 
     # These operations change nothing.
-    read_into = FilterNode.read_into
-    extents = FilterNode.extents
+
+    @plain
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.image.read_into(offset, view)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        return self.image.extents(offset, length)
 
     def around(self, kind: str, request: Request, offset: int, length: int, flags: int, /) -> Any:
         if kind == "truncate":

@@ -72,7 +72,7 @@ class Quorum(Node):
                 f"rewrite-corrupted needs a majority, and {vote_threshold} of {len(children)} votes are none",
                 hint=f"set vote-threshold={len(children) // 2 + 1} or more, or omit rewrite-corrupted",
             )
-        self.children = {f"children.{number}": child for number, child in enumerate(children)}
+        self.children: dict[str, Child] = {f"children.{number}": child for number, child in enumerate(children)}
         #: The stale ranges of each copy, which are older than acknowledged writes.
         self._stale = {role: RangeSet() for role in self.children}
         #: The ranges that were changed since the last flush, and may not be on stable storage.

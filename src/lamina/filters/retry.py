@@ -4,7 +4,7 @@ milliseconds."""
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, ClassVar
 
 from ..around import AroundNode, Request
 from ..errors import BlockIOError
@@ -30,7 +30,7 @@ class Retry(AroundNode):
 
     driver = "retry"
     faithful = True
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("retries", "int", "the maximum number of repetitions", default=5, minimum=0, maximum=1000),
         Option("delay", "int", "milliseconds before a repetition", default=200, minimum=0, maximum=_LONGEST),
         Option("exponential", "bool", "double the delay each time", default=True),
@@ -40,7 +40,9 @@ class Retry(AroundNode):
     def __init__(self, image: Child, retries: int = 5, delay: int = 200, exponential: bool = True, **rest: Any) -> None:
         super().__init__(image, **rest)
         #: The delay in seconds before each repetition.
-        self.pauses = [min(delay * (2 ** min(n, 32) if exponential else 1), _LONGEST) / 1000 for n in range(retries)]
+        self.pauses: list[float] = [
+            min(delay * (2 ** min(n, 32) if exponential else 1), _LONGEST) / 1000 for n in range(retries)
+        ]
 
     def around(self, kind: str, request: Request, /, *_: int) -> Any:
         for pause in self.pauses:

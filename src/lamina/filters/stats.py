@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LaminaError
 from ..node import FilterNode
@@ -45,7 +45,9 @@ class Stats(FilterNode):
 
     driver = "stats"
     faithful = True
-    options = (Option("report", "str", "the file of the report: JSON if it ends with .json, otherwise a table"),)
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("report", "str", "the file of the report: JSON if it ends with .json, otherwise a table"),
+    )
 
     def __init__(self, image: Child, report: str | None = None, *, clock: Any = time, **common: Any) -> None:
         super().__init__(image, **common)

@@ -12,7 +12,7 @@ Requests wait in the order of arrival, reads and writes separately. Rates are by
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from .. import clock as system_clock
@@ -149,7 +149,10 @@ class Throttle(FilterNode):
 
     driver = "throttle"
     faithful = True
-    options = (*_options(), Option("group", "str", "a name; nodes of this process with the same name share the limits"))
+    options: ClassVar[tuple[Option, ...]] = (
+        *_options(),
+        Option("group", "str", "a name; nodes of this process with the same name share the limits"),
+    )
 
     def __init__(
         self,
@@ -163,7 +166,7 @@ class Throttle(FilterNode):
     ) -> None:
         super().__init__(image, name=name, read_only=read_only)
         given = _given(limits)
-        self.group = ThrottleGroup(given, clock) if group is None else _group(group, given, clock)
+        self.group: ThrottleGroup = ThrottleGroup(given, clock) if group is None else _group(group, given, clock)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         self.group.wait(READ, requests=1, length=len(view))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BlockIOError, OptionError
 from ..limits import MAX_SIZE, align_down, align_up
@@ -23,7 +23,7 @@ class Truncate(TransformNode):
     bytes fail with ENOSPC before any byte of the request is written. Stateless and thread-safe."""
 
     driver = "truncate"
-    options = (
+    options: ClassVar[tuple[Option, ...]] = (
         Option("size", "size", "the size in bytes"),
         Option("round-up", "size", "round the size of the image up to a multiple of this", minimum=1),
         Option("round-down", "size", "round the size of the image down to a multiple of this", minimum=1),

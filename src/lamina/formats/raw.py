@@ -80,7 +80,7 @@ class Raw(Format):
                 hint=f"choose a size of at most {available - offset}, or omit it",
             )
         self.file = file
-        self.children = {"file": file}
+        self.children: dict[str, Child] = {"file": file}
         self._offset = offset
         self._window = size
         self._unit = round_up

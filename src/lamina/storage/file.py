@@ -49,6 +49,7 @@ class FileStorage(StorageNode):
     noticed, except that bytes beyond a new, earlier end read as zeros."""
 
     driver: ClassVar[str] = "file"
+    read_only: bool
     schema: ClassVar[Schema] = Schema(
         "file",
         [
@@ -83,9 +84,9 @@ class FileStorage(StorageNode):
         self._open_fds = iter((fd,))
         self._close_fd = map(os.close, self._open_fds)
         self._filename = filename
-        self.path = path_of(fd, filename)
+        self.path: str | None = path_of(fd, filename)
         status = os.fstat(fd)
-        self.identity = (status.st_dev, status.st_ino)
+        self.identity: tuple[int, int] | None = (status.st_dev, status.st_ino)
         self._regular = stat.S_ISREG(status.st_mode)
         self._size = status.st_size if self._regular else os.lseek(fd, 0, os.SEEK_END)
         self._block = 1 if self._regular else aligned.logical_block_size(fd)

@@ -17,9 +17,9 @@ class DiskHistory:
     their number so far. Not thread-safe."""
 
     def __init__(self, content: bytes) -> None:
-        self.content = bytearray(content)
+        self.content: bytearray = bytearray(content)
         #: The number of operations so far.
-        self.moment = 0
+        self.moment: int = 0
         # The values of each sector with the moment of each, the first always at 0; False: the change may not have happened.
         self._values: list[list[tuple[int, bytes, bool]]] = []
         self._sizes = [(0, len(content))]

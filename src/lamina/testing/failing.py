@@ -55,13 +55,13 @@ class FailingStorage(StorageNode):
 
     def __init__(self, content: bytes = b"") -> None:
         super().__init__()
-        self.content = bytearray(content)
+        self.content: bytearray = bytearray(content)
         #: Since `arm`: the number of requests, the raised errors, and the first failed request.
-        self.seen = 0
+        self.seen: int = 0
         self.failed: list[BlockIOError] = []
-        self.what = ""
+        self.what: str = ""
         #: The number of calls of `close`.
-        self.closed = 0
+        self.closed: int = 0
         self._at: int | None = None
         self._errno = _errno.EIO
         self._sticky = False
@@ -149,7 +149,7 @@ class Session:
     def __init__(self, make: Opening, storage: FailingStorage, disk: bytes | None) -> None:
         self._make = make
         self.storage = storage
-        self.edge = Child(storage, "file", grows=True)
+        self.edge: Child = Child(storage, "file", grows=True)
         self.trace: list[str] = []
         self._image: Image | None = None
         # The possible contents of the open image; each byte equals that of one of them. None: unknown during a creation.

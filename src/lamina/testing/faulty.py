@@ -31,9 +31,9 @@ class FaultyStorage(Recorder):
         super().__init__(content)
         self._faults: list[_Fault] = []
         #: The number of calls of each operation, including failed ones.
-        self.calls = dict.fromkeys(OPERATIONS, 0)
+        self.calls: dict[str, int] = dict.fromkeys(OPERATIONS, 0)
         #: The number of failed operations.
-        self.failures = 0
+        self.failures: int = 0
 
     def fail(
         self,

@@ -25,7 +25,7 @@ class Interrupt:
     of the package counts, except `lamina.testing`."""
 
     def __init__(self, number: int) -> None:
-        self.left = number
+        self.left: int = number
         #: The location of the exception: file, line, function, event; None before it was raised.
         self.struck: str | None = None
 

@@ -23,7 +23,7 @@ class Disk:
     the content never changes. Offsets and lengths are bytes. Not thread-safe."""
 
     def __init__(self, content: bytes, *, keeps: bool = True) -> None:
-        self.bytes = bytearray(content)
+        self.bytes: bytearray = bytearray(content)
         self.keeps = keeps
         self._discarded = bytearray(len(content))  # 1 for each byte that may also read as zero
 

@@ -37,10 +37,10 @@ class Recorder(StorageNode):
 
     def __init__(self, content: bytes = b"") -> None:
         super().__init__()
-        self.start = bytes(content)
-        self.content = bytearray(content)
+        self.start: bytes = bytes(content)
+        self.content: bytearray = bytearray(content)
         self.log: list[Record] = []
-        self.marks = Marks(self)
+        self.marks: Marks = Marks(self)
         self._mutex = threading.Lock()
 
     def note(self, record: Record) -> None:

@@ -73,7 +73,7 @@ class Blkdebug(FilterNode):
         super().__init__(image, name=name, read_only=read_only)
         self._limits = limits or image.node.limits
         self._options: dict[str, Any] = {}
-        self.rules = rules or Rules()
+        self.rules: Rules = rules or Rules()
         self.rules.fire("none")
 
     @classmethod

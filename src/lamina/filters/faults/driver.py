@@ -82,12 +82,12 @@ class Faults(FilterNode):
         super().__init__(image, name=name, read_only=read_only)
         self.clock: Clock = clock or system_clock
         self.seed = seed
-        self.rules = [Rule(number, options, seed) for number, options in enumerate(rules)]
+        self.rules: list[Rule] = [Rule(number, options, seed) for number, options in enumerate(rules)]
         #: The remaining bytes that may be allocated; None: no limit.
         self.space = space
         #: The injected faults, in order. `operations` counts all operations.
         self.history: list[Injected] = []
-        self.operations = 0
+        self.operations: int = 0
         self._started: float | None = None  # the time of the first operation
         self._mutex = threading.Lock()  # for rules, history and space
         self._changing = threading.RLock()  # held by each change if changes are recorded

@@ -88,7 +88,7 @@ class ByteSet:
     """A set of bytes, stored as half-open ranges in order."""
 
     def __init__(self, *spans: tuple[int, int]) -> None:
-        self.spans = list(spans)
+        self.spans: list[tuple[int, int]] = list(spans)
 
     def add(self, start: int, end: int) -> int:
         """Add a range. Returns the number of bytes that were not in the set."""
@@ -114,11 +114,18 @@ class ByteSet:
 class Rule:
     """One rule and its counters. Raises OptionError for a rule that can never inject a fault."""
 
+    actions: dict[str, Any]
+    after: int
+    down: Any
+    every: Any
+    nth: Any
+    up: Any
+
     def __init__(self, number: int, options: Mapping[str, Any], seed: int) -> None:
         values = RULE.parse(options, f"rules.{number}")
         self.number = number
         # Used by this rule only, so that its choices do not depend on other rules.
-        self.rng = random.Random(f"{seed}/{number}")
+        self.rng: random.Random = random.Random(f"{seed}/{number}")
         self.actions = {name: values[name] for name in APPLIES if values[name]}
         if not self.actions:
             self.actions["error"] = "EIO"
@@ -128,18 +135,18 @@ class Rule:
         kind = values["kind"]
         if kind != "any" and not all(kind in APPLIES[action] for action in self.actions):
             raise _wrong(number, f"{', '.join(self.actions)} cannot occur in the operation {kind}")
-        self.kinds = possible if kind == "any" else {kind}
+        self.kinds: set[str] = possible if kind == "any" else {kind}
         start, length = values["start"], values["length"]
-        self.bad = ByteSet((start, start + length if length else MAX_SIZE)) if start or length else None
-        self.heals = values["heal-on-write"]
+        self.bad: ByteSet | None = ByteSet((start, start + length if length else MAX_SIZE)) if start or length else None
+        self.heals: Any = values["heal-on-write"]
         if self.heals and (self.bad is None or kind != "read"):
             raise _wrong(number, "heal-on-write needs kind=read and a range")
         self.after, self.nth, self.every = values["after"], values["nth"], values["every"]
-        self.p = _probability(values["p"], number)
+        self.p: float = _probability(values["p"], number)
         self.left = 1 if values["once"] else values["times"]
         self.up, self.down = values["up"], values["down"]
-        self.keep = values["keep"]
-        self.seen = 0
+        self.keep: Any = values["keep"]
+        self.seen: int = 0
 
     def matches(self, kind: str, offset: int, length: int, now: float) -> bool:
         """Whether the rule applies to this operation. Updates the counters of the rule."""

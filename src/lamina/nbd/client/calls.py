@@ -11,7 +11,7 @@ import contextlib
 import errno
 import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ...buffers import byte_view
@@ -19,7 +19,7 @@ from ...errors import BlockIOError, Closed, LaminaError, NotSupported, OutOfRang
 from ...limits import GIB, MAX_SIZE, align_down, align_up
 from .. import wire
 from ..uri import Target
-from .details import ExportDetails, HandshakeOptions, violation
+from .details import ExportDetails, Handshake, HandshakeOptions, Mode, violation
 from .link import Link
 from .request import Durability, Group, Pending, Sent, take_leave
 
@@ -43,12 +43,18 @@ class Calls:
     ) -> None:
         self.target = target
         self.details = details
-        self.size, self.flags = details.size, details.flags
-        self.minimum, self.preferred, self.maximum = details.minimum, details.preferred, details.maximum
-        self.block_sizes_known = details.block_sizes_known
-        self.name, self.description = details.name, details.description
-        self.contexts = details.contexts
-        self.mode, self.handshake, self.tls = details.mode, details.handshake, details.tls
+        self.size: int = details.size
+        self.flags: int = details.flags
+        self.minimum: int = details.minimum
+        self.preferred: int = details.preferred
+        self.maximum: int = details.maximum
+        self.block_sizes_known: bool = details.block_sizes_known
+        self.name: str = details.name
+        self.description: str | None = details.description
+        self.contexts: Mapping[str, int] = details.contexts
+        self.mode: Mode = details.mode
+        self.handshake: Handshake = details.handshake
+        self.tls: bool = details.tls
         self._wanted = wanted
         self._durability = durability
         self._links: list[Link] = []
@@ -60,20 +66,63 @@ class Calls:
         self._most = max(align_down(min(details.maximum, wire.MAX_PAYLOAD), details.minimum), details.minimum)
         self._effect = MAX_SIZE if details.mode == "extended" else _MAX_EFFECT
 
-    def _has(flag: int) -> property:  # type: ignore[misc]
-        return property(lambda self: bool(self.flags & flag))
+    def _has(self, flag: int) -> bool:
+        return bool(self.flags & flag)
 
-    read_only = _has(wire.FLAG_READ_ONLY)
-    is_rotational = _has(wire.FLAG_ROTATIONAL)
-    can_flush = _has(wire.FLAG_SEND_FLUSH)
-    can_fua = _has(wire.FLAG_SEND_FUA)
-    can_trim = _has(wire.FLAG_SEND_TRIM)
-    can_zero = _has(wire.FLAG_SEND_WRITE_ZEROES)
-    can_fast_zero = _has(wire.FLAG_SEND_FAST_ZERO)
-    can_cache = _has(wire.FLAG_SEND_CACHE)
-    can_df = _has(wire.FLAG_SEND_DF)
-    can_multi_conn = _has(wire.FLAG_CAN_MULTI_CONN)
-    can_status_payload = _has(wire.FLAG_BLOCK_STATUS_PAYLOAD)
+    @property
+    def read_only(self) -> bool:
+        """Whether the export refuses writes."""
+        return self._has(wire.FLAG_READ_ONLY)
+
+    @property
+    def is_rotational(self) -> bool:
+        """Whether it is on a rotating disk."""
+        return self._has(wire.FLAG_ROTATIONAL)
+
+    @property
+    def can_flush(self) -> bool:
+        """Whether the server takes flushes."""
+        return self._has(wire.FLAG_SEND_FLUSH)
+
+    @property
+    def can_fua(self) -> bool:
+        """Whether it takes writes that are to be on stable storage."""
+        return self._has(wire.FLAG_SEND_FUA)
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether it takes discards."""
+        return self._has(wire.FLAG_SEND_TRIM)
+
+    @property
+    def can_zero(self) -> bool:
+        """Whether it takes zero requests."""
+        return self._has(wire.FLAG_SEND_WRITE_ZEROES)
+
+    @property
+    def can_fast_zero(self) -> bool:
+        """Whether it takes zero requests that fail rather than be slow."""
+        return self._has(wire.FLAG_SEND_FAST_ZERO)
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether it takes cache requests."""
+        return self._has(wire.FLAG_SEND_CACHE)
+
+    @property
+    def can_df(self) -> bool:
+        """Whether it reads in one part if asked to."""
+        return self._has(wire.FLAG_SEND_DF)
+
+    @property
+    def can_multi_conn(self) -> bool:
+        """Whether several connections see the same bytes."""
+        return self._has(wire.FLAG_CAN_MULTI_CONN)
+
+    @property
+    def can_status_payload(self) -> bool:
+        """Whether block status may be asked for some contexts."""
+        return self._has(wire.FLAG_BLOCK_STATUS_PAYLOAD)
 
     # -- calls
 

@@ -77,6 +77,10 @@ def server_text(data: bytes | bytearray | memoryview) -> str:
 class Refused(Exception):
     """An option that the server answered with an error; never leaves this package."""
 
+    kind: int
+    option: int
+    text: str
+
     def __init__(self, option: int, kind: int, text: str) -> None:
         self.option, self.kind, self.text = option, kind, text
 

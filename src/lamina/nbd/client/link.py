@@ -86,7 +86,7 @@ class Link:
         #: The link does not reconnect any more.
         self._final = False
         #: This process is a child of the one whose connection it is.
-        self.inherited = False
+        self.inherited: bool = False
         #: The link is reconnecting.
         self._mending = False
         self._pause = 0.0

@@ -54,32 +54,32 @@ class Request:
         view: memoryview | None = None,
         payload: memoryview | bytes | None = None,
     ) -> None:
-        self.command = command
-        self.offset = offset
-        self.length = length
-        self.flags = flags
-        self.view = view
-        self.payload = payload
-        self.cookie = 0
+        self.command: int = command
+        self.offset: int = offset
+        self.length: int = length
+        self.flags: int = flags
+        self.view: memoryview | None = view
+        self.payload: memoryview | bytes | None = payload
+        self.cookie: int = 0
         #: The connection that it is sent over; when it was sent there, and how many were on their way then.
         self.link: Link | None = None
-        self.begun = 0.0
-        self.before = 0
+        self.begun: float = 0.0
+        self.before: int = 0
         #: When it must be answered although the server makes progress, where that is sooner than usual.
         self.latest: float | None = None
         #: When its connection was first lost, or 0.
-        self.lost_at = 0.0
+        self.lost_at: float = 0.0
         #: Of a flush: whether there was something to flush.
-        self.covers = False
+        self.covers: bool = False
         #: The thread that waited for it was interrupted.
-        self.left = False
-        self.done = False
+        self.left: bool = False
+        self.done: bool = False
         self.error: LaminaError | None = None
         #: Where stretches of bytes that came begin and end, in turn, from the start of the request.
         self.bounds: list[int] = []
         #: Chunks of content that came, and extents in all contexts.
-        self.contents = 0
-        self.told = 0
+        self.contents: int = 0
+        self.told: int = 0
         self.status: dict[str, list[tuple[int, int]]] | None = None
 
     def restart(self) -> None:
@@ -185,9 +185,9 @@ class Durability:
         #: Changes that may still be carried out, and whose callers were interrupted: what touches the same bytes comes after.
         self.unsettled: list[Sent] = []
         #: Changes were answered since the last flush began.
-        self.answered = False
+        self.answered: bool = False
         #: Such changes were there when a connection broke: the next flush must fail.
-        self.doubtful = False
+        self.doubtful: bool = False
 
     def note(self, request: Request) -> None:
         """A change or a flush was answered."""

@@ -62,14 +62,14 @@ class Export:
         self._servers = 0
         self.name = name
         self.description = description
-        self.read_only = image.read_only or not writable
+        self.read_only: bool = image.read_only or not writable
         limits = image.node.limits
-        self.minimum = min(limits.request_alignment, wire.MAX_MINIMUM)
+        self.minimum: int = min(limits.request_alignment, wire.MAX_MINIMUM)
         wished = limits.optimal_transfer if is_power_of_two(limits.optimal_transfer) else 0
-        self.preferred = max(min(wished, wire.MAX_PAYLOAD), wire.PREFERRED_BLOCK, self.minimum)
+        self.preferred: int = max(min(wished, wire.MAX_PAYLOAD), wire.PREFERRED_BLOCK, self.minimum)
         self.maximum = wire.MAX_PAYLOAD
         self._end = image.size
-        self.size = align_up(self._end, self.minimum)
+        self.size: int = align_up(self._end, self.minimum)
         self._bitmaps = {wire.DIRTY_BITMAP + key: bitmap for key, bitmap in (bitmaps or {}).items()}
         #: The names of the metadata contexts.
         self.contexts: tuple[str, ...] = (

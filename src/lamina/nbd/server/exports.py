@@ -74,7 +74,7 @@ class Folder:
     ) -> None:
         if (open is None) == (open_fd is None):
             raise OptionError("a folder is opened in one way", hint="give open_fd, or open")
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._place = os.path.abspath(path)
         self._open, self._open_fd = open, open_fd
         self._writable, self._write_through = writable, write_through
