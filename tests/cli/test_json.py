@@ -25,6 +25,7 @@ from lamina import json_forms as forms
 from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
 from lamina.explanation import Overview, Step
+from lamina.jobs.diff import Range
 from lamina.nbd import Export, Server
 from lamina.registry import names
 
@@ -196,6 +197,11 @@ def test_diff(folder: Path, printed: Printed) -> None:
         ["-f", "qcow2", "--bitmap", "dirty", "plain.qcow2"],
     ):
         require(forms.DiffJson, printed("diff", *words))
+    with lamina.open("plain.qcow2", format="qcow2") as first, lamina.open("top.qcow2", format="qcow2") as second:
+        ranges = [one.to_json() for one in lamina.diff(first, second)]
+    assert ranges
+    assert printed("diff", "-f", "qcow2", "-F", "qcow2", "plain.qcow2", "top.qcow2")["block_metadata"] == ranges
+    require(list[Range], ranges)
 
 
 @pytest.mark.parametrize("name", IMAGES)

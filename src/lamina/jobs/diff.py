@@ -26,6 +26,7 @@ from .windows import windows
 if TYPE_CHECKING:
     from ..bitmap import DirtyBitmap
     from ..image import Image
+    from ..json_forms import RangeJson
     from ..numeric import NDArray
     from ..pending import Pending
     from ..status import HostFile
@@ -41,6 +42,10 @@ class Range(NamedTuple):
 
     offset: int
     length: int
+
+    def to_json(self) -> RangeJson:
+        """By the names of the container storage interface, as `lamina diff --output=json` prints it."""
+        return {"byte_offset": self.offset, "size_bytes": self.length}
 
 
 def diff(

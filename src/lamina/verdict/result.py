@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ..json_forms import VerdictJson
+    from ..json_forms import NamedFileJson, VerdictJson
 
 
 class NamedFile(NamedTuple):
@@ -14,6 +14,10 @@ class NamedFile(NamedTuple):
 
     role: str
     name: str
+
+    def to_json(self) -> NamedFileJson:
+        """Its fields."""
+        return {"role": self.role, "name": self.name}
 
 
 class Verdict(NamedTuple):
@@ -38,7 +42,7 @@ class Verdict(NamedTuple):
         return {
             "format": self.format,
             "matches": list(self.matches),
-            "references": [{"role": one.role, "name": one.name} for one in self.references],
+            "references": [one.to_json() for one in self.references],
             "features": list(self.features),
             "limits_hit": list(self.limits_hit),
             "safe": self.safe,
