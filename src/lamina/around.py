@@ -1,4 +1,4 @@
-"""The base class of filters that treat all requests alike. It follows the contract of `node.py`."""
+"""The base classes of filters that treat all requests alike, or all changes. It follows the contract of `node.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import clock as system_clock
-from .node import FilterNode
+from .node import FilterNode, plain
 from .request import Child
 
 if TYPE_CHECKING:
@@ -54,3 +54,14 @@ class AroundNode(FilterNode):
     def extents(self, offset: int, length: int) -> Extents:
         found: Extents = self.around("extents", partial(self.image.extents, offset, length), offset, length, 0)
         return found
+
+
+class AroundChanges(AroundNode):
+    """As `AroundNode`, for the requests that change something; reads and questions about the status pass."""
+
+    @plain
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self.image.read_into(offset, view)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        return self.image.extents(offset, length)

@@ -41,7 +41,7 @@ FOR_PROGRAMS = {
 
 #: What values of these have as types, and what authors of drivers use, at home where it is defined.
 FOR_DRIVERS = {
-    "around": "AroundNode Request",
+    "around": "AroundChanges AroundNode Request",
     "bitmap": "DirtyBitmap MemoryBitmap",
     "block_runs": "BlockRuns following",
     "disk_file": "DiskFile",

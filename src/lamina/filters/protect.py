@@ -3,21 +3,17 @@ exclude their end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ..around import AroundNode, Request
+from ..around import AroundChanges, Request
 from ..errors import ReadOnly
 from ..limits import MAX_SIZE, Limits
-from ..node import plain
 from ..options import parse_range
 from ..request import Child
 from ..schema import Option
 
-if TYPE_CHECKING:
-    from ..extents import Extents
 
-
-class Protect(AroundNode):
+class Protect(AroundChanges):
     """Protects `ranges` of `image` ("0-1M,8M-": sizes with suffixes; a range without an end has no upper bound). A write,
     zero request, discard or truncate that overlaps a range raises ReadOnly and changes no byte."""
 
@@ -36,15 +32,6 @@ class Protect(AroundNode):
         """No limits, so that the filter checks each request as it was made, before the edge to the child splits or aligns
         it."""
         return Limits(max_transfer=MAX_SIZE, optimal_transfer=self.image.node.limits.optimal_transfer)
-
-    # These operations change nothing.
-
-    @plain
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self.image.read_into(offset, view)
-
-    def extents(self, offset: int, length: int) -> Extents:
-        return self.image.extents(offset, length)
 
     def around(self, kind: str, request: Request, offset: int, length: int, flags: int, /) -> Any:
         if kind == "truncate":

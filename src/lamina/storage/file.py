@@ -1,8 +1,7 @@
 """The driver `file`: a regular file or a block device, accessed with positioned reads and writes.
 
 Each operation is a system call with an explicit offset, so the driver is thread-safe. SEEK_DATA and SEEK_HOLE find holes;
-fallocate zeroes and discards. With `cache.direct` requests bypass the page cache (`DirectFileStorage`).
-"""
+fallocate zeroes and discards. With `cache.direct` requests bypass the page cache (`DirectFileStorage`)."""
 
 from __future__ import annotations
 
