@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamina import json_forms as forms
+from lamina import json_forms_nbd as nbd_forms
 from lamina import json_schema
 from lamina.check_result import CheckResult
 from lamina.explanation import Explanation, Overview, Step
@@ -27,7 +28,8 @@ may print more.
 
 In Python the results of functions have the same by `to_json()`, and `lamina.json_schema` returns a JSON Schema (draft
 2020-12) of it, by name or by class. The schema is that of the installed version, and admits no other key. Where a command
-prints what no function returns, the types are in `lamina.json_forms`:
+prints what no function returns, the types are in
+`lamina.json_forms` and `lamina.json_forms_nbd`:
 
 ```python
 import lamina
@@ -54,12 +56,14 @@ class Output(NamedTuple):
 OUTPUTS = (
     Output("lamina info", ImageInfo, "One object.", "`lamina.info`"),
     Output("lamina info --backing-chain", list[ImageInfo], "A list, from top to bottom.", "`lamina.info_chain`"),
-    Output("lamina info nbd://...", forms.ExportsJson, "For an NBD server, and with `--list` all its exports."),
+    Output("lamina info nbd://...", nbd_forms.ExportsJson, "For an NBD server, and with `--list` all its exports."),
     Output("lamina snapshot -l", list[Snapshot], "A list, in the order of the image.", "`Image.snapshots`"),
     Output("lamina check", CheckResult, "One object.", "`lamina.check`"),
     Output("lamina map", list[Extent], "A list without gaps, in order.", "`Image.extents`"),
-    Output("lamina map --context", list[forms.ContextRangeJson], "A list, by the names of nbdinfo."),
-    Output("lamina map --context --totals", list[forms.ContextTotalJson], "A list, with one member for each status."),
+    Output("lamina map --context", list[nbd_forms.ContextRangeJson], "A list, by the names of nbdinfo."),
+    Output(
+        "lamina map --context --totals", list[nbd_forms.ContextTotalJson], "A list, with one member for each status."
+    ),
     Output("lamina explain FILE", Overview, "Without an offset: an overview.", "`lamina.structures`"),
     Output("lamina explain FILE OFFSET", list[Explanation], "A list: one for each offset.", "`lamina.explain`"),
     Output("lamina explain --guest", list[forms.GuestPathJson], "A list: one for each offset."),
@@ -73,7 +77,7 @@ OUTPUTS = (
     Output("lamina bench", forms.BenchJson, "One object."),
     Output("lamina drivers", list[forms.DriverJson], "A list of drivers, without their options."),
     Output("lamina drivers NAME", forms.DriverJson, "One driver, with its options."),
-    Output("lamina serve", forms.ServingJson, "One line, when clients can connect."),
+    Output("lamina serve", nbd_forms.ServingJson, "One line, when clients can connect."),
     Output("Errors", forms.ErrorJson, "On standard error, where a command with `--output json` fails."),
     Output("Layers", list[Layer], "No command prints it; a list from top to bottom.", "`Image.layers`"),
 )

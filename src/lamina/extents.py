@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from .json_forms import ExtentJson
 
 
-#: The number of rows that iteration converts to objects at a time: few enough for the CPU cache, and enough to amortise the
-#: cost of a numpy call.
+#: The rows that iteration makes into objects at a time: few enough for the CPU cache, enough for the cost of a numpy call.
 _CHUNK = 4096
 
 #: The types of the columns.

@@ -100,9 +100,9 @@ class Image:
     def layers(self) -> tuple[Layer, ...]:
         """The layers of the disk from the top down: the image, its backing file, the backing file of that, ... Layer `n` is
         the one that `Extents.depth` calls `n`. An edit of the graph waits meanwhile."""
-        from .layers import layers_of
+        from .layers import chain_of
 
-        return self.graph.exclusively("describes the layers", layers_of, self.node)
+        return self.graph.exclusively("describes the layers", chain_of, self.node)
 
     def find(self, kind: type[_Kind], name: str | None = None) -> _Kind:
         """The node of the class `kind`, on top of this image or anywhere below it: `image.find(Stats).snapshot()`. `name`, a

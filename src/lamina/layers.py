@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .format import Format
+from .format import Format, layers_of
 from .node import Node, StorageNode
 
 
@@ -25,32 +25,25 @@ class Layer(NamedTuple):
         return {name.replace("_", "-"): value for name, value in self._asdict().items() if value is not None}
 
 
-def layers_of(top: Node) -> tuple[Layer, ...]:
-    """The layers of the graph below `top`, from top to bottom. A filter belongs to the layer of its image, since the depth of
-    extents does not change there. A filter over several images (`quorum`, `concat`) is a layer itself, and the last one,
-    since these have layers of their own."""
-    found: list[Layer] = []
-    node: Node | None = top
-    while node is not None:
-        node = _below_filters(node)
-        file = _file(node)
-        file_size, actual_size = (None, None) if file is None else (file.size, file.allocated)
-        sizes = (node.size, file_size, actual_size)
-        found.append(Layer(len(found), node.driver, node.filename, *sizes, node.read_only, node.name))
-        backing = node.children.get("backing")
-        node = None if backing is None else backing.node
-    return tuple(found)
+def chain_of(top: Node) -> tuple[Layer, ...]:
+    """The layers of the graph below `top` (see `layers_of`) from top to bottom, and what is below the last one: storage
+    without a format, or a filter over several images (`quorum`, `concat`), which have layers of their own."""
+    nodes = layers_of(top)
+    rest = nodes[-1].children.get("backing") if nodes else None
+    if not nodes or rest is not None:
+        nodes.append(_end(top if rest is None else rest.node))
+    return tuple(_layer(depth, node) for depth, node in enumerate(nodes))
 
 
-def _below_filters(node: Node) -> Node:
-    while not isinstance(node, Format) and "image" in node.children:
-        node = node.children["image"].node
+def _layer(depth: int, node: Node) -> Layer:
+    file = _end(node.children["file"].node if isinstance(node, Format) else node)
+    file_size, actual_size = (file.size, file.allocated) if isinstance(file, StorageNode) else (None, None)
+    sizes = (node.size, file_size, actual_size)
+    return Layer(depth, node.driver, node.filename, *sizes, node.read_only, node.name)
+
+
+def _end(node: Node) -> Node:
+    """The first node below the filters over one node."""
+    while len(node.children) == 1:
+        node = next(iter(node.children.values())).node
     return node
-
-
-def _file(node: Node) -> StorageNode | None:
-    """The storage of a layer."""
-    node = _below_filters(node)
-    while "file" in node.children:
-        node = _below_filters(node.children["file"].node)
-    return node if isinstance(node, StorageNode) else None

@@ -32,6 +32,7 @@ LAYERS = [
         "detect",
         "extents",
         "json_forms",
+        "json_forms_nbd",
         "layout",
         "limits",
         "named_file",

@@ -54,6 +54,7 @@ FOR_DRIVERS = {
     "format_node": "Columns FormatNode Mapping Reservation To",
     "graph": "Opener Spec",
     "json_forms": "*",  # every form
+    "json_forms_nbd": "*",
     "layout": "Field Flag Flags Record Row Structure",
     "limits": """
         Budget DEFAULT_BUDGET GIB KIB Limits MAX_ROWS MAX_SIZE MAX_TRANSFER MIB TIB align_down align_up
@@ -74,7 +75,7 @@ FOR_DRIVERS = {
 #: Names without an underscore in the modules of `FOR_DRIVERS` that are internal all the same.
 INTERNAL_NAMES = {
     "edit": "refresh",
-    "format": "lookup_format",
+    "format": "layers_of lookup_format",
     "graph": "COMMON COMMON_SCHEMA STORAGE_ROLES named open_graph probe rebook usual",
     "limits": "MAX_CHAIN Memory",
     "node": "check_size foreign is_plain require_writable",
@@ -89,7 +90,7 @@ INTERNAL_NAMES = {
 INTERNAL = """
     __main__ api atomic_file buffers check_result cli clock codecs coding creation crypto detect edge errors filters
     formats gate holes image inspection jobs layers lifecycle named_file nbd node_tree numeric options own_files
-    peer_options policy ranges references reopening result_schema results rounding side_file storage
+    palette peer_options picture policy ranges references reopening result_schema results rounding side_file storage
     target_file testing verdict version workers zeros
     """
 
@@ -202,7 +203,7 @@ def comments(module: str) -> Iterator[tuple[str, bool]]:
             yield one.id, told or bool(re.search(r"#:? ", lines[last - 1]))
 
 
-@pytest.mark.parametrize("module", sorted(set(FOR_DRIVERS) - {"json_forms"}))
+@pytest.mark.parametrize("module", sorted(set(FOR_DRIVERS) - {"json_forms", "json_forms_nbd"}))
 def test_each_public_constant_has_a_comment(module: str) -> None:
     names = listed(FOR_DRIVERS[module])
     missing = [name for name, told in comments(module) if name in names and not told]

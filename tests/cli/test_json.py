@@ -22,6 +22,7 @@ import pytest
 
 import lamina
 from lamina import json_forms as forms
+from lamina import json_forms_nbd as nbd_forms
 from lamina.bitmap import MemoryBitmap
 from lamina.cli.main import main
 from lamina.explanation import Overview, Step
@@ -221,6 +222,13 @@ def test_graph_of_filters_and_of_shared_nodes(folder: Path, printed: Printed) ->
     assert found["children"][2]["node"] == {"name": "shared", "driver": "raw", "shared": True}
 
 
+def test_graph_of_a_chain_that_is_incomplete(folder: Path, printed: Printed) -> None:
+    Path("base.raw").unlink()
+    found = printed("graph", "-f", "qcow2", "top.qcow2", status=1)
+    require(forms.NodeJson, found)
+    assert "not-opened" in str(found)
+
+
 def test_measure(folder: Path, printed: Printed) -> None:
     for words in (
         ["--size", "1G", "-O", "qcow2"],
@@ -282,17 +290,17 @@ def exported(folder: Path) -> Iterator[str]:
 
 
 def test_info_of_a_server(exported: str, printed: Printed) -> None:
-    require(forms.ExportsJson, printed("info", exported))
+    require(nbd_forms.ExportsJson, printed("info", exported))
     found = printed("info", "--list", exported)
-    require(forms.ExportsJson, found)
+    require(nbd_forms.ExportsJson, found)
     assert len(found["exports"]) == 2
 
 
 def test_map_of_contexts(exported: str, printed: Printed) -> None:
     for contexts in (["base:allocation"], ["lamina:exact", "qemu:dirty-bitmap:b0"], ["all"]):
         words = [word for one in contexts for word in ("--context", one)]
-        require(list[forms.ContextRangeJson], printed("map", *words, exported))
-        require(list[forms.ContextTotalJson], printed("map", "--totals", *words, exported))
+        require(list[nbd_forms.ContextRangeJson], printed("map", *words, exported))
+        require(list[nbd_forms.ContextTotalJson], printed("map", "--totals", *words, exported))
 
 
 @pytest.mark.parametrize("folder_of", [True, False], ids=["folder", "file"])
@@ -305,7 +313,7 @@ def test_serve(folder: Path, folder_of: bool) -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     found = json.loads(line)
-    require(forms.ServingJson, found)
+    require(nbd_forms.ServingJson, found)
     assert ("folder" in found) is folder_of
 
 
@@ -338,6 +346,6 @@ def test_every_key_has_a_meaning(json_page: ModuleType) -> None:
 
 def test_every_form_is_on_the_page(json_page: ModuleType) -> None:
     page = json_page.page()
-    for name in vars(forms):
+    for name in [*vars(forms), *vars(nbd_forms)]:
         if name.endswith("Json"):
             assert f"### {name.removesuffix('Json')}\n" in page

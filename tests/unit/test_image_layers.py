@@ -95,6 +95,19 @@ def test_a_filter_over_several_images_is_a_layer(tmp_path: Path) -> None:
         assert (layer.format, layer.virtual_size, layer.file_size) == ("concat", 2048, None)
 
 
+def test_a_filter_over_several_images_below_an_overlay(tmp_path: Path) -> None:
+    lamina.create(tmp_path / "top.qcow2", "qcow2", size=2048)
+    memory = {"driver": "memory", "size": 1024}
+    file = {"driver": "file", "filename": str(tmp_path / "top.qcow2")}
+    below = {"driver": "stats", "image": {"driver": "concat", "children": [memory, memory]}}
+    with lamina.open({"driver": "qcow2", "file": file, "backing": below}) as image:
+        assert [(one.depth, one.format, one.filename) for one in image.layers] == [
+            (0, "qcow2", str(tmp_path / "top.qcow2")),
+            (1, "concat", image.layers[1].filename),
+        ]
+        assert {row.depth for row in image.extents()} == {1}
+
+
 def test_layers_are_json(chain: Path) -> None:
     with lamina.open(chain, format="qcow2") as image:
         found = [one.to_json() for one in image.layers]
@@ -109,7 +122,7 @@ def test_layers_are_json(chain: Path) -> None:
         "read-only": True,
         "node-name": image_name(found[2]),
     }
-    with lamina.open({"driver": "concat", "children": [{"driver": "memory", "size": 512}]}) as image:
+    with lamina.open({"driver": "concat", "children": [{"driver": "memory", "size": 512}] * 2}) as image:
         assert "file-size" not in image.layers[0].to_json()
 
 
