@@ -80,7 +80,7 @@ $(VENV)/.made: pyproject.toml
 
 $(VENV)/.run: $(VENV)/.made
 	@echo "installing Lamina"
-	@$(PIP) install --editable .
+	@$(PIP) install --editable '.[cli,crypto,fast]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

@@ -7,8 +7,8 @@
             return Slow(image)
 
 `StorageConformance`, `FormatConformance` and `FilterConformance` test a driver against the contract in `lamina.node`; they
-compare it with the flat disk `Disk`. They need hypothesis and pytest (the extra `dev`), which no other module of Lamina
-imports. For readable failures pytest should rewrite the assertions of these modules; call this before the import:
+compare it with the flat disk `Disk`. They need hypothesis and pytest (the extra `testing`), which no other module of
+Lamina imports. For readable failures pytest should rewrite the assertions of these modules; call this before the import:
 `pytest.register_assert_rewrite("lamina.testing")`.
 
 `cut_power` checks every state that a power cut could leave, of any code (docs/testing-your-own.md); `FaultyStorage` fails on
@@ -67,6 +67,9 @@ _HOMES = {
     "replay": "write_log",
 }
 
+#: What the extra `testing` installs.
+_OF_TESTING = {"hypothesis", "pytest"}
+
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
@@ -74,7 +77,13 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        found = getattr(import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_TESTING:
+            raise
+        text = f"lamina.testing.{name} needs {error.name}, which is not installed: pip install 'lamina[testing]'"
+        raise ModuleNotFoundError(text, name=error.name) from error
     globals()[name] = found  # later lookups find it at once
     return found
 
