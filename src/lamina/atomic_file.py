@@ -11,7 +11,6 @@ process holds a lock on it (flock). The next `AtomicFile` of the target removes 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Collection
@@ -20,8 +19,22 @@ from types import TracebackType
 from typing import Self
 from zlib import crc32
 
+from .capabilities import (
+    FOLDERS,
+    MOVES_OPEN_FILES,
+    O_CLOEXEC,
+    O_DIRECTORY,
+    O_NOCTTY,
+    O_NOFOLLOW,
+    O_NONBLOCK,
+    O_TMPFILE,
+    fcntl,
+    flush_file,
+    pwrite,
+    user,
+)
 from .errors import BlockIOError, LaminaError, Locked, OptionError, append_hint
-from .target_file import NOT_ALLOWED, Lock, Target, open_folder, real_path
+from .target_file import NOT_ALLOWED, Lock, Target, at, open_folder, real_path
 
 #: The first bytes of a file that is written in place; they are written last. The header of every format is there.
 HEADER_BYTES = 4096
@@ -143,6 +156,8 @@ class AtomicFile:
                 return
         self._folder = open_folder(folder)
         self._temporary = temporary_name(self._name)
+        if self._folder < 0:
+            self._name, self._temporary = self.target, os.path.join(folder, self._temporary)
         try:
             self._remove_unfinished()
             self._create(self._mode if old is None else 0o600)
@@ -166,10 +181,10 @@ class AtomicFile:
 
     def _create(self, mode: int) -> None:
         """Create the new file, without a name if the file system supports that. Raises OSError."""
-        flags = os.O_RDWR | os.O_CLOEXEC
-        if hasattr(os, "O_TMPFILE"):
+        flags = os.O_RDWR | O_CLOEXEC
+        if O_TMPFILE:
             try:
-                self.fd = os.open(".", flags | os.O_TMPFILE, mode, dir_fd=self._folder)
+                self.fd = os.open(".", flags | O_TMPFILE, mode, dir_fd=self._folder)
             except OSError as error:
                 if error.errno not in _NO_TMPFILE:
                     raise
@@ -181,7 +196,7 @@ class AtomicFile:
         while True:
             self._named = True
             self.fd = os.open(
-                self._temporary, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self._folder
+                self._temporary, flags | os.O_CREAT | os.O_EXCL | O_NOFOLLOW, mode, dir_fd=at(self._folder)
             )
             _mark_in_use(self.fd)
             if _is_at(self.fd, self._folder, self._temporary):
@@ -196,13 +211,15 @@ class AtomicFile:
             return
         durable = self.durable or self._old is not None
         if durable:
-            os.fsync(self.fd)
+            flush_file(self.fd)
+        if not MOVES_OPEN_FILES:
+            self._close_new()
         if self._old is not None:
             if not self._named:
                 self._remove_unfinished()
                 self._named = True
                 self._link(self._temporary)
-            self._old.replace(self._temporary)
+            self._old.replace(os.path.basename(self._temporary))
         elif self._named:
             self._rename_to_free_name()
         else:
@@ -212,31 +229,32 @@ class AtomicFile:
                 raise self._name_in_use() from error
         self._named = False
         if durable:
-            sync_folder(".", self._folder)  # by its descriptor, since the folder may have been renamed
+            # By its descriptor, since the folder may have been renamed.
+            sync_folder("." if self._folder >= 0 else os.path.dirname(self.target), at(self._folder))
 
     def _rename_to_free_name(self) -> None:
         # A second link, since a rename would replace a file that another program creates at the last moment.
         try:
-            os.link(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            os.link(self._temporary, self._name, src_dir_fd=at(self._folder), dst_dir_fd=at(self._folder))
         except FileExistsError as error:
             raise self._name_in_use() from error
         except OSError as error:  # a file system without hard links
             if _exists(self._folder, self._name):
                 raise self._name_in_use() from error
-            os.replace(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            os.replace(self._temporary, self._name, src_dir_fd=at(self._folder), dst_dir_fd=at(self._folder))
         else:
-            os.unlink(self._temporary, dir_fd=self._folder)
+            os.unlink(self._temporary, dir_fd=at(self._folder))
 
     def _finish_in_place(self) -> None:
         if not self.begun:
             return
-        os.fsync(self.fd)
+        flush_file(self.fd)
         length = HEADER_BYTES if self.is_device else min(os.fstat(self.fd).st_size, HEADER_BYTES)
         view = memoryview(self.header)[:length]
         at = 0
         while at < length:
-            at += os.pwrite(self.fd, view[at:], at)
-        os.fsync(self.fd)
+            at += pwrite(self.fd, view[at:], at)
+        flush_file(self.fd)
         self.begun = False
 
     def _link(self, name: str) -> None:
@@ -291,9 +309,12 @@ class AtomicFile:
 
     def _remove_temporary(self) -> None:
         if self.fd >= 0:
-            if _is_at(self.fd, self._folder, self._temporary):
-                os.unlink(self._temporary, dir_fd=self._folder)
-        elif self._folder >= 0:
+            mine = _is_at(self.fd, self._folder, self._temporary)
+            if not MOVES_OPEN_FILES:
+                self._close_new()
+            if mine:
+                os.unlink(self._temporary, dir_fd=at(self._folder))
+        elif self._folder >= 0 or not FOLDERS:
             # Creation was interrupted, so no process holds the lock.
             with suppress(LaminaError):  # the file of another user or process
                 self._remove_unfinished()
@@ -301,7 +322,7 @@ class AtomicFile:
 
     def _remove_unfinished(self) -> None:
         """Remove the temporary file of a killed process, whose owner is this user or already the owner of the target."""
-        owners = {os.geteuid()} | ({self._old.status.st_uid} if self._old is not None else set())
+        owners = {user()} | ({self._old.status.st_uid} if self._old is not None else set())
         _remove_unfinished(self._folder, self._temporary, owners)
 
     def _close_new(self) -> None:
@@ -320,18 +341,20 @@ def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = Fal
             file.header[: len(data)] = data[:HEADER_BYTES]
         view, at = memoryview(data), HEADER_BYTES if file.in_place else 0
         while at < len(data):
-            at += os.pwrite(file.fd, view[at:], at)
+            at += pwrite(file.fd, view[at:], at)
 
 
 def sync_folder(path: str, folder: int | None = None) -> None:
     """Flush the names of a folder to stable storage. `folder`: the descriptor to which `path` is relative. Raises OSError."""
+    if not FOLDERS:
+        return  # a system whose file system keeps names by itself
     try:
-        fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(path or ".", os.O_RDONLY | O_DIRECTORY | O_CLOEXEC, dir_fd=folder)
     except PermissionError:
         os.sync()  # the folder may be written but not read
         return
     try:
-        os.fsync(fd)
+        flush_file(fd)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:  # some file systems cannot flush folders
             raise
@@ -343,7 +366,7 @@ def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
     """Remove the temporary file `name` of a killed process. Raises Locked if a process is writing it, and BlockIOError if it
     may be something else: its owner is not in `owners`, it is no regular file, has several links, or cannot be locked."""
     try:
-        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
+        fd = os.open(name, os.O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY, dir_fd=at(folder))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -355,16 +378,30 @@ def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_uid not in owners:
             raise _not_temporary(folder, name)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            hint = "wait until that program has finished"
-            raise Locked("another program is writing this file", path=_in_folder(folder, name), hint=hint) from error
+            raise _being_written(folder, name) from error
         except OSError as error:
             raise _not_temporary(folder, name) from error
         if _is_at(fd, folder, name):
-            os.unlink(name, dir_fd=folder)
+            if not MOVES_OPEN_FILES:
+                os.close(fd)
+                fd = -1
+            try:
+                os.unlink(name, dir_fd=at(folder))
+            except PermissionError as error:
+                if MOVES_OPEN_FILES:
+                    raise
+                raise _being_written(folder, name) from error
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _being_written(folder: int, name: str) -> Locked:
+    hint = "wait until that program has finished"
+    return Locked("another program is writing this file", path=_in_folder(folder, name), hint=hint)
 
 
 def _not_temporary(folder: int, name: str) -> BlockIOError:
@@ -378,7 +415,7 @@ def _not_temporary(folder: int, name: str) -> BlockIOError:
 
 def _in_folder(folder: int, name: str) -> str:
     try:
-        return os.path.join(os.readlink(_path_of(folder)), name)
+        return os.path.join(os.readlink(_path_of(folder)), name) if folder >= 0 else name
     except OSError:
         return name
 
@@ -386,20 +423,22 @@ def _in_folder(folder: int, name: str) -> str:
 def _mark_in_use(fd: int) -> None:
     """Take the lock that marks the file as being written, if the file system has such locks. (Another process that checks the
     file may hold the lock for a moment; it then removes the file.)"""
+    if fcntl is None:
+        return  # where an open file cannot be removed, that is the lock
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_at(fd: int, folder: int, name: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=at(folder), follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
 def _exists(folder: int, name: str) -> bool:
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        os.stat(name, dir_fd=at(folder), follow_symlinks=False)
     except FileNotFoundError:
         return False
     except OSError:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from .atomic_file import HEADER_BYTES, AtomicFile, sync_folder
+from .capabilities import O_CLOEXEC, O_NOFOLLOW
 from .detect import HEAD_BYTES, TAIL_BYTES
 from .errors import BlockIOError, NotSupported, OptionError, printable
 from .format import Format, lookup_format
@@ -75,7 +76,7 @@ def made_beside(kind: type[Format], values: Mapping[str, Any], target: str) -> I
     try:
         for path in kind.side_files(values):
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o666)
             except FileExistsError as error:
                 text = "this file is to be created for the guest data of the image, and exists already"
                 raise OptionError(text, path=path, hint="delete it first, or name another one") from error

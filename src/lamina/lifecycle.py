@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import os
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakSet
 
+from .capabilities import after_fork_in_child
 from .errors import LaminaError
 from .ranges import RangeLock
 
@@ -310,4 +310,4 @@ def _is_part(value: object) -> bool:
 
 atexit.register(_close_all)
 before_pools()
-os.register_at_fork(after_in_child=_in_child)
+after_fork_in_child(_in_child)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import stat
 from typing import Final
 
+from .capabilities import O_CLOEXEC, O_NOCTTY, O_NONBLOCK, wait_for
 from .errors import BlockIOError, NotFound, OptionError, printable
 
 #: The longest wait, in seconds, for the writer of a FIFO.
@@ -23,7 +23,7 @@ def read_named(path: str, most: int, *, failure: str, patience: float | None = N
     """The first `most` bytes of the file, FIFO or device at `path`, and its status when it was opened. `failure`: the text
     of errors. Raises NotFound, BlockIOError (ETIMEDOUT if no process writes to the FIFO), OptionError for an invalid name."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)
     except OSError as error:
         raise _failed(error, failure, path) from error
     except ValueError as error:  # NUL, or a character without an encoding
@@ -55,9 +55,7 @@ def read_named(path: str, most: int, *, failure: str, patience: float | None = N
 def _wait(fd: int, path: str, failure: str, patience: float) -> None:
     """Wait until bytes can be read or all writers of a FIFO have closed it. `poll` also waits for the first writer, while a
     read would report the end of the file."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    if not poll.poll(patience * 1000):
+    if not wait_for(fd, patience):
         raise BlockIOError(
             f"{failure}: no process has written to it for {patience:g} s", errno=errno.ETIMEDOUT, path=path
         )

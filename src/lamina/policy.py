@@ -5,9 +5,10 @@ open file, and only if the policy of the image grants it. A policy decides about
 the cost of the images, and the reference (`references.py`, which calls this module for every such name) says what kind of
 file the image expects.
 
-Base layer; POSIX. Opening has no race: the module resolves a name to a path without symlinks, checks that path, and then
-opens exactly that path, one directory at a time, without following links. If another process replaces a file or directory by
-a symlink in between, the open fails; it cannot lead to another file.
+Base layer; POSIX: where a folder has no descriptor (Windows), no name inside an image is followed. Opening has no race: the
+module resolves a name to a path without symlinks, checks that path, and then opens exactly that path, one directory at a
+time, without following links. If another process replaces a file or directory by a symlink in between, the open fails; it
+cannot lead to another file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from .capabilities import (
+    FOLDERS,
+    O_CLOEXEC,
+    O_DIRECTORY,
+    O_NOCTTY,
+    O_NOFOLLOW,
+    O_NONBLOCK,
+    O_PATH,
+    has_rights_of_another,
+    set_blocking,
+    user,
+)
 from .errors import (
     BlockIOError,
     LaminaError,
@@ -42,9 +55,8 @@ SYSTEM_DEFAULT = "/etc/lamina/references"
 _MAX_SITE_FILE = 64 << 10
 
 _SPELLINGS = "use none, same-dir, beneath:DIRECTORY, list:FILE:FILE... or any"
-# O_PATH needs only the right to search a directory, as an ordinary open does; other systems need the right to read it.
-_DIRECTORY_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_DIRECTORY_FLAGS = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC
+_FILE_FLAGS = O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC
 
 
 class GrantedFile(NamedTuple):
@@ -152,7 +164,7 @@ class Policy:
         file must belong to this user or to root; if other users may write to it, OptionError is raised. A process with more
         rights than its user (set-user-id) uses /etc alone.
         """
-        plain = os.getuid() == os.geteuid() and os.getgid() == os.getegid()
+        plain = not has_rights_of_another()
         text = os.environ.get("LAMINA_REFERENCES") if plain else None
         if text:
             return _site_policy(text, "LAMINA_REFERENCES")
@@ -211,6 +223,9 @@ class Policy:
         """
         check = _Check(self, name, referrer, what)
         check.check_name()
+        if not FOLDERS:
+            hint = "give it in the options, as the child of that role"
+            raise check.refusal("names inside images are not followed on this system", hint)
         try:
             home = check.home()
             root = self._directory or (_resolve(home)[0] if self._kind == "beneath" else None)
@@ -353,7 +368,7 @@ class _Check:
             os.close(directory)
         try:
             self.check_type(os.fstat(fd).st_mode, path)
-            os.set_blocking(fd, True)
+            set_blocking(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -438,12 +453,12 @@ def _site_file(path: str) -> str | None:
     """The setting of a site in a file: its first line that is neither blank nor a comment. None if the file does not exist or
     belongs to another user."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)
     except OSError:
         return None
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, user()):
             return None
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OptionError(

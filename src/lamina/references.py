@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from . import detect, registry
+from .capabilities import O_CLOEXEC, O_NONBLOCK, pread
 from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, OptionError, PolicyError, printable
 from .node import Node, StorageNode
 from .options import parse_name, to_keyval
@@ -233,7 +234,7 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
     above = opener.trail.above
     top = above[0][1] if above else host.filename
     try:
-        driver = _magic_of(os.open(top, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)).format
+        driver = _magic_of(os.open(top, os.O_RDONLY | O_NONBLOCK | O_CLOEXEC)).format
     except (OSError, LaminaError):
         driver = "FORMAT"
     why, format = "give its format", "FORMAT"
@@ -262,8 +263,8 @@ def _magic_of(fd: int) -> detect.Detection:
     """Detect the format of the file with the descriptor `fd`, which is closed, by its magic."""
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
-        head = os.pread(fd, detect.HEAD_BYTES, 0)
-        tail = os.pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
+        head = pread(fd, detect.HEAD_BYTES, 0)
+        tail = pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
     finally:
         os.close(fd)
     return detect.detect(head, tail, size)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import select
 import stat
 import time
 from types import TracebackType
 from typing import Final, Self
 
+from .capabilities import O_CLOEXEC, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, set_blocking, user, wait_for
 from .errors import BlockIOError, OptionError
 
 #: The longest wait, in seconds, for the reader of a FIFO.
@@ -75,9 +75,7 @@ class SideFile:
 
     def _writable(self, data: memoryview) -> memoryview:
         """Wait until the pipe is writable. Returns the part of `data` that it accepts without blocking."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        if not poll.poll(self._patience * 1000):
+        if not wait_for(self._fd, self._patience, to_write=True):
             raise _Refusal(errno.ETIMEDOUT, f"no process has read from it for {self._patience:g} s")
         return data[:_PIPE]
 
@@ -138,7 +136,7 @@ def _open(path: str, append: bool, mode: int, deadline: float) -> int:
     if own:
         number = own[1] or own[4] or ("1" if own[2] else "2")
         return os.dup(int(number))
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+    flags = os.O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC | (os.O_APPEND if append else 0)
     while True:
         try:
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
@@ -167,7 +165,7 @@ def _open(path: str, append: bool, mode: int, deadline: float) -> int:
             if stat.S_ISREG(status.st_mode) and not append:
                 os.ftruncate(fd, 0)
             if not stat.S_ISFIFO(status.st_mode):
-                os.set_blocking(fd, True)
+                set_blocking(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -180,7 +178,7 @@ def _require_safe(status: os.stat_result) -> None:
     if stat.S_ISLNK(kind):
         raise _refused("symbolic links are not followed")
     if stat.S_ISREG(kind):
-        if status.st_uid != os.geteuid():
+        if status.st_uid != user():
             raise _refused("the file belongs to another user")
         if status.st_nlink != 1:
             raise _refused("the file has several names (hard links)")

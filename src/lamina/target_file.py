@@ -6,12 +6,26 @@ Base layer; used by `atomic_file` and by jobs that rename their own file to an e
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import struct
 from collections.abc import Callable
 
+from .capabilities import (
+    FOLDERS,
+    LINUX,
+    MOVES_OPEN_FILES,
+    O_CLOEXEC,
+    O_DIRECTORY,
+    O_NOCTTY,
+    O_NOFOLLOW,
+    O_NONBLOCK,
+    O_PATH,
+    fcntl,
+    set_blocking,
+    set_permissions,
+    user,
+)
 from .errors import BlockIOError, LaminaError
 
 #: A function that locks the target, called with its descriptor and path. The lock must last as long as the descriptor.
@@ -52,9 +66,9 @@ class Target:
                     path=path,
                     hint="name a file in it" if directory else "name another file",
                 )
-            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+            flags = os.O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY
             self.fd = os.open(path, flags)
-            os.set_blocking(self.fd, True)
+            set_blocking(self.fd)
             self.status = os.fstat(self.fd)
             # Checked again: on an overlay file system, opening a file for writing may replace it by a copy.
             status = os.lstat(path)
@@ -85,9 +99,10 @@ class Target:
         mount, parent = _mount(self.fd), _mount(self._folder)
         if mount is not None and parent is not None and mount != parent:
             return "it is a mount point"
-        folder = os.fstat(self._folder)
-        user = os.geteuid()
-        if folder.st_mode & stat.S_ISVTX and user not in (status.st_uid, folder.st_uid) and not _may_act_as_owner(user):
+        if self._folder < 0:
+            return None  # a system without sticky bits
+        folder, me = os.fstat(self._folder), user()
+        if folder.st_mode & stat.S_ISVTX and me not in (status.st_uid, folder.st_uid) and not _may_act_as_owner(me):
             return "it belongs to another user, in a folder with the sticky bit"
         return None
 
@@ -98,18 +113,18 @@ class Target:
         old, new = self.status, os.fstat(fd)
         if _flags(self.fd) & _NO_COPY_ON_WRITE and not _set_flag(fd, _NO_COPY_ON_WRITE):
             return "its no-copy-on-write flag cannot be set on a new file"
-        user = old.st_uid if old.st_uid != new.st_uid else -1
+        owner = old.st_uid if old.st_uid != new.st_uid else -1
         group = old.st_gid if old.st_gid != new.st_gid else -1
-        if user != -1 or group != -1:
+        if owner != -1 or group != -1:
             try:
-                os.fchown(fd, user, group)
+                os.fchown(fd, owner, group)
             except OSError:
-                return f"its {'owner' if user != -1 else 'group'} cannot be set on a new file"
+                return f"its {'owner' if owner != -1 else 'group'} cannot be set on a new file"
         wanted, given = _attributes(self.fd), _attributes(fd)
         try:
             for name in given.keys() - wanted.keys():
                 os.removexattr(fd, name)  # inherited from the folder
-            os.fchmod(fd, old.st_mode & _PERMISSIONS)
+            set_permissions(fd, old.st_mode & _PERMISSIONS)
             for name, value in wanted.items():
                 if given.get(name) != value:
                     os.setxattr(fd, name, value)
@@ -122,7 +137,7 @@ class Target:
         not have these privileges. (The kernel removes them as well, but not if root writes.) Raises BlockIOError."""
         if not self.is_device and self.status.st_mode & ~_PERMISSIONS & 0o7777:
             try:
-                os.fchmod(self.fd, self.status.st_mode & _PERMISSIONS)
+                set_permissions(self.fd, self.status.st_mode & _PERMISSIONS)
             except OSError as error:
                 raise BlockIOError.from_os(
                     error, "cannot remove its set-user-id, set-group-id or sticky bit", path=self.path
@@ -132,10 +147,17 @@ class Target:
         """Rename the file `name` of the same folder to this file's name. Raises OSError, and BlockIOError if another file has
         that name by now."""
         own_name = os.path.basename(self.path)
-        now = os.stat(own_name, dir_fd=self._folder, follow_symlinks=False)
+        folder = at(self._folder)
+        if folder is None:
+            own_name = self.path
+            name = os.path.join(os.path.dirname(self.path), name)
+        now = os.stat(own_name, dir_fd=folder, follow_symlinks=False)
         if not os.path.samestat(now, self.status):
             raise self._changed()
-        os.replace(name, own_name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        if not MOVES_OPEN_FILES:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+        os.replace(name, own_name, src_dir_fd=folder, dst_dir_fd=folder)
 
     def close(self) -> None:
         """Close the file, which releases the lock."""
@@ -168,8 +190,16 @@ def real_path(path: str) -> str:
 
 
 def open_folder(path: str) -> int:
-    """A descriptor of the folder `path`, which stays valid if the folder is renamed. Raises OSError."""
-    return os.open(path or ".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    """A descriptor of the folder `path`, which stays valid if the folder is renamed; -1 where folders have none. Raises
+    OSError."""
+    if not FOLDERS:
+        return -1
+    return os.open(path or ".", O_PATH | O_DIRECTORY | O_CLOEXEC)
+
+
+def at(folder: int) -> int | None:
+    """The argument `dir_fd` for names in the folder with this descriptor; None without one, when names are whole paths."""
+    return folder if folder >= 0 else None
 
 
 def _mount(fd: int) -> bytes | None:
@@ -182,7 +212,7 @@ def _mount(fd: int) -> bytes | None:
 
 def _line(path: str, key: bytes) -> bytes:
     """The value after `key` in a file of /proc. Raises OSError, ValueError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | O_CLOEXEC)
     try:
         text = os.read(fd, 1 << 14)
     finally:
@@ -202,7 +232,9 @@ def _may_act_as_owner(user: int) -> bool:
 
 
 def _attributes(fd: int) -> dict[str, bytes]:
-    """The extended attributes that a new file inherits."""
+    """The extended attributes that a new file inherits. (CPython has no functions for those of macOS.)"""
+    if not hasattr(os, "listxattr"):
+        return {}
     try:
         return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if name.startswith(_KEPT)}
     except OSError:
@@ -210,6 +242,8 @@ def _attributes(fd: int) -> dict[str, bytes]:
 
 
 def _flags(fd: int) -> int:
+    if not LINUX:
+        return 0
     try:
         return int(struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0])
     except OSError:

@@ -24,6 +24,7 @@ LAYERS = [
     {
         "atomic_file",
         "buffers",
+        "capabilities",
         "check_result",
         "clock",
         "codecs",

@@ -15,7 +15,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent.parent / "src" / "lamina"
 
 #: Modules of the standard library, asked for what only some systems, or some versions of Python, have.
-SYSTEM = {"ctypes.CDLL(None)", "errno", "fcntl", "libc", "os", "signal", "socket", "ssl", "sys", "threading"}
+SYSTEM = {
+    "ctypes.CDLL(None)",
+    "errno",
+    "fcntl",
+    "libc",
+    "mmap",
+    "os",
+    "select",
+    "signal",
+    "socket",
+    "ssl",
+    "sys",
+    "threading",
+}
+SYSTEM |= {"socket.socket"}
 
 #: Attributes that are asked for by a fixed name, and of what. None is one that a driver may have or not.
 NAMES = {
@@ -26,6 +40,7 @@ NAMES = {
     "reason": "an exception of ssl",
     "verify_code": "an exception of ssl",
     "verify_message": "an exception of ssl",
+    "st_blocks": "a status of os.stat, which has it on some systems",
     "number": "an interrupt: the signal that a handler may have noted",
     "__notes__": "an exception",
     "buffer": "a stream that something else may have replaced",

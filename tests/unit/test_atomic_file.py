@@ -264,7 +264,7 @@ with AtomicFile({target!r}) as file:
     {inside}
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-NO_TMPFILE = "del os.O_TMPFILE"
+NO_TMPFILE = "import lamina.atomic_file as module; module.O_TMPFILE = 0"
 
 
 def killed(target: Path, before: str, inside: str) -> None:

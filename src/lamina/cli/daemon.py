@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, Self
 
+from ..capabilities import O_CLOEXEC, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK
 from ..errors import BlockIOError, OptionError
 from ..side_file import SideFile
 
@@ -48,6 +49,8 @@ def fork_to_background() -> Callable[[], None]:
 
     Call it before images are opened and threads are started, since images and sockets belong to the process that opened them.
     """
+    if not hasattr(os, "fork"):
+        raise OptionError("a process cannot continue in the background on this system", hint="leave --fork out")
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -125,7 +128,7 @@ class PidFile:
     def _there(self) -> tuple[tuple[int, int], bytes] | None:
         """Device and inode of the existing regular file, and its first bytes; None if there is no such file."""
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            fd = os.open(self._path, os.O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)
         except OSError:
             return None  # `SideFile` raises the error
         try:

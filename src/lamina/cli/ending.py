@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
+from . import signals
+
 #: The maximum number of seconds from the first signal to the end of the process.
 BOUND: Final = 60.0
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS: Final = signals.ENDING
 
 
 class Ending:
@@ -32,7 +35,8 @@ class Ending:
         self.at_once: list[Callable[[], object]] = []
         self._bound = BOUND if bound is None else bound
         self._before: dict[signal.Signals, Any] = {}
-        self._reader = self._writer = -1
+        self._reader: socket.socket | None = None
+        self._writer: socket.socket | None = None
         self._wakeup = -1
         self._thread: threading.Thread | None = None
 
@@ -41,34 +45,36 @@ class Ending:
 
     def start(self) -> None:
         """Install the handlers and start the thread."""
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
+        # A pair of sockets: on Windows neither the signals nor `select` take pipes.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="serve-signals", daemon=True)
         self._thread.start()
-        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             before = signal.getsignal(number)
-            if number != signal.SIGHUP or before is not signal.SIG_IGN:
+            if number.name != "SIGHUP" or before is not signal.SIG_IGN:
                 self._before[number] = before
                 signal.signal(number, _ignore)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._thread is None:
+        if self._thread is None or self._reader is None or self._writer is None:
             return
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)  # None: a handler that C code installed
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)  # ends the thread
+        self._writer.close()  # ends the thread
         self._thread.join()
-        os.close(self._reader)
+        self._reader.close()
 
     def _watch(self) -> None:
         deadline: float | None = None
+        assert self._reader is not None
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not select.select([self._reader], [], [], left)[0]:
                 self._end(1, f"not ended within {self._bound:g} s: requests or images are blocked")
-            received = os.read(self._reader, 1)
+            received = self._reader.recv(1)
             if not received:
                 return
             if received[0] not in self._before:
@@ -88,4 +94,4 @@ class Ending:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Does nothing: the thread reads the signal from the pipe."""
+    """Does nothing: the thread reads the signal from the socket."""

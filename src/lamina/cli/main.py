@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import sys
 from collections.abc import Callable
 from errno import EIO
@@ -56,6 +55,9 @@ COMMANDS = {
 FIRST = ("create", "info", "map", "check", "convert", "serve")
 
 _HINT = "lamina --help lists the commands"
+
+#: The exit status when the reader of standard output has closed it: as if SIGPIPE, number 13, had ended the program.
+_BROKEN_PIPE = 128 + 13
 
 #: The exit status for an error of the command that this process runs.
 _failure = 1
@@ -151,7 +153,7 @@ def run(name: str = "lamina") -> NoReturn:
     except BrokenPipeError:
         # The reader of standard output has closed it.
         drop(sys.stdout)
-        status = 128 + signal.SIGPIPE
+        status = _BROKEN_PIPE
     signals.finish()
     try:
         sys.stderr.flush()

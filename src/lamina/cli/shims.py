@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from ..capabilities import O_CLOEXEC, O_NOFOLLOW
 from ..errors import BlockIOError, OptionError
 from .arguments import Parser
 from .personality import NAMES
@@ -95,7 +96,7 @@ def _is_ours(path: Path) -> bool:
 def _write(path: Path, text: str) -> None:
     """Replace the file at `path` by an executable program, at once."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o777)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o777)
     try:
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)

@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Those of the system: Windows has no SIGHUP, and no SIGUSR1.
+ENDING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 #: Seconds without progress after which connections are closed, and again after which the process ends.
 _PATIENCE = 1.0
@@ -56,7 +57,8 @@ def install() -> None:
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
-    signal.signal(signal.SIGUSR1, _tell)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, _tell)
 
 
 def check() -> None:

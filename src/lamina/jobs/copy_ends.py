@@ -8,11 +8,11 @@ thread.
 from __future__ import annotations
 
 import os
-import select
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from ..capabilities import read_into, wait_for
 from ..errors import BlockIOError, LaminaError, OptionError
 from ..limits import GIB, KIB, MIB
 from ..node import MAY_UNMAP, Node
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: A part of the source: offset, length, and whether it is known to read as zero.
 Part = tuple[int, int, bool]
 
-#: A thread that waits for a pipe looks so often, in milliseconds, whether the job was cancelled.
-_LOOK = 100
+#: A thread that waits for a pipe looks so often, in seconds, whether the job was cancelled.
+_LOOK = 0.1
 #: The longest request that zeroes, so that the job reports progress.
 MOST_ZERO = 1 * GIB
 _ZEROS = memoryview(bytes(1 * MIB))
@@ -143,7 +143,7 @@ class PipeSource:
             while done < len(view):
                 if self._monitor is not None:
                     self._wait(self._monitor)
-                count = os.readv(self._fd, [view[done:]])
+                count = read_into(self._fd, view[done:])
                 if not count:
                     break
                 done += count
@@ -153,10 +153,8 @@ class PipeSource:
 
     def _wait(self, monitor: Monitor) -> None:
         """Wait until there is something to read, or the end."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
         monitor.check()
-        while not poll.poll(_LOOK):
+        while not wait_for(self._fd, _LOOK):
             monitor.check()
 
     def close(self) -> None:

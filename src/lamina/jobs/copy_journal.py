@@ -14,6 +14,7 @@ import stat
 from typing import TYPE_CHECKING, Any, Self
 
 from ..atomic_file import sync_folder, write_file
+from ..capabilities import O_CLOEXEC, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK
 from ..errors import BlockIOError, FormatError, LaminaError, OptionError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Journal:
     def resume(cls, path: str) -> Self | None:
         """The journal that is at `path`, or None. FormatError if that is none."""
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+            with open(os.open(path, os.O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC), "rb") as file:
                 # A FIFO could be waited for without end.
                 regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
                 data = file.read(_LONGEST + 1) if regular else b""
@@ -128,7 +129,7 @@ class PartialFile:
             raise OptionError("this is not the file that the journal speaks of", path=self.path, hint=hint)
 
     def _make(self) -> None:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_CLOEXEC | O_NOFOLLOW
         fd = os.open(self.path, flags, 0o600 if self._replaces is not None else 0o666)
         try:
             reason = self._replaces.give_attributes(fd) if self._replaces is not None else None

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from errno import EAGAIN, EPIPE, ETIMEDOUT
 from time import monotonic
 from typing import Protocol
 
+from ..capabilities import processors
 from ..errors import BlockIOError, Closed, LaminaError, OptionError, printable
+from .sockets import AF_UNIX, DONT_WAIT, NO_SIGNAL, PEEK, connected, is_gone, limit, peer_process, ready_for
 
 Buffer = bytes | bytearray | memoryview
 
@@ -37,12 +37,7 @@ _MOST_SKIPPED = 1024
 #: Until when one thread does so: several would only take the interpreter from one another. A time instead of a lock, which an
 #: interrupt could leave locked.
 _eager_until = 0.0
-_CPUS = len(os.sched_getaffinity(0))
-
-# Programs in a pipeline may have given SIGPIPE its deadly meaning back. An int: the enum's member is slower to pass.
-_NO_SIGNAL = int(socket.MSG_NOSIGNAL)
-_DONT_WAIT = int(socket.MSG_DONTWAIT)
-_PEEK = int(socket.MSG_PEEK)
+_CPUS = processors()
 
 
 class Channel(Protocol):
@@ -132,9 +127,7 @@ class PlainChannel:
     )
 
     def __init__(self, sock: socket.socket) -> None:
-        # Python's own timeouts would poll before each call; the kernel's (see `settimeout`) cost nothing.
-        sock.settimeout(None)
-        self._socket = sock
+        self._socket = sock = connected(sock)
         self._recv_into, self._sendmsg = sock.recv_into, sock.sendmsg
         self._receiving, self._sending = threading.Lock(), threading.Lock()
         self._closed = self._torn = False
@@ -143,7 +136,7 @@ class PlainChannel:
         #: Waits that are slept through, and after how many more vain ones the next is not.
         self._skip, self._in_vain = 0, 1
         self.peer = _name_of_peer(sock)
-        if sock.family == socket.AF_UNIX:
+        if sock.family == AF_UNIX:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
         else:
@@ -165,7 +158,7 @@ class PlainChannel:
     def receive_soon(self, view: memoryview, *, eager: bool = True) -> int | None:
         with self._receiving:
             try:
-                count = self._receive_eagerly(view) if eager else self._recv_into(view, 0, _DONT_WAIT)
+                count = self._receive_eagerly(view) if eager else self._recv_into(view, 0, DONT_WAIT)
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -186,7 +179,7 @@ class PlainChannel:
         _eager_until = until = now + _EAGER
         while True:
             try:
-                count = self._recv_into(view, 0, _DONT_WAIT)
+                count = self._recv_into(view, 0, DONT_WAIT)
             except BlockingIOError:
                 if monotonic() > until:
                     break
@@ -201,27 +194,23 @@ class PlainChannel:
     def wait_input(self) -> None:
         with self._receiving:
             try:
-                self._recv_into(self._peeked, 1, _PEEK)
+                self._recv_into(self._peeked, 1, PEEK)
             except BlockingIOError:
                 pass
             except OSError as error:
                 raise self._lost(error, "receive") from error
 
     def wait_ready(self, seconds: float) -> tuple[bool, bool]:
-        poll = select.poll()
         with self._sending:  # which keeps the descriptor from being closed, and its number from becoming another file's
             if self._torn:
                 return True, True
-            poll.register(self._socket.fileno(), select.POLLIN | select.POLLOUT)
-            events = sum(event for _, event in poll.poll(max(1, int(seconds * 1000))))
-        broken = bool(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL))
-        return broken or bool(events & select.POLLIN), broken or bool(events & select.POLLOUT)
+            return ready_for(self._socket, max(0.001, seconds))
 
     def receive_now(self, view: memoryview) -> int | None:
         """As `recv_into`, but never waits: None if nothing has come."""
         with self._receiving:
             try:
-                return self._recv_into(view, 0, _DONT_WAIT)
+                return self._recv_into(view, 0, DONT_WAIT)
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -235,7 +224,7 @@ class PlainChannel:
             self._torn = True
             try:
                 try:
-                    sent = self._sendmsg(buffers, (), _NO_SIGNAL) if len(buffers) <= MAX_BUFFERS else 0
+                    sent = self._sendmsg(buffers, (), NO_SIGNAL) if len(buffers) <= MAX_BUFFERS else 0
                 except BlockingIOError:
                     if self.watch is None:
                         raise
@@ -251,7 +240,7 @@ class PlainChannel:
     def _send_some(self, buffers: Sequence[Buffer]) -> int:
         """How many bytes the peer takes; 0 if it took none in the time of `settimeout`, and `watch` goes on."""
         try:
-            return self._sendmsg(buffers, (), _NO_SIGNAL)
+            return self._sendmsg(buffers, (), NO_SIGNAL)
         except BlockingIOError:
             if self.watch is None:
                 raise
@@ -264,7 +253,7 @@ class PlainChannel:
             if self._torn:
                 raise self._lost(OSError(EPIPE, ""), "send")
             try:
-                sent = self._sendmsg(buffers, (), _NO_SIGNAL | _DONT_WAIT)
+                sent = self._sendmsg(buffers, (), NO_SIGNAL | DONT_WAIT)
             except BlockingIOError:
                 return buffers
             except OSError as error:
@@ -292,12 +281,8 @@ class PlainChannel:
     def settimeout(self, seconds: float | None) -> None:
         if seconds is not None and seconds <= 0:
             raise OptionError(f"the timeout is {seconds} s", hint="it is above 0, or None")
-        # At least a microsecond: to the kernel, 0 means no timeout.
-        micros = 0 if seconds is None else max(1, int(seconds * 1_000_000))
-        value = struct.pack("ll", *divmod(micros, 1_000_000))
         try:
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+            limit(self._socket, seconds)
         except OSError as error:
             raise self._lost(error, "set the timeout") from error
 
@@ -327,6 +312,13 @@ class PlainChannel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def is_gone(self) -> bool:
+        """Whether the peer has disconnected without waiting for replies. A system call."""
+        try:
+            return is_gone(self._socket)
+        except (OSError, ValueError):
+            return True  # closed here
+
     @property
     def family(self) -> int:
         """The address family of the socket."""
@@ -355,9 +347,8 @@ def _position(buffers: Sequence[Buffer], at: int, first: int = 0) -> tuple[int, 
 def _name_of_peer(sock: socket.socket) -> str:
     """The peer of `sock`, for messages; of a Unix socket its process."""
     try:
-        if sock.family == socket.AF_UNIX:
-            pid, user, _ = struct.unpack("iii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return f"pid {pid} of user {user}"
+        if sock.family == AF_UNIX:
+            return peer_process(sock)
         host, port = sock.getpeername()[:2]
     except OSError:
         return "a peer that is gone"

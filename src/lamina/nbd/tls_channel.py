@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import BlockIOError, LaminaError
 from .channel import HANDSHAKE_TIMEOUT, Buffer, PlainChannel
+from .sockets import DONT_WAIT, NO_SIGNAL
 
 if TYPE_CHECKING:
+    import socket
     import ssl
 
 #: The plaintext of one TLS record is at most this long.
@@ -285,7 +286,7 @@ class TlsChannel:
                 self._object.unwrap()
             data = self._outgoing.read()
         with contextlib.suppress(OSError):
-            self._plain._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._plain._socket.send(data, DONT_WAIT | NO_SIGNAL)
 
     def _handshake(self, timeout: float) -> None:
         from . import tls

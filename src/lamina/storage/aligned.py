@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..capabilities import LINUX, fcntl
 from ..limits import is_power_of_two
 
 #: The size of one buffer, and so the largest transfer of one system call.
@@ -84,6 +84,8 @@ def logical_block_size(fd: int) -> int:
 
 def _statx_alignment(fd: int) -> int | None:
     """The alignment from statx (Linux 6.1): 0 if direct I/O is not supported, None if the kernel does not tell."""
+    if not LINUX:
+        return None
     import ctypes
 
     statx = getattr(ctypes.CDLL(None), "statx", None)

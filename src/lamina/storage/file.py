@@ -6,16 +6,15 @@ fallocate zeroes and discards. With `cache.direct` requests bypass the page cach
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import threading
 from array import array
 from collections.abc import Callable
 from operator import length_hint
-from os import preadv, pwritev
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..capabilities import O_DIRECT, RWF_DSYNC, SEEK_HOLES, allocated, fcntl, flush_data, preadv, pwritev
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
 from ..limits import KIB, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from ..graph import Opener
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
-
-_RWF_DSYNC = getattr(os, "RWF_DSYNC", 0)
 
 #: The longest write into the page cache, whose pages are no larger then. A virtual machine that gives free memory back to its
 #: host loses pages of 2 MiB: after another program had run, 4.3 GB took 7.2 s in writes of 2 MiB, and 3.7 s in these.
@@ -69,11 +66,11 @@ class FileStorage(StorageNode):
             ),
         ],
     )
-    supported_flags = FUA if _RWF_DSYNC else 0
+    supported_flags = FUA if RWF_DSYNC else 0
     _cached = True  # in the page cache
     _locks: dict[str, frozenset[int]] | None = None  # the further permissions of its locks, if it has locks
     _force_share = False
-    _holes = True  # whether the file system is asked for holes
+    _holes = SEEK_HOLES  # whether the file system is asked for holes
 
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         """The file of the descriptor `fd`, which the node owns from now on."""
@@ -116,7 +113,7 @@ class FileStorage(StorageNode):
             try:
                 node = kind(fd, filename, name=opener.name, read_only=opener.read_only)
                 node._locks, node._force_share = permissions, opener.force_share
-                node._holes = options.get("holes", True)
+                node._holes = SEEK_HOLES and options.get("holes", True)
                 return node  # type: ignore[return-value]
             except OSError as error:
                 if isinstance(error, LaminaError):
@@ -152,7 +149,7 @@ class FileStorage(StorageNode):
     def allocated(self) -> int:
         """The allocated bytes of the file; less than its size if it has holes, and possibly more."""
         try:
-            return os.fstat(self._fd).st_blocks * 512
+            return allocated(os.fstat(self._fd))
         except OSError as error:
             raise self._failed(error, "stat") from error
 
@@ -230,7 +227,7 @@ class FileStorage(StorageNode):
             raise Closed("the file is closed", path=self._filename, operation="flush")
         if self._flush_error is None:
             try:
-                os.fdatasync(self._fd)
+                flush_data(self._fd)
                 return
             except OSError as error:
                 self._flush_error = error
@@ -298,7 +295,7 @@ class FileStorage(StorageNode):
         self.flush()
         fds: list[int] = []
         try:
-            mode = (os.O_RDONLY if read_only else os.O_RDWR) | (0 if self._cached else os.O_DIRECT)
+            mode = (os.O_RDONLY if read_only else os.O_RDWR) | (0 if self._cached else O_DIRECT)
             fd = open_again(fds, self._fd, self.path or self._filename, self._filename, mode)
             if self._locks is not None:
                 locks.pass_on(self._fd, fd, writing=not read_only, path=self._filename, **self._locks)
@@ -342,7 +339,7 @@ class FileStorage(StorageNode):
                 self._write(offset + at, view[at : at + _PIECE], flags)
             return
         try:
-            how = _RWF_DSYNC if flags & FUA else 0
+            how = RWF_DSYNC if flags & FUA else 0
             done = pwritev(self._fd, (view,), offset, how)
             while done != len(view):
                 done += pwritev(self._fd, (view[done:],), offset + done, how)
@@ -437,9 +434,11 @@ class DirectFileStorage(FileStorage):
     def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
         super().__init__(fd, filename, name=name, read_only=read_only)
         try:
+            if not O_DIRECT:
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
             self._align = aligned.alignment(fd)
             self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            fcntl.fcntl(fd, fcntl.F_SETFL, self._flags | os.O_DIRECT)
+            fcntl.fcntl(fd, fcntl.F_SETFL, self._flags | O_DIRECT)
         except OSError as error:
             raise BlockIOError.from_os(
                 error, "the file does not support direct I/O", path=filename, operation="open", hint="omit cache.direct"
@@ -497,4 +496,4 @@ class DirectFileStorage(FileStorage):
             try:
                 super()._write(offset, view, flags)
             finally:
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags | os.O_DIRECT)
+                fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags | O_DIRECT)

@@ -36,11 +36,11 @@ the file.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from collections.abc import Collection
 
+from ..capabilities import LINUX, fcntl
 from ..errors import BlockIOError, Locked
 
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
@@ -50,8 +50,8 @@ _NAMES = ("read", "write", "rewrite", "resize")
 
 #: struct flock of 64-bit file offsets: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi0q")
-_GETLK = getattr(fcntl, "F_OFD_GETLK", None)
-_SETLK = getattr(fcntl, "F_OFD_SETLK", None)
+_GETLK: int | None = getattr(fcntl, "F_OFD_GETLK", None) if LINUX else None
+_SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if LINUX else None
 
 
 def acquire(
@@ -67,8 +67,11 @@ def acquire(
     this process uses, and that it denies others.
 
     Raises Locked for a conflicting lock; the caller then closes `fd`. Without support by the file system the function logs a
-    warning ("lamina") and returns False, or with `required` raises BlockIOError.
+    warning ("lamina") and returns False, or with `required` raises BlockIOError; without support by the system it does the
+    same, and logs nothing.
     """
+    if _SETLK is None and not required:
+        return False
     used = sorted({CONSISTENT_READ, WRITE, RESIZE, *taken} if writing else {CONSISTENT_READ, *taken})
     unshared = sorted({WRITE, RESIZE, *withheld})
     try:
@@ -138,10 +141,10 @@ def in_use_for_writing(fd: int) -> bool:
         return False
 
 
-def _lock(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:
+def _lock(fd: int, byte: int, kind: int | None = None) -> None:
     if _SETLK is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    fcntl.fcntl(fd, _SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    fcntl.fcntl(fd, _SETLK, _FLOCK.pack(fcntl.F_RDLCK if kind is None else kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _held(fd: int, byte: int) -> bool:

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 
+from ..capabilities import LINUX, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, set_blocking
 from ..errors import BlockIOError, LaminaError, OptionError
 
 _TYPES = {
@@ -13,6 +14,7 @@ _TYPES = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device, which Lamina opens on Linux alone",
 }
 
 
@@ -26,12 +28,12 @@ def path_of(fd: int, filename: str) -> str:
 
 
 def open_file(filename: str, writing: bool) -> int:
-    flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
+    flags = (os.O_RDWR if writing else os.O_RDONLY) | O_CLOEXEC | O_NOCTTY
     try:
         # Checked before the file is opened, since opening a FIFO or a device may block or have side effects.
         require_file(os.stat(filename).st_mode, filename)
-        fd = os.open(filename, flags | os.O_NONBLOCK)
-        os.set_blocking(fd, True)
+        fd = os.open(filename, flags | O_NONBLOCK)
+        set_blocking(fd)
     except OSError as error:
         if isinstance(error, LaminaError):
             raise
@@ -49,12 +51,12 @@ def open_file(filename: str, writing: bool) -> int:
 def open_again(into: list[int], fd: int, path: str, filename: str, mode: int) -> int:
     """Open the file of `fd` once more, whatever its name denotes by now. The new descriptor is added to `into` in the same
     step of C code, so that no interrupt loses it."""
-    flags = mode | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    flags = mode | O_CLOEXEC | O_NOCTTY | O_NONBLOCK
     try:
         same = f"/proc/self/fd/{fd}"
         into.extend(map(os.open, (same if os.path.exists(same) else path,), (flags,)))
         again = into[-1]
-        os.set_blocking(again, True)
+        set_blocking(again)
     except OSError as error:
         hint = "get write permission, or go on reading" if mode & os.O_RDWR else None
         raise BlockIOError.from_os(error, "cannot be reopened", path=filename, operation="reopen", hint=hint) from error
@@ -64,7 +66,7 @@ def open_again(into: list[int], fd: int, path: str, filename: str, mode: int) ->
 
 
 def require_file(mode: int, filename: str) -> None:
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+    if stat.S_ISREG(mode) or (stat.S_ISBLK(mode) and LINUX):
         return
     kind = _TYPES.get(stat.S_IFMT(mode), "not a file")
     raise BlockIOError(

@@ -4,10 +4,11 @@ Parameters are descriptors; errors are OSError or error numbers."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from typing import Any
+
+from ..capabilities import LINUX, fcntl
 
 _BLKDISCARD = 0x1277
 #: _IOW(0x94, 13, struct file_clone_range): source, source offset, length, offset.
@@ -25,6 +26,8 @@ _fallocate_function: Any = None
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """fallocate of the C library (Python has only posix_fallocate). Returns 0 or the error number. Releases the GIL."""
+    if not LINUX:
+        return errno.ENOSYS
     global _fallocate_function
     import ctypes
 
@@ -57,6 +60,8 @@ def share(fd: int, offset: int, source: int, source_offset: int, length: int) ->
     """Make a range of `fd` share the blocks of a range of `source` (copy-on-write). Returns False, without changes, if the
     file system does not support that for these files, or if the range does not consist of complete blocks (the last block of
     `source` may be incomplete)."""
+    if not LINUX:
+        return False
     try:
         fcntl.ioctl(fd, _FICLONERANGE, _FILE_CLONE_RANGE.pack(source, source_offset, length, offset))
     except OSError as error:

@@ -7,12 +7,12 @@ whatever its length. A judge that needs another part gets `NotKept`.
 from __future__ import annotations
 
 import os
-import select
 import stat
 from collections.abc import Callable, Iterable
 from errno import EISDIR, ETIMEDOUT
 from typing import ClassVar, Self
 
+from ..capabilities import O_CLOEXEC, O_NOCTTY, O_NONBLOCK, pread, preadv, read_into, wait_for, waits
 from ..errors import BlockIOError, FormatError, NotFound, OptionError
 from ..limits import KIB, MIB
 from ..named_file import PATIENCE
@@ -47,7 +47,7 @@ class Content:
     def open(cls, path: str, wanted: Wanted) -> Content:
         """The file, block device or FIFO at `path`. Raises NotFound, BlockIOError, OptionError for anything else."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK)
         except OSError as error:
             raise (NotFound if isinstance(error, FileNotFoundError) else BlockIOError).from_os(
                 error, "it cannot be opened", path=path
@@ -89,7 +89,7 @@ class Content:
         if length <= 0:
             return b""
         try:
-            return os.pread(self._fd, length, offset)
+            return pread(self._fd, length, offset)
         except OSError as error:
             raise BlockIOError.from_os(error, "it cannot be read", path=self.name, offset=offset) from error
 
@@ -98,7 +98,7 @@ class Content:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
                 raise BlockIOError.from_os(error, "it cannot be read", path=self.name, offset=offset) from error
             if not count:
@@ -161,22 +161,18 @@ class Passed(Content):
 
     def _wait(self) -> None:
         """Wait for a first byte, or for the end: a FIFO without a writer would pass for an empty file."""
-        if os.get_blocking(self._fd):
+        if waits(self._fd):
             return  # the first read waits
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        if not poll.poll(PATIENCE * 1000):
+        if not wait_for(self._fd, PATIENCE):
             raise BlockIOError(f"no process has written to it for {PATIENCE:g} s", errno=ETIMEDOUT, path=self.name)
 
     def _more(self, view: memoryview) -> int:
         """Read what comes next, and wait for it; the number of bytes, 0 at the end."""
         while True:
             try:
-                return os.readv(self._fd, [view])
+                return read_into(self._fd, view)
             except BlockingIOError:  # the descriptor does not wait by itself
-                poll = select.poll()
-                poll.register(self._fd, select.POLLIN)
-                poll.poll()
+                wait_for(self._fd, None)
 
     def read(self, offset: int, length: int) -> bytes:
         found = bytearray(max(min(length, self.size - offset), 0))

@@ -63,8 +63,10 @@ def _interactive(session: Session) -> None:
 
 def _terminal_restorer() -> Callable[[], None] | None:
     """A function that restores the current settings of the terminal; None if standard input has none."""
-    import termios
-
+    try:
+        import termios
+    except ImportError:  # Windows
+        return None
     try:
         settings = termios.tcgetattr(0)
     except (OSError, termios.error):

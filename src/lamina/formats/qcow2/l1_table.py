@@ -71,10 +71,11 @@ class L1Table:
             entries = array("Q", (0,)) * count
             _read(file, offset, entries)
             return cls(offset, entries)
-        from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+        import mmap
 
-        # Private: a forked process gets its own copy.
-        view = memoryview(mmap(-1, count * 8, flags=MAP_PRIVATE | MAP_ANONYMOUS)).cast("Q")
+        # Private: a forked process gets its own copy. (Without the flag there are no forks either.)
+        how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        view = memoryview(mmap.mmap(-1, count * 8, **how)).cast("Q")
         for start, stop in _stored(file, offset, count * 8):
             part = array("Q", (0,)) * (stop - start >> 3)
             _read(file, start, part)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 import stat
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from ...errors import BlockIOError, LaminaError, printable
 from ..channel import Channel, PlainChannel
+from ..sockets import AF_UNIX, ready
 from .details import ExportDetails, HandshakeOptions
 from .negotiation import Negotiation, Task
 
@@ -46,6 +46,9 @@ _PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 _LOOK: Final = 0.2
 #: Addresses of one host that are tried.
 _MOST_ADDRESSES: Final = 8
+
+#: What `connect` says while it goes on (the second on Windows).
+_UNDER_WAY: Final = (errno.EINPROGRESS, *((errno.EWOULDBLOCK,) if errno.EWOULDBLOCK != errno.EAGAIN else ()))
 
 #: Called while something is waited for: raises what shall end the wait.
 Check = Callable[[], None]
@@ -78,7 +81,9 @@ def connect(target: Target, timeout: float, check: Check = never) -> PlainChanne
     """A connected stream to the server, within `timeout` seconds for each of its addresses. BlockIOError, NotFound."""
     try:
         if target.socket is not None:
-            return _channel(target, socket.AF_UNIX, target.socket, timeout, check)
+            if AF_UNIX < 0:
+                raise BlockIOError("this system has no Unix sockets", errno=errno.EAFNOSUPPORT, path=str(target))
+            return _channel(target, AF_UNIX, target.socket, timeout, check)
         found = _addresses(target, timeout, check)
     except OSError as error:
         raise _unreachable(error, target) from error
@@ -132,15 +137,13 @@ def _channel(target: Target, family: int, address: Any, timeout: float, check: C
         while number == errno.EAGAIN and time.monotonic() < until:  # a Unix socket with more clients than it accepts
             pause(_PAUSE, check)
             number = sock.connect_ex(address)
-        if number == errno.EINPROGRESS:
-            poll = select.poll()
-            poll.register(sock.fileno(), select.POLLOUT)
-            while number == errno.EINPROGRESS and time.monotonic() < until:
+        if number in _UNDER_WAY:
+            while number in _UNDER_WAY and time.monotonic() < until:
                 check()
-                if poll.poll(int(1000 * min(_LOOK, timeout)) + 1):
+                if ready(sock, min(_LOOK, timeout) + 0.001, to_write=True):
                     number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
-            late = number in (errno.EAGAIN, errno.EINPROGRESS)
+            late = number in (errno.EAGAIN, *_UNDER_WAY)
             raise OSError(errno.ETIMEDOUT if late else number, "")
         channel = PlainChannel(sock)
         channel.peer = str(target)  # errors name what the user named

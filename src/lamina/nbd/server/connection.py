@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -176,14 +174,7 @@ class Connection:
 
     def is_gone(self) -> bool:
         """Whether the client has disconnected without waiting for replies. A system call, for long requests."""
-        # A client that only shuts down its sending half of a Unix socket may wait for replies; with TCP both look the same.
-        ended = 0 if self._plain.family == socket.AF_UNIX else select.POLLRDHUP
-        poll = select.poll()
-        try:
-            poll.register(self._plain.fileno(), ended)
-            return any(events & (select.POLLHUP | select.POLLERR | ended) for _, events in poll.poll(0))
-        except (OSError, ValueError):
-            return True  # closed here
+        return self._plain.is_gone()
 
     def count(self, **amounts: int) -> None:
         """Add to `counts`. From any thread."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
+from ...capabilities import FOLDERS, O_CLOEXEC, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, set_blocking
 from ...errors import BlockIOError, LaminaError, OptionError, printable
 from ...image import Image
 from ...node import Node, StorageNode
@@ -74,6 +75,8 @@ class Folder:
     ) -> None:
         if (open is None) == (open_fd is None):
             raise OptionError("a folder is opened in one way", hint="give open_fd, or open")
+        if not FOLDERS:
+            raise OptionError("a folder cannot be served on this system", hint="name the images one by one")
         self.path: Path = Path(path)
         self._place = os.path.abspath(path)
         self._open, self._open_fd = open, open_fd
@@ -141,7 +144,7 @@ class Folder:
         """The export of that file, opened; None if it is none that is served."""
         path = os.path.join(self._place, name)
         try:
-            folder = os.open(self._place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            folder = os.open(self._place, os.O_RDONLY | O_DIRECTORY | O_CLOEXEC)
             try:
                 fd = self._judged(name, folder)
             finally:
@@ -167,10 +170,10 @@ class Folder:
         # Looked at before it is opened: to open a device or a FIFO can do something, or wait.
         if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
             return None
-        flags = self._access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        flags = self._access | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC
         fd = os.open(name, flags, dir_fd=folder)
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            os.set_blocking(fd, True)
+            set_blocking(fd)
             return fd
         os.close(fd)
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 import os
@@ -12,18 +11,19 @@ from collections.abc import Sequence
 from typing import Final
 
 from ...errors import BlockIOError, OptionError
+from ..sockets import AF_UNIX, reserve_address
 from ..wire import PORT
 
 #: Seconds for which a socket that is in the way may take to answer.
 _PROBE: Final = 1.0
-#: A peer that says nothing is asked whether it is there, after so many seconds, so often, so many times.
-_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 
 def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int] | None]:
     """A listening Unix socket with mode 0600, and the device and inode of its name; None of an abstract one. A dead one that
     is in the way is removed. Raises BlockIOError, OptionError."""
-    listener = socket.socket(socket.AF_UNIX)
+    if AF_UNIX < 0:
+        raise OptionError("this system has no Unix sockets", path=path, hint="listen on a TCP port")
+    listener = socket.socket(AF_UNIX)
     try:
         named = not path.startswith("\0")
         if named:
@@ -56,16 +56,6 @@ def _check_address(address: str) -> None:
         )
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Let the connection `sock` end when its peer vanished without a word."""
-    if sock.family == socket.AF_UNIX:
-        return
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
 def listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket.socket]:
     """Sockets that listen on all addresses of `host`, on one port."""
     place = f"{host or 'localhost'}:{PORT if port is None else port}"
@@ -79,7 +69,7 @@ def listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket
                 _check_address(str(address[0]))
             listener = socket.socket(family, kind, protocol)
             listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserve_address(listener)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if len(listeners) > 1:
@@ -112,7 +102,7 @@ def _remove_stale(path: str) -> None:
             raise BlockIOError(
                 "cannot listen there: a file is there that is no socket", errno=errno.EEXIST, path=path, hint=hint
             )
-        with socket.socket(socket.AF_UNIX) as probe:
+        with socket.socket(AF_UNIX) as probe:
             probe.settimeout(_PROBE)  # one that is busy answers late: it lives
             probe.connect(path)
     except ConnectionRefusedError:

@@ -12,7 +12,7 @@ import contextlib
 import select
 import threading
 import time
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 #: The seconds for which a thread waits for the lock before it makes a new one.
 _LOCK_TIMEOUT: Final = 0.002
@@ -67,15 +67,15 @@ class _Entry:
 
 
 class Loop:
-    """Serves several clients from one thread, which runs while there are any. `execution`: the lock of all threads that
-    execute requests, inside the loop or not."""
+    """Serves several clients from one thread, which runs while there are any. Without epoll every client keeps its own.
+    `execution`: the lock of all threads that execute requests, inside the loop or not."""
 
     def __init__(self) -> None:
         self.execution = ExecutionLock()
         #: Guards the attributes below.
         self._mutex = threading.Lock()
         self._entries: dict[int, _Entry] = {}
-        self._epoll: select.epoll | None = None
+        self._epoll: Any = None
         #: The member whose `step` runs, and since when.
         self._current: _Entry | None = None
         self._since = 0.0
@@ -83,6 +83,8 @@ class Loop:
     def serve(self, member: Member) -> None:
         """Let the loop serve `member`, and return when its own thread is to continue: at once if the loop is blocked or
         cannot start. Raises the error of its `step`."""
+        if not hasattr(select, "epoll"):
+            return
         with self._mutex:
             if self._is_blocked() or member.fileno() < 0:
                 return
@@ -101,7 +103,7 @@ class Loop:
         if entry.error is not None:
             raise entry.error
 
-    def _begin(self) -> select.epoll:
+    def _begin(self) -> Any:
         """Start the thread. (`_mutex` is held until there is an entry.)"""
         epoll = select.epoll()
         try:
@@ -125,7 +127,7 @@ class Loop:
         if entry.back.locked():
             entry.back.release()
 
-    def _run(self, epoll: select.epoll) -> None:
+    def _run(self, epoll: Any) -> None:
         clock = time.monotonic
         mutex, entries = self._mutex, self._entries
         look = clock() + _SWEEP_INTERVAL

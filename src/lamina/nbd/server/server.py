@@ -24,13 +24,14 @@ from ... import lifecycle
 from ...errors import Closed, LaminaError, OptionError
 from ...limits import MIB
 from ..channel import PlainChannel
+from ..sockets import AF_UNIX, keep_alive
 from ..tls import allowed
 from ..uri import Target
 from .access import check_access
 from .connection import CLIENT_MEMORY, Connection
 from .export import Export
 from .exports import Folder, RestrictedExport, VisibleExports, check_names
-from .listen import check_reach, keep_alive, listen_tcp, listen_unix
+from .listen import check_reach, listen_tcp, listen_unix
 from .loop import Loop
 from .pool import Memory, StoragePool
 
@@ -283,7 +284,7 @@ class Server:
         address = listener.getsockname()
         # A URI that needs more than it says, the certificates, is still right about where the server is.
         mode = "require" if self._tls == "require" else "off"
-        if listener.family == socket.AF_UNIX:
+        if listener.family == AF_UNIX:
             path = address.decode() if isinstance(address, bytes) else address
             return Target(socket=path, export=name, tls=mode)
         if listener.family in (socket.AF_INET, socket.AF_INET6):
