@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import sys
-from errno import EAGAIN, ECONNABORTED
+from errno import EAGAIN, ECONNABORTED, EINVAL
 from time import monotonic
 from typing import Any, Final
 
@@ -159,6 +159,18 @@ def keep_alive(sock: socket.socket) -> None:
             option: int | None = getattr(socket, name, None)
             if option is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def restrict(listener: socket.socket) -> bool:
+    """Let `bind` create the name of this Unix socket with mode 0600, so that no other user can connect even for a moment.
+    False where a socket has no mode of its own (macOS)."""
+    try:
+        os.fchmod(listener.fileno(), 0o600)
+    except OSError as error:
+        if error.errno != EINVAL:
+            raise
+        return False
+    return True
 
 
 def reserve_address(listener: socket.socket) -> None:

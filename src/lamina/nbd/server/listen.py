@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ...errors import BlockIOError, OptionError
-from ..sockets import AF_UNIX, reserve_address
+from ..sockets import AF_UNIX, reserve_address, restrict
 from ..wire import PORT
 
 #: Seconds for which a socket that is in the way may take to answer.
@@ -28,9 +28,10 @@ def listen_unix(path: str) -> tuple[socket.socket, tuple[int, int] | None]:
         named = not path.startswith("\0")
         if named:
             _remove_stale(path)
-            # `bind` creates the file with the mode of the socket, so no other user can connect even for a moment.
-            os.fchmod(listener.fileno(), 0o600)
+            own = restrict(listener)
         listener.bind(path)
+        if named and not own:
+            os.chmod(path, 0o600)  # before it listens: until then it refuses every client
         made = os.lstat(path) if named else None
         listener.listen(socket.SOMAXCONN)
     except (OSError, ValueError) as error:
