@@ -26,9 +26,9 @@ from .withheld import withhold
 NOT_ON_DARWIN = {
     os: """O_DIRECT O_LARGEFILE O_NOATIME O_PATH O_RSYNC O_TMPFILE SEEK_DATA SEEK_HOLE RWF_DSYNC RWF_HIPRI RWF_NOWAIT
         RWF_SYNC RWF_APPEND copy_file_range eventfd eventfd_read eventfd_write fdatasync getrandom getresgid getresuid
-        getxattr listxattr memfd_create pidfd_open pipe2 posix_fadvise posix_fallocate preadv pwritev removexattr sched_getaffinity
-        sched_getparam sched_getscheduler sched_setaffinity sched_setparam sched_setscheduler setns setresgid setresuid
-        setxattr splice unshare""",
+        getxattr listxattr memfd_create pidfd_open pipe2 posix_fadvise posix_fallocate preadv pwritev removexattr
+        sched_getaffinity sched_getparam sched_getscheduler sched_setaffinity sched_setparam sched_setscheduler setns
+        setresgid setresuid setxattr splice unshare""",
     select: "epoll EPOLLIN EPOLLOUT EPOLLERR EPOLLHUP EPOLLRDHUP EPOLLET EPOLLONESHOT EPOLLPRI EPOLL_CLOEXEC POLLRDHUP",
     socket: """SO_PEERCRED SO_DOMAIN SO_PROTOCOL SO_PRIORITY SO_PASSCRED SO_PEERSEC SOCK_CLOEXEC SOCK_NONBLOCK MSG_NOSIGNAL
         MSG_CMSG_CLOEXEC MSG_MORE AF_NETLINK AF_VSOCK AF_ALG AF_PACKET TCP_KEEPIDLE TCP_CORK TCP_DEFER_ACCEPT TCP_INFO

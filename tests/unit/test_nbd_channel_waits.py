@@ -12,11 +12,16 @@ import pytest
 
 from lamina.errors import BlockIOError, Closed
 from lamina.nbd import channel as room
+from lamina.nbd import sockets
 from lamina.nbd.channel import PlainChannel
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[PlainChannel, socket.socket]]:
+@pytest.fixture(params=["complete", "by select"])
+def pair(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[PlainChannel, socket.socket]]:
+    if request.param == "by select":
+        monkeypatch.setattr(sockets, "_COMPLETE", False)
     ours, theirs = socket.socketpair()
     channel = PlainChannel(ours)
     yield channel, theirs

@@ -12,7 +12,8 @@ import select
 import socket
 import struct
 import sys
-from errno import EAGAIN, ECONNABORTED, EINVAL
+from collections.abc import Callable
+from errno import EBADF, ECONNABORTED, EINVAL
 from time import monotonic
 from typing import Any, Final
 
@@ -48,30 +49,33 @@ class _SelectSocket(socket.socket):
     _limit: float | None = None
     _over = False
 
-    def _wait(self, flags: int, *, to_write: bool) -> None:
-        """Wait until the socket is ready. Raises BlockingIOError after the time limit."""
+    def _again(self, call: Callable[[], int], flags: int, *, to_write: bool) -> int:
+        """The result of `call` as soon as it need not wait. Raises BlockingIOError after the time limit."""
         until = None if self._limit is None else monotonic() + self._limit
-        while not ready(self, 0.0 if flags & DONT_WAIT else _LOOK, to_write=to_write):
+        while True:
+            try:
+                return call()
+            except BlockingIOError:
+                if flags & DONT_WAIT or (until is not None and monotonic() >= until):
+                    raise
             if self._over:
                 raise OSError(ECONNABORTED, os.strerror(ECONNABORTED))
-            if flags & DONT_WAIT or (until is not None and monotonic() >= until):
-                raise BlockingIOError(EAGAIN, os.strerror(EAGAIN))
+            try:
+                ready(self, _LOOK, to_write=to_write)
+            except ValueError as error:  # it was closed
+                raise OSError(EBADF, os.strerror(EBADF)) from error
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        while True:
-            self._wait(flags, to_write=False)
-            with contextlib.suppress(BlockingIOError):  # it was not ready after all
-                return super().recv_into(buffer, nbytes, flags & PEEK)
+        receive = super().recv_into
+        return self._again(lambda: receive(buffer, nbytes, flags & PEEK), flags, to_write=False)
 
     def sendmsg(self, buffers: Any, ancillary: Any = (), flags: int = 0, address: Any = None, /) -> int:  # type: ignore[override,unused-ignore]
         first = next((each for each in buffers if len(each)), b"")
         return self.send(memoryview(first)[:_PIECE], flags) if len(first) else 0
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        while True:
-            self._wait(flags, to_write=True)
-            with contextlib.suppress(BlockingIOError):
-                return super().send(data)
+        send = super().send
+        return self._again(lambda: send(data), flags, to_write=True)
 
     def shutdown(self, how: int) -> None:
         if how == socket.SHUT_RDWR:
