@@ -2,6 +2,7 @@
 #
 #   make tour     see it work: the whole story on real image files, in a temporary folder
 #   make test     lint, then all tests            (make test ARGS='tests/unit -k align' for some of them)
+#   make test-pythons   a quick part of the tests under every Python that is found, from 3.11 on
 #   make lint     style, format and types
 #   make bench    Lamina beside its peers: writes benchmarks/RESULTS.md   (make bench ARGS='--only start-up'; about 25 minutes)
 #   make evidence the long suites for a chosen time: writes docs/evidence.md   (make evidence MINUTES=30)
@@ -10,7 +11,7 @@
 #   make clean    remove what the others made
 #   make help     print this
 
-.PHONY: help tour test lint bench evidence soak docs clean
+.PHONY: help tour test test-pythons lint bench evidence soak docs clean
 .DEFAULT_GOAL := help
 
 # The virtual environment that everything runs in, and its programs.
@@ -26,6 +27,10 @@ tour: $(VENV)/.run
 # Two workers, and each file of tests stays on one of them: its fixtures are made once.
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Others than those on the path: LAMINA_PYTHONS=/place/of/python3.14:/another make test-pythons
+test-pythons: $(VENV)/.made
+	$(VENV)/bin/python tests/pythons.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
