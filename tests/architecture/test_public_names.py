@@ -88,10 +88,10 @@ INTERNAL_NAMES = {
 
 #: Modules, and packages with all that is in them, that are internal. Public names that they define are those of `lamina`.
 INTERNAL = """
-    __main__ api atomic_file buffers check_result cli clock codecs coding creation crypto detect edge errors filters
-    formats gate holes image inspection jobs layers lifecycle named_file nbd node_tree numeric options own_files
-    palette peer_options picture policy ranges references reopening result_schema results rounding side_file storage
-    target_file testing verdict version workers zeros
+    __main__ api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detect edge
+    errors filters formats gate holes image inspection jobs layers lifecycle named_file nbd node_tree numeric
+    options own_files palette peer_options picture policy ranges references reopening result_schema results rounding
+    side_file storage target_file testing verdict version workers zeros
     """
 
 
