@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .root import Graph
     from .verdict.examine import inspect
     from .verdict.result import Verdict
+    from .viewer.report import view
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -81,6 +82,7 @@ _HOME = {
     "tree": "node_tree",
     "inspect": "verdict.examine",
     "Verdict": "verdict.result",
+    "view": "viewer.report",
     "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(
@@ -150,6 +152,7 @@ __all__ = [
     "probe",
     "structures",
     "tree",
+    "view",
 ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
+    from .file_map import FileMap
     from .json_forms import ExplanationJson, GuestJson, OverviewJson, PartJson, StepJson
 
 
@@ -146,3 +147,9 @@ class Explainer:
     def guest(self, offset: int) -> Step:
         """Where the byte at `offset` of the disk is in this layer. OptionError if the disk ends before it."""
         raise NotImplementedError
+
+    def file_map(self, size: int) -> FileMap:
+        """What each part of the file is, which has `size` bytes. By default only the structures of `overview` are known."""
+        from .file_map import of_regions
+
+        return of_regions(self.overview().regions, size)

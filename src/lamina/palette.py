@@ -63,7 +63,7 @@ def content(flags_data: bool, zero: bool, present: bool, compressed: bool) -> st
 
 #: What a range of the file of an image is. "snapshot data" belongs to snapshots alone; "shared data" has several references.
 STRUCTURE: Final[Mapping[str, Colour]] = {
-    "header": Colour("#0f1420", "#f2f6fb"),
+    "header": Colour("#121825", "#edf2f7"),
     "mapping tables": Colour("#8272d4", "#8472e4"),
     "reference counts": Colour("#1f4f35", "#4d9862"),
     "snapshots": Colour("#c06fae", "#ffb3c8"),
@@ -78,3 +78,6 @@ STRUCTURE: Final[Mapping[str, Colour]] = {
     "unknown": Colour("#a3abb0", "#5e636a"),
     "free": Colour("#e9e8e4", "#272c34"),
 }
+
+#: From the beginning to the end of something: colours that become lighter evenly.
+SEQUENCE: Final = ("#243f78", "#4c6a86", "#86898a", "#bfae63", "#f0d94f")

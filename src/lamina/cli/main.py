@@ -45,6 +45,7 @@ COMMANDS = {
     "copy": ("copy", "copy raw bytes between files, devices, pipes and NBD exports"),
     "shims": ("shims", "write programs named qemu-img, qemu-io, qemu-nbd: Lamina"),
     "explain": ("explain", "say what a byte of a file is, or where a byte of the disk is"),
+    "view": ("view", "show an image, or two side by side, as an HTML page"),
     "graph": ("graph", "show the nodes of an opened image as a tree or a picture"),
     "drivers": ("drivers", "list storage, formats and filters, or the options of one"),
     "completion": ("completion", "print a script with which a shell completes words"),

@@ -67,7 +67,7 @@ def diff(
     `parallel`: so many pieces are read at once, 1 to 16; None: one, or 8 if an image is remote. No other user may write to
     the images meanwhile. Raises OptionError, the errors of reading, and Cancelled.
     """
-    _require_granularity(granularity)
+    require_granularity(granularity)
     return _diff(first, second, granularity, content, parallel, monitor or Monitor())
 
 
@@ -86,14 +86,14 @@ def changed_since(image: Image, bitmap: str, *, granularity: int = 1) -> Iterato
     """Yield the ranges of `image` that were written since its dirty bitmap of this name was added or cleared, in order and
     not adjacent, rounded to blocks of `granularity` bytes. Nothing is read; written bytes may have been equal. Raises
     OptionError if there is no such bitmap, or if it is inconsistent."""
-    _require_granularity(granularity)
+    require_granularity(granularity)
     size = image.size
     found = bitmap_of(image, bitmap).dirty(0, size)
     blocks = ((align_down(lo, granularity), min(align_up(hi, granularity), size)) for lo, hi in found)
     return _joined(blocks)
 
 
-def _require_granularity(granularity: int) -> None:
+def require_granularity(granularity: int) -> None:
     if not is_power_of_two(granularity) or granularity > MAX_GRANULARITY:
         raise OptionError(
             f"the granularity {granularity} is not a power of two up to {MAX_GRANULARITY}", hint="use 4k or 64k"

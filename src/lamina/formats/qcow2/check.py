@@ -51,13 +51,15 @@ def check(storage: Child, header: Header) -> CheckReport:
         text = f"the disk has {header.size} bytes, not a multiple of the sector size: QEMU shows {shown}"
         references.report.add(NOTE, text)
     references.walk()
-    comparison = _Comparison(references)
+    comparison = Comparison(references)
     comparison.compare()
     comparison.copied_outside()
     return references.report
 
 
-class _Comparison:
+class Comparison:
+    """The stored refcounts, and the references of `found`, whose `walk` is done."""
+
     def __init__(self, found: References) -> None:
         self.found = found
         self.report = found.report

@@ -21,6 +21,7 @@ from .header import Header
 from .references import HEADER, NAMES
 
 if TYPE_CHECKING:
+    from ...file_map import FileMap
     from ...request import Child
 
 
@@ -85,6 +86,13 @@ class Qcow2Explainer(Explainer):
         from .explain_guest import find
 
         return find(self._uses, self._disk, offset)
+
+    def file_map(self, size: int) -> FileMap:
+        if self._uses is None:
+            return super().file_map(size)
+        from .file_map import file_map
+
+        return file_map(self._uses.storage, self._uses.header)
 
     def _without_header(self, offset: int) -> Part:
         places = explain_fields.of_header(self._reader.read(0, 1 << q.MIN_CLUSTER_BITS), None)

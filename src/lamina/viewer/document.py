@@ -1,0 +1,168 @@
+"""The model of a picture as JSON, with columns as text, made coarser until it is short enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import printable
+from ..file_map import KINDS, FileMap
+from ..numeric import np
+from ..results import Snapshot
+from .collect import Disk, File, Layer, Model, place_columns
+from .encode import text_of, zigzag
+from .rows import Ranges, Rows, coarsened, coarser_file
+
+#: Bytes of the page that are not columns: the script, and what is known of layers and files.
+_OTHERS = 300_000
+_FEWEST = 20_000
+
+
+def document(model: Model, most: int) -> dict[str, Any]:
+    """The model as JSON types, of about `most` bytes as text. The longest columns become coarser until all fit."""
+    parts: list[_Columns] = []
+    disks = [_disk(disk, parts) for disk in model.disks]
+    files = [_file(file, parts) for file in model.files]
+    difference = None
+    if model.difference is not None:
+        granularity, content = model.compared
+        found = _Columns(model.difference, _ranges, Ranges.coarser)
+        parts.append(found)
+        difference = {"ranges": found, "granularity": granularity, "content": content}
+    space = max(most - _OTHERS, _FEWEST * len(parts))
+    while sum(len(part.text) for part in parts) > space:
+        longest = max(parts, key=lambda part: len(part.text))
+        if not longest.make_coarser():
+            break
+    told: dict[str, Any] = _told({"disks": disks, "files": files, "difference": difference})
+    return told
+
+
+def _told(value: Any) -> Any:
+    """`value` with the columns as JSON types."""
+    if isinstance(value, _Columns):
+        return value.json
+    if isinstance(value, dict):
+        return {key: _told(one) for key, one in value.items()}
+    return [_told(one) for one in value] if isinstance(value, list) else value
+
+
+class _Columns:
+    """Columns that may become coarser: `told` makes JSON types of them, with the text under "columns"."""
+
+    def __init__(self, value: Any, told: Callable[[Any], dict[str, Any]], coarser: Callable[[Any, int], Any]) -> None:
+        self._value, self._tell, self._coarser = value, told, coarser
+        self._grain = 1
+        self.json = told(value) | {"grain": value.grain if isinstance(value, Rows | Ranges) else 1}
+
+    @property
+    def text(self) -> str:
+        return str(self.json["columns"])
+
+    def make_coarser(self) -> bool:
+        """Double the grain until there are fewer rows. False if nothing can be left out any more."""
+        before = self.json["rows"]
+        while self.json["rows"] >= before:
+            self._grain = max(2 * self._grain, 2 * self.json["unit"])
+            if self._grain >= 1 << 52:
+                return False
+            self._value = self._coarser(self._value, self._grain)
+            if _length(self._value) < before:
+                self.json = self._tell(self._value) | {"grain": self._grain}
+        return True
+
+
+def _length(value: Any) -> int:
+    return len(value.extents) if isinstance(value, Rows) else len(value.start)
+
+
+def _rows(disk: Disk, rows: Any) -> dict[str, Any]:
+    disk = disk._replace(rows=rows)
+    extents, unit = rows.extents, rows.unit()
+    file, offset = place_columns(disk)
+    stored = np.flatnonzero(file)
+    # The distance from where the bytes would lie if they followed those of the row before in the same file.
+    at, size = offset[stored], extents.length[stored]
+    before = np.concatenate(([0], at[:-1] + size[:-1])) if len(stored) else at
+    jump = at - before
+    fine = int(np.bitwise_or.reduce(np.abs(jump))) if len(jump) else 0
+    step = fine & -fine or 1
+    code = extents.depth.astype(np.int64) << 4 | extents.flags
+    columns = [extents.length // unit, code, file, zigzag(jump // step)]
+    if rows.grain > 1:
+        columns += [rows.parts, *(column for column in rows.counts)]
+    return {
+        "rows": len(extents), "unit": unit, "step": step, "stored": len(stored),
+        "totals": rows.totals(), "columns": text_of(*columns),
+    }  # fmt: skip
+
+
+def _ranges(ranges: Ranges) -> dict[str, Any]:
+    unit = ranges.unit()
+    end = ranges.start + ranges.length
+    gap = ranges.start - np.concatenate(([0], end[:-1])) if len(end) else ranges.start
+    return {
+        "rows": len(end), "unit": unit, "total": ranges.total,
+        "columns": text_of(gap // unit, ranges.length // unit),
+    }  # fmt: skip
+
+
+def _map(found: FileMap) -> dict[str, Any]:
+    length = found.length
+    bits = int(np.bitwise_or.reduce(found.start)) if len(found.start) else 0
+    unit = bits & -bits or 1
+    # The last part may end within a unit.
+    return {
+        "rows": len(length), "unit": unit,
+        "columns": text_of(np.diff(found.start) // unit, found.kind.astype(np.int64), found.references + 1),
+    }  # fmt: skip
+
+
+def _disk(disk: Disk, parts: list[_Columns]) -> dict[str, Any]:
+    found = _Columns(disk.rows, lambda rows: _rows(disk, rows), coarsened)
+    parts.append(found)
+    bitmaps = []
+    for name, (granularity, ranges) in disk.bitmaps.items():
+        columns = _Columns(ranges, _ranges, Ranges.coarser)
+        parts.append(columns)
+        bitmaps.append({"name": name, "granularity": granularity, "ranges": columns})
+    return {
+        "title": disk.title, "source": disk.source, "format": disk.format, "size": disk.size,
+        "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": [_layer(one) for one in disk.layers],
+    }  # fmt: skip
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    info = layer.info
+    return {
+        "name": layer.name, "format": layer.format, "size": layer.size, "file": layer.file, "owned": layer.owned,
+        "cluster": info.cluster_size, "encrypted": bool(info.encrypted), "dirty": bool(info.dirty),
+        "bitmaps": list(layer.bitmaps), "snapshots": [_snapshot(one) for one in info.snapshots],
+    }  # fmt: skip
+
+
+def _snapshot(one: Snapshot) -> dict[str, Any]:
+    return {
+        "id": printable(one.id), "name": printable(one.name), "size": one.size, "state": one.vm_state, "date": one.date,
+    }  # fmt: skip
+
+
+def _file(file: File, parts: list[_Columns]) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "name": file.name, "format": file.format, "size": file.size, "allocated": file.allocated,
+        "header": [list(one) for one in file.header], "problems": list(file.problems),
+    }  # fmt: skip
+    if file.map is None:
+        return told
+    columns = _Columns(file.map, _map, coarser_file)
+    parts.append(columns)
+    route = file.map.route
+    if route is not None:
+        entry = np.diff(route.entry, prepend=0)
+        told["route"] = {
+            "l1": route.l1, "span": route.span, "unit": route.unit, "width": route.width, "rows": len(entry),
+            "columns": text_of(entry, route.table),
+        }  # fmt: skip
+    kinds = [name for name, _, _ in KINDS]
+    totals = [[kinds.index(name), total] for name, total in file.map.bytes_of().items()]
+    return told | {"map": columns, "cluster": file.map.cluster, "totals": totals}
