@@ -67,6 +67,7 @@ LAYERS = [
         "edge",
         "edit",
         "explanation",
+        "file_map",
         "format",
         "format_node",
         "gate",
@@ -88,7 +89,7 @@ LAYERS = [
         "window",
     },
     {"filters", "formats", "storage"},
-    {"jobs", "nbd", "verdict"},
+    {"jobs", "nbd", "verdict", "viewer"},
     {"cli", "testing"},
     {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
 ]

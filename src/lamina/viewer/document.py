@@ -90,7 +90,7 @@ def _rows(disk: Disk, rows: Any) -> dict[str, Any]:
     code = extents.depth.astype(np.int64) << 4 | extents.flags
     columns = [extents.length // unit, code, file, zigzag(jump // step)]
     if rows.grain > 1:
-        columns += [rows.parts, *(column for column in rows.counts)]
+        columns += [rows.begins, *rows.counts]
     return {
         "rows": len(extents), "unit": unit, "step": step, "stored": len(stored),
         "totals": rows.totals(), "columns": text_of(*columns),

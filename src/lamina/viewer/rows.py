@@ -42,11 +42,12 @@ _RANK: Final = np.argsort(_RANKED)
 
 class Rows(NamedTuple):
     """The status of a disk. `grain`: 1 if the extents are exact. Otherwise they are rounded to blocks of so many bytes;
-    `parts` is then the number of exact extents in each row, and `counts` their bytes by class of content (a column each)."""
+    `begins` is then the number of exact extents that begin in each row, and `counts` has its bytes by class of content (a
+    column each)."""
 
     extents: Extents
     grain: int = 1
-    parts: NDArray[np.int64] | None = None
+    begins: NDArray[np.int64] | None = None
     counts: tuple[NDArray[np.int64], ...] = ()
 
     def by_class(self) -> tuple[NDArray[np.int64], ...]:
@@ -91,11 +92,11 @@ def _append(done: Rows, pieces: list[Extents], most: int) -> Rows:
     added = Rows(Extents.concat(pieces).coalesce())
     if done.grain > 1:
         added = coarsened(added, done.grain)
-        assert done.parts is not None
-        assert added.parts is not None
+        assert done.begins is not None
+        assert added.begins is not None
         counts = tuple(np.concatenate(pair) for pair in zip(done.counts, added.counts, strict=True))
-        parts = np.concatenate((done.parts, added.parts))
-        done = Rows(Extents.concat([done.extents, added.extents]), done.grain, parts, counts)
+        begins = np.concatenate((done.begins, added.begins))
+        done = Rows(Extents.concat([done.extents, added.extents]), done.grain, begins, counts)
     else:
         done = Rows(Extents.concat([done.extents, added.extents]).coalesce())
     while len(done.extents) > most:
@@ -124,10 +125,10 @@ def coarsened(rows: Rows, grain: int) -> Rows:
         before = np.concatenate(([0], np.cumsum(column)))
         at = before[row] + np.where(pure == number, into, 0)
         counts.append(np.diff(np.append(at, before[-1])))
-    last = np.searchsorted(fine.start, stop, "left")
-    parts = np.ones(len(fine), np.int64) if rows.parts is None else rows.parts
-    before = np.concatenate(([0], np.cumsum(parts)))
-    return Rows(extents, grain, before[last] - before[row], tuple(counts))
+    begins = np.ones(len(fine), np.int64) if rows.begins is None else rows.begins
+    before = np.concatenate(([0], np.cumsum(begins)))
+    at = before[np.searchsorted(fine.start, np.append(start, end), "left")]
+    return Rows(extents, grain, np.diff(at), tuple(counts))
 
 
 class Ranges(NamedTuple):
@@ -191,8 +192,8 @@ def coarser_file(found: FileMap, grain: int) -> FileMap:
     first = np.searchsorted(found.start, edges, "right") - 1
     last = np.searchsorted(found.start, np.append(edges[1:], found.size), "left") - 1
     bounds = np.column_stack((first, last + 1)).ravel()
-    bounds = bounds[bounds < len(found.kind)]
-    kind = _RANKED[np.maximum.reduceat(_RANK[found.kind], bounds)[::2]]
+    ranks = np.append(_RANK[found.kind], 0)  # one more, so that every bound is inside
+    kind = _RANKED[np.maximum.reduceat(ranks, bounds)[::2]]
     references = np.where(first == last, found.references[first], -1)
     keep = np.append(True, (kind[1:] != kind[:-1]) | (references[1:] != references[:-1]))
     return found._replace(start=edges[keep], kind=kind[keep], references=references[keep])

@@ -54,7 +54,7 @@ function readStatus(told) {
   rows.start[count] = at;
   rows.grain = told.grain;
   if (told.grain > 1) {
-    rows.parts = columns.next(count);
+    rows.begins = columns.next(count);
     rows.counts = [];
     for (let index = 0; index < CONTENT.length; index++) rows.counts.push(columns.next(count));
   }
@@ -63,10 +63,15 @@ function readStatus(told) {
 
 function emptyRows(most) {
   return {
-    count: 0, grain: 1, parts: null, counts: null,
+    count: 0, grain: 1, begins: null, counts: null,
     start: new Float64Array(most + 1), flags: new Uint8Array(most), depth: new Uint16Array(most),
     file: new Int16Array(most), offset: new Float64Array(most),
   };
+}
+
+// Whether several extents are one row, of which the page has only counts.
+function isCoarse(rows, row) {
+  return rows.counts !== null && (rows.begins[row] > 1 || rows.counts.filter((column) => column[row]).length > 1);
 }
 
 // Ranges as edges from 0 to `size`: rows with an odd number are inside the ranges.

@@ -15,7 +15,7 @@ function statusLine(disk, rows, row) {
 
 function statusWord(rows, row) {
   const word = CONTENT_WORDS[CONTENT[CLASS_OF_FLAGS[rows.flags[row]]].key];
-  return rows.parts && rows.parts[row] > 1 ? `${counted(rows.parts[row], "extent")}, rounded: ${word.toLowerCase()}` : word;
+  return isCoarse(rows, row) ? `Several extents, rounded: ${word.toLowerCase()}` : word;
 }
 
 function layerWord(rows, row) {
@@ -52,8 +52,8 @@ function describeStatus(disk, rows, row, position, rounded) {
     facts.push(["File", MODEL.files[rows.file[row]].name], ["In the file", range(rows.offset[row], rows.offset[row] + to - from)]);
   }
   const more = [element("p", { class: "quiet" }, CONTENT_TEXT[kind.key])];
-  if (rows.parts && rows.parts[row] > 1) {
-    facts.push(["Extents", `${whole(rows.parts[row])}, not stored one by one in this page`]);
+  if (isCoarse(rows, row)) {
+    facts.push(["Extents", `${whole(rows.begins[row])} begin here, counted in this page`]);
     CONTENT.forEach((one, index) => {
       if (rows.counts[index][row]) facts.push([`\u2003${CONTENT_WORDS[one.key]}`, exactSize(rows.counts[index][row])]);
     });

@@ -26,7 +26,8 @@ class Lanes {
     this.tip = element("div", { class: "tip", hidden: true, "aria-hidden": "true" });
     this.root = element("div", { class: "lanes" }, this.bar, this.overview, element("div", { class: "canvas" }, this.canvas, this.tip));
     this.listen();
-    repaints.push(() => this.draw());
+    this.repaint = () => this.draw();
+    repaints.push(this.repaint);
     new ResizeObserver(() => this.draw()).observe(this.root);
   }
 
@@ -233,11 +234,20 @@ class Lanes {
     this.overview.hidden = this.span >= this.length;
     if (this.overview.hidden) return;
     const context = prepared(this.overview, wide, OVERVIEW + 6, ratio), width = Math.round(this.width * ratio);
-    drawLines(context, paint(track, 0, this.length, 1, width, this.hidden), this.left * ratio, 3 * ratio, OVERVIEW * ratio, 0);
+    drawLines(context, this.overviewImage(track, width), this.left * ratio, 3 * ratio, OVERVIEW * ratio, 0);
     const x = this.left + this.low / this.length * this.width, part = Math.max(this.span / this.length * this.width, 4);
     context.strokeStyle = variable("--text");
     context.lineWidth = 1.5 * ratio;
     context.strokeRect(Math.min(x, wide - part) * ratio, 1.5 * ratio, part * ratio - 1, (OVERVIEW + 3) * ratio);
+  }
+
+  // All of a track in one line: painted again only when something changes besides the view.
+  overviewImage(track, width) {
+    const key = [width, isDark(), ...this.hidden].join(" ");
+    if (!this.painted || this.painted.track !== track || this.painted.key !== key) {
+      this.painted = { track, key, image: paint(track, 0, this.length, 1, width, this.hidden) };
+    }
+    return this.painted.image;
   }
 }
 

@@ -30,7 +30,7 @@ function remember() {
 }
 
 function facts(disk) {
-  const totals = disk.status.totals, extents = disk.rows.parts ? disk.rows.parts.reduce((sum, one) => sum + one, 0) : disk.rows.count;
+  const totals = disk.status.totals, extents = disk.rows.begins ? disk.rows.begins.reduce((sum, one) => sum + one, 0) : disk.rows.count;
   return [size(disk.size), disk.format, disk.layers.length > 1 ? counted(disk.layers.length, "layer") : null,
     counted(extents, "extent"), `${size(totals[0] + totals[1])} stored`].filter(Boolean).join("  \u00b7  ");
 }

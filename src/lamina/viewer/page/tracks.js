@@ -68,7 +68,7 @@ function statusTrack(disk, rows, by) {
   } else {
     track.classes = contentClasses();
     track.classOf = (row) => CLASS_OF_FLAGS[rows.flags[row]];
-    if (rows.counts) track.mixture = (row) => rows.parts[row] > 1 ? rows.counts.map((column) => column[row]) : null;
+    if (rows.counts) track.mixture = (row) => isCoarse(rows, row) ? rows.counts.map((column) => column[row]) : null;
   }
   return track;
 }
