@@ -118,17 +118,15 @@ function searched(column, value) {
 function describePart(file, map, row, position, guests) {
   const from = map.start[row], to = map.start[row + 1], kind = KINDS[map.kind[row]];
   const facts = [["File", file.name], ["Range", range(from, to)], ["Length", exactSize(to - from)]];
-  if (file.cluster) facts.push(["Clusters", `${whole(Math.floor(from / file.cluster))} and on, ${size(file.cluster)} each`]);
+  if (file.cluster) facts.push(["Clusters", `from number ${whole(Math.floor(from / file.cluster))} on, ${size(file.cluster)} each`]);
   if (map.references[row] >= 0) facts.push(["References", `${map.references[row]} to each cluster`]);
   else if (map.grain > 1) facts.push(["References", `not stored in this page: what lies in ${size(map.grain)} is one part`]);
   for (const [words, action] of guests) facts.push(["Disk", action ? button(words, action, { class: "link" }) : words]);
   const more = [element("p", { class: "quiet" }, kind.text)];
   if (kind.name === "header" && file.header.length) {
-    const body = file.header.map(([offset, length, name, text]) => element("tr", null,
-      element("td", { class: "number" }, hex(offset)), element("td", null, name), element("td", null, text)));
-    more.push(element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Fields of the header" },
-      element("table", null, element("thead", null, element("tr", null, ["Offset", "Field", "Value"].map((one) => element("th", { scope: "col" }, one)))),
-        element("tbody", null, body))));
+    const list = element("dl", { class: "fields" }, file.header.map(([offset, length, name, text]) => [
+      element("dt", null, element("span", { class: "quiet" }, hex(offset)), name), element("dd", null, text)]));
+    more.push(element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Fields of the header" }, list));
   }
   if (file.format) more.push(command("lamina", "explain", "-f", file.format, file.name, hex(position)));
   showDetails(kind.name[0].toUpperCase() + kind.name.slice(1), kind.colour, facts, more);

@@ -218,13 +218,17 @@ class Lanes {
     let top = 2;
     for (let index = 0; index < chosen.track; index++) top += this.height(tracks[index]) + TRACK_GAP;
     const high = this.height(tracks[chosen.track]), perLine = this.span / LINES;
-    context.strokeStyle = variable("--text");
-    context.lineWidth = 2 * ratio;
+    const frame = (x, y, wide, width, colour) => {
+      context.strokeStyle = variable(colour);
+      context.lineWidth = width * ratio;
+      context.strokeRect((x - 1) * ratio, (y - 1) * ratio, (wide + 2) * ratio, (high + 2) * ratio);
+    };
     for (let at = from; at < to;) {
       const line = Math.floor((at - this.low) / perLine + 1e-9), end = Math.min(this.low + (line + 1) * perLine, to);
       const x = this.left + ((at - this.low) / perLine - line) * this.width;
       const wide = Math.max((end - at) / perLine * this.width, 3);
-      context.strokeRect((x - 1) * ratio, (top + line * this.pitch - 1) * ratio, (wide + 2) * ratio, (high + 2) * ratio);
+      frame(x, top + line * this.pitch, wide, 5, "--background");
+      frame(x, top + line * this.pitch, wide, 2, "--text");
       if (end <= at) break;
       at = end;
     }
