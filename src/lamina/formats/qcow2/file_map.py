@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from ...file_map import NUMBER, FileMap, Route
+from ...limits import MAX_SIZE
 from ...numeric import NDArray, np
 from ...report import UNREADABLE
 from . import l1_table
@@ -74,7 +75,7 @@ class _Clusters:
         for clusters in lists.values():
             clusters.sort()
         self._lists = lists
-        self._maximum = (1 << (1 << self._counts.order)) - 1
+        self._maximum = min((1 << (1 << self._counts.order)) - 1, MAX_SIZE)
         #: The kind by the set of uses of a cluster; several uses exclude one another.
         self._kinds = np.full(1 << len(NAMES), NUMBER["in conflict"], np.uint8)
         self._kinds[0] = NUMBER["free"]
