@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from .file_map import FileMap
+    from .file_map import FileMap, Route
     from .json_forms import ExplanationJson, GuestJson, OverviewJson, PartJson, StepJson
-
 
 #: Structures that every format has.
 DATA, FREE, LEAKED, UNREFERENCED, UNKNOWN = "guest data", "free", "leaked", "unreferenced", "unknown"
@@ -153,3 +152,7 @@ class Explainer:
         from .file_map import of_regions
 
         return of_regions(self.overview().regions, size)
+
+    def route(self) -> Route | None:
+        """How a reader finds a byte of the disk; None if there are no tables, or if they cannot be read."""
+        return None

@@ -60,7 +60,6 @@ class FileMap(NamedTuple):
     kind: NDArray[np.uint8]
     references: NDArray[np.int64]
     cluster: int = 0
-    route: Route | None = None
     problems: tuple[str, ...] = ()
 
     @property

@@ -40,7 +40,7 @@ def model_of(extents: Extents, grain: int = 1) -> Model:
     size = max(int((extents.offset + extents.length).max()), 1)
     files = tuple(File(one.filename, "qcow2", size, None) for one in FILES)
     layers = tuple(Layer(name, "qcow2", extents.end, min(at, 1), 0, ImageInfo()) for at, name in enumerate("abc"))
-    disk = Disk("a disk", "disk.qcow2", "qcow2", extents.end, 1, Rows(extents), (0, 1), layers, {})
+    disk = Disk("a disk", (), True, "qcow2", extents.end, 1, Rows(extents), (0, 1), layers, {})
     return Model((disk,), files)
 
 

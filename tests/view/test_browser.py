@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 import lamina
+from lamina.cli.main import main
 from lamina.errors import LaminaError
 from lamina.palette import BACKGROUND, CONTENT, DIFFERENCE, STRUCTURE
 from tests.view.conftest import Opened
@@ -279,6 +281,44 @@ def test_what_is_said_is_what_explain_says(chain: Path, html: str, show: Callabl
             for guest in (one for part in found.parts for one in part.guest if one.exact is not None):
                 if guest.snapshot is None and guest.status == "data":
                     assert hex(guest.exact or 0) in said
+
+
+def test_a_moment_is_explained_and_the_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, show: Callable[..., Opened], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "-it's, a disk.qcow2"
+    lamina.create(tmp_path / name, "qcow2", 16 * MIB)
+    with lamina.open(Path(name), format="qcow2", read_only=False) as image:
+        image.write(0, b"x" * 65536)
+        image.create_snapshot("monday")
+        image.write(0, b"y" * 65536)
+    options = {"driver": "qcow2", "file": {"driver": "file", "filename": name}, "snapshot-id": "1"}
+    with lamina.open(options) as then, lamina.open(Path(name), format="qcow2") as now:
+        page = show(lamina.view(then, now))
+    for track, source in enumerate((options, Path(name))):
+        page.ask("(track) => diskLanes.choose({ track, position: 0 })", track)
+        step = lamina.explain_guest(source, 0, format="qcow2")[0]
+        said = details(page)
+        assert f"at {step.host:#x} of" in said
+        for part in step.parts:
+            assert f"{part.structure}, {part.field} at {part.offset:#x}" in said
+        assert main(shlex.split(page.text("#details .command"))[1:]) == 0
+        assert f"at offset {step.host} " in capsys.readouterr().out
+    page.ask("fileLanes.choose({ track: 0, position: 0 })")
+    assert main(shlex.split(page.text("#details .command"))[1:]) == 0
+    assert "magic" in capsys.readouterr().out
+
+
+def test_an_image_behind_a_filter_that_shifts(chain: Path, show: Callable[..., Opened]) -> None:
+    options = {"driver": "offset", "offset": MIB, "image": {"driver": "qcow2", "file": str(chain), "backing": None}}
+    with lamina.open(options) as image:
+        page = show(lamina.view(image))
+    page.ask("diskLanes.choose({ track: 0, position: 11 * 2 ** 20 })")
+    said = details(page)
+    assert "In the file" in said
+    assert "How a reader finds it" not in said
+    assert "lamina explain" not in said
 
 
 def test_two_side_by_side(chain: Path, show: Callable[..., Opened]) -> None:

@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LaminaError, LimitExceeded, UnsupportedFeature, printable
-from ..file_map import FileMap
+from ..file_map import FileMap, Route
 from ..format import Format
 from ..jobs.diff import diff
-from ..node import Node, StorageNode
+from ..node import Node, StorageNode, is_faithful
 from ..numeric import np
 from ..results import ImageInfo
 from .rows import Ranges, Rows, ranges_of, rows_of
@@ -30,12 +30,13 @@ LONGEST = 1 << 53
 
 class File(NamedTuple):
     """The file of a layer. `map`: None if nobody can say what its parts are. `header`: its fields, (offset, length, name,
-    text)."""
+    text). `words`: what `lamina explain` calls it, empty if a shell cannot say it."""
 
     name: str
     format: str
     size: int
     allocated: int | None
+    words: tuple[str, ...] = ()
     map: FileMap | None = None
     header: tuple[tuple[int, int, str, str], ...] = ()
     problems: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class File(NamedTuple):
 
 class Layer(NamedTuple):
     """A layer of a chain. `file`: the number of its file in `Model.files`, None if it is not in a file. `owned`: the stored
-    bytes of the disk that this layer decides."""
+    bytes of the disk that this layer decides. `route`: how a reader finds a byte of its disk."""
 
     name: str
     format: str
@@ -52,13 +53,16 @@ class Layer(NamedTuple):
     owned: int
     info: ImageInfo
     bitmaps: tuple[str, ...] = ()
+    route: Route | None = None
 
 
 class Disk(NamedTuple):
-    """One image, or one moment of it. `places`: the numbers in `Model.files` of `rows.extents.files`."""
+    """One image, or one moment of it. `places`: the numbers in `Model.files` of `rows.extents.files`. `words`: as for `File`.
+    `direct`: whether each byte has the same offset in all layers."""
 
     title: str
-    source: str
+    words: tuple[str, ...]
+    direct: bool
     format: str
     size: int
     alignment: int
@@ -91,13 +95,59 @@ def collect(images: tuple[Image, ...], granularity: int, content: bool, monitor:
 
 def layers_of(top: Node) -> Iterator[Node]:
     """The nodes that can own bytes of the disk `top`, from the top down, as `depth` counts them."""
-    node: Node | None = top
-    while node is not None:
-        while not isinstance(node, Format | StorageNode) and "image" in node.children:
-            node = node.children["image"].node
+    return (node for node in _nodes(top) if isinstance(node, Format | StorageNode) or "image" not in node.children)
+
+
+def _nodes(top: Node) -> Iterator[Node]:
+    """The layers, and the filters above and between them."""
+    node = top
+    while True:
         yield node
-        backing = node.children.get("backing")
-        node = None if backing is None else backing.node
+        filters = not isinstance(node, Format | StorageNode) and "image" in node.children
+        child = node.children.get("image" if filters else "backing")
+        if child is None:
+            return
+        node = child.node
+
+
+def _keeps_offsets(node: Node) -> bool:
+    """Whether this node leaves bytes at their offsets. (A snapshot of an image is not `faithful`, but does.)"""
+    return isinstance(node, StorageNode) or is_faithful(node) or _moment(node) is not None
+
+
+def _moment(node: Node) -> str | None:
+    """The internal snapshot that is open in place of the disk of now."""
+    return node.given.get("snapshot-id") or node.given.get("snapshot-name")
+
+
+def _words(node: Node) -> tuple[str, ...]:
+    """What `lamina explain --guest` calls this disk; empty if it has no such name."""
+    storage = _storage(node)
+    if not isinstance(node, Format) or storage is None or storage.path is None:
+        return ()
+    words = ("-f", node.driver, _argument(storage.path))
+    if id := node.given.get("snapshot-id"):
+        path = storage.path.replace(",", ",,")
+        words = "--image-opts", "", f"driver={node.driver},file.filename={path},snapshot-id={id}"
+    elif _moment(node):
+        return ()
+    return tuple(filter(None, words)) if all(map(str.isprintable, words)) else ()
+
+
+def _argument(name: str) -> str:
+    """A name as an argument of a command, where a dash would begin an option."""
+    return f"./{name}" if name.startswith("-") else name
+
+
+def _route(node: Node) -> Route | None:
+    child = node.children.get("file")
+    if not isinstance(node, Format) or child is None:
+        return None
+    named = {key: node.given[key] for key in ("snapshot-id", "snapshot-name") if key in node.given}
+    try:
+        return type(node).explain(child, named).route()
+    except LaminaError:
+        return None  # as for a file without a map
 
 
 def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
@@ -116,6 +166,7 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
                 int(owned.length.sum()),
                 _info(node),
                 tuple(map(printable, node.bitmaps)),
+                _route(node),
             )
         )
     places = tuple(files.of_host(host) for host in rows.extents.files)
@@ -123,11 +174,12 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
         printable(name): (one.granularity, ranges_of((lo, hi - lo) for lo, hi in one.dirty(0, image.size)))
         for name, one in image.bitmaps.items()
     }
-    moment = image.node.given.get("snapshot-id") or image.node.given.get("snapshot-name")
+    moment = _moment(image.node)
     title = printable(image.filename) + (f", snapshot {printable(moment)}" if moment else "")
     return Disk(
         title,
-        printable(image.filename),
+        _words(image.node),
+        all(_keeps_offsets(node) for node in _nodes(image.node)),
         image.format,
         image.size,
         image.alignment,
@@ -181,7 +233,9 @@ def _storage(node: Node) -> StorageNode | None:
 
 
 def _file(node: Node, storage: StorageNode) -> File:
-    named = printable(storage.filename), node.driver, storage.size, storage.allocated
+    words = ("-f", node.driver, _argument(storage.filename))
+    known = words if isinstance(node, Format) and all(map(str.isprintable, words)) else ()
+    named = printable(storage.filename), node.driver, storage.size, storage.allocated, known
     _check_size(storage.size, "file", storage.filename)
     child = node.children.get("file")
     if not isinstance(node, Format) or child is None or child.node is not storage:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import printable
-from ..file_map import KINDS, FileMap
+from ..file_map import KINDS, FileMap, Route
 from ..numeric import np
 from ..results import Snapshot
 from .collect import Disk, File, Layer, Model, place_columns
@@ -127,7 +127,7 @@ def _disk(disk: Disk, parts: list[_Columns]) -> dict[str, Any]:
         parts.append(columns)
         bitmaps.append({"name": name, "granularity": granularity, "ranges": columns})
     return {
-        "title": disk.title, "source": disk.source, "format": disk.format, "size": disk.size,
+        "title": disk.title, "words": list(disk.words), "direct": disk.direct, "format": disk.format, "size": disk.size,
         "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": [_layer(one) for one in disk.layers],
     }  # fmt: skip
 
@@ -138,6 +138,14 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "name": layer.name, "format": layer.format, "size": layer.size, "file": layer.file, "owned": layer.owned,
         "cluster": info.cluster_size, "encrypted": bool(info.encrypted), "dirty": bool(info.dirty),
         "bitmaps": list(layer.bitmaps), "snapshots": [_snapshot(one) for one in info.snapshots],
+        "route": None if layer.route is None else _route(layer.route),
+    }  # fmt: skip
+
+
+def _route(route: Route) -> dict[str, Any]:
+    return {
+        "l1": route.l1, "span": route.span, "unit": route.unit, "width": route.width, "rows": len(route.entry),
+        "columns": text_of(np.diff(route.entry, prepend=0), route.table),
     }  # fmt: skip
 
 
@@ -150,19 +158,12 @@ def _snapshot(one: Snapshot) -> dict[str, Any]:
 def _file(file: File, parts: list[_Columns]) -> dict[str, Any]:
     told: dict[str, Any] = {
         "name": file.name, "format": file.format, "size": file.size, "allocated": file.allocated,
-        "header": [list(one) for one in file.header], "problems": list(file.problems),
+        "words": list(file.words), "header": [list(one) for one in file.header], "problems": list(file.problems),
     }  # fmt: skip
     if file.map is None:
         return told
     columns = _Columns(file.map, _map, coarser_file)
     parts.append(columns)
-    route = file.map.route
-    if route is not None:
-        entry = np.diff(route.entry, prepend=0)
-        told["route"] = {
-            "l1": route.l1, "span": route.span, "unit": route.unit, "width": route.width, "rows": len(entry),
-            "columns": text_of(entry, route.table),
-        }  # fmt: skip
     kinds = [name for name, _, _ in KINDS]
     totals = [[kinds.index(name), total] for name, total in file.map.bytes_of().items()]
     return told | {"map": columns, "cluster": file.map.cluster, "totals": totals}

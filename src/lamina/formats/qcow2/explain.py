@@ -21,7 +21,7 @@ from .header import Header
 from .references import HEADER, NAMES
 
 if TYPE_CHECKING:
-    from ...file_map import FileMap
+    from ...file_map import FileMap, Route
     from ...request import Child
 
 
@@ -93,6 +93,13 @@ class Qcow2Explainer(Explainer):
         from .file_map import file_map
 
         return file_map(self._uses.storage, self._uses.header)
+
+    def route(self) -> Route | None:
+        if self._uses is None or self._disk is None:
+            return None
+        from .file_map import route
+
+        return route(self._uses.storage, self._disk)
 
     def _without_header(self, offset: int) -> Part:
         places = explain_fields.of_header(self._reader.read(0, 1 << q.MIN_CLUSTER_BITS), None)

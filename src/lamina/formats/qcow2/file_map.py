@@ -37,12 +37,13 @@ def file_map(storage: Child, header: Header) -> FileMap:
         kind[heads],
         references[heads],
         header.cluster_size,
-        _route(found, header),
         problems,
     )
 
 
-def _route(found: References, header: Header) -> Route:
+def route(storage: Child, header: Header) -> Route:
+    """How a reader finds a byte of the disk with this header: the one of now, or that of a snapshot."""
+    found = References(storage, header)
     offsets = l1_table.offsets_of(found.entries(header.l1_table_offset, header.l1_size, "L1 table")).astype(np.int64)
     index = np.flatnonzero((offsets > 0) & (offsets < found.size))
     width = 1 << layout_of(header).entry_bits

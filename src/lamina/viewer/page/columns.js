@@ -96,11 +96,11 @@ function readMap(told, size) {
   return { start, count: told.rows, kind, references: references.map((one) => one - 1), grain: told.grain };
 }
 
-// The L2 tables of a file: number of the L1 entry, and offset.
+// The L2 tables of a layer: number of the L1 entry, and offset.
 function readRoute(told) {
-  const columns = new Columns(told.columns), index = columns.next(told.rows), table = columns.next(told.rows);
-  for (let row = 1; row < told.rows; row++) index[row] += index[row - 1];
-  return { ...told, index, table };
+  const columns = new Columns(told.columns), entry = columns.next(told.rows), table = columns.next(told.rows);
+  for (let row = 1; row < told.rows; row++) entry[row] += entry[row - 1];
+  return { ...told, entry, table };
 }
 
 // The number of the row that contains the byte at `position`.

@@ -58,8 +58,8 @@ function describeStatus(disk, rows, row, position, rounded) {
       if (rows.counts[index][row]) facts.push([`\u2003${CONTENT_WORDS[one.key]}`, exactSize(rows.counts[index][row])]);
     });
   } else if (rounded <= 1) {
-    more.push(...explained(disk, rows, row, from));
-    more.push(command("lamina", "explain", "--guest", hex(from), "-f", disk.format, disk.source));
+    if (disk.direct) more.push(...explained(disk, rows, row, from));
+    if (disk.words.length) more.push(command("lamina", "explain", "--guest", hex(from), ...disk.words));
   }
   showDetails(statusWord(rows, row), kind.colour, facts, more);
 }
@@ -85,9 +85,9 @@ function explained(disk, rows, row, position) {
 
 // The entries of the tables of a layer for the byte at `position`, as `lamina explain --guest` names them.
 function route(layer, position) {
-  const found = layer.file === null ? null : routeOf(layer.file);
+  const found = routeOf(layer);
   if (!found || position >= layer.size) return [];
-  const entry = Math.floor(position / found.span), at = searched(found.index, entry);
+  const entry = Math.floor(position / found.span), at = searched(found.entry, entry);
   const l1 = `L1 table, entry ${entry} at ${hex(found.l1 + 8 * entry)}`;
   if (at < 0) return [`${l1}: no L2 table`];
   const table = found.table[at], number = Math.floor(position % found.span / found.unit);
@@ -96,11 +96,10 @@ function route(layer, position) {
 
 const routes = new Map();
 
-function routeOf(file) {
-  const told = MODEL.files[file].route;
-  if (!told) return null;
-  if (!routes.has(file)) routes.set(file, readRoute(told));
-  return routes.get(file);
+function routeOf(layer) {
+  if (!layer.route) return null;
+  if (!routes.has(layer)) routes.set(layer, readRoute(layer.route));
+  return routes.get(layer);
 }
 
 function searched(column, value) {
@@ -128,7 +127,7 @@ function describePart(file, map, row, position, guests) {
       element("dt", null, element("span", { class: "quiet" }, hex(offset)), name), element("dd", null, text)]));
     more.push(element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Fields of the header" }, list));
   }
-  if (file.format) more.push(command("lamina", "explain", "-f", file.format, file.name, hex(position)));
+  if (file.words.length) more.push(command("lamina", "explain", ...file.words, hex(position)));
   showDetails(kind.name[0].toUpperCase() + kind.name.slice(1), kind.colour, facts, more);
 }
 
