@@ -43,8 +43,8 @@ class File(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of a chain. `file`: the number of its file in `Model.files`, None if it is not in a file. `owned`: the stored
-    bytes of the disk that this layer decides. `route`: how a reader finds a byte of its disk."""
+    """A layer of a chain. `file`: the number of its file in `Model.files`, None if it is not in a file. `owned`: the bytes
+    of the disk that this layer stores. `route`: how a reader finds a byte of its disk."""
 
     name: str
     format: str
@@ -152,18 +152,17 @@ def _route(node: Node) -> Route | None:
 
 def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
     _check_size(image.size, "disk", image.filename)
-    rows = rows_of(image, monitor)
+    rows, owned = rows_of(image, monitor)
     layers = []
     for depth, node in enumerate(layers_of(image.node)):
         number = files.of_layer(node)
-        owned = rows.extents.where(data=True, depth=depth)
         layers.append(
             Layer(
                 printable(node.filename),
                 node.driver,
                 node.size,
                 number,
-                int(owned.length.sum()),
+                owned.get(depth, 0),
                 _info(node),
                 tuple(map(printable, node.bitmaps)),
                 _route(node),

@@ -71,19 +71,24 @@ def _unit(edges: NDArray[np.int64]) -> int:
     return bits & -bits or 1
 
 
-def rows_of(image: Image, monitor: Monitor, most: int = MAX_ROWS) -> Rows:
-    """The rows of all bytes of `image`, exact unless there are more than `most`."""
+def rows_of(image: Image, monitor: Monitor, most: int = MAX_ROWS) -> tuple[Rows, dict[int, int]]:
+    """The rows of all bytes of `image`, exact unless there are more than `most`; and by depth the bytes that each layer
+    stores of the disk."""
+    owned: dict[int, int] = {}
     done = Rows(Extents.empty(0))
     waiting: list[Extents] = []
     count = 0
     for piece in windows(image, 0, image.size):
         waiting.append(piece)
         count += len(piece)
+        stored = piece.where(data=True, zero=False)
+        for depth in np.unique(stored.depth).tolist():
+            owned[depth] = owned.get(depth, 0) + int(stored.length[stored.depth == depth].sum())
         if count > most // 4:
             done = _append(done, waiting, most)
             waiting, count = [], 0
         monitor.update(piece.end, image.size)
-    return _append(done, waiting, most)
+    return _append(done, waiting, most), owned
 
 
 def _append(done: Rows, pieces: list[Extents], most: int) -> Rows:

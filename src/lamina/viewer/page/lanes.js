@@ -164,7 +164,7 @@ class Lanes {
     if (!wide || !tracks.length) return;
     const ratio = Math.min(window.devicePixelRatio || 1, 2);
     this.left = wide < 520 ? 64 : 96;
-    this.width = wide - this.left;
+    this.width = wide - this.left - 3;  // room for the frame
     this.pitch = tracks.reduce((sum, track) => sum + this.height(track) + TRACK_GAP, GAP);
     const total = LINES * this.pitch + 2;
     const context = prepared(this.canvas, wide, total, ratio), width = Math.round(this.width * ratio);
