@@ -85,23 +85,28 @@ def rows_of(image: Image, monitor: Monitor, most: int = MAX_ROWS) -> tuple[Rows,
         for depth in np.unique(stored.depth).tolist():
             owned[depth] = owned.get(depth, 0) + int(stored.length[stored.depth == depth].sum())
         if count > most // 4:
-            done = _append(done, waiting, most)
-            waiting, count = [], 0
+            # The last extent may go on in the next window.
+            exact = Extents.concat(waiting).coalesce()
+            last = int(exact.start[-1])
+            done = _append(done, exact.clip(exact.begin, last), most)
+            waiting, count = [exact.clip(last, exact.end)], 1
         monitor.update(piece.end, image.size)
-    return _append(done, waiting, most), owned
+    return _append(done, Extents.concat(waiting).coalesce(), most) if waiting else done, owned
 
 
-def _append(done: Rows, pieces: list[Extents], most: int) -> Rows:
-    if not pieces:
+def _append(done: Rows, exact: Extents, most: int) -> Rows:
+    """The rows and those of `exact`, which begins where they end, with an extent of its own."""
+    if not len(exact):
         return done
-    added = Rows(Extents.concat(pieces).coalesce())
+    added = Rows(exact)
     if done.grain > 1:
         added = coarsened(added, done.grain)
         assert done.begins is not None
         assert added.begins is not None
         counts = tuple(np.concatenate(pair) for pair in zip(done.counts, added.counts, strict=True))
         begins = np.concatenate((done.begins, added.begins))
-        done = Rows(Extents.concat([done.extents, added.extents]), done.grain, begins, counts)
+        joined = Rows(Extents.concat([done.extents, added.extents]), done.grain, begins, counts)
+        done = coarsened(joined, done.grain)  # the block in which both meet
     else:
         done = Rows(Extents.concat([done.extents, added.extents]).coalesce())
     while len(done.extents) > most:
@@ -114,13 +119,15 @@ def coarsened(rows: Rows, grain: int) -> Rows:
     fine, end = rows.extents, rows.extents.end
     if not len(fine):
         return rows
-    base = np.unique(fine.start[1:][fine.start[1:] & grain - 1 != 0] & -grain)
+    inner = fine.start & grain - 1 != 0
+    inner[0] = False
+    base = np.unique(fine.start[inner] & -grain)
+    top = np.minimum(base, end - grain) + grain
     base = np.maximum(base, fine.begin)
-    top = np.minimum(base, end - grain) + grain if len(base) else base
-    aligned = fine.align(grain)
-    start = np.unique(np.concatenate((aligned.start, base, top[top < end])))
+    # Blocks that were mixed before stay rows of their own, even if they equal their neighbours.
+    start = np.unique(np.concatenate((fine.start[~inner], base, top[top < end])))
     stop = np.append(start[1:], end)
-    extents = aligned.intersect(Extents.from_columns(start, stop - start, 0))
+    extents = fine.align(grain).intersect(Extents.from_columns(start, stop - start, 0))
     # An edge inside a fine row cuts one whose bytes are all of one class.
     row = np.searchsorted(fine.start, start, "right") - 1
     into = start - fine.start[row]
