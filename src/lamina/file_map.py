@@ -33,6 +33,7 @@ KINDS: Final[tuple[tuple[str, str, str], ...]] = (
     ("in conflict", "overlap", "Uses that exclude each other, or more references than are counted: the image is damaged."),
     ("unknown", "unknown", "Not read, or outside of all that is known."),
 )  # fmt: skip
+#: The numbers of the kinds by name.
 NUMBER: Final = {name: number for number, (name, _, _) in enumerate(KINDS)}
 
 
@@ -64,6 +65,7 @@ class FileMap(NamedTuple):
 
     @property
     def length(self) -> NDArray[np.int64]:
+        """The bytes of each part."""
         return np.diff(self.start, append=self.size)
 
     def bytes_of(self) -> dict[str, int]:

@@ -30,7 +30,7 @@ FOR_PROGRAMS = {
         FormatError Graph Image ImageInfo LaminaError Layer LimitExceeded Limits Locked NotFound NotSupported
         OptionError OutOfRange Policy PolicyError ReadOnly Secret Snapshot UnsupportedFeature Verdict
         __version__ check create diff explain explain_guest info info_chain inspect json_schema open probe
-        structures tree
+        structures tree view
         """,
     "nbd": "Client Export Folder RestrictedExport Server",
     "testing": """
@@ -50,6 +50,7 @@ FOR_DRIVERS = {
         DATA Explainer Explanation FREE Guest LEAKED Overview Part Step UNKNOWN UNREFERENCED UNUSED
         """,
     "extents": "Bools Bytes Extents Int32s Int64s Totals",
+    "file_map": "FileMap KINDS NUMBER Route of_regions",
     "format": "Format Measure Repair",
     "format_node": "Columns FormatNode Mapping Reservation To",
     "graph": "Opener Spec",
@@ -91,7 +92,7 @@ INTERNAL = """
     __main__ api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detect edge
     errors filters formats gate holes image inspection jobs layers lifecycle named_file nbd node_tree numeric
     options own_files palette peer_options picture policy ranges references reopening result_schema results rounding
-    side_file storage target_file testing verdict version workers zeros
+    side_file storage target_file testing verdict version viewer workers zeros
     """
 
 
