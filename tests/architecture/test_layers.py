@@ -90,7 +90,7 @@ LAYERS = [
     },
     {"filters", "formats", "storage"},
     {"jobs", "nbd", "verdict", "viewer"},
-    {"cli", "testing"},
+    {"aio", "cli", "fsspec", "testing"},
     {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
 ]
 #: Packages of one layer that never import one another: the registry finds each driver by its name.

@@ -1,0 +1,141 @@
+"""Lamina for asyncio: images whose requests are awaited, and whole-image work in threads.
+
+    async with lamina.aio.open("disk.qcow2", format="qcow2") as image:
+        head, tail = await asyncio.gather(image.read(0, 512), image.read(image.size - 512, 512))
+
+The core of Lamina blocks and has threads; this package is the bridge from event loops, and nothing else of Lamina imports
+asyncio. `Image` has the requests; `run` awaits any other function. The functions of `lamina` have the same names and
+arguments here: `await lamina.aio.info("disk.qcow2")`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import lifecycle
+from ..api import open as _open
+from ..image import Image as _Synchronous
+from ..limits import DEFAULT_BUDGET, Budget
+from ..policy import Policy
+from ..root import Graph
+from ..workers import Workers
+from .calls import Call, start
+from .image import Image, opened, require_requests
+from .work import awaitable, iterate, run
+
+if TYPE_CHECKING:
+    import lamina
+
+    check = awaitable(lamina.check)
+    create = awaitable(lamina.create)
+    explain = awaitable(lamina.explain)
+    explain_guest = awaitable(lamina.explain_guest)
+    info = awaitable(lamina.info)
+    info_chain = awaitable(lamina.info_chain)
+    inspect = awaitable(lamina.inspect)
+    probe = awaitable(lamina.probe)
+    structures = awaitable(lamina.structures)
+
+#: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
+_FUNCTIONS = (
+    "check",
+    "create",
+    "explain",
+    "explain_guest",
+    "info",
+    "info_chain",
+    "inspect",
+    "probe",
+    "structures",
+)
+
+__all__ = [
+    "Image",
+    "Opening",
+    "check",
+    "create",
+    "explain",
+    "explain_guest",
+    "info",
+    "info_chain",
+    "inspect",
+    "iterate",
+    "open",
+    "probe",
+    "run",
+    "structures",
+]
+
+#: Opening has threads of its own: it waits for no long work.
+_threads = Workers(8, "lamina-aio-open")
+
+
+class Opening:
+    """What `open` returns: `image = await opening`, or `async with opening as image:`, which closes the image at the end."""
+
+    def __init__(self, work: Callable[[], _Synchronous], requests: int | None, where: str) -> None:
+        self._work, self._requests, self._where = work, requests, where
+        self._image: Image | None = None
+
+    def __await__(self) -> Generator[Any, Any, Image]:
+        return self._open().__await__()
+
+    async def _open(self) -> Image:
+        require_requests(self._requests)
+        call = start(Call(self._work, _Synchronous.close), _threads)
+        return opened(await call.outcome(), self._requests, self._where)
+
+    async def __aenter__(self) -> Image:
+        self._image = await self
+        return self._image
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._image is not None:
+            await self._image.close()
+
+
+def open(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    force_share: bool = False,
+    snapshot: bool = False,
+    graph: Graph | None = None,
+    requests: int | None = None,
+) -> Opening:
+    """Open a disk image in a thread: `async with lamina.aio.open(...) as image:`, or `image = await lamina.aio.open(...)`.
+
+    The arguments are those of `lamina.open`; `requests` is the number of requests that are in progress at once, 1 to 64
+    (see `Image`). If the task is cancelled, the image is closed again before the await ends. Raises the errors of
+    `lamina.open`."""
+    work = partial(
+        _open,
+        source,
+        format=format,
+        read_only=read_only,
+        references=references,
+        budget=budget,
+        force_share=force_share,
+        snapshot=snapshot,
+        graph=graph,
+    )
+    return Opening(work, requests, lifecycle.caller())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .. import __getattr__ as public
+
+    value = globals()[name] = awaitable(public(name))
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

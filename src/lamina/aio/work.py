@@ -1,0 +1,134 @@
+"""Whole-image work for the tasks of event loops: any function of the package, in a thread of its own.
+
+A function that takes `cancel` (an object with `is_set`), or `monitor`, is cancelled with its task: it removes what it made,
+as for any other reason to stop, and the await ends after that. Others run to their end first. `progress` is called in the
+thread of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+from ..errors import Cancelled
+from ..workers import Workers
+from .calls import Call, in_thread, start
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+#: So many functions run at once; further ones wait. Each may have threads of its own.
+AT_ONCE = 32
+_threads = Workers(AT_ONCE, "lamina-aio-work")
+#: An iterator is advanced by a thread for so many seconds, or items, before the event loop gets them.
+_STEP_SECONDS, _STEP_ITEMS = 0.05, 256
+
+
+class _Link:
+    """Between a job in a thread and the task that awaits it. It is the event `cancel` of the job."""
+
+    def __init__(self, function: Callable[..., object], named: dict[str, Any]) -> None:
+        """`named`: the arguments of the function, which are changed to use this link."""
+        known = inspect.signature(function).parameters
+        self._stopped = False
+        self._given: Any = None
+        self._cancel: Callable[[], object] = lambda: None
+        self.failure: Exception | None = None
+        progress = named.get("progress")
+        if "monitor" in known:
+            if named.get("monitor") is None:
+                from ..jobs.progress import Monitor
+
+                named["monitor"] = Monitor()
+            self._cancel = named["monitor"].cancel
+        if "cancel" in known:
+            self._given = named.get("cancel")
+            named["cancel"] = self
+        if progress is not None and "progress" in known:
+            self._progress: Callable[..., object] = progress
+            named["progress"] = partial(asyncio.get_running_loop().call_soon_threadsafe, self._report)
+
+    def is_set(self) -> bool:
+        """Whether the job is to stop."""
+        return self._stopped or (self._given is not None and bool(self._given.is_set()))
+
+    def cancel(self) -> None:
+        """Ask the job to stop."""
+        self._stopped = True
+        self._cancel()
+
+    def _report(self, *told: object) -> None:
+        """Call `progress`, which may raise to stop the job."""
+        if self._stopped:
+            return
+        try:
+            self._progress(*told)
+        except Exception as error:  # noqa: BLE001 - the task raises it
+            self.failure = error
+            self.cancel()
+
+
+async def run(function: Callable[_P, _T], /, *arguments: _P.args, **named: _P.kwargs) -> _T:
+    """function(*arguments), a function of this package or of the caller's, in a thread. At most 32 run at once; others wait,
+    and are not begun if their task is cancelled. If the task is cancelled later, a function that can be cancelled is, and the
+    await ends with CancelledError when the function has ended. An exception that `progress` raises stops the job and is
+    raised here. Raises what the function raises."""
+    options: dict[str, Any] = dict(named)
+    link = _Link(function, options)
+    return await _done(partial(function, *arguments, **options), link)
+
+
+async def iterate(
+    function: Callable[_P, Iterable[_T]], /, *arguments: _P.args, **named: _P.kwargs
+) -> AsyncGenerator[_T, None]:
+    """The items of the iterable function(*arguments), which threads advance: `async for part in iterate(lamina.diff, ...)`.
+    Cancellation and `progress` as for `run`. A caller that leaves the loop early closes the iterator with
+    `contextlib.aclosing`; otherwise the event loop does, later."""
+    options: dict[str, Any] = dict(named)
+    link = _Link(function, options)
+    items = await _done(lambda: iter(function(*arguments, **options)), link)
+    try:
+        while found := await _done(partial(_some, items), link):
+            for item in found:
+                yield item
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            await in_thread(close).outcome()
+
+
+async def _done(work: Callable[[], _T], link: _Link) -> _T:
+    """The value of `work`, which is the job of `link` or a part of it."""
+    try:
+        found = await start(Call(work), _threads).outcome(cancel=link.cancel)
+    except Cancelled:
+        if link.failure is None:
+            raise
+    if link.failure is not None:
+        raise link.failure
+    return found
+
+
+def _some(items: Iterator[_T]) -> list[_T]:
+    """The next items, at least one; none at the end."""
+    found: list[_T] = []
+    end = time.monotonic() + _STEP_SECONDS
+    for item in items:
+        found.append(item)
+        if len(found) >= _STEP_ITEMS or time.monotonic() > end:
+            break
+    return found
+
+
+def awaitable(function: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """The same function for tasks of an event loop: `await awaitable(f)(...)` is `await run(f, ...)`."""
+
+    @wraps(function)
+    async def awaited(*arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await run(function, *arguments, **named)
+
+    return awaited
