@@ -310,6 +310,8 @@ def test_a_loop_is_closed_with_requests_in_progress() -> None:
 
     async def work() -> None:
         async with image:
+            while storage.ended < 3:
+                await asyncio.sleep(0.001)
             assert await image.read(0, 512) == b"w" * 512
 
     asyncio.run(work())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import CorruptImage, FormatError, LaminaError, LimitExceeded, NotSupported, OptionError
-from lamina.filters.partition import GPT_ENTRY, GPT_HEADER, MBR_ENTRY, Partition, find
+from lamina.filters.partition import GPT_ENTRY, GPT_HEADER, MBR_ENTRY, Partition, find, partitions
 from lamina.graph import open_graph
 from lamina.image import Image
 from lamina.request import Child
@@ -82,6 +82,31 @@ CLASSIC = {
 )
 def test_primary_and_logical_partitions(number: int, first: int, sectors: int) -> None:
     assert find(disk(16384 * 512, CLASSIC), number) == (first * 512, sectors * 512)
+
+
+@pytest.mark.parametrize(
+    ("made", "numbers"),
+    [
+        (disk(16384 * 512, CLASSIC), [1, 2, 5, 6, 7]),
+        (disk(64 * MIB, gpt(64 * MIB, 512, {1: (2048, 4095), 9: (4096, 8191)})), [1, 9]),
+        (disk(64 * MIB, gpt(64 * MIB, 4096, {128: (300, 300)})), [128]),
+        (disk(MIB, {}), []),
+        (disk(MIB, {0: record()}), []),
+        (disk(512, {}), []),
+    ],
+)
+def test_all_partitions(made: Child, numbers: list[int]) -> None:
+    assert partitions(made) == {number: find(made, number) for number in numbers}
+    assert list(partitions(made)) == numbers
+
+
+def test_an_error_of_one_partition_is_one_of_the_list() -> None:
+    with pytest.raises(CorruptImage, match=r"partition 2 .* is not inside"):
+        partitions(disk(4096 * 512, {0: record((0x83, 1, 1), (0x83, 4096, 1))}))
+    with pytest.raises(CorruptImage, match="not a boot record"):
+        partitions(disk(4096 * 512, {0: record((0x83, 1, 1), (0x05, 100, 100))}))
+    with pytest.raises(CorruptImage, match="no copy of the GPT"):
+        partitions(disk(4096 * 512, {0: record((0xEE, 1, 1))}))
 
 
 @pytest.mark.parametrize("number", [3, 4, 8, 129, 10**30])

@@ -102,15 +102,47 @@ def find(disk: Child, number: int, sector: int | None = None) -> tuple[int, int]
     """The offset and length, in bytes, of partition `number`, which is inside the disk. `sector`: the sector size, 512 or
     4096. The default is that of the GPT; for an MBR it is 4096 if the disk requires requests of that alignment, else 512.
     Raises as `Partition` does."""
-    record = _boot_record(disk, 0)
-    # The boot sector of a file system has the same signature, but boot code in place of the entries.
-    if record is None or any(entry.status & 0x7F for entry in record):
+    record = _table_of(disk)
+    if record is None:
         raise FormatError(
             "the disk has no partition table", path=disk.node.filename, hint="open the image without this filter"
         )
-    if any(entry.type == _PROTECTIVE for entry in record):
-        return _in_gpt(disk, _gpt(disk, (sector,) if sector else SECTOR_SIZES), number)
-    return _in_mbr(disk, record, number, sector or (4096 if disk.node.limits.request_alignment == 4096 else 512))
+    if _is_gpt(record):
+        table = _gpt(disk, (sector,) if sector else SECTOR_SIZES)
+        numbers = _used(table)
+        if number not in numbers:
+            raise _missing(disk, number, numbers)
+        return _in_gpt(disk, table, number)
+    sector = sector or _mbr_sector(disk)
+    found = _in_mbr(disk, record, number, sector)
+    if number not in found:
+        raise _missing(disk, number, sorted(found))
+    return _inside(disk, number, found[number], sector)
+
+
+def partitions(disk: Child, sector: int | None = None) -> dict[int, tuple[int, int]]:
+    """The offset and length, in bytes, of each partition, by its number; none for a disk without a partition table. `sector`
+    as for `find`. Raises CorruptImage for an inconsistent table, and for a partition that is not inside the disk."""
+    record = _table_of(disk)
+    if record is None:
+        return {}
+    if _is_gpt(record):
+        table = _gpt(disk, (sector,) if sector else SECTOR_SIZES)
+        return {number: _in_gpt(disk, table, number) for number in _used(table)}
+    sector = sector or _mbr_sector(disk)
+    found = _in_mbr(disk, record, None, sector)
+    return {number: _inside(disk, number, bounds, sector) for number, bounds in sorted(found.items())}
+
+
+def _table_of(disk: Child) -> list[Any] | None:
+    """The entries of the first boot record; None if the disk has no partition table."""
+    record = _boot_record(disk, 0)
+    # The boot sector of a file system has the same signature, but boot code in place of the entries.
+    return None if record is None or any(entry.status & 0x7F for entry in record) else record
+
+
+def _is_gpt(record: list[Any]) -> bool:
+    return any(entry.type == _PROTECTIVE for entry in record)
 
 
 # -- GPT
@@ -164,12 +196,15 @@ def _gpt_at(disk: Child, sector: int, lba: int) -> _Table | str:
     return _Table(sector, header.first_usable, header.last_usable, header.entry_size, entries)
 
 
-def _in_gpt(disk: Child, table: _Table, number: int) -> tuple[int, int]:
+def _used(table: _Table) -> list[int]:
+    """The numbers of the partitions."""
     step = table.entry_size
-    numbers = [at // step + 1 for at in range(0, len(table.entries), step) if any(table.entries[at : at + 16])]
-    if number not in numbers:
-        raise _missing(disk, number, numbers)
-    entry = GPT_ENTRY.unpack(table.entries, (number - 1) * step)
+    return [at // step + 1 for at in range(0, len(table.entries), step) if any(table.entries[at : at + 16])]
+
+
+def _in_gpt(disk: Child, table: _Table, number: int) -> tuple[int, int]:
+    """The offset and length of a partition in bytes."""
+    entry = GPT_ENTRY.unpack(table.entries, (number - 1) * table.entry_size)
     # `_gpt_at` has checked the usable sectors against the size of the disk.
     if not table.first_usable <= entry.first <= entry.last <= table.last_usable:
         raise _outside(disk, number, entry.first, entry.last - entry.first + 1)
@@ -179,20 +214,28 @@ def _in_gpt(disk: Child, table: _Table, number: int) -> tuple[int, int]:
 # -- MBR
 
 
-def _in_mbr(disk: Child, record: list[Any], number: int, sector: int) -> tuple[int, int]:
+def _mbr_sector(disk: Child) -> int:
+    return 4096 if disk.node.limits.request_alignment == 4096 else 512
+
+
+def _in_mbr(disk: Child, record: list[Any], number: int | None, sector: int) -> dict[int, tuple[int, int]]:
+    """The first sector and the number of sectors of the partitions up to `number`; None: of all."""
     found: dict[int, tuple[int, int]] = {}
     for slot, entry in enumerate(record, 1):
         if entry.type and entry.type not in _EXTENDED:
             found[slot] = entry.first, entry.sectors
     extended = next((entry for entry in record if entry.type in _EXTENDED), None)
-    if extended is not None and number > 4:
+    if extended is not None and (number is None or number > 4):
         for logical, bounds in enumerate(_logical(disk, extended, sector), 5):
             found[logical] = bounds
             if logical == number:
                 break
-    if number not in found:
-        raise _missing(disk, number, sorted(found))
-    first, sectors = found[number]
+    return found
+
+
+def _inside(disk: Child, number: int, bounds: tuple[int, int], sector: int) -> tuple[int, int]:
+    """The offset and length in bytes of a partition with these sectors."""
+    first, sectors = bounds
     if not sectors or (first + sectors) * sector > disk.size:
         raise _outside(disk, number, first, sectors)
     return first * sector, sectors * sector
