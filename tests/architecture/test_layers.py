@@ -90,8 +90,9 @@ LAYERS = [
     },
     {"filters", "formats", "storage"},
     {"jobs", "nbd", "verdict", "viewer"},
-    {"aio", "cli", "fsspec", "testing"},
-    {"", "__main__"},  # the package's `__init__` loads the public names of every layer on demand
+    {"cli", "fsspec", "testing"},
+    # The package's `__init__` loads the public names of every layer on demand, and `aio` takes them from there.
+    {"", "__main__", "aio"},
 ]
 #: Packages of one layer that never import one another: the registry finds each driver by its name.
 SIBLINGS = {"filters", "formats", "storage"}

@@ -52,6 +52,7 @@ NAMES = {
     "_fields": "a type: the fields of a named tuple",
     "__dataclass_fields__": "a type: the fields of a dataclass",
     "__name__": "a type",
+    "close": "the result of a function, or an iterator, of any kind",
     "abandon_all": "a module that may not be imported",
 }
 

@@ -51,7 +51,9 @@ def test_the_functions_of_the_package_have_the_same_names_and_arguments() -> Non
 
 def test_the_types_that_a_checker_sees_are_those_of_the_same_functions() -> None:
     text = Path(lamina.aio.__file__).read_text()
-    assert [name for name in lamina.aio._FUNCTIONS if f"    {name} = awaitable(lamina.{name})\n" not in text] == []
+    assert [
+        name for name in lamina.aio._FUNCTIONS if f"@awaitable_as(lamina.{name})\n    def {name}()" not in text
+    ] == []
 
 
 def test_results_are_those_of_the_functions(tmp_path: Path) -> None:
@@ -132,6 +134,32 @@ def test_jobs_of_many_tasks_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch)
 
     asyncio.run(main())
     assert 1 < most <= work.AT_ONCE
+
+
+def test_a_value_that_nobody_takes_is_closed() -> None:
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Server:
+        def close(self) -> None:
+            closed.set()
+
+    def serve() -> Server:
+        begun.set()
+        go_on.wait(PATIENCE)
+        return Server()
+
+    async def main() -> None:
+        task = asyncio.create_task(work.awaitable(serve)())
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed.is_set()
+
+    asyncio.run(main())
 
 
 # Functions with `progress` and `cancel`

@@ -24,20 +24,40 @@ from ..root import Graph
 from ..workers import Workers
 from .calls import Call, start
 from .image import Image, opened, require_requests
-from .work import awaitable, iterate, run
+from .work import awaitable, awaitable_as, iterate, run
 
 if TYPE_CHECKING:
     import lamina
 
-    check = awaitable(lamina.check)
-    create = awaitable(lamina.create)
-    explain = awaitable(lamina.explain)
-    explain_guest = awaitable(lamina.explain_guest)
-    info = awaitable(lamina.info)
-    info_chain = awaitable(lamina.info_chain)
-    inspect = awaitable(lamina.inspect)
-    probe = awaitable(lamina.probe)
-    structures = awaitable(lamina.structures)
+    # What a type checker sees of `_FUNCTIONS`. (A variable would have an inferred type.)
+
+    @awaitable_as(lamina.check)
+    def check() -> None: ...
+
+    @awaitable_as(lamina.create)
+    def create() -> None: ...
+
+    @awaitable_as(lamina.explain)
+    def explain() -> None: ...
+
+    @awaitable_as(lamina.explain_guest)
+    def explain_guest() -> None: ...
+
+    @awaitable_as(lamina.info)
+    def info() -> None: ...
+
+    @awaitable_as(lamina.info_chain)
+    def info_chain() -> None: ...
+
+    @awaitable_as(lamina.inspect)
+    def inspect() -> None: ...
+
+    @awaitable_as(lamina.probe)
+    def probe() -> None: ...
+
+    @awaitable_as(lamina.structures)
+    def structures() -> None: ...
+
 
 #: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
 _FUNCTIONS = (

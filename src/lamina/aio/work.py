@@ -101,10 +101,10 @@ async def iterate(
             await in_thread(close).outcome()
 
 
-async def _done(work: Callable[[], _T], link: _Link) -> _T:
-    """The value of `work`, which is the job of `link` or a part of it."""
+async def _done(work: Callable[[], _T], link: _Link, discard: Callable[[_T], object] | None = None) -> _T:
+    """The value of `work`, which is the job of `link` or a part of it. `discard` as for `Call`."""
     try:
-        found = await start(Call(work), _threads).outcome(cancel=link.cancel)
+        found = await start(Call(work, discard), _threads).outcome(cancel=link.cancel)
     except Cancelled:
         if link.failure is None:
             raise
@@ -125,10 +125,24 @@ def _some(items: Iterator[_T]) -> list[_T]:
 
 
 def awaitable(function: Callable[_P, _T]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """The same function for tasks of an event loop: `await awaitable(f)(...)` is `await run(f, ...)`."""
+    """The same function for tasks of an event loop: `await awaitable(f)(...)` is `await run(f, ...)`. A value that a
+    cancelled task does not get is closed, if it can be."""
 
     @wraps(function)
     async def awaited(*arguments: _P.args, **named: _P.kwargs) -> _T:
-        return await run(function, *arguments, **named)
+        options: dict[str, Any] = dict(named)
+        link = _Link(function, options)
+        return await _done(partial(function, *arguments, **options), link, _close)
 
     return awaited
+
+
+def awaitable_as(function: Callable[_P, _T]) -> Callable[[Callable[[], None]], Callable[_P, Coroutine[Any, Any, _T]]]:
+    """A decorator: whatever it decorates becomes `awaitable(function)`."""
+    return lambda _: awaitable(function)
+
+
+def _close(value: object) -> None:
+    close = getattr(value, "close", None)
+    if close is not None:
+        close()
