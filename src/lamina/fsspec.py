@@ -299,11 +299,21 @@ class ImageFile(AbstractBufferedFile):  # type: ignore[misc,unused-ignore]
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._image.read(self._start + start, end - start)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.fs, self.path, self.blocksize, self.loc)
+
     def close(self) -> None:
         """Close the image. A second call does nothing."""
         if not self.closed:
             super().close()
             self._image.close()
+
+
+def _reopened(fs: ImageFileSystem, path: str, block_size: int, position: int) -> ImageFile:
+    """A pickled file, opened again."""
+    file = ImageFile(fs, path, block_size)
+    file.seek(position)
+    return file
 
 
 def _slice(opened: tuple[Image, int, int], start: int | None, end: int | None) -> bytes:
