@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
+import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,24 @@ def test_a_cancelled_open_closes_the_image_first(slow_open: type[SlowOpen]) -> N
         assert not slow_open.made[0].parents()
 
     asyncio.run(work())
+
+
+def test_an_interrupt_ends_the_program_after_the_request() -> None:
+    """Ctrl-C cancels the main task, which waits for its write and closes the image."""
+    storage, image = gated()
+
+    async def work() -> None:
+        async with image:
+            storage.shut()
+            asyncio.get_running_loop().call_later(0.02, storage.open_gate)
+            interrupt = asyncio.create_task(until_begun(storage))
+            interrupt.add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGINT))
+            await image.write(0, b"x")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(work())
+    assert storage.begun == storage.ended == 1
+    assert not storage.parents()
 
 
 def test_a_cancelled_close_closes_first() -> None:
