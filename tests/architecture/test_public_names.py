@@ -32,6 +32,7 @@ FOR_PROGRAMS = {
         __version__ check create diff explain explain_guest info info_chain inspect json_schema open probe
         structures tree view
         """,
+    "aio": "Image Opening check create explain explain_guest info info_chain inspect iterate open probe run structures",
     "nbd": "Client Export Folder RestrictedExport Server",
     "testing": """
         Bounds CrashState Disk FaultyStorage FilterConformance FormatConformance Persistence PowerLossFailure Recorder
@@ -89,10 +90,10 @@ INTERNAL_NAMES = {
 
 #: Modules, and packages with all that is in them, that are internal. Public names that they define are those of `lamina`.
 INTERNAL = """
-    __main__ api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detect edge
-    errors filters formats gate holes image inspection jobs layers lifecycle named_file nbd node_tree numeric
-    options own_files palette peer_options picture policy ranges references reopening result_schema results rounding
-    side_file storage target_file testing verdict version viewer workers zeros
+    __main__ aio api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detect
+    edge errors filters formats fsspec gate holes image inspection jobs layers lifecycle named_file nbd node_tree
+    numeric options own_files palette peer_options picture policy ranges references reopening result_schema results
+    rounding side_file storage target_file testing verdict version viewer workers zeros
     """
 
 

@@ -61,6 +61,7 @@ class Image:
 
     @property
     def filename(self) -> str:
+        """The name of the image in messages: a path if there is one."""
         return self._image.filename
 
     @property
@@ -70,6 +71,7 @@ class Image:
 
     @property
     def read_only(self) -> bool:
+        """Whether the image refuses changes."""
         return self._image.read_only
 
     async def read(self, offset: int, length: int) -> bytes:
