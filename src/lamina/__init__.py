@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .check_result import CheckResult, Finding
     from .creation import create
     from .crypto.secret import Secret
+    from .detection import Detection
     from .errors import (
         BlockIOError,
         Cancelled,
@@ -53,10 +54,25 @@ if TYPE_CHECKING:
     from .extents import Extent, Extents
     from .image import Image
     from .inspection import check, explain, explain_guest, info, info_chain, structures
-    from .jobs.diff import diff
+    from .job_results import (
+        CommitResult,
+        CompareResult,
+        ConvertResult,
+        CopyResult,
+        MeasureResult,
+        RebaseResult,
+        ResizeResult,
+    )
+    from .jobs.diff import Range
+    from .jobs.progress import CancelEvent, Progress
     from .layers import Layer
     from .limits import Budget, Limits
     from .node_tree import tree
+    from .operations.changing import commit, rebase, resize
+    from .operations.comparing import compare, diff
+    from .operations.converting import convert, copy
+    from .operations.describing import detect, map, measure
+    from .operations.serving import connect, serve
     from .policy import Policy
     from .result_schema import json_schema
     from .results import ImageInfo, Snapshot
@@ -68,7 +84,26 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
     "create": "creation",
-    "diff": "jobs.diff",
+    "Detection": "detection",
+    **dict.fromkeys(
+        (
+            "CommitResult",
+            "CompareResult",
+            "ConvertResult",
+            "CopyResult",
+            "MeasureResult",
+            "RebaseResult",
+            "ResizeResult",
+        ),
+        "job_results",
+    ),
+    "Range": "jobs.diff",
+    **dict.fromkeys(("CancelEvent", "Progress"), "jobs.progress"),
+    **dict.fromkeys(("commit", "rebase", "resize"), "operations.changing"),
+    **dict.fromkeys(("compare", "diff"), "operations.comparing"),
+    **dict.fromkeys(("convert", "copy"), "operations.converting"),
+    **dict.fromkeys(("detect", "map", "measure"), "operations.describing"),
+    **dict.fromkeys(("connect", "serve"), "operations.serving"),
     **dict.fromkeys(("Extent", "Extents"), "extents"),
     "Image": "image",
     "Layer": "layers",
@@ -110,10 +145,16 @@ _HOME = {
 __all__ = [
     "BlockIOError",
     "Budget",
+    "CancelEvent",
     "Cancelled",
     "CheckResult",
     "Closed",
+    "CommitResult",
+    "CompareResult",
+    "ConvertResult",
+    "CopyResult",
     "CorruptImage",
+    "Detection",
     "Explanation",
     "Extent",
     "Extents",
@@ -127,20 +168,31 @@ __all__ = [
     "LimitExceeded",
     "Limits",
     "Locked",
+    "MeasureResult",
     "NotFound",
     "NotSupported",
     "OptionError",
     "OutOfRange",
     "Policy",
     "PolicyError",
+    "Progress",
+    "Range",
     "ReadOnly",
+    "RebaseResult",
+    "ResizeResult",
     "Secret",
     "Snapshot",
     "UnsupportedFeature",
     "Verdict",
     "__version__",
     "check",
+    "commit",
+    "compare",
+    "connect",
+    "convert",
+    "copy",
     "create",
+    "detect",
     "diff",
     "explain",
     "explain_guest",
@@ -148,8 +200,13 @@ __all__ = [
     "info_chain",
     "inspect",
     "json_schema",
+    "map",
+    "measure",
     "open",
     "probe",
+    "rebase",
+    "resize",
+    "serve",
     "structures",
     "tree",
     "view",

@@ -1,4 +1,4 @@
-"""The functions that users call first: `open` and `probe`."""
+"""The function that users call first: `open`; and `probe`, the old name of `detect`."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def open(
 
 
 def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
-    """The format of a file according to its magic: "qcow2", "vmdk", ...; "raw" if there is no magic.
+    """Deprecated: `lamina.detect(source).format`, the format of a file according to its magic."""
+    import warnings
 
-    Raises FormatError if the magic fits several formats. The result is a guess: a guest can write any magic to its raw disk.
-    """
+    warnings.warn("lamina.probe is lamina.detect(...).format now", DeprecationWarning, stacklevel=2)
     storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
     try:
         return _probe(storage).format

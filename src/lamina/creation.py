@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic_file import HEADER_BYTES, AtomicFile, sync_folder
 from .capabilities import O_CLOEXEC, O_NOFOLLOW
-from .detect import HEAD_BYTES, TAIL_BYTES
+from .detection import HEAD_BYTES, TAIL_BYTES
 from .errors import BlockIOError, NotSupported, OptionError, printable
 from .format import Format, lookup_format
 from .graph import Opener
@@ -38,14 +38,14 @@ def create_driver(name: str) -> type[Format]:
 def create(
     path: str | os.PathLike[str],
     format: str,
-    size: int | None = None,
+    size: int | str | None = None,
     *,
     budget: Budget = DEFAULT_BUDGET,
     **options: Any,
 ) -> None:
-    """Create an image of `size` bytes at `path`. `options` are those of the format, by name (`cluster_size=65536`,
-    `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help` lists them. `budget` bounds the
-    cost of the backing images, which are opened for checks.
+    """Create an image of `size` bytes, a number or a text such as "10G", at `path`. `options` are those of the format, by
+    name (`cluster_size=65536`, `backing_file="base.qcow2"`, `backing_fmt="qcow2"`); `lamina create -f FORMAT -o help`
+    lists them. `budget` bounds the cost of the backing images, which are opened for checks.
 
     The file gets its name when it is complete. It replaces an existing file (see `AtomicFile`) unless another program has
     that file open. The new image is on stable storage when this returns. Raises OptionError, LimitExceeded, Locked,

@@ -12,12 +12,42 @@ import os
 from typing import Any
 
 
+class Hint(str):
+    """A hint that names options: in the words of the library, as text, and in those of the command line, as `command`. A
+    plain text serves both."""
+
+    command: str
+
+    def __new__(cls, library: str, *, command: str) -> Hint:
+        made = super().__new__(cls, library)
+        made.command = command
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
+        return (str(self),), {"command": self.command}
+
+
+def command_hint(hint: str | None) -> str | None:
+    """The hint in the words of the command line."""
+    return hint.command if isinstance(hint, Hint) else hint
+
+
+def join_hints(first: str | None, second: str, *, by: str = "; ") -> str:
+    """Both hints, one after the other."""
+    if not first:
+        return second
+    joined = f"{first}{by}{second}"
+    if not isinstance(first, Hint) and not isinstance(second, Hint):
+        return joined
+    return Hint(joined, command=f"{command_hint(first)}{by}{command_hint(second)}")
+
+
 class LaminaError(Exception):
     """The base of all errors of this library.
 
     `message` states the problem only. The other attributes, each of which may be None, locate it: `path` (a file or a URI),
     `node` (the name of a node), `operation` ("read", "write", ...), `offset` and `length` (bytes of that node). `hint` is
-    the next step for the user. `str()` joins them in one line.
+    the next step for the user, in the words of the library (see `Hint`). `str()` joins them in one line.
     """
 
     #: The errno that stands for this error in a protocol (NBD) or an exit status.
@@ -44,6 +74,13 @@ class LaminaError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
+        return self._line(self.hint)
+
+    def command_text(self) -> str:
+        """As `str()`, with the hint in the words of the command line."""
+        return self._line(command_hint(self.hint))
+
+    def _line(self, hint: str | None) -> str:
         where = self.path or self.node
         text = f"{printable(where)}: {self.message}" if where else self.message
         details = []
@@ -55,8 +92,8 @@ class LaminaError(Exception):
             details.append(f"length {self.length}")
         if details:
             text += f" ({', '.join(details)})"
-        if self.hint:
-            text += f"; {self.hint}"
+        if hint:
+            text += f"; {hint}"
         return text
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,9 +213,9 @@ def append_hint(error: BaseException | None, text: str) -> None:
     """Append `text` to the hint of a `LaminaError`. A KeyboardInterrupt gets it as a note, which the command line prints;
     other exceptions are left unchanged."""
     if isinstance(error, LaminaError):
-        error.hint = f"{error.hint}; {text}" if error.hint else text
+        error.hint = join_hints(error.hint, text)
     elif isinstance(error, KeyboardInterrupt):
-        error.add_note(text)
+        error.add_note(command_hint(text) or "")
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ that it supports, and no others. `raw` derives from `Format` itself; a format th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from . import registry
 from .errors import OptionError, UnsupportedFeature
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .bitmap import DirtyBitmap
     from .explanation import Explainer
     from .extents import Extents
+    from .job_results import MeasureResult
     from .report import CheckReport
     from .request import Child
     from .results import ImageInfo, Snapshot
@@ -29,20 +30,6 @@ if TYPE_CHECKING:
 
 #: The findings of a check that `Format.repair` repairs.
 Repair = Literal["leaks", "all"]
-
-
-class Measure(NamedTuple):
-    """The length of the file of a new image in bytes: `required` for the data that its source stores now, and
-    `fully_allocated` for data in the whole disk. `bitmaps`: what the dirty bitmaps of the source take in addition."""
-
-    required: int
-    fully_allocated: int
-    bitmaps: int | None = None
-
-    def to_json(self) -> dict[str, int]:
-        """By the names of `qemu-img measure --output=json`; without `bitmaps` if there are none."""
-        sizes = {"required": self.required, "fully-allocated": self.fully_allocated}
-        return sizes if self.bitmaps is None else {"bitmaps": self.bitmaps, **sizes}
 
 
 class Format(Node):
@@ -124,7 +111,7 @@ class Format(Node):
         values: Mapping[str, Any],
         stored: Iterable[Extents] | None = None,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
-    ) -> Measure:
+    ) -> MeasureResult:
         """The length of the file of a new image of `size` bytes. `stored` is the status of its source (consecutive extents of
         the whole disk, split at multiples of the largest cluster); None: the source is empty. `bitmaps`: those of the source,
         if it may have some. No file is created."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from . import detect, lifecycle, references, registry
+from . import detection, lifecycle, references, registry
 from .errors import OptionError
 from .limits import DEFAULT_BUDGET, Budget, Memory
 from .node import MAY_UNMAP, Node
@@ -19,7 +19,7 @@ from .options import parse_name, shown
 from .policy import Policy
 from .references import Reference, Trail, Unopened
 from .request import Child
-from .root import Graph
+from .root import Graph, Root
 from .schema import Option, Schema
 
 #: Values of the options `detect-zeroes` and `discard`, and what they mean for a node.
@@ -279,7 +279,7 @@ class Opener:
         found = probe(storage)
         if not self.read_only:
             if self.policy is None or not self.policy.trusting:
-                detect.refuse_probed_raw(found, storage.node.filename)
+                detection.refuse_probed_raw(found, storage.node.filename)
             elif found.format == "raw":
                 options["guessed"] = True
         kind = registry.lookup(found.format, "format")
@@ -317,14 +317,14 @@ def _kept_bytes(graph: Graph) -> int:
     return sum(node.kept_bytes for node in graph.nodes.values())
 
 
-def probe(storage: Child) -> detect.Detection:
+def probe(storage: Child | Root) -> detection.Detection:
     """Detect the format in `storage` by its magic: read the first and last bytes, and open nothing."""
     size = storage.node.size
-    head = bytearray(min(size, detect.HEAD_BYTES))
-    tail = bytearray(min(size, detect.TAIL_BYTES))
+    head = bytearray(min(size, detection.HEAD_BYTES))
+    tail = bytearray(min(size, detection.TAIL_BYTES))
     storage.read_into(0, memoryview(head))
     storage.read_into(size - len(tail), memoryview(tail))
-    return detect.detect(bytes(head), bytes(tail), size, path=storage.node.filename)
+    return detection.detect(bytes(head), bytes(tail), size, path=storage.node.filename)
 
 
 def open_graph(

@@ -15,7 +15,7 @@ from .format import Format, layers_of
 from .graph import Opener
 from .limits import DEFAULT_BUDGET, Budget
 from .node import COMPRESS, FUA, MAY_UNMAP, NO_FALLBACK, Node, check_size
-from .options import shown
+from .options import parse_size, shown
 from .policy import Policy
 from .root import Graph, Root
 
@@ -162,10 +162,12 @@ class Image:
         """Return when all bytes of earlier writes are on stable storage."""
         self.root.flush()
 
-    def truncate(self, size: int, preallocation: str = "off") -> None:
-        """Change the size of the disk. Added bytes read as zero; bytes past the new end are lost. `preallocation` allocates
-        what is added: "metadata", "falloc" or "full", as for a new image; if storage runs out, the disk has its new size all
-        the same. OptionError for another word, or one that the format does not have."""
+    def truncate(self, size: int | str, preallocation: str = "off") -> None:
+        """Change the size of the disk, in bytes, or a text such as "10G". Added bytes read as zero; bytes past the new
+        end are lost. `preallocation` allocates what is added: "metadata", "falloc" or "full", as for a new image; if
+        storage runs out, the disk has its new size all the same. OptionError for another word, or one that the format
+        does not have."""
+        size = parse_size(size) if isinstance(size, str) else size
         if preallocation == "off":
             self.root.truncate(size)
             return

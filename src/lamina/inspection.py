@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import detect, registry
+from . import detection, registry
 from .errors import FormatError, OptionError, UnsupportedFeature, printable
 from .explanation import Step
 from .format import Format, Repair, lookup_format
@@ -300,7 +300,7 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
     try:
         kind = lookup_format(format, from_image=where.from_image)
     except UnsupportedFeature as error:
-        found = ImageInfo(format=detect.canonical(format), unsupported=(error.message,))
+        found = ImageInfo(format=detection.canonical(format), unsupported=(error.message,))
     else:
         filled = dict(values)
         kind.schema.fill(filled, values, usual)

@@ -56,6 +56,16 @@ def parse_size(text: str, *, exact: bool = True) -> int:
     return size
 
 
+def size_of(value: int | str, what: str = "the size") -> int:
+    """A size that a program gives: a number of bytes, or text as for `parse_size` ("10G"). `what`: the name of the
+    option, for the OptionError."""
+    if isinstance(value, str):
+        return parse_size(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+        raise OptionError(f"{what} is {shown(value)}", hint=_SIZE_HINT)
+    return value
+
+
 def parse_range(text: str) -> tuple[int, int]:
     """Parse a range of bytes [start, end): `FROM-TO`, or `FROM-` without an upper bound, in sizes as `parse_size` reads them.
     An empty range is refused."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from . import detect, registry
+from . import detection, registry
 from .capabilities import O_CLOEXEC, O_NONBLOCK, pread
 from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, OptionError, PolicyError, printable
 from .node import Node, StorageNode
@@ -259,15 +259,15 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
     return f"{why}: --image-opts {quote(to_keyval(spec))}"
 
 
-def _magic_of(fd: int) -> detect.Detection:
+def _magic_of(fd: int) -> detection.Detection:
     """Detect the format of the file with the descriptor `fd`, which is closed, by its magic."""
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
-        head = pread(fd, detect.HEAD_BYTES, 0)
-        tail = pread(fd, detect.TAIL_BYTES, max(size - detect.TAIL_BYTES, 0))
+        head = pread(fd, detection.HEAD_BYTES, 0)
+        tail = pread(fd, detection.TAIL_BYTES, max(size - detection.TAIL_BYTES, 0))
     finally:
         os.close(fd)
-    return detect.detect(head, tail, size)
+    return detection.detect(head, tail, size)
 
 
 def chain_depth(node: Node) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-from . import detect
+from . import detection
 from .errors import OptionError, UnsupportedFeature, printable
 from .peer_options import DRIVERS
 
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     @property
     def probed(self) -> bool:
         """Whether `detect` can detect it in a file."""
-        return self.name in detect.FORMATS
+        return self.name in detection.FORMATS
 
 
 _TABLE = (
@@ -236,10 +236,10 @@ def _search_path() -> list[str]:
 
 
 def _unknown(name: str, kind: Kind | None) -> OptionError | UnsupportedFeature:
-    known = detect.canonical(name)
-    if known in detect.FORMATS and kind in (None, "format"):
+    known = detection.canonical(name)
+    if known in detection.FORMATS and kind in (None, "format"):
         return UnsupportedFeature(
-            f"the format {known} ({detect.FORMATS[known].summary}) has no driver",
+            f"the format {known} ({detection.FORMATS[known].summary}) has no driver",
             hint=f"formats with a driver: {', '.join(names('format'))}",
         )
     if name in DRIVERS and kind != "filter":

@@ -38,7 +38,7 @@ def test_a_file_of_1_kib_costs_less_than_4_mib(tmp_path: Path, bits: int, fields
         lambda: ask(lambda: inspect(path)),
         lambda: ask(lambda: lamina.open(path, format="qcow2").close()),
         lambda: ask(lambda: lamina.open(path, format="qcow2", read_only=False).close()),
-        lambda: ask(lambda: lamina.probe(path)),
+        lambda: ask(lambda: lamina.detect(path).format),
     )
     for action in actions:
         assert measure(action).memory < SMALL

@@ -166,7 +166,7 @@ def test_a_partial_file_that_is_exchanged_is_not_written(
     assert main(COMMAND) == 1
     os.unlink("target.raw.partial")
     os.rename("aside", "target.raw.partial")
-    monkeypatch.setattr("lamina.cli.copy.open_unsynced", _swapped)
+    monkeypatch.setattr("lamina.jobs.copy_named.open_unsynced", _swapped)
     assert main(COMMAND) == 1
     assert "not the file" in capsys.readouterr().err
     assert Path("precious").read_bytes() == b"precious"

@@ -148,7 +148,7 @@ def test_a_path_object_is_a_path(folder: Path, name: str) -> None:
     assert os.path.getsize(path) == MIB
     with lamina.open(path, format="raw", read_only=False) as image:
         image.write(0, b"QFI\xfb\0\0\0\3")
-    assert lamina.probe(path) == "qcow2"
+    assert lamina.detect(path).format == "qcow2"
     with pytest.raises(LaminaError), lamina.open(path):
         pass
 

@@ -293,6 +293,6 @@ def test_a_guessed_disk_stays_raw(tmp_path: Path) -> None:
             image.truncate((100 << 10) + 512)
         image.truncate(2 << 20)
         assert image.size == 2 << 20
-    assert lamina.probe(path) == "raw"
+    assert lamina.detect(path).format == "raw"
     with lamina.open(path, format="raw", read_only=False) as image:
         image.write(0, header)  # who says that it is raw may write anything

@@ -113,9 +113,9 @@ def test_half_of_an_image_in_place_is_none(folder: Path) -> None:
         values = kind.create_schema.parse({"size": MIB})
         storage = open_new(file)
         storage.close()
-        assert lamina.probe("target") == "qcow2"  # nothing was changed so far
+        assert lamina.detect("target").format == "qcow2"  # nothing was changed so far
         write_image(kind, file, values)
-        assert lamina.probe("target") == "raw"
+        assert lamina.detect("target").format == "raw"
         assert Path("target").read_bytes()[:4096] == bytes(4096)
         storage = open_new(file)
         seen = bytearray(8192)
@@ -365,12 +365,12 @@ def test_an_old_image_on_a_device_is_not_probed_next(
 ) -> None:
     (folder / "secret").write_bytes(b"secret" * 1000)
     assert main(["create", "-f", "qcow2", "-b", str(folder / "secret"), "-F", "raw", device]) == 0
-    assert lamina.probe(device) == "qcow2"
+    assert lamina.detect(device).format == "qcow2"
     with open(device, "r+b") as file:
         file.seek(-512, os.SEEK_END)
         file.write(b"conectix" + bytes(504))  # the footer of a VHD
     assert main(["create", "-f", "raw", device, "1M"]) == 0
-    assert lamina.probe(device) == "raw"
+    assert lamina.detect(device).format == "raw"
     with open(device, "rb") as file:
         assert file.read(4) == bytes(4)
 
@@ -384,7 +384,7 @@ def test_a_device_that_is_too_small(folder: Path, device: str, capsys: pytest.Ca
         file.write(os.urandom(16 * MIB))
     assert main(["convert", "-O", "qcow2", "a.raw", device]) == 1
     assert device in capsys.readouterr().err
-    assert lamina.probe(device) == "raw"  # half of an image is none
+    assert lamina.detect(device).format == "raw"  # half of an image is none
 
 
 # -- power cuts

@@ -12,7 +12,8 @@ import pytest
 import lamina
 from lamina import Budget, OptionError, UnsupportedFeature, registry
 from lamina.creation import create_driver
-from lamina.format import Format, Measure, lookup_format
+from lamina.format import Format, lookup_format
+from lamina.job_results import MeasureResult
 from lamina.node import FilterNode
 from lamina.request import Child
 from lamina.schema import Option, Schema
@@ -145,4 +146,4 @@ def test_raw_describes_its_window() -> None:
 
 
 def test_a_measure_has_the_names_of_the_peers() -> None:
-    assert Measure(1, 2).to_json() == {"required": 1, "fully-allocated": 2}
+    assert MeasureResult(1, 2).to_json() == {"required": 1, "fully-allocated": 2}

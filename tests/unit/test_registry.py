@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina import detect, registry
+from lamina import detection, registry
 from lamina.errors import OptionError, UnsupportedFeature
 
 pytestmark = pytest.mark.usefixtures("own_drivers")
@@ -103,7 +103,7 @@ def test_suggestions_are_of_the_kind_that_is_needed() -> None:
 def test_known_formats_without_driver(name: str) -> None:
     with pytest.raises(UnsupportedFeature, match="no driver") as caught:
         registry.lookup(name)
-    assert detect.canonical(name) in str(caught.value)
+    assert detection.canonical(name) in str(caught.value)
     assert "qcow2" in str(caught.value)
     with pytest.raises(OptionError):
         registry.lookup(name, "filter")

@@ -7,15 +7,14 @@ from argparse import Namespace
 from typing import Any
 
 from .. import registry
-from ..api import open as open_any
 from ..creation import create_driver
-from ..errors import Locked, OptionError, append_hint
+from ..errors import OptionError, append_hint
 from ..image import Image
 from ..jobs.beneath import Backing
 from ..jobs.convert import Result, convert_and_flush, convert_to_file
 from ..jobs.progress import Monitor
+from ..operations.sources import open_target
 from ..options import parse_name
-from ..own_files import refuse_own
 from .arguments import DURABLE_MODES, Parser, format_options, image_source, print_schema
 from .sources import open_sources
 from .streams import print_error
@@ -276,15 +275,7 @@ def _into(source: Image, target: str, args: Namespace, options: dict[str, Any], 
             hint="give it (-O)",
         )
     spec = image_source(target, args, args.target_format, image_opts=args.target_image_opts)
-    try:
-        opened = open_any(
-            spec, format=args.target_format, read_only=False, references=args.references, budget=args.limits
-        )
-    except Locked as error:
-        if error.path is not None:
-            refuse_own(source.node, error.path)  # this process itself holds the lock
-        raise
-    with opened as there:
+    with open_target(spec, args.target_format, source, references=args.references, budget=args.limits) as there:
         if args.compress:
             with there.edit() as edit:
                 edit.insert("compress")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..creation import create_driver
-from ..format import Format
-from ..jobs.windows import windows
+from ..operations.describing import measured
 from . import program
 from .arguments import Parser, format_options, print_schema
 from .source_snapshot import open_source
@@ -54,10 +53,7 @@ def main(argv: list[str]) -> int:
         found = kind.measure(args.size, values)
     else:
         with open_source(args.filename, args) as image:
-            size, node = values.get("size") or image.size, image.node
-            keeps = kind.keeps_bitmaps and isinstance(node, Format) and node.takes_bitmaps
-            stored = windows(image, 0, image.size, grid=values.get("cluster_size") or 1)
-            found = kind.measure(size, values, stored, image.bitmaps if keeps else None)
+            found = measured(image, kind, values)
     text = program.current.measured(found, json=args.output == "json")
     if text is not None:
         sys.stdout.write(text)

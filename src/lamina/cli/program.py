@@ -16,8 +16,8 @@ from ..errors import printable
 if TYPE_CHECKING:
     from ..check_result import CheckResult
     from ..extents import Extents
-    from ..format import Measure
     from ..image import Image
+    from ..job_results import MeasureResult
     from ..jobs.compare import Strict
     from ..nbd.inspect import Inspection
     from ..results import ImageInfo, Snapshot
@@ -100,7 +100,7 @@ class Program:
         """The text of `check` on standard output."""
         return None
 
-    def measured(self, found: Measure, *, json: bool) -> str | None:
+    def measured(self, found: MeasureResult, *, json: bool) -> str | None:
         """The text of `measure`."""
         return None
 

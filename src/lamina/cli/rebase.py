@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from .. import registry
 from ..errors import OptionError, UnsupportedFeature
-from ..options import parse_name
 from .arguments import Parser, image_source, open_writable
 from .terminal import Meter
 
@@ -88,18 +87,9 @@ def main(argv: list[str]) -> int:
 
 def _open_alone(args: Namespace) -> Image:
     """The overlay without its backing file, which may be missing."""
-    from ..api import open
+    from ..operations.changing import open_without_backing
 
-    source = image_source(args.filename, args, args.format)
-    options = dict(parse_name(source) if isinstance(source, str) else source)
-    if isinstance(source, str) and not source.startswith("json:"):
-        options = {"file": options, **({"driver": args.format} if args.format else {})}
     if args.force_share:
         raise OptionError("-U opens images that others write to, and this command changes the image", hint="omit -U")
-    return open(
-        {**options, "backing": None},
-        format="probe",
-        read_only=False,
-        references=args.references,
-        budget=args.limits,
-    )
+    source = image_source(args.filename, args, args.format)
+    return open_without_backing(source, args.format or "probe", references=args.references, budget=args.limits)

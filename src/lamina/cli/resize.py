@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..errors import OptionError
-from ..options import parse_size
+from ..operations.changing import change_size, size_after
 from . import program
 from .arguments import Parser, open_writable
 
@@ -35,26 +35,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
 
     with open_writable(args.filename, args, args.format) as image:
-        before = image.size
-        sign = args.size[:1] if args.size[:1] in ("+", "-") else ""
-        size = parse_size(args.size[len(sign) :].strip())
-        size = before + size if sign == "+" else before - size if sign == "-" else size
-        if size < 0:
-            raise OptionError(
-                f"the disk has {before} bytes, and cannot become {-size} bytes smaller than empty", path=image.filename
-            )
+        size = size_after(image.size, args.size, image.filename)
         if size < program.current.smallest_disk:
             raise OptionError("the new size is 0", path=image.filename, hint="lamina resize makes empty disks")
-        if size < before and not args.shrink:
-            raise OptionError(
-                f"the disk has {before} bytes: with {size} it would lose what lies behind them",
-                path=image.filename,
-                hint="add --shrink if nothing there is needed",
-            )
-        if size < before and args.preallocation != "off":
-            raise OptionError("there is nothing to preallocate in a smaller disk", hint="omit --preallocation")
-        image.truncate(size, preallocation=args.preallocation)
-        image.flush()
+        change_size(image, size, shrink=args.shrink, preallocation=args.preallocation)
     if not args.quiet:
         sys.stdout.write("Image resized.\n")
     return 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from ..operations.sources import find_snapshot
 from . import program
 from .arguments import Parser, open_image, open_writable
-from .source_snapshot import find
 
 _EXAMPLES = """
   lamina snapshot disk.qcow2                        list them
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
         if args.create is not None:
             image.create_snapshot(args.create)
         elif args.apply is not None:
-            image.apply_snapshot(find(image.snapshots(), args.apply, image.filename).id)
+            image.apply_snapshot(find_snapshot(image.snapshots(), args.apply, image.filename).id)
         else:
-            image.delete_snapshot(find(image.snapshots(), args.delete, image.filename, certain=True).id)
+            image.delete_snapshot(find_snapshot(image.snapshots(), args.delete, image.filename, certain=True).id)
         image.flush()
     return 0

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import NotSupported, OptionError
-from ..format import Format, Measure
+from ..format import Format
 from ..limits import MIB, Limits, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, plain
 from ..request import sizes_changed
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..explanation import Explainer
     from ..extents import Extents, HostFile
     from ..graph import Opener
+    from ..job_results import MeasureResult
     from ..pending import Pending
     from ..request import Child
     from ..status import Status
@@ -122,8 +123,10 @@ class Raw(Format):
         return cls(disk, read_only=True)
 
     @classmethod
-    def measure(cls, size: int, values: Mapping[str, Any], *_: object) -> Measure:
-        return Measure(size, size)
+    def measure(cls, size: int, values: Mapping[str, Any], *_: object) -> MeasureResult:
+        from ..job_results import MeasureResult
+
+        return MeasureResult(size, size)
 
     @classmethod
     def inspect(cls, storage: Child, values: Mapping[str, Any]) -> ImageInfo:

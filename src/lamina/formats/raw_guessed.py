@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .. import detect
+from .. import detection
 from ..errors import BlockIOError
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Guard:
     def writing(self, offset: int, view: memoryview, size: int) -> Iterator[None]:
         """A write of `view` to the disk of `size` bytes. Raises BlockIOError (EPERM) before it if the disk would look like
         another format after it."""
-        if not detect.touches_probe(offset, len(view), size):
+        if not detection.touches_probe(offset, len(view), size):
             yield
             return
         with self._mutex:
-            head, tail = self._read(0, min(size, detect.HEAD_BYTES)), self._tail(size)
+            head, tail = self._read(0, min(size, detection.HEAD_BYTES)), self._tail(size)
             for start, part in ((0, head), (size - len(tail), tail)):
                 begin, end = max(offset, start), min(offset + len(view), start + len(part))
                 if begin < end:
@@ -46,11 +46,11 @@ class Guard:
     def resizing(self, size: int) -> Iterator[None]:
         """A change of the size. Raises as `writing`."""
         with self._mutex:
-            self._require_raw(self._read(0, min(size, detect.HEAD_BYTES)), self._tail(size), size)
+            self._require_raw(self._read(0, min(size, detection.HEAD_BYTES)), self._tail(size), size)
             yield
 
     def _tail(self, size: int) -> bytearray:
-        return self._read(max(size - detect.TAIL_BYTES, 0), min(size, detect.TAIL_BYTES))
+        return self._read(max(size - detection.TAIL_BYTES, 0), min(size, detection.TAIL_BYTES))
 
     def _read(self, offset: int, length: int) -> bytearray:
         """Bytes of the disk; zeros past the end of its file."""
@@ -60,7 +60,7 @@ class Guard:
         return found
 
     def _require_raw(self, head: bytearray, tail: bytearray, size: int) -> None:
-        found = detect.detect(head, tail, size)
+        found = detection.detect(head, tail, size)
         if found.matches:
             raise BlockIOError(
                 f"the bytes are those of the format {found.matches[0]}, and the format of this image, raw, was only guessed",

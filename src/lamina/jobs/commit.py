@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..format import Format
+from ..job_results import CommitResult
 from ..own_files import is_same_file
 from .beneath import Backing, backing_edges, beneath_filters, loses, require_no_snapshots
 from .convert import Result, copy_disk
@@ -32,7 +33,7 @@ def commit(
     rate: int = 0,
     max_output: int | None = None,
     monitor: Monitor | None = None,
-) -> Result:
+) -> CommitResult:
     """Make the backing file `base` read as `image` does, as far as `image` reaches; a shorter one becomes as long. The files
     between them then read differently than before, and are of no further use.
 
@@ -90,7 +91,9 @@ def commit(
             source.flush()
         return result
 
-    return as_sole_writer(image, work)
+    done = as_sole_writer(image, work)
+    base_name = edge.node.filename
+    return CommitResult(image.filename, base_name, image.size, done.read, done.written, done.zeroed, emptied=empty)
 
 
 def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image) -> int:

@@ -22,6 +22,7 @@ from .requests import reconnects
 if TYPE_CHECKING:
     from ..image import Image
     from ..request import Child
+    from ..root import Root
     from .progress import Monitor
 
 #: A part of the source: offset, length, and whether it is known to read as zero.
@@ -162,12 +163,12 @@ class PipeSource:
 
 
 class StorageTarget:
-    """Storage below an edge, which `close` closes. `grows`: a file that gets the length of the source; other storage must be
-    long enough. `allocated`: zeros are allocated."""
+    """Storage below an edge or a root, which `close` closes. `grows`: a file that gets the length of the source; other
+    storage must be long enough. `allocated`: zeros are allocated."""
 
     ordered = False
 
-    def __init__(self, child: Child, name: str, *, blank: bool, grows: bool, allocated: bool = False) -> None:
+    def __init__(self, child: Child | Root, name: str, *, blank: bool, grows: bool, allocated: bool = False) -> None:
         self._child = child
         self._grows = grows
         self._flags = 0 if allocated else MAY_UNMAP
@@ -212,7 +213,7 @@ class StorageTarget:
 class _KnownZeros:
     """The zeros of a target, queried as a copy progresses. Parts are whole blocks of `block` bytes."""
 
-    def __init__(self, child: Child, block: int) -> None:
+    def __init__(self, child: Child | Root, block: int) -> None:
         self._child = child
         self._size = child.size
         self._block = block

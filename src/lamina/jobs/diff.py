@@ -94,6 +94,7 @@ def changed_since(image: Image, bitmap: str, *, granularity: int = 1) -> Iterato
 
 
 def require_granularity(granularity: int) -> None:
+    """Raise OptionError unless blocks can have so many bytes."""
     if not is_power_of_two(granularity) or granularity > MAX_GRANULARITY:
         raise OptionError(
             f"the granularity {granularity} is not a power of two up to {MAX_GRANULARITY}", hint="use 4k or 64k"

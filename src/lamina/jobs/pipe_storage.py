@@ -7,7 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, ClassVar
 
-from ..detect import detect
+from ..detection import detect
 from ..errors import BlockIOError, FormatError, OptionError
 from ..node import StorageNode
 from .copy_ends import PipeSource

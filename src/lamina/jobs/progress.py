@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
 from ..errors import Cancelled
 
@@ -16,16 +17,30 @@ Progress = Callable[[int, int], None]
 INTERVAL = 0.1
 
 
+class CancelEvent(Protocol):
+    """What tells jobs to stop: a `threading.Event`, or anything else with this method. The job asks it, in any thread, before
+    each step, and does not change it: one event may stop several jobs."""
+
+    def is_set(self) -> bool:
+        """Whether the jobs that have this event are to stop."""
+
+
 class Monitor:
     """The link between a job and its observer. The job calls `update` and `warn`; any thread may call `cancel`.
 
     `report` shows the progress. `tell` shows a warning; it may be called in any thread. By default the log "lamina" gets it,
-    or standard error where that log has no handler."""
+    or standard error where that log has no handler. When `event` is set, that is as good as `cancel`."""
 
-    def __init__(self, report: Progress | None = None, tell: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self,
+        report: Progress | None = None,
+        tell: Callable[[str], object] | None = None,
+        event: CancelEvent | None = None,
+    ) -> None:
         self._report = report
         self._tell = tell or _log
         self._stopped = threading.Event()
+        self._event = event
         self._next = 0.0
 
     def cancel(self) -> None:
@@ -34,11 +49,11 @@ class Monitor:
 
     @property
     def cancelled(self) -> bool:
-        return self._stopped.is_set()
+        return self._stopped.is_set() or (self._event is not None and self._event.is_set())
 
     def check(self) -> None:
         """Raise Cancelled if the job was told to stop."""
-        if self._stopped.is_set():
+        if self.cancelled:
             raise Cancelled("the job was stopped")
 
     def warn(self, text: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import open as open_image
 from ..errors import OptionError
 from ..format import Format
+from ..job_results import RebaseResult
 from ..options import stored_name
 from ..own_files import refuse_own
 from ..policy import Policy
@@ -48,7 +49,7 @@ def rebase(
     compress: bool = False,
     max_output: int | None = None,
     monitor: Monitor | None = None,
-) -> Result:
+) -> RebaseResult:
     """Give `image` the backing file `backing`, by its name as the image stores it (relative to the directory of the image),
     of the format `backing_format`; None: no backing file. The image reads as before, and takes over what differs.
 
@@ -98,4 +99,8 @@ def rebase(
             own.flush()
             return result
 
-        return as_sole_writer(image, work)
+        done = as_sole_writer(image, work)
+    name, size = image.filename, image.size
+    return RebaseResult(
+        name, size, done.read, done.written, done.zeroed, values["backing_file"] or None, backing_format
+    )

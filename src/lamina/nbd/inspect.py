@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from errno import ETIMEDOUT
 from typing import Final, NamedTuple
 
-from ..detect import HEAD_BYTES, TAIL_BYTES, detect
+from ..detection import HEAD_BYTES, TAIL_BYTES, detect
 from ..errors import FormatError, LaminaError, OptionError
 from . import wire
 from .client.client import Client

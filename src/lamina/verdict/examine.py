@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Final
 
-from .. import detect
+from .. import detection
 from ..errors import FormatError, LimitExceeded, OptionError, printable
 from ..limits import DEFAULT_BUDGET, Budget
 from . import raw
@@ -60,10 +60,10 @@ def inspect(
 
 
 def _declared(format: str) -> str:
-    name = _ALIASES.get(format, detect.canonical(format))
-    if name not in detect.FORMATS and name != "raw":
+    name = _ALIASES.get(format, detection.canonical(format))
+    if name not in detection.FORMATS and name != "raw":
         raise OptionError(
-            f'there is no format "{printable(format[:64])}"', hint=f"known: raw, {', '.join(detect.FORMATS)}"
+            f'there is no format "{printable(format[:64])}"', hint=f"known: raw, {', '.join(detection.FORMATS)}"
         )
     return name
 
@@ -81,9 +81,9 @@ def _judge(format: str) -> Any:
 
 def _verdict(content: Content, declared: str | None, budget: Budget, max_size: int | None) -> Verdict:
     found = Findings()
-    head = content.read(0, detect.HEAD_BYTES)
-    tail = content.read(max(content.size - detect.TAIL_BYTES, 0), detect.TAIL_BYTES)
-    formats = list(detect.detect(head, tail, content.size).matches)
+    head = content.read(0, detection.HEAD_BYTES)
+    tail = content.read(max(content.size - detection.TAIL_BYTES, 0), detection.TAIL_BYTES)
+    formats = list(detection.detect(head, tail, content.size).matches)
     if not formats and raw.is_text_descriptor(head):
         formats = ["vmdk"]
     on_disk = raw.contents(head)

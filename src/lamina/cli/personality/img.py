@@ -15,8 +15,8 @@ from .tool import SECTOR, Tool
 if TYPE_CHECKING:
     from ...check_result import CheckResult
     from ...extents import Extents
-    from ...format import Measure
     from ...image import Image
+    from ...job_results import MeasureResult
     from ...jobs.compare import Strict
     from ...results import ImageInfo, Snapshot
     from ...schema import Schema
@@ -125,7 +125,7 @@ class ImageTool(Tool):
         del told["findings"]
         return dump(told)
 
-    def measured(self, found: Measure, *, json: bool) -> str | None:
+    def measured(self, found: MeasureResult, *, json: bool) -> str | None:
         from .ordered import dump
 
         return dump(found.to_json()) if json else None

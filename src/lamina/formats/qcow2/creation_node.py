@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ...bitmap import DirtyBitmap
     from ...extents import Extents
-    from ...format import Measure
+    from ...job_results import MeasureResult
     from ...node import Node
     from ...request import Child
     from ...schema import Schema
@@ -41,7 +41,7 @@ class Creatable(FormatNode):
         values: Mapping[str, Any],
         stored: Iterable[Extents] | None = None,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
-    ) -> Measure:
+    ) -> MeasureResult:
         from .measure import measure
 
         return measure(size, values, stored, bitmaps)

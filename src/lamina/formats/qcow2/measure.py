@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LimitExceeded
-from ...format import Measure
+from ...job_results import MeasureResult
 from ...limits import align_up
 from . import layout as q
 from .bitmap_directory import Entry
@@ -21,7 +21,7 @@ def measure(
     values: Mapping[str, Any],
     stored: Iterable[Extents] | None,
     bitmaps: Mapping[str, DirtyBitmap] | None,
-) -> Measure:
+) -> MeasureResult:
     """As `Format.measure`. All tables for a full disk are counted: its clusters may be written one day."""
     cluster = values["cluster_size"]
     size = align_up(size, q.SECTOR)
@@ -35,7 +35,7 @@ def measure(
     elif stored is not None:
         used = sum(_clusters_with_data(found, cluster) for found in stored)
     kept = None if bitmaps is None or values["compat"] in ("0.10", "v2") else _bitmaps(size, cluster, bitmaps)
-    return Measure((whole + used) * cluster, (whole + clusters) * cluster, kept)
+    return MeasureResult((whole + used) * cluster, (whole + clusters) * cluster, kept)
 
 
 def _bitmaps(size: int, cluster: int, bitmaps: Mapping[str, DirtyBitmap]) -> int:

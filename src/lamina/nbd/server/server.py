@@ -154,9 +154,12 @@ class Server:
     # -- life
 
     def start(self) -> Self:
-        """Serve, in threads of its own. Closed after `close`, and in a child of the process whose server it is."""
+        """Serve, in threads of its own; a server that serves already goes on. Closed after `close`, and in a child of the
+        process whose server it is."""
         if self._woken.fileno() < 0:
             raise Closed("the server was closed, or is another process's", hint="make a new one")
+        if self._accepting is not None:
+            return self
         for each in self._restricted:
             each.export.begin()
             self._begun.append(each.export)

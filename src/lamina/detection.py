@@ -12,7 +12,7 @@ VHDX (MS-VHDX 2.2.1), VDI, LUKS, UDIF, Bochs redologs and ISO 9660 (ECMA-119).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import FormatError, OptionError, printable
 
@@ -54,6 +54,13 @@ class Detection(NamedTuple):
     def supported(self, names: Collection[str]) -> bool:
         """Whether `format` is one of `names` (those with a driver). Raises FormatError if several formats fit."""
         return self.format in names
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as a dict of JSON types. "format" is absent if several formats match."""
+        found: dict[str, Any] = {} if self.path is None else {"filename": self.path}
+        if len(self.matches) <= 1:
+            found["format"] = self.format
+        return found | {"matches": list(self.matches), "contents": list(self.contents)}
 
 
 class KnownFormat(NamedTuple):

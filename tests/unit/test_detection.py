@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina import detect as module
-from lamina.detect import (
+from lamina import detection as module
+from lamina.detection import (
     FORMATS,
     HEAD_BYTES,
     TAIL_BYTES,

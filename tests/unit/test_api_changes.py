@@ -1,0 +1,118 @@
+"""The public functions that change images in place: commit, rebase, resize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lamina
+
+from .api_images import MIB, SIZE, WAYS, content, disk, given, overlay
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_commit(way: str, tmp_path: Path) -> None:
+    base = disk(tmp_path / "base.qcow2")
+    top = overlay(tmp_path / "top.qcow2", base)
+    before = content(top, "qcow2")
+    with given(way, top, "qcow2", read_only=False) as (it, format):
+        done = lamina.commit(it, format=format)
+    assert done == lamina.CommitResult(str(top), str(base), SIZE, MIB, MIB, 0, True)
+    assert done.to_json() == {
+        "image": str(top), "base": str(base), "size": SIZE, "read": MIB, "written": MIB, "zeroed": 0, "emptied": True,
+    }  # fmt: skip
+    assert content(base, "qcow2") == content(top, "qcow2") == before
+    assert all(extent.depth > 0 for extent in lamina.map(top, format="qcow2"))
+
+
+def test_commit_to_a_file_further_down_keeps_the_overlay(tmp_path: Path) -> None:
+    base = disk(tmp_path / "base.qcow2")
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    top = overlay(tmp_path / "top.qcow2", middle)
+    done = lamina.commit(top, base, format="qcow2", rate="1G")
+    assert (done.base, done.emptied) == (str(base), False)
+    assert content(base, "qcow2") == content(top, "qcow2")
+    with pytest.raises(lamina.OptionError, match="not a backing file"):
+        lamina.commit(top, tmp_path / "other", format="qcow2")
+
+
+def test_commit_without_emptying_needs_no_writable_overlay(tmp_path: Path) -> None:
+    base = disk(tmp_path / "base.qcow2")
+    top = overlay(tmp_path / "top.qcow2", base)
+    with lamina.open(top, format="qcow2") as image:
+        with pytest.raises(lamina.ReadOnly):
+            lamina.commit(image)
+        assert not lamina.commit(image, empty=False).emptied
+        assert image.read_only
+    assert content(base, "qcow2") == content(top, "qcow2")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rebase(way: str, tmp_path: Path) -> None:
+    base, other = disk(tmp_path / "base.qcow2"), disk(tmp_path / "other.qcow2", seed=9)
+    top = overlay(tmp_path / "top.qcow2", base)
+    before = content(top, "qcow2")
+    with given(way, top, "qcow2", read_only=False) as (it, format):
+        done = lamina.rebase(it, "other.qcow2", "qcow2", format=format)
+    assert (done.image, done.size, done.backing, done.backing_format) == (str(top), SIZE, "other.qcow2", "qcow2")
+    assert done.written == SIZE // 2
+    assert done.to_json()["backing-format"] == "qcow2"
+    assert lamina.info(top).backing_filename == "other.qcow2"
+    assert content(top, "qcow2") == before
+    assert content(other, "qcow2") != before
+
+
+def test_rebase_to_none(tmp_path: Path) -> None:
+    top = overlay(tmp_path / "top.qcow2", disk(tmp_path / "base.qcow2"))
+    before = content(top, "qcow2")
+    done = lamina.rebase(top, None, format="qcow2")
+    assert done.backing is None
+    assert "backing" not in done.to_json()
+    assert lamina.info(top).backing_filename is None
+    assert content(top, "qcow2") == before
+
+
+@pytest.mark.parametrize("way", [*WAYS, "probe"])
+def test_rebase_of_the_name_alone_needs_no_backing_file(way: str, tmp_path: Path) -> None:
+    base = disk(tmp_path / "base.qcow2")
+    top = overlay(tmp_path / "top.qcow2", base)
+    moved = tmp_path / "moved.qcow2"
+    if way != "image":
+        base.rename(moved)
+    with given("path" if way == "probe" else way, top, "qcow2", read_only=False) as (it, format):
+        format = "probe" if way == "probe" else format
+        done = lamina.rebase(it, "moved.qcow2", "qcow2", format=format, name_only=True)
+    assert (done.written, done.backing) == (0, "moved.qcow2")
+    assert lamina.info(top).backing_filename == "moved.qcow2"
+    with pytest.raises(lamina.OptionError, match="the format of the backing file is not given"):
+        lamina.rebase(top, "moved.qcow2", format="qcow2", name_only=True)
+    with pytest.raises(lamina.OptionError, match="the format is not given"):
+        lamina.rebase(top, "moved.qcow2", "qcow2", name_only=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resize(way: str, tmp_path: Path) -> None:
+    path = disk(tmp_path / "a.qcow2")
+    with given(way, path, "qcow2", read_only=False) as (it, format):
+        assert lamina.resize(it, "+1M", format=format) == lamina.ResizeResult(str(path), SIZE, SIZE + MIB)
+        assert lamina.resize(it, 12 * MIB, format=format).new_size == 12 * MIB
+        with pytest.raises(lamina.OptionError, match=r"would lose .*shrink=True"):
+            lamina.resize(it, "4M", format=format)
+        with pytest.raises(lamina.OptionError, match="smaller than empty"):
+            lamina.resize(it, "-1G", format=format, shrink=True)
+        with pytest.raises(lamina.OptionError, match="nothing to preallocate"):
+            lamina.resize(it, "-1M", format=format, shrink=True, preallocation="full")
+        done = lamina.resize(it, "-8M", format=format, shrink=True)
+    assert done.to_json() == {"image": str(path), "old-size": 12 * MIB, "new-size": 4 * MIB}
+    assert lamina.info(path).virtual_size == 4 * MIB
+
+
+def test_changes_need_a_format_and_a_writable_image(tmp_path: Path) -> None:
+    path = disk(tmp_path / "a.raw", "raw")
+    with pytest.raises(lamina.OptionError, match="not guessed"):
+        lamina.resize(path, "+1M")
+    with pytest.raises(lamina.OptionError, match="no magic was found"):
+        lamina.resize(path, "+1M", format="probe")
+    with lamina.open(path, format="raw") as image, pytest.raises(lamina.ReadOnly):
+        lamina.resize(image, "+1M")
