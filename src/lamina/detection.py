@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from .errors import FormatError, OptionError, printable
+from .errors import FormatError, Hint, OptionError, printable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -42,7 +42,10 @@ class Detection(NamedTuple):
             raise FormatError(
                 f"the magic of the file fits several formats: {', '.join(self.matches)}",
                 path=self.path,
-                hint=f"give the right one, for example -f {self.matches[0]}",
+                hint=Hint(
+                    f'give the right one, for example format="{self.matches[0]}"',
+                    command=f"give the right one, for example -f {self.matches[0]}",
+                ),
             )
         return self.matches[0] if self.matches else "raw"
 
@@ -184,7 +187,10 @@ def check_declared(
     raise FormatError(
         f"it was opened as {printable(declared)}, but it looks like {' and '.join(found.matches)}",
         path=path,
-        hint=f"if that is its format, give -f {found.matches[0]}",
+        hint=Hint(
+            f'if that is its format, give format="{found.matches[0]}"',
+            command=f"if that is its format, give -f {found.matches[0]}",
+        ),
     )
 
 
@@ -199,7 +205,7 @@ def refuse_probed_raw(found: Detection, name: str, *, operation: str = "write") 
             "the format was not given, and no magic was found",
             path=name,
             operation=operation,
-            hint="if the image is raw, give -f raw",
+            hint=Hint('if the image is raw, give format="raw"', command="if the image is raw, give -f raw"),
         )
 
 

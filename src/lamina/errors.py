@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class Hint(str):
@@ -52,6 +52,22 @@ class LaminaError(Exception):
 
     #: The errno that stands for this error in a protocol (NBD) or an exit status.
     errno: int | None = _errno.EIO
+
+    if TYPE_CHECKING:
+        filename: Any
+        strerror: str | None
+    else:
+        # As of an OSError, which many of the errors are. `path` may be set after the error was raised.
+
+        @property
+        def filename(self) -> Any:
+            """The same as `path`."""
+            return self.path
+
+        @property
+        def strerror(self) -> str | None:
+            """The same as `message`."""
+            return self.message
 
     def __init__(
         self,
@@ -153,7 +169,6 @@ class BlockIOError(LaminaError, OSError):
     def __init__(self, message: str, *, errno: int = _errno.EIO, **context: Any) -> None:
         LaminaError.__init__(self, message, **context)
         self.errno: int | None = errno
-        self.strerror: str | None = message
 
     @classmethod
     def from_os(cls, error: OSError, message: str | None = None, **context: Any) -> BlockIOError:
@@ -216,6 +231,13 @@ def append_hint(error: BaseException | None, text: str) -> None:
         error.hint = join_hints(error.hint, text)
     elif isinstance(error, KeyboardInterrupt):
         error.add_note(command_hint(text) or "")
+
+
+def printable_hint(hint: str | None) -> str | None:
+    """`printable` for a hint."""
+    if isinstance(hint, Hint):
+        return Hint(printable(hint), command=printable(hint.command))
+    return hint and printable(hint)
 
 
 def printable(text: str) -> str:

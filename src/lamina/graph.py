@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from . import detection, lifecycle, references, registry
-from .errors import OptionError
+from .errors import Hint, OptionError
 from .limits import DEFAULT_BUDGET, Budget, Memory
 from .node import MAY_UNMAP, Node
 from .options import parse_name, shown
@@ -399,7 +399,10 @@ def _format_missing(where: str | None) -> OptionError:
     return OptionError(
         "the format is not given, and is not guessed",
         path=where,
-        hint='give it (format="qcow2", driver=..., -f), or ask for detection with format="probe"',
+        hint=Hint(
+            'give it (format="qcow2"), or ask for detection with format="probe"',
+            command="give it (-f, or driver=... among the options)",
+        ),
     )
 
 

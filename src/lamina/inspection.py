@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import detection, registry
-from .errors import FormatError, OptionError, UnsupportedFeature, printable
+from .errors import FormatError, Hint, OptionError, UnsupportedFeature, printable
 from .explanation import Step
 from .format import Format, Repair, lookup_format
 from .graph import COMMON, Opener, Spec, named, open_graph, probe, usual
@@ -137,7 +137,7 @@ def _chain(where: _Where, references: Policy | None, look: _Look | None = None) 
             raise FormatError(
                 f"the format of the backing file {reference.name!r} is not stored in the image, and is never guessed",
                 path=host.path,
-                hint="omit --backing-chain, or run info for that file alone",
+                hint=Hint("describe that file alone", command="omit --backing-chain, or run info for that file alone"),
             )
         trail = trail.below(host.identity, host.path)
         file = open_file(reference, host, trail, policy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
-from .errors import LimitExceeded, OptionError
+from .errors import Hint, LimitExceeded, OptionError
 
 #: Units in bytes.
 KIB = 1 << 10
@@ -124,7 +124,10 @@ class Memory:
                 f"{what} needs {count} bytes of memory, but {self.taken} of {self._limit} bytes for all images of this graph "
                 "are in use",
                 path=path,
-                hint="raise memory in the budget (--limits memory=1G) if you trust these images",
+                hint=Hint(
+                    "if you trust these images, raise memory in the budget: budget=Budget(memory=...)",
+                    command="if you trust these images, allow more: --limits memory=1G",
+                ),
             )
         self.taken += count
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 from weakref import ref
 
 from . import lifecycle, limits
-from .errors import NotSupported, ReadOnly
+from .errors import Hint, NotSupported, ReadOnly
 from .limits import MAX_SIZE, Limits
 from .pending import Pending, Startable
 from .ranges import RangeLock
@@ -101,7 +101,9 @@ class Node(Startable, Reopenable):
     foreign: bool = False  #: another process opened the node, and this one was forked from it
     _settled: bool = False
     #: The hint of the error for a change of a read-only node.
-    writable_hint: ClassVar[str] = "open it for writing (read_only=False; not -r)"
+    writable_hint: ClassVar[str] = Hint(
+        "open it for writing (read_only=False)", command="open it for writing (without -r)"
+    )
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
         self.name: str = name or f"{self.driver}#{next(_serial)}"

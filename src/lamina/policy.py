@@ -34,11 +34,14 @@ from .capabilities import (
 )
 from .errors import (
     BlockIOError,
+    Hint,
     LaminaError,
     NotFound,
     OptionError,
     PolicyError,
+    join_hints,
     printable,
+    printable_hint,
 )
 
 Kind = Literal["none", "beneath", "listed", "any"]
@@ -271,13 +274,19 @@ class _Check:
         from shlex import quote
 
         if len(path) > MAX_SHOWN:
-            return "to allow it, give its path as --references list:PATH"
+            return Hint(
+                "to allow it, add its path to Policy.listed([...])",
+                command="to allow it, give its path as --references list:PATH",
+            )
         paths = [*self.policy.paths, path]
-        return f"to allow it, give --references {quote(_list(paths))} (in Python: Policy.listed({paths!r}))"
+        return Hint(
+            f"to allow it, give references=Policy.listed({paths!r})",
+            command=f"to allow it, give --references {quote(_list(paths))}",
+        )
 
     def refusal(self, reason: str, hint: str | None) -> PolicyError:
         text = printable(f"{self.title()} is refused: {reason} (policy for references: {self.policy})")
-        return PolicyError(text, path=self.referrer, operation="open", hint=hint and printable(hint))
+        return PolicyError(text, path=self.referrer, operation="open", hint=printable_hint(hint))
 
     def failure(self, error: OSError, path: str) -> LaminaError:
         if error.errno == errno.ELOOP:
@@ -298,8 +307,12 @@ class _Check:
                 f"the format of the image, {self.policy._probed}, was only detected by its magic, and a detected format "
                 "opens no other files"
             )
-            named = f"if the format is {self.policy._probed}, give it (-f {self.policy._probed})"
-            raise self.refusal(reason, f"{named}; {hint}" if hint else named)
+            probed = self.policy._probed
+            named = Hint(
+                f'if the format is {probed}, give it: format="{probed}"',
+                command=f"if the format is {probed}, give it (-f {probed})",
+            )
+            raise self.refusal(reason, join_hints(named, hint) if hint else named)
         if not self.name:
             raise self.refusal("the name is empty", None)
         if "\0" in self.name:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from . import detection, registry
 from .capabilities import O_CLOEXEC, O_NONBLOCK, pread
-from .errors import CorruptImage, FormatError, LaminaError, LimitExceeded, OptionError, PolicyError, printable
+from .errors import CorruptImage, FormatError, Hint, LaminaError, LimitExceeded, OptionError, PolicyError, printable
 from .node import Node, StorageNode
-from .options import parse_name, to_keyval
+from .options import nest, parse_name, to_keyval
 from .request import Child
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ class Trail(NamedTuple):
             raise LimitExceeded(
                 f"the backing chain is deeper than the limit of {self.limit} files",
                 path=name,
-                hint="flatten the chain, or raise chain_depth in the budget (--limits chain-depth=N)",
+                hint=Hint(
+                    "flatten the chain, or raise chain_depth in the budget",
+                    command="flatten the chain, or allow more (--limits chain-depth=N)",
+                ),
             )
 
     def require_new(self, identity: Identity, name: str) -> None:
@@ -256,7 +259,7 @@ def _format_hint(opener: Opener, host: StorageNode, reference: Reference) -> str
     spec = {"driver": driver, "file.filename": top, f"{f'{reference.role}.' * (len(above) + 1)}driver": format}
     from shlex import quote
 
-    return f"{why}: --image-opts {quote(to_keyval(spec))}"
+    return Hint(f"{why}: {nest(spec)!r}", command=f"{why}: --image-opts {quote(to_keyval(spec))}")
 
 
 def _magic_of(fd: int) -> detection.Detection:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import OptionError, UnsupportedFeature, UsageError
+from ..errors import OptionError, UnsupportedFeature, UsageError, command_hint
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import HELP, asks_for_help, clip, parse_keyval, parse_seconds, parse_size, shown
 from . import program
@@ -315,7 +315,7 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return read(text)
         except OptionError as error:
-            message = f"{error.message}; {error.hint}" if error.hint else error.message
+            message = f"{error.message}; {command_hint(error.hint)}" if error.hint else error.message
             raise argparse.ArgumentTypeError(message.replace(text, clip(text)) if text else message) from error
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not a valid value") from error

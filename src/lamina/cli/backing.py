@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import LaminaError, PolicyError
+from ..errors import LaminaError, PolicyError, command_hint
 from ..policy import Policy
 from . import program
 
@@ -17,7 +17,7 @@ def warn_where_refused(image: str, backing: str) -> None:
     try:
         found = Policy.default().open_reference(backing, referrer=os.path.realpath(image))
     except PolicyError as error:
-        hint = f"; {error.hint}" if error.hint else ""
+        hint = f"; {command_hint(error.hint)}" if error.hint else ""
         text = f"warning: the new image needs a grant to be opened: {error.message}{hint}"
         program.tell(text)
     except LaminaError:

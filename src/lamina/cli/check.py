@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         found = check(source, **given)
     except UnsupportedFeature as error:
         if not args.quiet:
-            program.tell(str(error))
+            program.tell(error.command_text())
         return NO_CHECK
     warn_of_writers(found.other_writers)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..errors import LaminaError
+from ..errors import LaminaError, command_hint
 from . import program
 from .streams import drop, print_error
 
@@ -34,7 +34,7 @@ def tell(error: LaminaError | OSError, words: Sequence[str], *, debug: bool) -> 
 
         traceback.print_exception(error)
     if not (program.current.errors_as_json and wants_json(words)):
-        print_error(str(error))
+        print_error(text_of(error))
         return
     import json
 
@@ -45,6 +45,11 @@ def tell(error: LaminaError | OSError, words: Sequence[str], *, debug: bool) -> 
         drop(sys.stderr)
 
 
+def text_of(error: BaseException) -> str:
+    """The error in the words of the command line."""
+    return error.command_text() if isinstance(error, LaminaError) else str(error)
+
+
 def describe(error: LaminaError | OSError) -> dict[str, Any]:
     """The error as JSON shows it: `type` (the class), `message`, and what is known of `errno` (ENOENT), `path`, `node`,
     `operation`, `offset`, `length` and `hint`."""
@@ -52,6 +57,7 @@ def describe(error: LaminaError | OSError) -> dict[str, Any]:
     if isinstance(error, LaminaError):
         found["message"] = error.message
         state = {name: vars(error)[name] for name in ("path", "node", "operation", "offset", "length", "hint")}
+        state["hint"] = command_hint(error.hint)
         found |= {name: value for name, value in state.items() if value is not None}
     else:
         found["message"] = os.strerror(error.errno) if error.errno else str(error)

@@ -172,7 +172,7 @@ def _become(name: str) -> int:
     try:
         program.current = personality(name)
     except LaminaError as error:
-        print_error(str(error))
+        print_error(error.command_text())
         return 1
     return 0
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..errors import OptionError, UnsupportedFeature, printable
+from ..errors import Hint, OptionError, UnsupportedFeature, printable
 from ..options import shown
 
 #: The kinds of objects that are credentials.
@@ -67,7 +67,10 @@ def node_options(name: str) -> dict[str, Any]:
     if found is None:
         raise OptionError(
             f"there are no credentials with the id {shown(name)}",
-            hint="name them with --object tls-creds-x509,id=NAME,endpoint=client,dir=FOLDER",
+            hint=Hint(
+                "give the options tls-certificates or tls-psk-file in their place",
+                command="name them with --object tls-creds-x509,id=NAME,endpoint=client,dir=FOLDER",
+            ),
         )
     if found.server:
         raise OptionError(

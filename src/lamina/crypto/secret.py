@@ -7,7 +7,7 @@ import binascii
 import os
 from typing import NoReturn
 
-from ..errors import BlockIOError, OptionError, printable
+from ..errors import BlockIOError, Hint, OptionError, printable
 from ..limits import KIB
 from ..named_file import read_named
 from ..options import parse_keyval, shown
@@ -82,7 +82,10 @@ def parse_object(text: str) -> tuple[str, Secret, bool]:
     return name, Secret(_decoded(title, raw) if coding == "base64" else raw), source == "data"
 
 
-_HINT = "name it with --object secret,id=NAME,file=PATH (or fd=NUMBER, env=VARIABLE; format=base64), or give a lamina.Secret"
+_HINT = Hint(
+    "give a lamina.Secret in its place",
+    command="name it with --object secret,id=NAME,file=PATH (or fd=NUMBER, env=VARIABLE; format=base64)",
+)
 
 
 def _read(name: str, source: str, value: str) -> bytes:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .. import detection
-from ..errors import BlockIOError
+from ..errors import BlockIOError, Hint
 
 if TYPE_CHECKING:
     from ..request import Child
@@ -67,5 +67,5 @@ class Guard:
                 errno=errno.EPERM,
                 path=self._file.node.filename,
                 operation="write",
-                hint="give the format: -f raw",
+                hint=Hint('give the format: format="raw"', command="give the format: -f raw"),
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import OptionError, UnsupportedFeature
+from ..errors import Hint, OptionError, UnsupportedFeature
 from ..extents import PRESENT, Extents
 from ..format_node import FormatNode
 from ..limits import MAX_SIZE, MIB
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..request import Child
 
 _ZEROS = bytes(2 * MIB)
+
+#: For an overlay whose backing file has no format.
+GIVE_BACKING_FORMAT = Hint("give it: backing_format=...", command="give it (-F)")
 
 
 class Backing(NamedTuple):
@@ -123,7 +126,10 @@ def require_no_snapshots(node: Format) -> None:
         raise OptionError(
             "the image has internal snapshots, which show its backing file as well, and would change",
             path=node.filename,
-            hint="delete them (lamina snapshot -d), or convert the image to a new one",
+            hint=Hint(
+                "delete them (image.delete_snapshot), or convert the image to a new one",
+                command="delete them (lamina snapshot -d), or convert the image to a new one",
+            ),
         )
 
 

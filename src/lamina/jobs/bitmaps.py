@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import LaminaError, OptionError, UnsupportedFeature, printable
+from ..errors import Hint, LaminaError, OptionError, UnsupportedFeature, printable
 from ..format import Format
 from ..node import FilterNode, Node
 
@@ -59,7 +59,10 @@ def require_bitmaps(source: Image, kind: type[Format], chosen: Chosen) -> None:
         return
     _names(source, chosen)
     if not kind.keeps_bitmaps:
-        raise UnsupportedFeature(f"images of the format {kind.driver} have no bitmaps", hint="choose qcow2 (-O qcow2)")
+        raise UnsupportedFeature(
+            f"images of the format {kind.driver} have no bitmaps",
+            hint=Hint("choose qcow2", command="choose qcow2 (-O qcow2)"),
+        )
 
 
 def _names(source: Image, chosen: Chosen) -> list[str]:
@@ -69,7 +72,10 @@ def _names(source: Image, chosen: Chosen) -> list[str]:
         raise OptionError(
             f"the bitmap {printable(broken[0])} is inconsistent, and cannot be copied",
             path=source.filename,
-            hint="remove it, or skip such bitmaps (--skip-broken-bitmaps)",
+            hint=Hint(
+                'remove it, or skip such bitmaps: bitmaps="usable"',
+                command="remove it, or skip such bitmaps (--skip-broken-bitmaps)",
+            ),
         )
     return list(source.bitmaps)
 

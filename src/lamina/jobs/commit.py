@@ -11,7 +11,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
+from ..errors import Hint, OptionError
 from ..format import Format
 from ..job_results import CommitResult
 from ..own_files import is_same_file
@@ -119,5 +119,5 @@ def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image)
     raise OptionError(
         "this is not a backing file of the image",
         path=name,
-        hint="lamina info --backing-chain lists them",
+        hint=Hint("lamina.info_chain lists them", command="lamina info --backing-chain lists them"),
     )

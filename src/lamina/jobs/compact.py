@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import CorruptImage, NotSupported, UnsupportedFeature
+from ..errors import CorruptImage, Hint, NotSupported, UnsupportedFeature
 from ..extents import DATA, PRESENT
 from ..format import Format
 from ..format_node import FormatNode
@@ -87,7 +87,7 @@ def _free_leaks(node: Format) -> int:
         raise CorruptImage(
             "the image is damaged or cannot be read, so free space cannot be told from data",
             path=node.filename,
-            hint="lamina check tells more",
+            hint=Hint("lamina.check tells more", command="lamina check tells more"),
         )
     if report.leaks:
         node.repair("leaks")

@@ -18,7 +18,7 @@ from ..format_node import FormatNode
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
-from .beneath import Backing, layers_above
+from .beneath import GIVE_BACKING_FORMAT, Backing, layers_above
 from .bitmaps import Chosen, copied, require_bitmaps
 from .convert_plan import Offload as Offload
 from .convert_plan import Plan
@@ -230,7 +230,7 @@ def convert_to_file(
     given = {"size": source.size, **options}
     if backing is not None:
         if backing_format is None:
-            raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
+            raise OptionError("the format of the backing file is not given", path=backing, hint=GIVE_BACKING_FORMAT)
         given |= {"backing_file": backing, "backing_fmt": backing_format}
     values = kind.creation_schema().parse(given)
     kind.prepare_create(values, path, source.budget)

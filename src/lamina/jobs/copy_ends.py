@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from ..capabilities import read_into, wait_for
-from ..errors import BlockIOError, LaminaError, OptionError
+from ..errors import BlockIOError, Hint, LaminaError, OptionError
 from ..limits import GIB, KIB, MIB
 from ..node import MAY_UNMAP, Node
 from ..pending import DONE, Pending
@@ -316,7 +316,7 @@ class PipeTarget:
         pass
 
     def flush(self) -> None:
-        raise OptionError("a pipe cannot be flushed", path=self.name, hint="leave --flush out")
+        raise OptionError("a pipe cannot be flushed", path=self.name, hint=Hint("omit flush", command="omit --flush"))
 
     def resize(self, size: int) -> None:
         pass

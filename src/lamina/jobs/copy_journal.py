@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..atomic_file import sync_folder, write_file
 from ..capabilities import O_CLOEXEC, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK
-from ..errors import BlockIOError, FormatError, LaminaError, OptionError
+from ..errors import BlockIOError, FormatError, Hint, LaminaError, OptionError
 
 if TYPE_CHECKING:
     from ..target_file import Target
@@ -142,7 +142,9 @@ class PartialFile:
             os.close(fd)
 
     def _not_replaced(self, reason: str) -> OptionError:
-        hint = "leave --resume-file out, and it is written in place"
+        hint = Hint(
+            "omit the journal, and it is written in place", command="omit --resume-file, and it is written in place"
+        )
         return OptionError(f"this file cannot be replaced by the copy: {reason}", path=self.target, hint=hint)
 
     def discard(self) -> None:

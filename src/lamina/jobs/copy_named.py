@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .. import registry
 from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
-from ..errors import LaminaError, OptionError, append_hint
+from ..errors import Hint, LaminaError, OptionError, append_hint
 from ..graph import Opener
 from ..limits import DEFAULT_BUDGET, Budget
 from ..node import StorageNode
@@ -165,7 +165,9 @@ def _copy_with_journal(source: Source | PipeSource, to: NamedTarget, plan: Plan,
                 copied = _copy_to_partial(source, to, plan, monitor, journal, partial)
                 partial.finish()
         except (LaminaError, KeyboardInterrupt) as error:
-            append_hint(error, f"the same command resumes at {journal.position} ({format_size(journal.position)})")
+            at = f"{journal.position} ({format_size(journal.position)})"
+            hint = Hint(f"the same call resumes at {at}", command=f"the same command resumes at {at}")
+            append_hint(error, hint)
             raise
     journal.remove()
     return copied

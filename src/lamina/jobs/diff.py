@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import OptionError
+from ..errors import Hint, OptionError
 from ..extents import ZERO, Extents
 from ..limits import KIB, MIB, align_down, align_up, is_power_of_two
 from ..node import StorageNode
@@ -77,7 +77,10 @@ def bitmap_of(image: Image, name: str) -> DirtyBitmap:
         raise OptionError(
             f"the image has no consistent dirty bitmap {shown(name)}",
             path=image.filename,
-            hint="lamina info lists them; after a crash, make a full backup and a new bitmap",
+            hint=Hint(
+                "lamina.info lists them; after a crash, make a full backup and a new bitmap",
+                command="lamina info lists them; after a crash, make a full backup and a new bitmap",
+            ),
         )
     return image.bitmaps[name]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import LimitExceeded
+from ..errors import Hint, LimitExceeded
 
 
 class OutputLimit:
@@ -32,5 +32,8 @@ class OutputLimit:
             raise LimitExceeded(
                 f"it holds more than the {self._limit} bytes of data that may be written",
                 path=self._source,
-                hint="if that is expected, allow more (--max-output; max_output in the budget)",
+                hint=Hint(
+                    "if that is expected, allow more: max_output=..., here or in the budget",
+                    command="if that is expected, allow more: --max-output SIZE",
+                ),
             )

@@ -8,12 +8,14 @@ import stat
 from typing import TYPE_CHECKING, ClassVar
 
 from ..detection import detect
-from ..errors import BlockIOError, FormatError, OptionError
+from ..errors import BlockIOError, FormatError, Hint, OptionError
 from ..node import StorageNode
 from .copy_ends import PipeSource
 
 if TYPE_CHECKING:
     from ..extents import Extents
+
+_GIVE_LENGTH = Hint("give its length", command="give its length (--size)")
 
 
 class PipeStorage(StorageNode):
@@ -51,7 +53,10 @@ class PipeStorage(StorageNode):
             raise BlockIOError(
                 f"it ended after {self._at} bytes, and should have {self._size}",
                 path=self.filename,
-                hint="give its length (--size), or look why the program before it ended",
+                hint=Hint(
+                    "give its length, or look why the program before it ended",
+                    command="give its length (--size), or look why the program before it ended",
+                ),
             )
         if self._guess and not offset:
             found = detect(view, size=self._size).matches
@@ -59,7 +64,10 @@ class PipeStorage(StorageNode):
                 raise FormatError(
                     f"it looks like an image of the format {' or '.join(found)}, which is not read from a pipe",
                     path=self.filename,
-                    hint="write it to a file first; if its bytes are those of the disk, give -f raw",
+                    hint=Hint(
+                        "write it to a file first; if its bytes are those of the disk, its format is raw",
+                        command="write it to a file first; if its bytes are those of the disk, give -f raw",
+                    ),
                 )
         if self._at == self._size:
             self._require_end()
@@ -71,16 +79,14 @@ class PipeStorage(StorageNode):
 
     def _require_end(self) -> None:
         if self._source.fill(memoryview(bytearray(1))):
-            raise BlockIOError(
-                f"it has more than {self._size} bytes", path=self.filename, hint="give its length (--size)"
-            )
+            raise BlockIOError(f"it has more than {self._size} bytes", path=self.filename, hint=_GIVE_LENGTH)
 
 
 def length_of(fd: int, name: str) -> int:
     """The number of bytes that can be read from `fd`, if it is a file or a block device. OptionError for a pipe."""
     status = os.fstat(fd)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        raise OptionError("the length of a pipe is not known before its end", path=name, hint="give it (--size)")
+        raise OptionError("the length of a pipe is not known before its end", path=name, hint=_GIVE_LENGTH)
     at = os.lseek(fd, 0, os.SEEK_CUR)
     end = os.lseek(fd, 0, os.SEEK_END)
     os.lseek(fd, at, os.SEEK_SET)

@@ -19,7 +19,14 @@ from ..job_results import RebaseResult
 from ..options import stored_name
 from ..own_files import refuse_own
 from ..policy import Policy
-from .beneath import Backing, beneath_filters, layers_above, require_backing_open, require_no_snapshots
+from .beneath import (
+    GIVE_BACKING_FORMAT,
+    Backing,
+    beneath_filters,
+    layers_above,
+    require_backing_open,
+    require_no_snapshots,
+)
 from .convert import Result, copy_disk
 from .progress import Monitor
 from .sole_writer import as_sole_writer
@@ -71,7 +78,7 @@ def rebase(
     require_backing_open(node)
     values = node.amend_schema.parse({"backing_file": backing or "", "backing_fmt": backing_format})
     if backing and backing_format is None:
-        raise OptionError("the format of the backing file is not given", path=backing, hint="give it (-F)")
+        raise OptionError("the format of the backing file is not given", path=backing, hint=GIVE_BACKING_FORMAT)
     node.require_amendable(values)
     spec: Mapping[str, Any] | None = None
     compared: dict[str, Any] = {"driver": "null", "size": image.size}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import LimitExceeded
+from ..errors import Hint, LimitExceeded
 from ..extents import Extents
 from ..limits import align_down
 from ..numeric import np
@@ -35,7 +35,10 @@ def windows(image: Image, begin: int, end: int, *, grid: int = 1) -> Iterator[Ex
             raise LimitExceeded(
                 f"the {grid} bytes from {held.begin} on have more than {_MAX_HELD} extents",
                 path=image.filename,
-                hint="use a smaller alignment, or the exact status (map --exact)",
+                hint=Hint(
+                    "use a smaller alignment, or the exact status",
+                    command="use a smaller alignment, or the exact status (--exact)",
+                ),
             )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self
 
 from .. import limits
-from ..errors import BlockIOError, Closed, ReadOnly
+from ..errors import BlockIOError, Closed, Hint, ReadOnly
 from ..limits import KIB, Limits, align_down
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, bounded
 from ..pending import Done, Pending
@@ -232,7 +232,8 @@ class NbdStorage(StorageNode):
 
     def _require_writable_export(self, operation: str) -> None:
         if self.client.read_only:
-            hint = "open it read-only (read_only=True; -r), or let the server export it for writing, and open it again"
+            rest = "or let the server export it for writing, and open it again"
+            hint = Hint(f"open it read-only (read_only=True), {rest}", command=f"open it read-only (-r), {rest}")
             raise ReadOnly(
                 "the server exports this read-only", path=str(self.client.target), operation=operation, hint=hint
             )

@@ -13,6 +13,7 @@ from ..image import Image
 from ..job_results import CommitResult, RebaseResult, ResizeResult
 from ..jobs import commit as committing
 from ..jobs import rebase as rebasing
+from ..jobs.beneath import GIVE_BACKING_FORMAT
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import parse_name, parse_size, size_of
@@ -100,8 +101,7 @@ def rebase(
 
 def _rename(image: Image, backing: str | None, backing_format: str | None) -> RebaseResult:
     if backing and backing_format is None:
-        hint = Hint("give it: backing_format=...", command="give it (-F)")
-        raise OptionError("the format of the backing file is not given", path=backing, hint=hint)
+        raise OptionError("the format of the backing file is not given", path=backing, hint=GIVE_BACKING_FORMAT)
     image.amend(backing_file=backing or "", backing_fmt=backing_format)
     image.flush()
     return RebaseResult(image.filename, image.size, 0, 0, 0, backing or None, backing_format if backing else None)

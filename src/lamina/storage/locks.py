@@ -41,7 +41,7 @@ import struct
 from collections.abc import Collection
 
 from ..capabilities import LINUX, fcntl
-from ..errors import BlockIOError, Locked
+from ..errors import BlockIOError, Hint, Locked
 
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
 
@@ -156,5 +156,8 @@ def _held(fd: int, byte: int) -> bool:
 
 
 def _locked(path: str, message: str, writing: bool) -> Locked:
-    hint = "close it there first" + ("" if writing else ", or read it while it may change with force-share=on (-U)")
+    hint = "close it there first"
+    if not writing:
+        also = ", or read it while it may change"
+        hint = Hint(f"{hint}{also} (force_share=True)", command=f"{hint}{also} with force-share=on (-U)")
     return Locked(message, path=path, operation="open", hint=hint)

@@ -7,7 +7,7 @@ import os
 import stat
 
 from ..capabilities import LINUX, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, set_blocking
-from ..errors import BlockIOError, LaminaError, OptionError
+from ..errors import BlockIOError, Hint, LaminaError, OptionError
 
 _TYPES = {
     stat.S_IFDIR: "a directory",
@@ -37,11 +37,14 @@ def open_file(filename: str, writing: bool) -> int:
     except OSError as error:
         if isinstance(error, LaminaError):
             raise
-        hint = None
+        hint: str | None = None
         if error.errno == errno.ENOENT:
             hint = "check the name, or create it first"
         elif writing and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
-            hint = "get write permission, or open it read-only (-r)"
+            hint = Hint(
+                "get write permission, or open it read-only (read_only=True)",
+                command="get write permission, or open it read-only (-r)",
+            )
         raise BlockIOError.from_os(error, "cannot be opened", path=filename, operation="open", hint=hint) from error
     except ValueError as error:
         raise OptionError(f"not a valid file name: {error}", path=filename) from error

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             session.end()
     except LaminaError as error:
         # The image cannot be opened, or its close failed: no further commands run.
-        session.output.print_error(str(error))
+        session.output.print_error(error.command_text())
         return 1
     return 1 if session.failed else 0
 

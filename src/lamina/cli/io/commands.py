@@ -187,7 +187,7 @@ def execute(session: Session, line: str) -> bool:
             session.failed = True
     except LaminaError as error:
         session.failed = True
-        session.output.print_error(str(error))
+        session.output.print_error(error.command_text())
     return True
 
 

@@ -50,7 +50,7 @@ class Output:
         # qemu-io reports a request outside the disk as an input/output error.
         number = EIO if isinstance(error, OutOfRange) else error.errno or EIO
         self.say(f"{operation} failed: {os.strerror(number)}")
-        self.print_error(str(error))
+        self.print_error(error.command_text())
 
     def flush(self) -> None:
         with self._mutex:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from ...errors import LimitExceeded, OptionError, ReadOnly, printable
+from ...errors import Hint, LimitExceeded, OptionError, ReadOnly, printable
 from ...limits import align_up, is_power_of_two
 from ...options import shown
 from . import bitmap_directory as directory
@@ -181,7 +181,9 @@ class Bitmaps:
             raise OptionError(
                 f"the image has no bitmap {shown(name)}",
                 path=self._tables.file.node.filename,
-                hint=f"it has {', '.join(map(printable, self.all))}" if self.all else "lamina info lists them",
+                hint=f"it has {', '.join(map(printable, self.all))}"
+                if self.all
+                else Hint("lamina.info lists them", command="lamina info lists them"),
             )
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...errors import FormatError, LaminaError, LimitExceeded, OptionError
+from ...errors import FormatError, Hint, LaminaError, LimitExceeded, OptionError, join_hints
 from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
 from ...own_files import is_same_file
@@ -115,7 +115,9 @@ def prepare(values: dict[str, Any], target: str, budget: Budget = DEFAULT_BUDGET
         raise LimitExceeded(f"the name of the backing file is longer than {q.MAX_BACKING_NAME} bytes", path=target)
     if not values.get("backing_fmt"):
         raise OptionError(
-            f"the format of the backing file {name} is not given", path=target, hint="give it (-F qcow2, -F raw)"
+            f"the format of the backing file {name} is not given",
+            path=target,
+            hint=Hint('give it: backing_fmt="qcow2", "raw", ...', command="give it (-F qcow2, -F raw)"),
         )
     # Where the target is a link, names inside the new image are relative to the folder of the file itself.
     where = os.path.join(os.path.dirname(os.path.realpath(target)), name)
@@ -159,7 +161,10 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
     try:
         node = open_graph(spec, budget=budget, no_references=True)
     except LaminaError as error:
-        error.hint = error.hint or "use -u to name a backing file without opening it"
+        error.hint = error.hint or Hint(
+            "backing_unchecked=True names a backing file without opening it",
+            command="use -u to name a backing file without opening it",
+        )
         raise
     try:
         if values.get("size") is None:
@@ -171,7 +176,8 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
         try:
             node = open_graph(spec, budget=budget, force_share=True)
         except LimitExceeded as error:
-            error.hint = f"{error.hint}, or use -u to skip this check" if error.hint else "use -u to skip this check"
+            skip = Hint("backing_unchecked=True skips this check", command="use -u to skip this check")
+            error.hint = join_hints(error.hint, skip, by=", or ")
             raise
         except LaminaError:
             return  # a backing file that cannot be opened is allowed
@@ -288,7 +294,7 @@ def options_to_open(values: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError(
                 "the data file would be overwritten, and is to be kept",
                 path=values["data_file_path"],
-                hint="create the image alone (lamina create), or name a new data file",
+                hint="create the image alone, or name a new data file",
             )
         found["data-file"] = {"driver": "file", "filename": values["data_file_path"]}
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...crypto.luks1 import MAX_BYTES, Luks1, Settings
 from ...crypto.secret import reveal
 from ...crypto.sectors import CipherSpec
-from ...errors import CorruptImage, LimitExceeded, OptionError
+from ...errors import CorruptImage, Hint, LimitExceeded, OptionError
 from ...limits import align_up
 from . import layout as q
 
@@ -38,8 +38,11 @@ def cipher_of(file: Child, header: Header, options: Mapping[str, Any], *, needed
         raise OptionError(
             "the image is encrypted, and no passphrase is given",
             path=path,
-            hint="name a secret: --object secret,id=s0,file=PATH --image-opts "
-            "driver=qcow2,encrypt.key-secret=s0,file.filename=IMAGE",
+            hint=Hint(
+                'open it with {"driver": "qcow2", "encrypt": {"key-secret": lamina.Secret(...)}, "file": {...}}',
+                command="name a secret: --object secret,id=s0,file=PATH --image-opts "
+                "driver=qcow2,encrypt.key-secret=s0,file.filename=IMAGE",
+            ),
         )
     passphrase = reveal(named)
     if luks is None:

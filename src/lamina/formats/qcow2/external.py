@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ...errors import FormatError, NotSupported, OptionError
+from ...errors import FormatError, Hint, NotSupported, OptionError
 from ...format_node import FormatNode, To
 from ...limits import align_down, align_up
 from ...node import MAY_UNMAP, Node
@@ -204,5 +204,8 @@ class External(FormatNode):
             "an image with an external data file has no internal snapshots",
             path=self.filename,
             operation="snapshot",
-            hint="create an overlay over it instead (lamina create -b)",
+            hint=Hint(
+                "create an overlay over it instead: backing_file=...",
+                command="create an overlay over it instead (lamina create -b)",
+            ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CorruptImage, FormatError, LimitExceeded, UnsupportedFeature, printable
+from ...errors import CorruptImage, FormatError, Hint, LimitExceeded, UnsupportedFeature, printable
 from ...limits import MAX_SIZE, align_up
 from . import layout as q
 
@@ -139,7 +139,7 @@ class Header:
             raise CorruptImage(
                 f"the refcount table of {length} bytes at {offset:#x} is not inside the file: the image can only be read",
                 path=path,
-                hint="repair it (lamina check -r all)",
+                hint=Hint('repair it: lamina.check(repair="all")', command="repair it (lamina check -r all)"),
             )
 
     def require_l1(self, path: str, *, writable: bool) -> None:
@@ -197,7 +197,10 @@ class Header:
         first = bytearray(min(file_size, 1 << q.MIN_CLUSTER_BITS))
         storage.read_into(0, memoryview(first))
         if bytes(first[:4]) != q.MAGIC:
-            raise FormatError("this is not a qcow2 image: the magic number is missing", hint="check the format (-f)")
+            raise FormatError(
+                "this is not a qcow2 image: the magic number is missing",
+                hint=Hint("check the format", command="check the format (-f)"),
+            )
         raw = q.HEADER_V2.unpack(first)
         if raw.version not in (2, 3):
             raise UnsupportedFeature(f"qcow2 version {raw.version} is not supported; versions 2 and 3 are")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...errors import CorruptImage, LimitExceeded, OptionError, printable
+from ...errors import CorruptImage, Hint, LimitExceeded, OptionError, printable
 from ...limits import MAX_SIZE, MIB, align_up
 from ...options import shown
 from ...results import Snapshot
@@ -163,7 +163,11 @@ def find(entries: list[Entry], id: str | None, name: str | None, path: str) -> E
     found = [one for one in entries if id in (None, one.id) and name in (None, one.name)]
     said = " and ".join(f"{what} {shown(text)}" for what, text in (("id", id), ("name", name)) if text is not None)
     if not found:
-        raise OptionError(f"the image has no snapshot with the {said}", path=path, hint="lamina info lists them")
+        raise OptionError(
+            f"the image has no snapshot with the {said}",
+            path=path,
+            hint=Hint("image.snapshots() lists them", command="lamina info lists them"),
+        )
     if len(found) > 1:
         raise OptionError(f"the image has {len(found)} snapshots with the {said}", path=path, hint="give the id")
     return found[0]

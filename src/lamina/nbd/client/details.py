@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
-from ...errors import BlockIOError, LaminaError, NotFound, NotSupported, printable
+from ...errors import BlockIOError, Hint, LaminaError, NotFound, NotSupported, printable
 from .. import wire
 
 Mode = Literal["simple", "structured", "extended"]
@@ -90,7 +90,9 @@ class Refused(Exception):
         said = f": {self.text}" if self.text else ""
         reason = wire.REP_ERROR_NAMES.get(self.kind, f"error {self.kind & ~wire.REP_FLAG_ERROR}")
         if self.kind == wire.REP_ERR_UNKNOWN:
-            hint = "list what there is: lamina info --list"
+            hint: str = Hint(
+                "lamina.nbd.inspect.list_exports lists what there is", command="list what there is: lamina info --list"
+            )
             return NotFound(f'the server has no export "{printable(export)}"{said}', hint=hint)
         if self.kind == wire.REP_ERR_TLS_REQD:
             hint = "use nbds:// (or tls=require)"

@@ -12,7 +12,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from ...errors import BlockIOError
+from ...errors import BlockIOError, Hint
 from ...limits import KIB
 from .. import wire
 
@@ -119,5 +119,9 @@ class Clock:
 
 
 def _late(message: str, path: str) -> BlockIOError:
-    hint = "see whether the server is at work; --timeout, or the node's option timeout, sets how long it is waited for"
+    look = "see whether the server is at work"
+    hint = Hint(
+        f"{look}; the option timeout, or request_timeout of a client, sets how long it is waited for",
+        command=f"{look}; --timeout, or the node's option timeout, sets how long it is waited for",
+    )
     return BlockIOError(message, errno=errno.ETIMEDOUT, path=path, hint=hint)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from ...errors import OptionError
+from ...errors import Hint, OptionError
 
 if TYPE_CHECKING:
     import ssl
 
     from .exports import RestrictedExport
 
-_VERIFY = "verify the certificates of clients (--tls-verify-peer, server_context(..., verify_peer=True))"
+_VERIFY = Hint(
+    "verify the certificates of clients: server_context(..., verify_peer=True)",
+    command="verify the certificates of clients (--tls-verify-peer)",
+)
 
 
 def check_access(
@@ -39,10 +42,14 @@ def check_access(
         raise OptionError("a list of names needs certificates to read them from", hint=_VERIFY)
     if tls == "allow" and allow is not None:
         raise OptionError(
-            "the list of names would keep nobody out who comes without TLS", hint="require TLS (--tls require)"
+            "the list of names would keep nobody out who comes without TLS",
+            hint=Hint('require TLS: tls="require"', command="require TLS (--tls require)"),
         )
     if tls == "allow" and verifies and (folder or not guarded):
         raise OptionError(
             "clients are verified, and would be let in without TLS, too",
-            hint="require TLS (--tls require), or say of each export that matters tls-only=on",
+            hint=Hint(
+                'require TLS: tls="require"; or RestrictedExport(..., tls_only=True) for each export that matters',
+                command="require TLS (--tls require), or say of each export that matters tls-only=on",
+            ),
         )

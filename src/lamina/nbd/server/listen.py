@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
-from ...errors import BlockIOError, OptionError
+from ...errors import BlockIOError, Hint, OptionError
 from ..sockets import AF_UNIX, reserve_address, restrict
 from ..wire import PORT
 
@@ -53,7 +53,10 @@ def _check_address(address: str) -> None:
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise OptionError(
             f"{address} can be reached by others, and nothing would be encrypted",
-            hint="require TLS, listen on localhost or a Unix socket, or say --insecure",
+            hint=Hint(
+                "require TLS, listen on localhost or a Unix socket, or pass insecure=True",
+                command="require TLS, listen on localhost or a Unix socket, or say --insecure",
+            ),
         )
 
 
