@@ -162,7 +162,8 @@ def test_tcp_for_all_the_world_needs_a_word(host: str, tls: str, tmp_path: Path)
         export = Export(image)
         with nothing_left(), pytest.raises(lamina.OptionError, match="reached by others") as refused:
             Server([export], **options)
-        assert "--insecure" in str(refused.value.hint)
+        assert "insecure=True" in str(refused.value)
+        assert "--insecure" in refused.value.command_text()
         try:
             Server([export], **options, insecure=True).close()
         except lamina.BlockIOError:

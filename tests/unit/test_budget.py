@@ -215,7 +215,7 @@ def test_every_command_that_opens_images_has_the_option(
     member, enough, less = ("chain-depth", 1, 0) if command == "info" else ("memory", 16, 7)
     assert main([*words, "--limits", f"{member}={enough}"]) == 0
     assert main([*words, "--limits", f"{member}={less}"]) not in (0, 63)
-    assert f"{member.replace('-', '_')} in the budget" in capsys.readouterr().err
+    assert f"--limits {member}=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["info", "check", "map", "compare", "convert", "copy", "create", "io", "serve"])

@@ -200,7 +200,8 @@ def test_two_formats_are_ambiguous() -> None:
     with pytest.raises(FormatError) as caught:
         _ = found.format
     text = str(caught.value)
-    for part in ("disk.img", "dmg", "qcow2", "-f"):
+    assert "-f dmg" in caught.value.command_text()
+    for part in ("disk.img", "dmg", "qcow2", 'format="dmg"'):
         assert part in text
     with pytest.raises(FormatError):
         found.supported(["qcow2"])
@@ -293,7 +294,8 @@ def test_a_declared_format_may_not_look_like_another(name: str) -> None:
             with pytest.raises(FormatError, match=f"looks like {name}") as caught:
                 check_declared(declared, *image(head), path="x.img")
             assert "x.img" in str(caught.value)
-            assert f"-f {name}" in str(caught.value)
+            assert f'format="{name}"' in str(caught.value)
+            assert f"-f {name}" in caught.value.command_text()
 
 
 def test_raw_may_look_like_anything() -> None:
@@ -317,7 +319,8 @@ def test_declaring_one_of_two_settles_it() -> None:
 def test_writers_refuse_a_guess_at_raw() -> None:
     with pytest.raises(OptionError) as caught:
         refuse_probed_raw(detect(bytes(512)), "disk\x1b.img", operation="resize")
-    assert "-f raw" in str(caught.value)
+    assert 'format="raw"' in str(caught.value)
+    assert "-f raw" in caught.value.command_text()
     assert "disk" in str(caught.value)
     assert str(caught.value).isprintable()
     refuse_probed_raw(detect(HEADS["qcow2"][0]), "disk.img")

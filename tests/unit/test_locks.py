@@ -42,7 +42,8 @@ def test_readers_share_and_writers_exclude(disk: Path, held_read_only: bool, sec
         with pytest.raises(Locked) as caught:
             opened(disk, read_only=second_read_only)
         assert caught.value.path == str(disk)
-        assert ("-U" in str(caught.value)) == second_read_only
+        assert ("force_share=True" in str(caught.value)) == second_read_only
+        assert ("-U" in caught.value.command_text()) == second_read_only
     opened(disk, read_only=True, force_share=True).close()
     opened(disk, locking="off").close()
     held.close()

@@ -249,8 +249,9 @@ def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
 
 
 def test_credentials_by_the_id_of_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="--object tls-creds-x509"):
+    with pytest.raises(OptionError, match="tls-certificates or tls-psk-file") as caught:
         from_options({"host": "h", "tls-creds": "tls0"})
+    assert "--object tls-creds-x509" in caught.value.command_text()
     for text, expected in (
         ("tls-creds-x509,id=tls0,dir=/pki", {"tls_certificates": "/pki", "tls_verify_peer": True, "tls_type": "x509"}),
         ("tls-creds-x509,id=tls0,dir=/pki,verify-peer=off,endpoint=client", {"tls_verify_peer": False}),
@@ -265,6 +266,7 @@ def test_credentials_by_the_id_of_an_object(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(credentials.named, "tls0", server)
     with pytest.raises(OptionError, match="those of a server"):
         from_options({"host": "h", "tls-creds": "tls0"})
+    assert "--object tls-creds-x509" in caught.value.command_text()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def test_options_are_added_to_what_the_image_says(image: Child) -> None:
 def test_the_format_is_said_or_refused(image: Child) -> None:
     with pytest.raises(FormatError, match="never guessed") as caught:
         opener().reference(image, BASE._replace(format=None), {})
-    assert "backing.driver=raw" in (caught.value.hint or "")
+    assert "'backing': {'driver': 'raw'}" in str(caught.value)
+    assert "backing.driver=raw" in caught.value.command_text()
     with pytest.raises(OptionError, match="a format is needed"):
         opener().reference(image, BASE._replace(format="blkdebug"), {})
 

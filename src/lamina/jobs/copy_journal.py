@@ -143,7 +143,8 @@ class PartialFile:
 
     def _not_replaced(self, reason: str) -> OptionError:
         hint = Hint(
-            "omit the journal, and it is written in place", command="omit --resume-file, and it is written in place"
+            "omit the journal, and it is written in place",
+            command="leave --resume-file out, and it is written in place",
         )
         return OptionError(f"this file cannot be replaced by the copy: {reason}", path=self.target, hint=hint)
 
