@@ -73,6 +73,16 @@ def test_rebase_to_none(tmp_path: Path) -> None:
     assert content(top, "qcow2") == before
 
 
+def test_rebase_compresses_what_it_takes_over(tmp_path: Path) -> None:
+    top = overlay(tmp_path / "top.qcow2", disk(tmp_path / "base.qcow2"))
+    before = content(top, "qcow2")
+    lamina.rebase(top, None, format="qcow2", compress=True)
+    assert [extent.compressed for extent in lamina.map(top, 0, MIB, format="qcow2")] == [True]
+    assert content(top, "qcow2") == before
+    with pytest.raises(lamina.OptionError, match="nothing is taken over"):
+        lamina.rebase(top, None, format="qcow2", compress=True, name_only=True)
+
+
 @pytest.mark.parametrize("way", [*WAYS, "probe"])
 def test_rebase_of_the_name_alone_needs_no_backing_file(way: str, tmp_path: Path) -> None:
     base = disk(tmp_path / "base.qcow2")

@@ -69,11 +69,11 @@ def test_a_failing_loop_tells_its_state(tmp_path: Path) -> None:
         "    storage.flush()\n"
         "    marks.durable('a')\n"
         "    storage.write(0, b'b' * 512)\n"
-        "def test_it(power_loss):\n"
-        "    for state in power_loss(work):\n"
+        "def test_it(lamina_power_loss):\n"
+        "    for state in lamina_power_loss(work):\n"
         "        assert state.content[:1] != b'b'\n"
-        "def test_done(power_loss):\n"
-        "    assert len(list(power_loss(work))) == 4\n"
+        "def test_done(lamina_power_loss):\n"
+        "    assert len(list(lamina_power_loss(work))) == 4\n"
         "    assert False\n"
     )
     status, said = run(tmp_path, seed="7")
@@ -92,13 +92,13 @@ def test_a_state_that_failed_can_be_had_alone(tmp_path: Path) -> None:
         "        storage.write(at * 512, b'a' * 512)\n"
         "def verify(content, state):\n"
         "    return content.count(b'a') != 1024 or content[:512] == bytes(512)\n"
-        "def test_it(power_loss):\n"
+        "def test_it(lamina_power_loss):\n"
         "    try:\n"
-        "        power_loss.check(work, verify)\n"
+        "        lamina_power_loss.check(work, verify)\n"
         "    except PowerLossFailure as failure:\n"
         "        state = failure.state\n"
         "    try:\n"
-        "        power_loss.check(work, verify, only=state.number)\n"
+        "        lamina_power_loss.check(work, verify, only=state.number)\n"
         "    except PowerLossFailure as failure:\n"
         "        assert failure.state == state\n"
         "        assert 'verify returned False' in str(failure)\n"
@@ -106,6 +106,36 @@ def test_a_state_that_failed_can_be_had_alone(tmp_path: Path) -> None:
         "        raise AssertionError('not repeated')\n"
     )
     status, said = run(tmp_path)
+    assert status == 0, said
+
+
+OLD_NAMES = """
+def test_image(image):
+    assert image("2M").size == 2 << 20
+
+def test_faulty(faulty):
+    faulty.fail("read")
+
+def test_power_loss(power_loss):
+    for state in power_loss(lambda storage, marks: storage.write(0, bytes(512))):
+        assert False
+"""
+
+
+def test_the_old_names_of_fixtures_still_work_and_name_the_test(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(OLD_NAMES)
+    status, said = run(tmp_path)
+    assert status == 1, said
+    assert "2 passed" in said
+    assert "- power loss -" in said
+    for line, name in ((2, "image"), (5, "faulty"), (8, "power_loss")):
+        assert f"test_it.py:{line}: DeprecationWarning: the fixture {name} is called lamina_{name} now" in said
+
+
+def test_a_fixture_of_the_project_comes_first(tmp_path: Path) -> None:
+    own = "import pytest\n@pytest.fixture\ndef image():\n    return 'mine'\ndef test_it(image):\n    assert image == 'mine'\n"
+    (tmp_path / "test_it.py").write_text(own)
+    status, said = run(tmp_path, "-W", "error")
     assert status == 0, said
 
 

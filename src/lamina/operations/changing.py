@@ -64,6 +64,7 @@ def rebase(
     *,
     format: str | None = None,
     name_only: bool = False,
+    compress: bool = False,
     max_output: int | str | None = None,
     references: Policy | None = None,
     budget: Budget = DEFAULT_BUDGET,
@@ -76,8 +77,9 @@ def rebase(
     an open and writable image, which stays open. `backing`: the new backing file, by its name as the image stores it
     (relative to the directory of the image), of the format `backing_format`; None: no backing file. With `name_only` only
     the name in the image changes, and no backing file is opened or needs to exist: the overlay reads as before only if
-    the new one has the same content. `references` decides about the backing file of the new backing file as well.
-    `max_output`: the most bytes of data that are written; `progress` and `cancel` are those of `lamina.convert`.
+    the new one has the same content. `compress`: what the overlay takes over is stored packed. `references` decides about
+    the backing file of the new backing file as well. `max_output`: the most bytes of data that are written; `progress`
+    and `cancel` are those of `lamina.convert`.
 
     Raises OptionError if the format has no backing files, the image has internal snapshots, or its backing file is not open;
     Cancelled, and the errors of opening, reading and writing. The bytes of the image are the same in any case.
@@ -90,9 +92,12 @@ def rebase(
                 backing or None,
                 backing_format if backing else None,
                 references=references,
+                compress=compress,
                 max_output=limit,
                 monitor=Monitor(progress, event=cancel),
             )
+    if compress:
+        raise OptionError("nothing is taken over that could be compressed", hint="omit compress, or name_only")
     if isinstance(image, Image):
         return _rename(image, backing, backing_format)
     with open_without_backing(named(image), format, references=references, budget=budget) as alone:
