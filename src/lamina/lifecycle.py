@@ -156,7 +156,9 @@ def caller() -> str:
 
 def _warn(node: Node, opened_at: str) -> None:
     text = f"{node.filename}, opened at {opened_at}, was never closed: close it, or open it in a `with` statement"
-    warnings.warn(text, ResourceWarning, stacklevel=2, source=node)
+    # A finalizer, or the end of the program, calls this: no frame of the stack belongs to the line that opened it.
+    file, _, line = opened_at.rpartition(":")
+    warnings.warn_explicit(text, ResourceWarning, file, int(line), source=node)
 
 
 def _close_forgotten() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+import lamina.nbd.server
 from lamina.errors import Hint, UsageError
 
 
@@ -48,6 +49,16 @@ def test_manners_survive_pickling(kind: type[lamina.LaminaError]) -> None:
         assert each.command_text() == "disk.img: it broke (read, offset 5); add -x"
     error.path = "other.img"
     assert error.filename == "other.img"
+
+
+def test_warnings_of_old_names_name_the_line_that_uses_them() -> None:
+    for module in (lamina.nbd, lamina.nbd.server):
+        with pytest.warns(DeprecationWarning, match="RestrictedExport") as caught:
+            assert module.Offer is lamina.nbd.RestrictedExport
+        assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="RestrictedExport") as caught:
+        from lamina.nbd import Offer  # noqa: F401
+    assert caught[0].filename == __file__
 
 
 def test_other_errors_have_a_file_as_well() -> None:
