@@ -10,7 +10,17 @@ from lamina import json_forms as forms
 from lamina import json_forms_nbd as nbd_forms
 from lamina import json_schema
 from lamina.check_result import CheckResult
+from lamina.detection import Detection
 from lamina.explanation import Explanation, Overview, Step
+from lamina.job_results import (
+    CommitResult,
+    CompareResult,
+    ConvertResult,
+    CopyResult,
+    MeasureResult,
+    RebaseResult,
+    ResizeResult,
+)
 from lamina.layers import Layer
 from lamina.results import ImageInfo, Snapshot
 from lamina.status import Extent
@@ -71,14 +81,20 @@ OUTPUTS = (
     Output("lamina inspect", Verdict, "One object.", "`lamina.inspect`"),
     Output("lamina diff", forms.DiffJson, "One object. `lamina.diff` returns the same ranges one by one."),
     Output("lamina graph", forms.NodeJson, "The node on top, with those below it.", "`lamina.tree`"),
-    Output("lamina measure", forms.MeasureJson, "One object."),
+    Output("lamina measure", MeasureResult, "One object.", "`lamina.measure`"),
     Output("lamina compact", forms.CompactJson, "One object."),
-    Output("lamina copy", forms.CopyJson, "One object."),
+    Output("lamina copy", CopyResult, "One object.", "`lamina.copy`"),
     Output("lamina bench", forms.BenchJson, "One object."),
     Output("lamina drivers", list[forms.DriverJson], "A list of drivers, without their options."),
     Output("lamina drivers NAME", forms.DriverJson, "One driver, with its options."),
     Output("lamina serve", nbd_forms.ServingJson, "One line, when clients can connect."),
     Output("Errors", forms.ErrorJson, "On standard error, where a command with `--output json` fails."),
+    Output("Whole images", ConvertResult, "No command prints the results of this section.", "`lamina.convert`"),
+    Output("", CompareResult, "A comparison.", "`lamina.compare`"),
+    Output("", CommitResult, "A commit.", "`lamina.commit`"),
+    Output("", RebaseResult, "Another backing file.", "`lamina.rebase`"),
+    Output("", ResizeResult, "Another size.", "`lamina.resize`"),
+    Output("", Detection, "The format of a file.", "`lamina.detect`"),
     Output("Layers", list[Layer], "No command prints it; a list from top to bottom.", "`Image.layers`"),
 )
 

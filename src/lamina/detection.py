@@ -12,9 +12,12 @@ VHDX (MS-VHDX 2.2.1), VDI, LUKS, UDIF, Bochs redologs and ISO 9660 (ECMA-119).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import FormatError, Hint, OptionError, printable
+
+if TYPE_CHECKING:
+    from .json_forms import DetectionJson
 
 Buffer = bytes | bytearray | memoryview
 
@@ -58,12 +61,14 @@ class Detection(NamedTuple):
         """Whether `format` is one of `names` (those with a driver). Raises FormatError if several formats fit."""
         return self.format in names
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DetectionJson:
         """The same as a dict of JSON types. "format" is absent if several formats match."""
-        found: dict[str, Any] = {} if self.path is None else {"filename": self.path}
+        found: DetectionJson = {"matches": list(self.matches), "contents": list(self.contents)}
+        if self.path is not None:
+            found["filename"] = self.path
         if len(self.matches) <= 1:
             found["format"] = self.format
-        return found | {"matches": list(self.matches), "contents": list(self.contents)}
+        return found
 
 
 class KnownFormat(NamedTuple):

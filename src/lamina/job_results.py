@@ -13,8 +13,8 @@ class ConvertResult(NamedTuple):
     """What `lamina.convert` did."""
 
     source: str  #: the file name of the source
-    target: str
-    format: str  #: of the target
+    target: str  #: the file name of the target
+    format: str  #: the format of the target
     size: int  #: the length of the disk
     read: int  #: bytes read from the source
     written: int  #: bytes of data written to the target, before compression
@@ -23,24 +23,26 @@ class ConvertResult(NamedTuple):
     unreadable: int  #: bytes that could not be read, and are zeros in the target (`salvage`)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self)
 
 
 class CopyResult(NamedTuple):
     """What `lamina.copy` did."""
 
-    source: str
-    target: str
+    source: str  #: the name of the source
+    target: str  #: the name of the target
     size: int  #: the length of the source
-    read: int
-    written: int  #: bytes of data
-    zeroed: int  #: bytes that were made zero without writing data
-    skipped: int  #: bytes that read as zero in the target before, and were left as they are
+    read: int  #: bytes read from the source
+    written: int  #: bytes of data written to the target
+    zeroed: int  #: bytes that were made zero there without writing data
+    skipped: int  #: bytes that read as zero there before, and were left as they are
     resumed: int  #: the offset at which this run began
     flushed: bool  #: whether the target is on stable storage
-    seconds: float
+    seconds: float  #: how long it took
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self) | {"seconds": round(self.seconds, 3)}
 
 
@@ -48,15 +50,16 @@ class CompareResult(NamedTuple):
     """What `lamina.compare` found: whether two disks are identical, and if not, the first thing in which they differ."""
 
     first: str  #: the file name of the first image
-    second: str
-    first_size: int  #: the length of its disk
-    second_size: int
-    identical: bool
+    second: str  #: the file name of the second image
+    first_size: int  #: the length of the first disk
+    second_size: int  #: the length of the second disk
+    identical: bool  #: whether nothing differs
     #: What differs: the sizes, the status of a byte (both only in a strict comparison), or a byte.
     difference: Literal["size", "status", "content"] | None = None
-    offset: int | None = None  #: of the first byte that differs
+    offset: int | None = None  #: the first byte that differs
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self)
 
 
@@ -72,6 +75,7 @@ class CommitResult(NamedTuple):
     emptied: bool  #: whether the overlay gave up what it owned
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self)
 
 
@@ -84,32 +88,34 @@ class RebaseResult(NamedTuple):
     written: int  #: bytes of data that the overlay took over
     zeroed: int  #: bytes that it took over as zeros
     backing: str | None = None  #: the name of the new backing file in the image; None: it has none
-    backing_format: str | None = None
+    backing_format: str | None = None  #: the format of that file
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self)
 
 
 class ResizeResult(NamedTuple):
-    """What `lamina.resize` did: the length of the disk before and after."""
+    """What `lamina.resize` did."""
 
-    image: str
-    old_size: int
-    new_size: int
+    image: str  #: the file name of the image
+    old_size: int  #: the length of the disk before
+    new_size: int  #: its length now
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
         return _json(self)
 
 
 class MeasureResult(NamedTuple):
-    """The length of the file of a new image in bytes (`lamina.measure`): `required` for the data that its source stores now,
-    and `fully_allocated` for data in the whole disk. `bitmaps`: what the dirty bitmaps of the source take in addition."""
+    """How long the file of a new image would be, in bytes (`lamina.measure`)."""
 
-    required: int
-    fully_allocated: int
-    bitmaps: int | None = None
+    required: int  #: for the data that the source stores now
+    fully_allocated: int  #: for data in the whole disk
+    bitmaps: int | None = None  #: what the dirty bitmaps of the source take in addition
 
     def to_json(self) -> dict[str, int]:
+        """By the names of `qemu-img measure --output=json`; without `bitmaps` if there are none."""
         sizes = {"required": self.required, "fully-allocated": self.fully_allocated}
         return sizes if self.bitmaps is None else {"bitmaps": self.bitmaps, **sizes}
 

@@ -279,17 +279,6 @@ class EdgeJson(TypedDict):
     node: Annotated[NodeJson | SharedNodeJson | UnopenedNodeJson, "the lower node"]
 
 
-MeasureJson = TypedDict(
-    "MeasureJson",
-    {
-        "bitmaps": NotRequired[Annotated[int, "what the dirty bitmaps of the source take in addition"]],
-        "required": Annotated[int, "the length of the new file for the data that the source stores now"],
-        "fully-allocated": Annotated[int, "its length for data in the whole disk"],
-    },
-)
-MeasureJson.__doc__ = """The length of the file of a new image in bytes."""
-
-
 class BeforeAfterJson(TypedDict):
     """A number of bytes before and after."""
 
@@ -311,19 +300,13 @@ CompactJson = TypedDict(
 CompactJson.__doc__ = """What `lamina compact` gave back."""
 
 
-class CopyJson(TypedDict):
-    """What `lamina copy` did, in bytes."""
+class DetectionJson(TypedDict):
+    """The formats whose signature a file has."""
 
-    source: Annotated[str, "the name of the source"]
-    target: Annotated[str, "the name of the target"]
-    size: Annotated[int, "the length of the source"]
-    read: Annotated[int, "bytes read from it"]
-    written: Annotated[int, "bytes of data written to the target"]
-    zeroed: Annotated[int, "bytes made zero there without data"]
-    skipped: Annotated[int, "bytes that read as zero there before"]
-    resumed: Annotated[int, "the offset at which this run began"]
-    flushed: Annotated[bool, "whether the target is on stable storage"]
-    seconds: Annotated[float, "how long it took"]
+    filename: NotRequired[Annotated[str, "the name of the file"]]
+    format: NotRequired[Annotated[str, "the only match, or raw if there is none; absent if several formats match"]]
+    matches: Annotated[list[str], "the formats whose signature was found"]
+    contents: Annotated[list[str], "what a raw disk contains: iso9660"]
 
 
 class LatencyJson(TypedDict):

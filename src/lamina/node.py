@@ -101,9 +101,7 @@ class Node(Startable, Reopenable):
     foreign: bool = False  #: another process opened the node, and this one was forked from it
     _settled: bool = False
     #: The hint of the error for a change of a read-only node.
-    writable_hint: ClassVar[str] = Hint(
-        "open it for writing (read_only=False)", command="open it for writing (without -r)"
-    )
+    writable_hint: ClassVar[str] = Hint("open it for writing (read_only=False)", command="open it for writing (no -r)")
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
         self.name: str = name or f"{self.driver}#{next(_serial)}"

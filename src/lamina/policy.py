@@ -274,15 +274,12 @@ class _Check:
         from shlex import quote
 
         if len(path) > MAX_SHOWN:
-            return Hint(
-                "to allow it, add its path to Policy.listed([...])",
-                command="to allow it, give its path as --references list:PATH",
-            )
-        paths = [*self.policy.paths, path]
-        return Hint(
-            f"to allow it, give references=Policy.listed({paths!r})",
-            command=f"to allow it, give --references {quote(_list(paths))}",
-        )
+            in_python, option = "Policy.listed([PATH])", "list:PATH"
+        else:
+            paths = [*self.policy.paths, path]
+            in_python, option = f"Policy.listed({paths!r})", quote(_list(paths))
+        allow = "to allow it, give"
+        return Hint(f"{allow} references={in_python}", command=f"{allow} --references {option}")
 
     def refusal(self, reason: str, hint: str | None) -> PolicyError:
         text = printable(f"{self.title()} is refused: {reason} (policy for references: {self.policy})")

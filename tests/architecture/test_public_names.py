@@ -26,11 +26,12 @@ from .test_layers import MODULES, PACKAGE
 #: What programs use. `lamina.X` is where a name is at home for users, even if another module defines it.
 FOR_PROGRAMS = {
     "": """
-        BlockIOError Budget Cancelled CheckResult Closed CorruptImage Explanation Extent Extents Finding
-        FormatError Graph Image ImageInfo LaminaError Layer LimitExceeded Limits Locked NotFound NotSupported
-        OptionError OutOfRange Policy PolicyError ReadOnly Secret Snapshot UnsupportedFeature Verdict
-        __version__ check create diff explain explain_guest info info_chain inspect json_schema open probe
-        structures tree view
+        BlockIOError Budget CancelEvent Cancelled CheckResult Closed CommitResult CompareResult ConvertResult
+        CopyResult CorruptImage Detection Explanation Extent Extents Finding FormatError Graph Image ImageInfo
+        LaminaError Layer LimitExceeded Limits Locked MeasureResult NotFound NotSupported OptionError OutOfRange
+        Policy PolicyError Progress Range ReadOnly RebaseResult ResizeResult Secret Snapshot UnsupportedFeature
+        Verdict __version__ check commit compare connect convert copy create detect diff explain explain_guest
+        info info_chain inspect json_schema map measure open probe rebase resize serve structures tree view
         """,
     "aio": "Image Opening check create explain explain_guest info info_chain inspect iterate open probe run structures",
     "nbd": "Client Export Folder RestrictedExport Server",
@@ -52,7 +53,7 @@ FOR_DRIVERS = {
         """,
     "extents": "Bools Bytes Extents Int32s Int64s Totals",
     "file_map": "FileMap KINDS NUMBER Route of_regions",
-    "format": "Format Measure Repair",
+    "format": "Format Repair",
     "format_node": "Columns FormatNode Mapping Reservation To",
     "graph": "Opener Spec",
     "json_forms": "*",  # every form
@@ -90,10 +91,10 @@ INTERNAL_NAMES = {
 
 #: Modules, and packages with all that is in them, that are internal. Public names that they define are those of `lamina`.
 INTERNAL = """
-    __main__ aio api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detect
-    edge errors filters formats fsspec gate holes image inspection jobs layers lifecycle named_file nbd node_tree
-    numeric options own_files palette peer_options picture policy ranges references reopening result_schema results
-    rounding side_file storage target_file testing verdict version viewer workers zeros
+    __main__ aio api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto detection
+    edge errors filters formats fsspec gate holes image inspection job_results jobs layers lifecycle named_file nbd
+    node_tree numeric operations options own_files palette peer_options picture policy ranges references reopening
+    result_schema results rounding side_file storage target_file testing verdict version viewer workers zeros
     """
 
 

@@ -30,7 +30,7 @@ EXEMPT_FILES = {"__init__.py"}
 def naming_options(source: str) -> Iterator[tuple[int, str]]:
     """The texts in a module that name options of the command line: (line, text)."""
     tree = ast.parse(source)
-    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) or _is_doc(node)}
     allowed: set[int] = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -48,6 +48,15 @@ def naming_options(source: str) -> Iterator[tuple[int, str]]:
             continue
         if OPTION.search(PROGRAMS.sub("", node.value)):
             yield node.lineno, node.value
+
+
+def _is_doc(node: ast.AST) -> bool:
+    """Whether the node sets the docstring of a type that has no body."""
+    return (
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Attribute)
+        and node.targets[0].attr == "__doc__"
+    )
 
 
 def test_no_error_of_the_library_names_options_of_the_command_line() -> None:

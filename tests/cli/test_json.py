@@ -235,7 +235,7 @@ def test_measure(folder: Path, printed: Printed) -> None:
         ["-f", "qcow2", "-O", "qcow2", "plain.qcow2"],
         ["-f", "raw", "base.raw"],
     ):
-        require(forms.MeasureJson, printed("measure", *words))
+        require(lamina.MeasureResult, printed("measure", *words))
 
 
 def test_snapshots(folder: Path, printed: Printed) -> None:
@@ -247,7 +247,7 @@ def test_snapshots(folder: Path, printed: Printed) -> None:
 
 def test_compact_copy_and_bench(folder: Path, printed: Printed) -> None:
     require(forms.CompactJson, printed("compact", "-f", "qcow2", "middle.qcow2"))
-    require(forms.CopyJson, printed("copy", "base.raw", "copied.raw"))
+    require(lamina.CopyResult, printed("copy", "base.raw", "copied.raw"))
     require(forms.BenchJson, printed("bench", "-f", "raw", "-c", "10", "base.raw"))
     require(
         forms.BenchJson, printed("bench", "-w", "-f", "raw", "-c", "10", "-d", "2", "--flush-interval", "5", "base.raw")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import printable
+from ..errors import command_hint, printable
 from ..graph import open_graph
 from ..node_tree import tree_of_opened
 from ..options import format_size
@@ -73,13 +73,24 @@ def _told(found: dict[str, Any], output: str, *, blocks: bool) -> str:
     if output == "json":
         import json
 
-        return json.dumps(found, indent=4) + "\n"
+        return json.dumps(_in_words_of_the_command(found), indent=4) + "\n"
     if output == "svg":
         from .graph_picture import picture
 
         return picture(found)
     lines = _LINES[0] if blocks else _LINES[1]
     return "".join(f"{line}\n" for line in _text(found, "", "", "", lines))
+
+
+def _in_words_of_the_command(node: dict[str, Any]) -> dict[str, Any]:
+    """The node, and those below it, with hints as the command line gives them."""
+    if "not-opened" in node:
+        why = node["not-opened"]
+        return node | {"not-opened": why | {"hint": command_hint(why["hint"])}}
+    if "children" not in node:
+        return node
+    edges = [edge | {"node": _in_words_of_the_command(edge["node"])} for edge in node["children"]]
+    return node | {"children": edges}
 
 
 def _has_lines() -> bool:
