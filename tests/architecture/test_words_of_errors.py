@@ -22,9 +22,10 @@ PACKAGE = Path(lamina.__file__).parent
 OPTION = re.compile(r"(?<![^\s(;,:])(-[a-zA-Z]|--[a-z][a-z-]+)(?![\w-])")
 #: Programs of the system that a hint may name, with their options.
 PROGRAMS = re.compile(r"python -m pip|truncate -s")
-#: Texts that are no errors: arguments of Python itself, and the help of options that only the command line shows.
+#: Texts that are no errors: the help of options that only the command line shows; arguments of Python itself; and the
+#: commands that the page of a viewer tells.
 EXEMPT_CALLS = {"Option", "PeerOption"}
-EXEMPT_FILES = {"__init__.py"}
+EXEMPT_FILES = {"__init__.py", "viewer/collect.py"}
 
 
 def naming_options(source: str) -> Iterator[tuple[int, str]]:
