@@ -22,8 +22,9 @@ from lamina.jobs.progress import Monitor
 from .aio_storage import PATIENCE
 from .test_aio_image import MIB
 
-#: Functions of `lamina` that have another form in `lamina.aio`, or none: `tree` reads nothing.
-OTHERWISE = {"open", "diff", "tree"}
+#: Functions of `lamina` that have another form in `lamina.aio`, or none: `tree` reads nothing, and `probe`
+#: is an old name of `detect`.
+OTHERWISE = {"open", "diff", "probe", "tree"}
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_results_are_those_of_the_functions(tmp_path: Path) -> None:
         await lamina.aio.create(path, "qcow2", MIB, cluster_size=4096)
         assert await lamina.aio.info(path) == lamina.info(path)
         assert await lamina.aio.check(path, format="qcow2") == lamina.check(path, format="qcow2")
-        assert await lamina.aio.probe(path) == "qcow2"
+        assert (await lamina.aio.detect(path)).format == "qcow2"
         with pytest.raises(lamina.NotFound):
             await lamina.aio.info(str(tmp_path / "none"))
         found = await asyncio.gather(*(lamina.aio.info(path) for _ in range(100)))
@@ -112,6 +113,46 @@ def test_a_timeout_ends_a_job_that_was_given_no_monitor(source: str, tmp_path: P
                 async with asyncio.timeout(0.05):
                     await lamina.aio.run(convert_to_file, image, str(tmp_path / "x.raw"), "raw", {}, rate=MIB)
             assert not (tmp_path / "x.raw").exists()
+
+    asyncio.run(main())
+
+
+def test_a_conversion_is_cancelled_by_its_progress(source: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    async def main() -> None:
+        started = asyncio.Event()
+        job = lamina.aio.convert(
+            source, folder / "x", "qcow2", format="raw", rate="1M", progress=lambda *_: started.set()
+        )
+        task = asyncio.create_task(job)
+        async with asyncio.timeout(PATIENCE):
+            await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert os.listdir(folder) == []
+        done = await lamina.aio.convert(source, folder / "x", "qcow2", format="raw")
+        assert done.read == 32 * MIB
+        assert (await lamina.aio.compare(source, folder / "x", first_format="raw", second_format="qcow2")).identical
+
+    asyncio.run(main())
+
+
+def test_a_server_is_closed_if_its_task_was_cancelled(source: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = await lamina.aio.serve(source, format="raw", socket=tmp_path / "socket")
+        async with lamina.aio.open(server.uri, format="raw") as image:
+            assert await image.read(MIB, 2) == b"\2\2"
+        await lamina.aio.run(server.close)
+        for _ in range(5):
+            task = asyncio.create_task(lamina.aio.serve(source, format="raw", socket=tmp_path / "other"))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not (tmp_path / "other").exists()
 
     asyncio.run(main())
 

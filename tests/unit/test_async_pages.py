@@ -40,7 +40,7 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     told: dict[int, str] = {}
 
-    def tell(*values: Any) -> None:
+    def tell(*values: Any, **_: Any) -> None:
         told[sys._getframe(1).f_lineno] = " ".join(map(str, values))
 
     text = module(page, whole=False)

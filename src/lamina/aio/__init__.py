@@ -5,7 +5,7 @@
 
 The core of Lamina blocks and has threads; this package is the bridge from event loops, and nothing else of Lamina imports
 asyncio. `Image` has the requests; `run` awaits any other function. The functions of `lamina` have the same names and
-arguments here: `await lamina.aio.info("disk.qcow2")`.
+arguments here: `await lamina.aio.info("disk.qcow2")`; `diff`, which returns an iterator, is `iterate(lamina.diff, ...)`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,26 @@ if TYPE_CHECKING:
     @awaitable_as(lamina.check)
     def check() -> None: ...
 
+    @awaitable_as(lamina.commit)
+    def commit() -> None: ...
+
+    @awaitable_as(lamina.compare)
+    def compare() -> None: ...
+
+    @awaitable_as(lamina.connect)
+    def connect() -> None: ...
+
+    @awaitable_as(lamina.convert)
+    def convert() -> None: ...
+
+    @awaitable_as(lamina.copy)
+    def copy() -> None: ...
+
     @awaitable_as(lamina.create)
     def create() -> None: ...
+
+    @awaitable_as(lamina.detect)
+    def detect() -> None: ...
 
     @awaitable_as(lamina.explain)
     def explain() -> None: ...
@@ -52,8 +70,20 @@ if TYPE_CHECKING:
     @awaitable_as(lamina.inspect)
     def inspect() -> None: ...
 
-    @awaitable_as(lamina.probe)
-    def probe() -> None: ...
+    @awaitable_as(lamina.map)
+    def map() -> None: ...
+
+    @awaitable_as(lamina.measure)
+    def measure() -> None: ...
+
+    @awaitable_as(lamina.rebase)
+    def rebase() -> None: ...
+
+    @awaitable_as(lamina.resize)
+    def resize() -> None: ...
+
+    @awaitable_as(lamina.serve)
+    def serve() -> None: ...
 
     @awaitable_as(lamina.structures)
     def structures() -> None: ...
@@ -62,13 +92,23 @@ if TYPE_CHECKING:
 #: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
 _FUNCTIONS = (
     "check",
+    "commit",
+    "compare",
+    "connect",
+    "convert",
+    "copy",
     "create",
+    "detect",
     "explain",
     "explain_guest",
     "info",
     "info_chain",
     "inspect",
-    "probe",
+    "map",
+    "measure",
+    "rebase",
+    "resize",
+    "serve",
     "structures",
 )
 
@@ -76,16 +116,26 @@ __all__ = [
     "Image",
     "Opening",
     "check",
+    "commit",
+    "compare",
+    "connect",
+    "convert",
+    "copy",
     "create",
+    "detect",
     "explain",
     "explain_guest",
     "info",
     "info_chain",
     "inspect",
     "iterate",
+    "map",
+    "measure",
     "open",
-    "probe",
+    "rebase",
+    "resize",
     "run",
+    "serve",
     "structures",
 ]
 
