@@ -33,7 +33,10 @@ FOR_PROGRAMS = {
         Verdict __version__ check commit compare connect convert copy create detect diff explain explain_guest
         info info_chain inspect json_schema map measure open probe rebase resize serve structures tree view
         """,
-    "aio": "Image Opening check create explain explain_guest info info_chain inspect iterate open probe run structures",
+    "aio": """
+        Image Opening check commit compare connect convert copy create detect explain explain_guest info info_chain
+        inspect iterate map measure open rebase resize run serve structures view
+        """,
     "nbd": "Client Export Folder RestrictedExport Server",
     "testing": """
         Bounds CrashState Disk FaultyStorage FilterConformance FormatConformance Persistence PowerLossFailure Recorder

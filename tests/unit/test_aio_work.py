@@ -22,9 +22,9 @@ from lamina.jobs.progress import Monitor
 from .aio_storage import PATIENCE
 from .test_aio_image import MIB
 
-#: Functions of `lamina` that have another form in `lamina.aio`, or none: `tree` reads nothing, and `probe`
-#: is an old name of `detect`.
-OTHERWISE = {"open", "diff", "probe", "tree"}
+#: Functions of `lamina` that have another form in `lamina.aio`, or none: `tree` and `json_schema` read nothing, and
+#: `probe` is an old name of `detect`.
+OTHERWISE = {"open", "diff", "json_schema", "probe", "tree"}
 
 
 @pytest.fixture

@@ -88,6 +88,9 @@ if TYPE_CHECKING:
     @awaitable_as(lamina.structures)
     def structures() -> None: ...
 
+    @awaitable_as(lamina.view)
+    def view() -> None: ...
+
 
 #: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
 _FUNCTIONS = (
@@ -110,6 +113,7 @@ _FUNCTIONS = (
     "resize",
     "serve",
     "structures",
+    "view",
 )
 
 __all__ = [
@@ -137,6 +141,7 @@ __all__ = [
     "run",
     "serve",
     "structures",
+    "view",
 ]
 
 #: Opening has threads of its own: it waits for no long work.
