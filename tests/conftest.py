@@ -73,6 +73,24 @@ def seed() -> int:
     return int(os.environ["LAMINA_SEED"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def threads_of_aio_end() -> Iterator[None]:
+    """The pools of `lamina.aio` keep their threads; the tests of other modules count what jobs leave behind."""
+    yield
+    if "lamina.aio" not in sys.modules:
+        return
+    from lamina import aio, workers
+    from lamina.aio import work
+
+    aio._threads = workers.Workers(8, "lamina-aio-open")
+    work._threads = workers.Workers(work.AT_ONCE, "lamina-aio-work")
+    deadline = time.monotonic() + 20
+    while any(name.startswith("lamina-aio") for name in workers.names.values()):
+        assert time.monotonic() < deadline, f"threads go on: {workers.names}"
+        gc.collect()
+        time.sleep(0.001)
+
+
 class Qemu:
     """One installation of QEMU's tools. All methods run a program to its end; they may be called from many threads."""
 
