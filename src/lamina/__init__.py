@@ -73,13 +73,13 @@ if TYPE_CHECKING:
     from .operations.converting import convert, copy
     from .operations.describing import detect, map, measure
     from .operations.serving import connect, serve
+    from .operations.viewing import view
     from .policy import Policy
     from .result_schema import json_schema
     from .results import ImageInfo, Snapshot
     from .root import Graph
     from .verdict.examine import inspect
     from .verdict.result import Verdict
-    from .viewer.report import view
 
 _HOME = {
     **dict.fromkeys(("open", "probe"), "api"),
@@ -117,7 +117,7 @@ _HOME = {
     "tree": "node_tree",
     "inspect": "verdict.examine",
     "Verdict": "verdict.result",
-    "view": "viewer.report",
+    "view": "operations.viewing",
     "Secret": "crypto.secret",
     **dict.fromkeys(("Budget", "Limits"), "limits"),
     **dict.fromkeys(

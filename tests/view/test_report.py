@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -159,15 +160,31 @@ def test_what_is_refused(image: str, words: list[str], said: str, capsys: pytest
 
 
 def test_what_the_library_refuses(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="there is no second image"):
+        lamina.view(image, first_format="qcow2", second_format="raw")
     with lamina.open(image, format="qcow2") as opened:
-        for images in ((), (opened,) * 3):
-            with pytest.raises(OptionError, match="one image, or two"):
-                lamina.view(*images)
+        with pytest.raises(OptionError, match="is for an image that is not open yet"):
+            lamina.view(opened, first_format="qcow2")
         with pytest.raises(OptionError, match="too little for a page"):
             lamina.view(opened, limit=1000)
         monkeypatch.setattr(collect, "LONGEST", MIB)
         with pytest.raises(LimitExceeded, match="a page can show"):
             lamina.view(opened)
+
+
+def test_names_are_opened_and_a_page_is_cancelled(image: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    with lamina.open(image, format="qcow2") as opened:
+        expected = lamina.view(opened, opened)
+    assert lamina.view(image, image, first_format="qcow2", second_format="qcow2", output=page) == expected
+    assert page.read_text() == expected
+    stop = threading.Event()
+    stop.set()
+    with lamina.open(image, format="qcow2") as opened:
+        with pytest.raises(lamina.Cancelled):
+            lamina.view(opened, opened, cancel=stop, output=page)
+        assert opened.read(0, 1)  # it stays open
+    assert page.read_text() == expected
 
 
 def test_names_are_text() -> None:

@@ -52,14 +52,14 @@ def main(argv: list[str]) -> int:
     if len(args.names) + len(args.snapshots) > 2 or (args.snapshots and len(args.names) > 1):
         parser.error("one image is needed, or two, or one with -l SNAPSHOT (once or twice)")
 
-    from ..viewer.report import require_target, view
+    from ..viewer.report import report, require_target
 
     with ExitStack() as stack:
         images = _open(args, stack)
         require_target(args.output, images)
         meter = stack.enter_context(Meter(args.output, asked=args.progress, quiet=args.quiet))
-        view(
-            *images,
+        report(
+            images,
             output=args.output,
             granularity=args.granularity,
             content=not args.allocation,

@@ -6,7 +6,7 @@ printable text here; the page treats them as text alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,7 +82,7 @@ class Model(NamedTuple):
     compared: tuple[int, bool] = (0, True)
 
 
-def collect(images: tuple[Image, ...], granularity: int, content: bool, monitor: Monitor) -> Model:
+def collect(images: Sequence[Image], granularity: int, content: bool, monitor: Monitor) -> Model:
     """The model of one image, or of two with their differences. Raises the errors of reading, and LimitExceeded for a disk or
     file that is too long for a page."""
     files = _Files()

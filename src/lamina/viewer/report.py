@@ -1,9 +1,10 @@
-"""`view`: opened images as one HTML page."""
+"""Opened images as one HTML page."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..atomic_file import write_file
@@ -24,28 +25,16 @@ LIMIT: Final = 8_000_000
 _BEGINNING: Final = b"<!doctype html>"
 
 
-def view(
-    *images: Image,
+def report(
+    images: Sequence[Image],
+    *,
     output: str | os.PathLike[str] | None = None,
     granularity: int = 4096,
     content: bool = True,
     limit: int = LIMIT,
     monitor: Monitor | None = None,
 ) -> str:
-    """One self-contained HTML page that shows one image, or two with their differences: the status of every byte of the disk,
-    what every part of each file is, and the chain with its snapshots. It needs no network. Returns the text of the page; with
-    `output` it is also written to that file, which is replaced if it is an HTML page.
-
-    The page is exact, to the byte, as long as its text stays below `limit` bytes (at least 400,000). Where there are too many
-    extents for that, blocks that several extents touch become one, with counts of what is in it; the page says how large they
-    are. `granularity` and `content` are those of `lamina.diff`: without `content` nothing is read, and two images are
-    compared by their status alone.
-
-    No other user may write to the images meanwhile. Raises OptionError for more than two images, and for an `output` that is
-    one of their files or no page; LimitExceeded for a disk or file of 8 PiB; the errors of reading and writing; Cancelled.
-    """
-    if not 1 <= len(images) <= 2:
-        raise OptionError(f"a page shows one image, or two side by side, not {len(images)}", hint="give one or two")
+    """The page of one image or two (see `lamina.view`)."""
     require_granularity(granularity)
     if limit < 400_000:
         raise OptionError(f"the limit is {limit} bytes, too little for a page", hint="allow at least 400000")
@@ -60,7 +49,7 @@ def view(
     return text
 
 
-def require_target(path: str, images: tuple[Image, ...]) -> None:
+def require_target(path: str, images: Sequence[Image]) -> None:
     """Raise OptionError if a page at `path` would overwrite a file of these images, or anything but a page."""
     for image in images:
         refuse_own(image.node, path, what="image")
