@@ -7,11 +7,12 @@
 #   make bench    Lamina beside its peers: writes benchmarks/RESULTS.md   (make bench ARGS='--only start-up'; about 25 minutes)
 #   make evidence the long suites for a chosen time: writes docs/evidence.md   (make evidence MINUTES=30)
 #   make soak     the random tests for much longer, with interrupts, forks, closes, kills and hostile peers (over an hour)
-#   make docs     write the pages that are generated from the code
+#   make docs     write what pages say that is generated from the code
+#   make docs-site   build the documentation site in the folder `site`, and end with an error at any broken link
 #   make clean    remove what the others made
 #   make help     print this
 
-.PHONY: help tour test test-pythons lint bench evidence soak docs clean
+.PHONY: help tour test test-pythons lint bench evidence soak docs docs-site clean
 .DEFAULT_GOAL := help
 
 # The virtual environment that everything runs in, and its programs.
@@ -68,8 +69,11 @@ docs: $(VENV)/.run
 	$(VENV)/bin/python -m benchmarks.page
 	$(VENV)/bin/python docs/json_page.py
 
+docs-site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Three stamps inside the environment, each made from the one before: the bare environment, Lamina with what it needs
