@@ -34,14 +34,14 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks of a page, and its comments that begin with `setup:` as blocks of that language."""
+    """The fenced blocks of a page, and its comments `setup: ...` and `server: ...` as blocks of that name."""
     found: list[tuple[int, Block]] = []
     fences = list(FENCE.finditer(text))
     comments = [one for one in COMMENT.finditer(text) if not any(f.start() < one.start() < f.end() for f in fences)]
     for one in comments:
-        word, _, body = one[1].strip().partition("\n")
-        if word == "setup:":
-            found.append((one.start(), Block("setup", "", body + "\n", _line(text, one.start()))))
+        word, _, body = one[1].strip().partition(":")
+        if word in ("setup", "server"):
+            found.append((one.start(), Block(word, "", body.strip() + "\n", _line(text, one.start()))))
     for fence in fences:
         language, _, rest = fence["info"].strip().partition(" ")
         title = re.search(r'title="([^"]*)"', rest)

@@ -103,7 +103,8 @@ def differences(version: str) -> Differences:
 
 
 def _listed(text: str, version: str) -> frozenset[str]:
-    found = re.findall(r"^    qemu-(?:img|io) (.*?)(?: +\((\d+\.\d+)\))?$", text, re.MULTILINE)
+    blocks = "".join(re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    found = re.findall(r"^qemu-(?:img|io) (.*?)(?: +\((\d+\.\d+)\))?$", blocks, re.MULTILINE)
     return frozenset(line for line, only in found if only in ("", version))
 
 

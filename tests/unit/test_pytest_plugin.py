@@ -36,7 +36,7 @@ def run(folder: Path, *arguments: str, seed: str | None = "0") -> tuple[int, str
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the tutorial."""
     folder = tmp_path_factory.mktemp("project")
-    blocks = re.findall(r"```python title=(\S+)\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
+    blocks = re.findall(r'```python title="(\S+)"\n(.*?)```', TUTORIAL.read_text(), re.DOTALL)
     assert len(blocks) == 7
     for name, text in blocks:
         (folder / name).write_text(text)

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .formats import FormatConformance
     from .model import Disk, check_status
     from .persistence import Bounds, CrashState, Persistence
+    from .plugin import PowerLoss
     from .power_loss import PowerLossFailure, cut_power
-    from .recorder import Recorder
+    from .recorder import Marks, Recorder
     from .storage import StorageConformance
     from .write_log import read_log, replay
 
@@ -40,7 +41,9 @@ __all__ = [
     "FaultyStorage",
     "FilterConformance",
     "FormatConformance",
+    "Marks",
     "Persistence",
+    "PowerLoss",
     "PowerLossFailure",
     "Recorder",
     "StorageConformance",
@@ -57,7 +60,9 @@ _HOMES = {
     "FaultyStorage": "faulty",
     "FilterConformance": "filters",
     "FormatConformance": "formats",
+    "Marks": "recorder",
     "Persistence": "persistence",
+    "PowerLoss": "plugin",
     "PowerLossFailure": "power_loss",
     "Recorder": "recorder",
     "StorageConformance": "storage",
