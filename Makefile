@@ -68,6 +68,8 @@ docs: $(VENV)/.run
 	$(VENV)/bin/python docs/manual_pages.py
 	$(VENV)/bin/python -m benchmarks.page
 	$(VENV)/bin/python docs/json_page.py
+	$(VENV)/bin/python docs/generated_parts.py
+	$(VENV)/bin/python docs/status_pictures.py
 
 docs-site: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lamina.cli.described import groups_of, names_of, parser_of
+from lamina.cli.described import groups_of, names_of, parser_of, statuses_of
 from lamina.cli.main import COMMANDS
 from lamina.version import __version__
 
 FOLDER = Path(__file__).with_name("man")
 
 _STATUS = """\
-0 if the command has done what it was asked for, 1 after an error, unless the description says otherwise. After a signal it
-is 128 plus the number of the signal. An error is one line on standard error."""
+0 if the command has done its work, 1 after an error, unless the page of the command says otherwise. After a signal it is
+128 plus the number of the signal. An error is one line on standard error."""
 
 _ENVIRONMENT = (
     ("LAMINA_REFERENCES", "the policy for names inside images that applies where --references is not given"),
@@ -58,7 +58,8 @@ def _page(command: str, summary: str) -> str:
             parts.append(f".TP\n{flags}{value}\n{_text(option.help)}")
     examples = (parser.epilog or "").removeprefix("examples:\n").rstrip("\n")
     parts.append(f".SH EXAMPLES\n.nf\n{_text(examples)}\n.fi")
-    parts.append(f".SH EXIT STATUS\n{_text(_STATUS)}")
+    statuses = "\n".join(f".TP\n{_text(status)}\n{_text(meaning)}" for status, meaning in statuses_of(command))
+    parts.append(f".SH EXIT STATUS\n{statuses}")
     parts.append(".SH SEE ALSO\n.BR lamina (1)")
     return "\n".join(parts) + "\n"
 

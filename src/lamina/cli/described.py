@@ -72,3 +72,44 @@ def _option(action: argparse.Action) -> Option:
 
         choices = registry.names("format")
     return Option(tuple(action.option_strings), text, value or action.dest.upper(), choices)
+
+
+#: Exit status -> meaning, for the commands that have others than 0 and 1.
+_STATUSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "check": (
+        ("0", "the image is clean, or what was wrong is repaired"),
+        ("1", "the check is incomplete: the image cannot be opened, or an error ended the check"),
+        ("2", "the image has errors"),
+        ("3", "the image has leaked clusters and no errors"),
+        ("63", "the format has no check"),
+    ),
+    "compare": (
+        ("0", "the disks are equal"),
+        ("1", "the disks differ, or an option is wrong"),
+        ("2", "an error: an image cannot be opened or read"),
+    ),
+    "inspect": (
+        ("0", "the file is safe"),
+        ("1", "the file is not safe; the reasons are printed"),
+        ("2", "an error: there is no verdict (no such file, a folder, a wrong option, a failed read)"),
+    ),
+    "io": (
+        ("0", "all commands succeeded"),
+        ("1", "a command failed, or the image cannot be opened"),
+    ),
+    "serve": (
+        (
+            "0",
+            "the last client has disconnected, or a signal has stopped the server and all images are flushed and closed",
+        ),
+        ("1", "an error: the server cannot start, or the images could not be closed within 60 seconds of the signal"),
+    ),
+}
+_USUAL = (("0", "the command has done its work"), ("1", "an error, which one line on standard error describes"))
+_SIGNAL = ("128 + N", "the signal N ended the command: 130 after Ctrl-C, 141 if the reader of its output has ended")
+
+
+def statuses_of(command: str) -> tuple[tuple[str, str], ...]:
+    """The exit statuses of a command and their meanings."""
+    signal = ("128 + N", "a second signal N ended the server at once") if command == "serve" else _SIGNAL
+    return (*_STATUSES.get(command, _USUAL), signal)

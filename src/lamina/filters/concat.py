@@ -26,7 +26,15 @@ class Concat(Node):
     driver: ClassVar[str] = "concat"
     schema: ClassVar[Schema] = Schema(
         "concat",
-        [Option("children", "list", "the disks in order", required=True, items=Option("child", "node", "a disk"))],
+        [
+            Option(
+                "children",
+                "list",
+                "the disks in order, of any formats and sizes",
+                required=True,
+                items=Option("child", "node", "a disk"),
+            )
+        ],
     )
     # The edges to the disks emulate FUA where a disk does not support it.
     supported_flags = FUA

@@ -51,8 +51,15 @@ class LogWrites(FilterNode):
         [
             Option("image", "node", "the node below", required=True, aliases=("file",)),
             Option("log", "node", "the log: a file, created if it does not exist, or a node", required=True),
-            Option("log-sector-size", "size", "a power of two", default=512, minimum=512, maximum=1 << 23),
-            Option("log-append", "bool", "append to an existing log", default=False),
+            Option(
+                "log-sector-size",
+                "size",
+                "the sector of the log and the request alignment of the filter, a power of two",
+                default=512,
+                minimum=512,
+                maximum=1 << 23,
+            ),
+            Option("log-append", "bool", "append to an existing log instead of overwriting it", default=False),
             Option(
                 "log-super-update-interval",
                 "int",

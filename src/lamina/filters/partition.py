@@ -80,7 +80,13 @@ class Partition(WindowNode):
 
     driver = "partition"
     options: ClassVar[tuple[Option, ...]] = (
-        Option("partition", "int", "the number of the partition, from 1", required=True, minimum=1),
+        Option(
+            "partition",
+            "int",
+            "the number of the partition, as in Linux: 1 to 4 primary, 5 and up logical; or of the GPT entry",
+            required=True,
+            minimum=1,
+        ),
         Option("sector-size", "int", "the sector size of the disk in bytes (default: detected)", choices=SECTOR_SIZES),
     )
 

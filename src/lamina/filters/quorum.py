@@ -43,9 +43,16 @@ class Quorum(Node):
     schema: ClassVar[Schema] = Schema(
         "quorum",
         [
-            Option("children", "list", "the copies", required=True, items=Option("child", "node", "a copy")),
+            Option(
+                "children", "list", "the copies, of equal size", required=True, items=Option("child", "node", "a copy")
+            ),
             Option("vote-threshold", "int", "the number of copies that must agree", required=True, minimum=1),
-            Option("rewrite-corrupted", "bool", "overwrite copies that differ", default=False),
+            Option(
+                "rewrite-corrupted",
+                "bool",
+                "overwrite copies that differ; needs a vote of more than half",
+                default=False,
+            ),
         ],
     )
     # The edges to the copies emulate FUA where a copy does not support it.

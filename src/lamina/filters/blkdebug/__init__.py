@@ -46,12 +46,26 @@ class Blkdebug(FilterNode):
             Option("config", "str", "a file with rules", default=""),
             Option("inject-error", "list", "further rules: requests that fail", items=config.INJECT_ERROR),
             Option("set-state", "list", "further rules: changes of state", items=config.SET_STATE),
-            Option("align", "size", "the request alignment, a power of two", default=0),
-            Option("max-transfer", "size", "the largest read or write, a multiple of the alignment", default=0),
-            Option("opt-write-zero", "size", "the alignment and minimum of zero requests", default=0),
-            Option("max-write-zero", "size", "the largest zero request, a multiple of opt-write-zero", default=0),
-            Option("opt-discard", "size", "the alignment of discards", default=0),
-            Option("max-discard", "size", "the largest discard, a multiple of opt-discard", default=0),
+            Option("align", "size", "the request alignment, a power of two; 0: that of the child", default=0),
+            Option(
+                "max-transfer",
+                "size",
+                "the largest read or write, a multiple of the alignment; 0: that of the child",
+                default=0,
+            ),
+            Option(
+                "opt-write-zero", "size", "the alignment and minimum of zero requests; 0: that of the child", default=0
+            ),
+            Option(
+                "max-write-zero",
+                "size",
+                "the largest zero request, a multiple of opt-write-zero; 0: that of the child",
+                default=0,
+            ),
+            Option("opt-discard", "size", "the alignment of discards; 0: that of the child", default=0),
+            Option(
+                "max-discard", "size", "the largest discard, a multiple of opt-discard; 0: that of the child", default=0
+            ),
             Option("take-child-perms", "list", "further permissions to lock on the files", items=_PERMISSION),
             Option("unshare-child-perms", "list", "further permissions to deny other processes", items=_PERMISSION),
         ],

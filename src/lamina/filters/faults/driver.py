@@ -60,10 +60,14 @@ class Faults(FilterNode):
         "faults",
         [
             Option("image", "node", "the child node", required=True),
-            Option("seed", "int", "the seed of random choices", default=0),
+            Option("seed", "int", "the seed of random choices; each rule has its own random generator", default=0),
             Option("rules", "list", "the rules", items=RULE),
-            Option("space", "size", "bytes that may be allocated before ENOSPC (default: no limit)"),
-            Option("undo", "bool", "record unflushed changes, for `crash`", default=False),
+            Option(
+                "space",
+                "size",
+                "bytes that may be allocated before ENOSPC; discards and zeroes with unmap free space (default: no limit)",
+            ),
+            Option("undo", "bool", "record unflushed changes, so that `crash` can revert them", default=False),
         ],
     )
 
