@@ -91,6 +91,8 @@ def test_the_python_blocks_type_check(tmp_path: Path) -> None:
 
 def test_output_is_compared() -> None:
     assert matches("a\n...\nb ... d", "a\nx\ny\nb c d\n", False)
+    assert matches("...... a ...", "...... a b", False)
+    assert not matches("...... a", "abcdef a", False)
     assert not matches("a", "b", False)
     assert not matches("a", "a\nb", False)
     assert matches("took 1.5 seconds,  12 times", "took 0.25 seconds, 1,000 times", True)
