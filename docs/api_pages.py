@@ -45,6 +45,9 @@ _MODULES: dict[str, tuple[str, str, str]] = {
     "registry": ("lamina.registry", "lamina.registry", "The drivers by their names."),
 }
 
+#: The page of which `pages` yields only the list at its end.
+INDEX = "api/index.md"
+
 #: Names of `__all__` that no page describes, with the reason.
 _LEFT_OUT = {"__version__": "a string"}
 
@@ -65,7 +68,7 @@ def pages() -> Iterator[tuple[str, str]]:
             "What functions return: immutable, with `to_json` where a command prints it.",
             tuple(types),
         )
-    contents = ["# Python API\n", "Made from the docstrings. Offsets and lengths are bytes everywhere.\n"]
+    contents: list[str] = []
     for name, (title, text, names) in listed.items():
         yield f"api/{name}.md", "\n".join([f"# {title}\n", f"{text}\n", *_members(lamina, names)])
         contents.append(f"- [{title}]({name}.md): " + ", ".join(f"[`{one}`]({name}.md#lamina.{one})" for one in names))
@@ -76,7 +79,7 @@ def pages() -> Iterator[tuple[str, str]]:
         contents.append(
             f"- [{title}]({name}.md): " + ", ".join(f"[`{one}`]({name}.md#{module_name}.{one})" for one in names)
         )
-    yield "api/index.md", "\n".join(contents) + "\n"
+    yield INDEX, "\n".join(contents) + "\n"
 
 
 def names_of(module: ModuleType) -> tuple[str, ...]:

@@ -31,6 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
     finally:
         sys.path.pop(0)
     for path, text in api_pages.pages():
+        if path == api_pages.INDEX:
+            text = (ROOT / "docs" / path).read_text(encoding="utf-8") + "\n" + text
+            files.remove(next(file for file in files if file.src_uri == path))
         files.append(File.generated(config, path, content=text))
     for name, path in ROOT_PAGES.items():
         if (ROOT / name).is_file():

@@ -39,8 +39,8 @@ FOR_PROGRAMS = {
         """,
     "nbd": "Client Export Folder RestrictedExport Server",
     "testing": """
-        Bounds CrashState Disk FaultyStorage FilterConformance FormatConformance Persistence PowerLossFailure Recorder
-        StorageConformance check_status cut_power read_log replay
+        Bounds CrashState Disk FaultyStorage FilterConformance FormatConformance Marks Persistence PowerLoss
+        PowerLossFailure Recorder StorageConformance check_status cut_power read_log replay
         """,
 }
 
