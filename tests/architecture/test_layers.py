@@ -1,4 +1,4 @@
-"""The architecture: imports point down the layers, files are short and documented, the README's map is complete.
+"""The architecture: imports point down the layers, files are short and documented, the module map is complete.
 
 The tests parse the source with `ast` and import nothing of Lamina. Each rule is a function of plain values, and a second
 test shows that the rule can fail.
@@ -360,9 +360,9 @@ def test_what_names_one_machine(text: str, named: bool) -> None:
     assert bool(OF_A_MACHINE.search(text)) is named
 
 
-# The README's map
+# The module map
 
-README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 def module_map(text: str) -> str:
@@ -403,9 +403,9 @@ def required_in_map() -> set[str]:
     }
 
 
-def test_the_map_in_the_readme_is_true() -> None:
-    block = module_map(README.read_text())
-    assert block, "the README has a fenced block that begins with src/lamina/"
+def test_the_module_map_is_true() -> None:
+    block = module_map(CONTRIBUTING.read_text())
+    assert block, "CONTRIBUTING.md has a fenced block that begins with src/lamina/"
     named = named_in(block)
     gone = sorted(name for name in named if not (ROOT / name).exists())
     assert not gone, f"named in the map but not there: {', '.join(gone)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,10 @@ def test_each_format_has_a_page(name: str) -> None:
     page = (ROOT / "docs" / "formats" / f"{name}.md").read_text()
     assert page.startswith(f"# {name}\n")
     assert f"<!-- generated: driver {name} -->" in page
+
+
+def test_each_extra_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    for name in extras:
+        assert f"| `{name}` |" in page
