@@ -154,7 +154,7 @@ def _node() -> Iterator[str]:
 
 
 def _example(name: str) -> Iterator[str]:
-    yield f"```python\n{(ROOT / name).read_text(encoding='utf-8').rstrip()}\n```"
+    yield f'```python title="{Path(name).name}"\n{(ROOT / name).read_text(encoding="utf-8").rstrip()}\n```'
 
 
 def _detected() -> Iterator[str]:
