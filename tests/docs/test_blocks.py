@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import in_ci
 from tests.docs.markdown import FENCE, ROOT, Block, blocks, name_of, pages
 from tests.docs.running import LANGUAGES, Runner, console, matches, write_programs
 
@@ -29,9 +31,20 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("own_drivers")
+@pytest.fixture
+def known_to_fsspec() -> None:
+    """The protocol `lamina`, which an installation declares by an entry point."""
+    if importlib.util.find_spec("fsspec") is not None:
+        importlib.import_module("fsspec").register_implementation(
+            "lamina", "lamina.fsspec.ImageFileSystem", clobber=True
+        )
+
+
+@pytest.mark.usefixtures("own_drivers", "known_to_fsspec")
 @pytest.mark.parametrize("page", RUNNING, ids=name_of)
 def test_the_blocks_of_a_page_run(page: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "fsspec.md" and not in_ci():
+        pytest.importorskip("fsspec")
     monkeypatch.chdir(tmp_path)
     with Runner(tmp_path, programs, name_of(page)) as runner:
         for block in PAGES[page]:

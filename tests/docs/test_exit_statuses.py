@@ -47,6 +47,7 @@ LINES: dict[str, dict[str, list[str]]] = {
     "copy": {"0": ["copy", "-q", "disk.qcow2", "copy.qcow2"], "1": ["copy", "none", "copy.qcow2"]},
     "shims": {"0": ["shims", "-q", "programs"], "1": ["shims", "-q", "disk.raw"]},
     "explain": {"0": ["explain", "disk.qcow2", "0"], "1": ["explain", "none", "0"]},
+    "view": {"0": ["view", "-q", "-o", "page.html", "disk.qcow2"], "1": ["view", "-o", "page.html", "none"]},
     "graph": {"0": ["graph", "disk.qcow2"], "1": ["graph", "none"]},
     "drivers": {"0": ["drivers"], "1": ["drivers", "none"]},
     "completion": {"0": ["completion", "bash"], "1": ["completion", "none"]},
