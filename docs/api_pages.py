@@ -8,8 +8,9 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,17 +34,14 @@ _PUBLIC: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 
-#: Page -> (title, module, what the page is about). The names are those of `__all__`, or the public classes and functions that
-#: the module defines.
-_MODULES: dict[str, tuple[str, str, str]] = {
-    "nbd": (
-        "lamina.nbd",
-        "lamina.nbd",
-        "Servers and clients of NBD. The protocol is [on its page](../nbd-protocol.md).",
-    ),
-    "testing": ("lamina.testing", "lamina.testing", "Tests for drivers, and for any code that stores data."),
-    "registry": ("lamina.registry", "lamina.registry", "The drivers by their names."),
+#: Module -> what its page is about.
+_MODULES = {
+    "aio": "Images and whole-image work that are awaited: see [asyncio](../asyncio.md).",
+    "nbd": "Servers and clients of NBD: see [NBD](../nbd/index.md).",
+    "testing": "Tests for drivers, and for any code that stores data: see [its tutorial](../testing-your-own.md).",
 }
+#: The lists of public names, which a test holds: FOR_PROGRAMS and FOR_DRIVERS, by modules.
+_LISTS = Path(__file__).resolve().parent.parent / "tests" / "architecture" / "test_public_names.py"
 
 #: The page of which `pages` yields only the list at its end.
 INDEX = "api/index.md"
@@ -71,29 +69,36 @@ def pages() -> Iterator[tuple[str, str]]:
     contents: list[str] = []
     for name, (title, text, names) in listed.items():
         yield f"api/{name}.md", "\n".join([f"# {title}\n", f"{text}\n", *_members(lamina, names)])
-        contents.append(f"- [{title}]({name}.md): " + ", ".join(f"[`{one}`]({name}.md#lamina.{one})" for one in names))
-    for name, (title, module_name, text) in _MODULES.items():
-        module = import_module(module_name)
-        names = names_of(module)
-        yield f"api/{name}.md", "\n".join([f"# {title}\n", f"{text}\n", *_members(module, names)])
-        contents.append(
-            f"- [{title}]({name}.md): " + ", ".join(f"[`{one}`]({name}.md#{module_name}.{one})" for one in names)
-        )
+        contents.append(_entry(title, f"{name}.md", "lamina", names))
+    for name, text in _MODULES.items():
+        names = sorted(public("FOR_PROGRAMS")[name])
+        module = import_module(f"lamina.{name}")
+        yield f"api/{name}.md", "\n".join([f"# lamina.{name}\n", f"{text}\n", *_members(module, names)])
+        contents.append(_entry(f"lamina.{name}", f"{name}.md", module.__name__, names))
+    contents.append("\n## For authors of drivers\n")
+    for name, of in sorted(public("FOR_DRIVERS").items()):
+        if of == {"*"}:  # forms of JSON, which have a page
+            continue
+        module = import_module(f"lamina.{name}")
+        head = [f"# lamina.{name}\n", f"{_docstring(module)}\n"]
+        yield f"api/drivers/{name}.md", "\n".join([*head, *_members(module, sorted(of))])
+        contents.append(_entry(f"lamina.{name}", f"drivers/{name}.md", module.__name__, sorted(of)))
     yield INDEX, "\n".join(contents) + "\n"
 
 
-def names_of(module: ModuleType) -> tuple[str, ...]:
-    """The public names of a module."""
-    if hasattr(module, "__all__"):
-        return tuple(module.__all__)
-    return tuple(
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
-    )
+def public(of: str) -> dict[str, set[str]]:
+    """The public names by modules, from the list `of` of the test that holds them."""
+    for node in ast.parse(_LISTS.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == of:
+            return {name: set(text.split()) for name, text in ast.literal_eval(node.value).items()}
+    raise ValueError(f"{_LISTS} has no list {of}")
 
 
-def _members(module: ModuleType, names: tuple[str, ...]) -> Iterator[str]:
+def _entry(title: str, page: str, module: str, names: Iterable[str]) -> str:
+    return f"- [{title}]({page}): " + ", ".join(f"[`{one}`]({page}#{module}.{one})" for one in names)
+
+
+def _members(module: ModuleType, names: Iterable[str]) -> Iterator[str]:
     for name in names:
         value = getattr(module, name)
         anchor = f"{module.__name__}.{name}"

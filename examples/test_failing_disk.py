@@ -16,11 +16,11 @@ def append(log: io.RawIOBase, line: bytes) -> None:
         raise
 
 
-def test_a_failing_disk_leaves_no_half_line(faulty: FaultyStorage) -> None:
-    log = faulty.as_file()
+def test_a_failing_disk_leaves_no_half_line(lamina_faulty: FaultyStorage) -> None:
+    log = lamina_faulty.as_file()
     append(log, b"first")
-    faulty.fail("write", partial=3)
+    lamina_faulty.fail("write", partial=3)
     with pytest.raises(OSError, match="a fault of the test"):
         append(log, b"second")
-    faulty.heal()
-    assert faulty.read(0, faulty.size) == b"first\n"
+    lamina_faulty.heal()
+    assert lamina_faulty.read(0, lamina_faulty.size) == b"first\n"

@@ -60,6 +60,8 @@ class Runner:
             "XDG_CONFIG_HOME": str(folder / "none"),
             "LC_ALL": "C.UTF-8",
             "COLUMNS": "80",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "-p lamina.testing.plugin -p no:cacheprovider",
         }
         self.printed = ""
         self.tests: list[str] = []
@@ -83,7 +85,7 @@ class Runner:
     def finish(self) -> None:
         """Run the tests that the page has written."""
         if self.tests:
-            words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *self.tests]
+            words = [sys.executable, "-m", "pytest", "-q", *self.tests]
             done = subprocess.run(
                 words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
             )

@@ -95,6 +95,9 @@ def test_a_broken_link_ends_the_build(site: Path, tmp_path: Path) -> None:
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy(source, tmp_path / name)
+    public = Path("tests", "architecture", "test_public_names.py")
+    (tmp_path / public).parent.mkdir(parents=True)
+    shutil.copy(ROOT / public, tmp_path / public)
     (tmp_path / "docs" / "index.md").write_text("# Lamina\n\n[there](safety.md#no-such-heading)\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
