@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lamina import detect, registry
+from lamina import detection, registry
 from lamina.cli.described import Option, groups_of, names_of, parser_of, statuses_of
 from lamina.cli.io.commands import COMMANDS as COMMANDS_OF_IO
 from lamina.cli.main import COMMANDS
@@ -160,7 +160,7 @@ def _example(name: str) -> Iterator[str]:
 def _detected() -> Iterator[str]:
     yield "| name | format | opened |\n|---|---|---|"
     supported = registry.names("format")
-    for name, found in detect.FORMATS.items():
+    for name, found in detection.FORMATS.items():
         also = f" (also {', '.join(f'`{alias}`' for alias in found.aliases)})" if found.aliases else ""
         yield f"| `{name}` | {found.summary}{also} | {'yes' if name in supported else 'no'} |"
 

@@ -8,7 +8,7 @@ import lamina
 
 stop = threading.Event()
 with ThreadPoolExecutor() as pool:
-    future = pool.submit(lamina.convert, sys.argv[1], sys.argv[2], "qcow2", cancel=stop)
+    future = pool.submit(lamina.convert, sys.argv[1], sys.argv[2], "raw", format="qcow2", cancel=stop)
     try:
         print(f"complete: {future.result(timeout=float(sys.argv[3])).size} bytes")
     except TimeoutError:
