@@ -1,4 +1,5 @@
-"""Checks for `convert` and `copy` that a target is not one of the files that the job reads, under any name."""
+"""Checks that a target is not one of the files that the job reads, under any name; and, for reports about images, that it is
+no file of another kind."""
 
 from __future__ import annotations
 
@@ -17,12 +18,30 @@ def refuse_own(top: Node, path: str, *, what: str = "source") -> None:
     the message."""
     try:
         target = _identity(os.stat(path))
-    except OSError:
+    except (OSError, ValueError):
         return  # the file does not exist, or opening it raises a better error
     for file, beneath in _files(top):
         if _identity_of(file) == target:
             relation = f"this is a backing file of the {what}" if beneath else f"this is the {what} itself"
             raise OptionError(f"{relation}, which would be overwritten", path=path, hint=_HINT)
+
+
+def refuse_other(path: str, beginning: bytes, what: str) -> None:
+    """Raise OptionError if the file at `path` is a regular file with content that does not begin with `beginning` (in
+    lower-case letters): a report replaces nothing but an older one. `what`: what it would have to be, for the message."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return  # refused, or not replaced, when it is written
+        with open(path, "rb") as file:
+            head = file.read(len(beginning))
+    except (OSError, ValueError):
+        return  # there is none, or writing it raises a better error
+    if head and head.lower() != beginning:
+        raise OptionError(
+            f"this file exists and is no {what}, so it is not overwritten",
+            path=path,
+            hint="name another file, or delete it first",
+        )
 
 
 def is_same_file(first: str, second: str) -> bool:

@@ -305,5 +305,27 @@ def test_the_output_file(chain: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "└─ backing: qcow2" in Path("a.txt").read_text()
     Path("link.svg").symlink_to("base.raw")
     assert main(["graph", "--svg", "-o", "link.svg", "-f", "qcow2", chain.name]) == 1
+    assert "which would be overwritten" in capsys.readouterr().err
+    Path("page.svg").symlink_to("a.svg")
+    assert main(["graph", "--svg", "-o", "page.svg", "-f", "qcow2", chain.name]) == 1
     assert "symbolic links are not followed" in capsys.readouterr().err
     assert Path("base.raw").read_bytes() == bytes(MIB)
+
+
+@pytest.mark.parametrize("output", ["human", "json", "svg"])
+def test_nothing_but_an_older_output_is_overwritten(
+    chain: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.txt").write_text("mine")
+    Path("empty").touch()
+    kept = {name: Path(name).read_bytes() for name in ("base.raw", chain.name, "notes.txt")}
+    for name in kept:
+        assert main(["graph", "--output", output, "-o", name, "-f", "qcow2", chain.name]) == 1
+        assert "overwritten" in capsys.readouterr().err
+    # A file that is refused is not opened, but it is not overwritten either.
+    words = ["graph", "--output", output, "--references", "none", "-o", "base.raw", "-f", "qcow2", chain.name]
+    assert main(words) == 1
+    assert "base.raw" in capsys.readouterr().err
+    assert {name: Path(name).read_bytes() for name in kept} == kept
+    for name in ("new", "new", "empty"):
+        assert main(["graph", "--output", output, "-o", name, "-f", "qcow2", chain.name]) == 0

@@ -139,6 +139,10 @@ def test_nothing_but_a_page_is_overwritten(image: str, capsys: pytest.CaptureFix
     assert "is no HTML page" in capsys.readouterr().err
     assert Path("notes.txt").read_text() == "mine"
     assert Path(image).read_bytes() == content
+    capsys.readouterr()
+    assert main(["view", "-q", "-o", "-", "-f", "qcow2", image]) == 0
+    assert capsys.readouterr().out.startswith("<!doctype html>")
+    assert not Path("-").exists()
     Path("page.html").write_text("")
     for _ in range(2):
         assert main(["view", "-o", "page.html", "-f", "qcow2", image]) == 0

@@ -13,6 +13,7 @@ from ..options import format_size
 from .arguments import Parser, image_source, tell_of_writers
 
 if TYPE_CHECKING:
+    from ..node import Node
     from ..references import Unopened
 
 _EXAMPLES = """
@@ -23,6 +24,8 @@ _EXAMPLES = """
 
 #: The marks of a branch, of the last one, and what continues below them; for terminals that have such characters, and others.
 _LINES = (("├─ ", "└─ ", "│  ", "   "), ("|- ", "`- ", "|  ", "   "))
+#: An older output begins with the same characters, which no image does: "<svg", "{" and spaces, or the name of a driver.
+_ALIKE = 4
 
 
 def main(argv: list[str]) -> int:
@@ -55,18 +58,26 @@ def main(argv: list[str]) -> int:
         if args.force_share:
             tell_of_writers(node)
         found = tree_of_opened(node, unopened)
+        if args.output_file == "-":
+            sys.stdout.write(_told(found, args.output, blocks=_has_lines()))
+        else:
+            _write(args.output_file, node, _told(found, args.output, blocks=True))
     finally:
         node.close()
-    if args.output_file == "-":
-        sys.stdout.write(_told(found, args.output, blocks=_has_lines()))
-    else:
-        from ..side_file import SideFile
-
-        with SideFile(args.output_file) as file:
-            file.write(_told(found, args.output, blocks=True))
     for one in (one for ones in unopened.values() for one in ones):
         raise one.error  # what could be opened is told; the command did not do all that it was asked for
     return 0
+
+
+def _write(path: str, node: Node, text: str) -> None:
+    """Write the output to a file that is no file of the image, and is new, empty, or an older output of the same kind."""
+    from ..own_files import refuse_other, refuse_own
+    from ..side_file import SideFile
+
+    refuse_own(node, path, what="image")
+    refuse_other(path, text[:_ALIKE].lower().encode("utf-8"), "older output of this command")
+    with SideFile(path) as file:
+        file.write(text)
 
 
 def _told(found: dict[str, Any], output: str, *, blocks: bool) -> str:

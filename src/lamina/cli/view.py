@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser = Parser("view", "Show an image, or two side by side, as one HTML page that needs no network.", _EXAMPLES)
     parser.add_format("-f", "--format", dest="format", help="format of the first image (default: detected)")
     parser.add_format("-F", "--b-format", dest="other_format", help="format of the second image")
-    parser.add_argument("-o", "--output", metavar="PAGE", required=True, help="the HTML file to write")
+    parser.add_argument("-o", "--output", metavar="PAGE", required=True, help="the HTML file to write (-: standard output)")
     parser.add_argument(
         "-l", "--snapshot", dest="snapshots", metavar="SNAPSHOT", action="append", default=[],
         help="an internal snapshot of one image, in place of the first image; given twice, of both",
@@ -56,15 +57,19 @@ def main(argv: list[str]) -> int:
 
     with ExitStack() as stack:
         images = _open(args, stack)
-        require_target(args.output, images)
+        target = None if args.output == "-" else args.output
+        if target is not None:
+            require_target(target, images)
         meter = stack.enter_context(Meter(args.output, asked=args.progress, quiet=args.quiet))
-        report(
+        text = report(
             images,
-            output=args.output,
+            output=target,
             granularity=args.granularity,
             content=not args.allocation,
             monitor=Monitor(meter.report),
         )
+    if target is None:
+        sys.stdout.buffer.write(text.encode("utf-8"))
     return 0
 
 

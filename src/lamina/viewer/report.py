@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +10,7 @@ from ..atomic_file import write_file
 from ..errors import OptionError
 from ..jobs.diff import require_granularity
 from ..jobs.progress import Monitor
-from ..own_files import refuse_own
+from ..own_files import refuse_other, refuse_own
 from .collect import collect
 from .document import document
 from .page import page
@@ -53,16 +52,4 @@ def require_target(path: str, images: Sequence[Image]) -> None:
     """Raise OptionError if a page at `path` would overwrite a file of these images, or anything but a page."""
     for image in images:
         refuse_own(image.node, path, what="image")
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return  # refused when it is written
-        with open(path, "rb") as file:
-            head = file.read(len(_BEGINNING))
-    except OSError:
-        return  # there is none, or writing it raises a better error
-    if head and head.lower() != _BEGINNING:
-        raise OptionError(
-            "this file exists and is no HTML page, so it is not overwritten",
-            path=path,
-            hint="name another file, or delete it first",
-        )
+    refuse_other(path, _BEGINNING, "HTML page")
