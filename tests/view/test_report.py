@@ -18,8 +18,14 @@ import pytest
 import lamina
 from lamina.cli.main import main
 from lamina.errors import LimitExceeded, OptionError
+from lamina.file_map import Route
+from lamina.jobs.progress import Monitor
+from lamina.numeric import np
+from lamina.results import Snapshot
 from lamina.viewer import collect
-from lamina.viewer.page import SCRIPTS, escaped
+from lamina.viewer.document import document
+from lamina.viewer.page import SCRIPTS, escaped, page
+from lamina.viewer.rows import ranges_of
 
 MIB = 1 << 20
 
@@ -177,18 +183,18 @@ def test_what_the_library_refuses(image: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_names_are_opened_and_a_page_is_cancelled(image: str, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
+    target = tmp_path / "page.html"
     with lamina.open(image, format="qcow2") as opened:
         expected = lamina.view(opened, opened)
-    assert lamina.view(image, image, first_format="qcow2", second_format="qcow2", output=page) == expected
-    assert page.read_text() == expected
+    assert lamina.view(image, image, first_format="qcow2", second_format="qcow2", output=target) == expected
+    assert target.read_text() == expected
     stop = threading.Event()
     stop.set()
     with lamina.open(image, format="qcow2") as opened:
         with pytest.raises(lamina.Cancelled):
-            lamina.view(opened, opened, cancel=stop, output=page)
+            lamina.view(opened, opened, cancel=stop, output=target)
         assert opened.read(0, 1)  # it stays open
-    assert page.read_text() == expected
+    assert target.read_text() == expected
 
 
 def test_names_are_text() -> None:
@@ -204,3 +210,30 @@ def test_every_part_of_the_page_is_used() -> None:
         assert len(text.splitlines()) <= 500
         assert "</script" not in text or name == "page.html"
         assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", text), name
+
+
+def test_names_and_routes_of_any_number_do_not_make_a_page_longer(image: str) -> None:
+    with lamina.open(image, format="qcow2") as opened:
+        model = collect.collect([opened], 4096, True, Monitor())
+    snapshot = Snapshot("1", "\x01<\ud800" * 20_000, MIB)
+    [disk], [file, *others] = model.disks, model.files
+    info = disk.layers[0].info._replace(snapshots=(snapshot,) * 5000)
+    many = np.arange(400_000, dtype=np.int64)
+    route = Route(0, 1 << 15, 512, 8, many, many * 7919 % (1 << 30) << 9)
+    layer = disk.layers[0]._replace(info=info, bitmaps=("b" * 1023,) * 5000, route=route)
+    header = ((0, 8, "&" * 60_000, "<" * 60_000),) * 5000
+    hostile = model._replace(
+        disks=(disk._replace(layers=(layer, *disk.layers[1:])),),
+        files=(file._replace(header=header, problems=("&" * 60_000,) * 5000), *others),
+    )
+    told = document(hostile, 500_000)
+    assert len(page(told, "title")) < 500_000
+    found = told["disks"][0]["layers"][0]
+    assert found["route"] is None
+    assert len(found["snapshots"]) + len(found["bitmaps"]) + found["omitted"] == 10_000
+    assert found["snapshots"][0]["name"].startswith("\\x01<\\ud800")
+    assert len(told["files"][0]["header"]) + len(told["files"][0]["problems"]) + told["files"][0]["omitted"] == 10_000
+    # Two names that look alike are two bitmaps.
+    alike = {"a\n": (65536, ranges_of(())), "a\\n": (65536, ranges_of(()))}
+    told = document(model._replace(disks=(disk._replace(bitmaps=alike),)), 500_000)
+    assert len(told["disks"][0]["bitmaps"]) == 2

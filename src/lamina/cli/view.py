@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     parser = Parser("view", "Show an image, or two side by side, as one HTML page that needs no network.", _EXAMPLES)
     parser.add_format("-f", "--format", dest="format", help="format of the first image (default: detected)")
     parser.add_format("-F", "--b-format", dest="other_format", help="format of the second image")
-    parser.add_argument("-o", "--output", metavar="PAGE", required=True, help="the HTML file to write (-: standard output)")
+    parser.add_argument(
+        "-o", "--output", metavar="PAGE", required=True, help="the HTML file to write (-: standard output)"
+    )
     parser.add_argument(
         "-l", "--snapshot", dest="snapshots", metavar="SNAPSHOT", action="append", default=[],
         help="an internal snapshot of one image, in place of the first image; given twice, of both",

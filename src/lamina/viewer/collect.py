@@ -1,7 +1,8 @@
 """From opened images to the model of a picture: disks, layers, files and differences, as records and columns.
 
-The columns come from the exact status, window by window; the maps of files from `Explainer.file_map`. Names in images become
-printable text here; the page treats them as text alone.
+The columns come from the exact status, window by window; the maps of files from `Explainer.file_map`. Names of files become
+printable text here, and names and texts from inside images in `document`, which bounds them; the page treats them as text
+alone.
 """
 
 from __future__ import annotations
@@ -164,13 +165,13 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
                 number,
                 owned.get(depth, 0),
                 _info(node),
-                tuple(map(printable, node.bitmaps)),
+                tuple(node.bitmaps),
                 _route(node),
             )
         )
     places = tuple(files.of_host(host) for host in rows.extents.files)
     bitmaps = {
-        printable(name): (one.granularity, ranges_of((lo, hi - lo) for lo, hi in one.dirty(0, image.size)))
+        name: (one.granularity, ranges_of((lo, hi - lo) for lo, hi in one.dirty(0, image.size)))
         for name, one in image.bitmaps.items()
     }
     moment = _moment(image.node)
@@ -246,15 +247,13 @@ def _file(node: Node, storage: StorageNode) -> File:
     except UnsupportedFeature:
         return File(*named)
     except LaminaError as error:
-        return File(*named, problems=(printable(error.message),))
+        return File(*named, problems=(error.message,))
     problems = dict.fromkeys((*overview.problems, *(found.problems if found is not None else ())))
-    return File(*named, found, _fields(overview), tuple(map(printable, problems)))
+    return File(*named, found, _fields(overview), tuple(problems))
 
 
 def _fields(overview: Overview) -> tuple[tuple[int, int, str, str], ...]:
-    return tuple(
-        (part.offset, part.length, printable(part.field or ""), printable(part.text)) for part in overview.header
-    )
+    return tuple((part.offset, part.length, part.field or "", part.text) for part in overview.header)
 
 
 def _info(node: Node) -> ImageInfo:

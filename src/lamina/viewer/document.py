@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import takewhile
+from typing import Any, TypeVar
 
 from ..errors import printable
 from ..file_map import KINDS, FileMap, Route
 from ..numeric import np
+from ..picture.markup import shortened
 from ..results import Snapshot
 from .collect import Disk, File, Layer, Model, place_columns
 from .encode import text_of, zigzag
+from .page import json_in_html
 from .rows import Ranges, Rows, coarsened, coarser_file
 
-#: Bytes of the page that are not columns: the script, and what is known of layers and files.
-_OTHERS = 300_000
-_FEWEST = 20_000
+#: Bytes of the page without a document: the script and the style. At least so many are kept for all that is not columns.
+_EMPTY, _OTHERS = 100_000, 300_000
+#: Bytes of the lists of names and texts from inside images, of which there may be any number; of one of them, the characters.
+_TEXTS, _LONGEST = 150_000, 400
+#: The part of a page that the routes to the L2 tables may take; and the bytes that are always left for the columns.
+_ROUTES, _FEWEST = 1 / 8, 20_000
 
 
 def document(model: Model, most: int) -> dict[str, Any]:
     """The model as JSON types, of about `most` bytes as text. The longest columns become coarser until all fit."""
     parts: list[_Columns] = []
-    disks = [_disk(disk, parts) for disk in model.disks]
-    files = [_file(file, parts) for file in model.files]
+    room = _Room(int(most * _ROUTES))
+    disks = [_disk(disk, parts, room) for disk in model.disks]
+    files = [_file(file, parts, room) for file in model.files]
     difference = None
     if model.difference is not None:
         granularity, content = model.compared
-        found = _Columns(model.difference, _ranges, Ranges.coarser)
-        parts.append(found)
-        difference = {"ranges": found, "granularity": granularity, "content": content}
-    space = max(most - _OTHERS, _FEWEST * len(parts))
+        columns = _Columns(model.difference, _ranges, Ranges.coarser)
+        parts.append(columns)
+        difference = {"ranges": columns, "granularity": granularity, "content": content}
+    found = {"disks": disks, "files": files, "difference": difference}
+    others = len(json_in_html(_told(found))) - sum(len(part.text) for part in parts)
+    space = max(most - max(_EMPTY + others, _OTHERS), _FEWEST)
     while sum(len(part.text) for part in parts) > space:
         longest = max(parts, key=lambda part: len(part.text))
         if not longest.make_coarser():
             break
-    told: dict[str, Any] = _told({"disks": disks, "files": files, "difference": difference})
+    told: dict[str, Any] = _told(found)
     return told
+
+
+_Item = TypeVar("_Item")
+
+
+class _Room:
+    """What is left of the page for lists that an image can make as long as it likes."""
+
+    def __init__(self, routes: int) -> None:
+        self._texts, self._routes = _TEXTS, routes
+
+    def first(self, items: Iterable[_Item]) -> list[_Item]:
+        """The first items, as far as there is room for them and 100 bytes more for each."""
+        return list(takewhile(self._takes, items))
+
+    def _takes(self, item: Any) -> bool:
+        self._texts -= len(json_in_html(item)) + 100
+        return self._texts >= 0
+
+    def has_route(self, told: dict[str, Any]) -> bool:
+        fits = len(told["columns"]) <= self._routes
+        self._routes -= len(told["columns"]) if fits else 0
+        return fits
+
+
+def _text(text: str) -> str:
+    """A name or a text from inside an image, for people."""
+    return printable(shortened(text, _LONGEST))
 
 
 def _told(value: Any) -> Any:
@@ -118,27 +155,31 @@ def _map(found: FileMap) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _disk(disk: Disk, parts: list[_Columns]) -> dict[str, Any]:
+def _disk(disk: Disk, parts: list[_Columns], room: _Room) -> dict[str, Any]:
     found = _Columns(disk.rows, lambda rows: _rows(disk, rows), coarsened)
     parts.append(found)
     bitmaps = []
-    for name, (granularity, ranges) in disk.bitmaps.items():
+    for name, (granularity, ranges) in zip(room.first(map(_text, disk.bitmaps)), disk.bitmaps.values(), strict=False):
         columns = _Columns(ranges, _ranges, Ranges.coarser)
         parts.append(columns)
         bitmaps.append({"name": name, "granularity": granularity, "ranges": columns})
+    layers = [_layer(one, room) for one in disk.layers]
     return {
         "title": disk.title, "words": list(disk.words), "direct": disk.direct, "format": disk.format, "size": disk.size,
-        "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": [_layer(one) for one in disk.layers],
+        "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": layers,
     }  # fmt: skip
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer(layer: Layer, room: _Room) -> dict[str, Any]:
     info = layer.info
+    snapshots, bitmaps = room.first(map(_snapshot, info.snapshots)), room.first(map(_text, layer.bitmaps))
+    route = None if layer.route is None else _route(layer.route)
     return {
         "name": layer.name, "format": layer.format, "size": layer.size, "file": layer.file, "owned": layer.owned,
         "cluster": info.cluster_size, "encrypted": bool(info.encrypted), "dirty": bool(info.dirty),
-        "bitmaps": list(layer.bitmaps), "snapshots": [_snapshot(one) for one in info.snapshots],
-        "route": None if layer.route is None else _route(layer.route),
+        "bitmaps": bitmaps, "snapshots": snapshots,
+        "omitted": len(info.snapshots) + len(layer.bitmaps) - len(snapshots) - len(bitmaps),
+        "route": route if route is not None and room.has_route(route) else None,
     }  # fmt: skip
 
 
@@ -150,15 +191,16 @@ def _route(route: Route) -> dict[str, Any]:
 
 
 def _snapshot(one: Snapshot) -> dict[str, Any]:
-    return {
-        "id": printable(one.id), "name": printable(one.name), "size": one.size, "state": one.vm_state, "date": one.date,
-    }  # fmt: skip
+    return {"id": _text(one.id), "name": _text(one.name), "size": one.size, "state": one.vm_state, "date": one.date}
 
 
-def _file(file: File, parts: list[_Columns]) -> dict[str, Any]:
+def _file(file: File, parts: list[_Columns], room: _Room) -> dict[str, Any]:
+    header = room.first([at, length, _text(name), _text(text)] for at, length, name, text in file.header)
+    problems = room.first(map(_text, file.problems))
     told: dict[str, Any] = {
         "name": file.name, "format": file.format, "size": file.size, "allocated": file.allocated,
-        "words": list(file.words), "header": [list(one) for one in file.header], "problems": list(file.problems),
+        "words": list(file.words), "header": header, "problems": problems,
+        "omitted": len(file.header) + len(file.problems) - len(header) - len(problems),
     }  # fmt: skip
     if file.map is None:
         return told

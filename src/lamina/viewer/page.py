@@ -28,7 +28,9 @@ def page(document: dict[str, Any], title: str) -> str:
     """The text of the page for a result of `document.document`."""
     script = "\n".join(['"use strict";', *(_part(name) for name in SCRIPTS)])
     style = _variables() + _part("page.css")
-    shown = _json(document | {"version": __version__, "palette": _palette(), "kinds": [list(one) for one in KINDS]})
+    shown = json_in_html(
+        document | {"version": __version__, "palette": _palette(), "kinds": [list(one) for one in KINDS]}
+    )
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -63,7 +65,7 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
-def _json(value: Any) -> str:
+def json_in_html(value: Any) -> str:
     """JSON that may stand inside an HTML element: no character in it ends the element, or begins one."""
     text = json.dumps(value, separators=(",", ":"))  # ASCII
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -31,6 +31,7 @@ function layerItem(disk, depth) {
     ...layer.bitmaps.map((name) => element("li", null, element("div", { class: "name" }, element("span", { class: "badge" }, "bitmap"), element("b", null, name)),
       dirtyOf(disk, depth, name))),
   ];
+  if (layer.omitted) inner.push(element("li", { class: "quiet" }, `and ${whole(layer.omitted)} more`));
   if (inner.length) item.append(element("ul", { class: "inner" }, inner));
   if (file && file.totals) {
     const only = file.totals.filter(([kind]) => KINDS[kind].name === "guest data of snapshots");

@@ -144,8 +144,10 @@ function showFile(body) {
   if (file.allocated !== null) facts.push(`${size(file.allocated)} on disk`);
   if (runs) facts.push(`the disk's data lies in ${counted(runs, "run")}`);
   if (map.grain > 1) facts.push(`what lies in ${size(map.grain)} is drawn as one`);
+  const omitted = file.omitted ? [element("p", { class: "quiet" }, `This page has no room for ${whole(file.omitted)} more fields and problems.`)] : [];
   body.replaceChildren(element("div", { class: "controls" }, element("div", { class: "field" }, element("span", null, "Colours"), by)),
     element("p", { class: "quiet" }, facts.join(", ") + "."),
-    ...file.problems.map((one) => element("p", { class: "problem" }, one)), fileLanes.root, key);
+    ...file.problems.map((one) => element("p", { class: "problem" }, one)),
+    ...omitted, fileLanes.root, key);
   fileLanes.draw();
 }
