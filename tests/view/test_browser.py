@@ -415,6 +415,23 @@ def test_odd_disks(tmp_path: Path, show: Callable[..., Opened], seed: int) -> No
         assert not page.complaints
 
 
+def test_a_long_chain_and_long_names_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, show: Callable[..., Opened]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lamina.create("0.qcow2", "qcow2", MIB)
+    for number in range(1, 64):
+        lamina.create(f"{number}.qcow2", "qcow2", backing_file=f"{number - 1}.qcow2", backing_fmt="qcow2")
+    with lamina.open("63.qcow2", format="qcow2", read_only=False) as image:
+        image.create_snapshot("a name " * 30)
+    for width in (1300, 400):
+        page = show(lamina.view("63.qcow2", first_format="qcow2"), width=width)
+        assert page.ask("document.documentElement.scrollWidth") == width
+        # Words are beside one another, not letter below letter.
+        assert page.ask("Math.max(...Array.from(document.querySelectorAll('.badge'), (one) => one.offsetHeight))") < 40
+        assert page.ask("Math.min(...Array.from(document.querySelectorAll('.layer'), (one) => one.offsetWidth))") > 200
+
+
 def test_a_page_of_an_image_of_another_size(chain: Path, show: Callable[..., Opened]) -> None:
     lamina.create("short.qcow2", "qcow2", 3 * MIB)
     for images in (("short.qcow2", chain), (chain, "short.qcow2")):
