@@ -334,14 +334,17 @@ class AtomicFile:
 def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = False, mode: int = 0o666) -> None:
     """Write `data` to the file at `path` atomically (see `AtomicFile`). Raises BlockIOError, OptionError."""
     with AtomicFile(path, durable=durable, mode=mode) as file:
-        if file.in_place:
-            file.begun = True
-            os.ftruncate(file.fd, 0)
-            os.ftruncate(file.fd, len(data))
-            file.header[: len(data)] = data[:HEADER_BYTES]
-        view, at = memoryview(data), HEADER_BYTES if file.in_place else 0
-        while at < len(data):
-            at += pwrite(file.fd, view[at:], at)
+        try:
+            if file.in_place:
+                file.begun = True
+                os.ftruncate(file.fd, 0)
+                os.ftruncate(file.fd, len(data))
+                file.header[: len(data)] = data[:HEADER_BYTES]
+            view, at = memoryview(data), HEADER_BYTES if file.in_place else 0
+            while at < len(data):
+                at += pwrite(file.fd, view[at:], at)
+        except OSError as error:
+            raise BlockIOError.from_os(error, "the file cannot be written", path=file.path) from error
 
 
 def sync_folder(path: str, folder: int | None = None) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.errors import BlockIOError, LaminaError
+import lamina
+from lamina.errors import BlockIOError, LaminaError, OptionError
 from lamina.filters.stats import Stats
 from lamina.graph import Opener
 from lamina.image import Image
@@ -164,6 +165,15 @@ def test_a_report_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None
     with pytest.raises(LaminaError) as caught:
         Opener(read_only=False).open(spec)
     assert caught.value.path == spec["report"]
+
+
+def test_a_report_does_not_overwrite_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"the disk")
+    spec = {"driver": "stats", "report": str(path), "image": {"driver": "raw", "file": {"filename": str(path)}}}
+    with pytest.raises(OptionError, match="which would be overwritten"):
+        lamina.open(spec)
+    assert path.read_bytes() == b"the disk"
 
 
 def test_the_child_is_closed_even_if_the_report_fails(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -401,3 +402,18 @@ def test_a_folder_that_is_renamed_meanwhile_gets_the_file_and_is_synced(
         folder.rename(other)
     assert (other / "disk").read_bytes() == b"new"
     assert synced[-1] == other.stat().st_ino
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: Any, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "page.html"
+    target.write_bytes(b"old")
+    monkeypatch.setattr("lamina.atomic_file.pwrite", full)
+    with pytest.raises(BlockIOError, match="the file cannot be written") as caught:
+        write_file(target, b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.path == str(target)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["page.html"]

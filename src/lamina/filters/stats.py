@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LaminaError
 from ..node import FilterNode
+from ..own_files import refuse_own
 from ..pending import DONE, Pending
 from ..request import Child
 from ..schema import Option
@@ -40,7 +41,8 @@ class Stats(FilterNode):
     `side_file`), as JSON if its name ends with `.json`, otherwise as a table. `clock` has `perf_counter_ns()`.
 
     The alignment of a request is the largest power of two that divides its offset and its length. A failed request counts
-    only as failed. Raises BlockIOError if the report cannot be written, already when the node is opened.
+    only as failed. Raises BlockIOError if the report cannot be written, and OptionError if it is a file of the image, already
+    when the node is opened.
     """
 
     driver = "stats"
@@ -61,6 +63,7 @@ class Stats(FilterNode):
         #: An open FIFO or terminal. A regular file is opened again when it is written.
         self._opened: SideFile | None = None
         if report is not None:
+            refuse_own(image.node, report, what="image")
             opened = SideFile(report, failure=_FAILURE)  # raises errors at the start rather than after the work
             if opened.regular:
                 opened.close()
