@@ -30,6 +30,7 @@ from .image import Image
 from .limits import DEFAULT_BUDGET, KIB, Budget
 from .node import StorageNode
 from .options import is_encodable, shown
+from .own_files import refuse_own
 from .policy import Policy
 
 #: Options that the query of a path may have; the same ones may be storage options.
@@ -238,6 +239,13 @@ class ImageFileSystem(AbstractFileSystem):  # type: ignore[misc,unused-ignore]
                 target = os.path.join(target, os.path.basename(self._strip_protocol(rpath)))
             rpath, lpath = [self._strip_protocol(rpath)], [target]
         super().get(rpath, lpath, **options)
+
+    def get_file(self, rpath: str, lpath: Any = None, *arguments: Any, **options: Any) -> None:
+        """Copy to one local file, or to a file object. OptionError if it is a file of the image or of its backing files."""
+        if isinstance(lpath, str | os.PathLike):
+            with self._opened(rpath) as (image, _start, _size):
+                refuse_own(image.node, os.fspath(lpath))
+        super().get_file(rpath, lpath, *arguments, **options)
 
     def _told(self, path: str, size: int, image: Image) -> dict[str, Any]:
         files = sorted(_files(image))

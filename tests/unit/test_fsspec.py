@@ -144,6 +144,24 @@ def test_copies_out_of_an_image(disk: str, tmp_path: Path) -> None:
         assert file.read(4) == b"name"
 
 
+def test_a_copy_never_overwrites_a_file_of_the_image(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = str(tmp_path / "top.qcow2")
+    lamina.create(top, "qcow2", backing_file="disk.qcow2", backing_fmt="qcow2")
+    os.link(disk, tmp_path / "linked")
+    (tmp_path / "symbolic").symlink_to(top)
+    before = [Path(name).read_bytes() for name in (top, disk)]
+    monkeypatch.chdir(tmp_path)
+    fs = fsspec.filesystem("lamina", format="qcow2")
+    for target in (top, "top.qcow2", ".", "symbolic", disk, "linked"):
+        with pytest.raises(lamina.OptionError, match="would be overwritten"):
+            fs.get(top, target)
+    with pytest.raises(lamina.OptionError, match="would be overwritten"):
+        fs.get([f"{top}?partition=1"], [disk])
+    with pytest.raises(lamina.OptionError, match="would be overwritten"):
+        fs.get_file(top, Path("linked"))
+    assert [Path(name).read_bytes() for name in (top, disk)] == before
+
+
 def test_what_is_missing(disk: str, tmp_path: Path) -> None:
     fs = fsspec.filesystem("lamina", format="qcow2")
     for path in (str(tmp_path / "none"), f"{disk}?partition=7", f"{tmp_path}/none?partition=1"):
