@@ -15,7 +15,7 @@ from . import detection, lifecycle, references, registry
 from .errors import Hint, OptionError
 from .limits import DEFAULT_BUDGET, Budget, Memory
 from .node import MAY_UNMAP, Node
-from .options import parse_name, shown
+from .options import file_path, parse_name, shown
 from .policy import Policy
 from .references import Reference, Trail, Unopened
 from .request import Child
@@ -384,7 +384,11 @@ def open_graph(
 
 def named(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
     """The name of an image as a string; a path object becomes a name for exactly that path (`parse_name`)."""
-    return f"file:{os.fspath(source)}" if isinstance(source, os.PathLike) else source
+    if isinstance(source, os.PathLike):
+        return f"file:{file_path(source)}"
+    if not isinstance(source, str | Mapping):
+        raise OptionError(f"{shown(source)} names no image", hint="give a path, a name or nested options")
+    return source
 
 
 def _is_json(name: str) -> bool:

@@ -182,11 +182,22 @@ def path_in(name: str | PathLike[str], *, what: str = "a new image") -> str:
     """The path of the file that `name` denotes. Raises OptionError for every other kind of node. A string may have a prefix
     of `parse_name`; a `PathLike` is always a path. `what`: the purpose of the file, for messages."""
     if not isinstance(name, str):
-        return fspath(name)
+        return file_path(name)
     options = parse_name(name)
     path = options.pop("filename", None)
     if options.pop("driver", "file") not in ("file", "host_device") or options or not isinstance(path, str):
         raise OptionError(f"{shown(name)} is not the name of a file, and cannot be {what}", hint="name a path")
+    return file_path(path)
+
+
+def file_path(name: str | PathLike[str]) -> str:
+    """`name`, the path of a file, as text. Raises OptionError if no file can have it: before a system call, which would raise
+    ValueError."""
+    path = fspath(name) if isinstance(name, PathLike) else name
+    if not isinstance(path, str):
+        raise OptionError(f"{shown(name)} is no path", hint="give text, or a path object of text (os.fsdecode)")
+    if not path or "\0" in path:
+        raise OptionError(f"the file name {shown(path)} is empty or contains a NUL character", hint="name a file")
     if not is_encodable(path):
         raise OptionError(f"the file name {shown(path)} contains a lone surrogate", hint="write the whole character")
     return path

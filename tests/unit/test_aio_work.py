@@ -341,3 +341,12 @@ def test_a_cancelled_iteration_closes_the_iterator(images: tuple[lamina.Image, l
 
     asyncio.run(main())  # closes what the loop knows of asynchronous generators
     assert len(images[1].graph.roots) == 1
+
+
+def test_functions_of_c_without_a_signature() -> None:
+    async def main() -> None:
+        assert await lamina.aio.run(max, 1, 2) == 2
+        assert await lamina.aio.run(int, "3") == 3
+        assert [item async for item in lamina.aio.iterate(range, 3)] == [0, 1, 2]
+
+    asyncio.run(main())

@@ -312,3 +312,33 @@ def test_sources_are_not_changed(tmp_path: Path) -> None:
     lamina.copy(source, tmp_path / "c")
     lamina.detect(source)
     assert hashlib.sha256(source.read_bytes()).digest() == before
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    source = disk(tmp_path / "a.qcow2")
+    top = overlay(tmp_path / "top.qcow2", source)
+    for call in (
+        lambda: lamina.convert(source, name, "raw", format="qcow2"),
+        lambda: lamina.copy(source, tmp_path / "c", journal=name),
+        lambda: lamina.view(source, first_format="qcow2", output=name),
+        lambda: lamina.commit(top, name, format="qcow2"),
+        lambda: lamina.open(name, format="qcow2"),
+    ):
+        with pytest.raises(lamina.OptionError):
+            call()
+
+
+@pytest.mark.parametrize("name", [b"a.qcow2", 5, None, ["a.qcow2"]])
+def test_what_is_no_name_is_refused(name: Any, tmp_path: Path) -> None:
+    source = disk(tmp_path / "a.qcow2")
+    for call in (
+        lambda: lamina.open(name, format="qcow2"),
+        lambda: lamina.info(name),
+        lambda: lamina.convert(name, tmp_path / "b", "raw", format="qcow2"),
+        lambda: lamina.convert(source, name, "raw", format="qcow2"),
+        lambda: lamina.copy(source, name),
+    ):
+        with pytest.raises(lamina.OptionError) as caught:
+            call()
+        assert str(caught.value)

@@ -12,6 +12,7 @@ import inspect
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from functools import partial, wraps
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import Cancelled
@@ -33,7 +34,10 @@ class _Link:
 
     def __init__(self, function: Callable[..., object], named: dict[str, Any]) -> None:
         """`named`: the arguments of the function, which are changed to use this link."""
-        known = inspect.signature(function).parameters
+        try:
+            known = inspect.signature(function).parameters
+        except ValueError:  # a function of C, which takes none of them
+            known = MappingProxyType({})
         self._stopped = False
         self._given: Any = None
         self._cancel: Callable[[], object] = lambda: None

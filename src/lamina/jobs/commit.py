@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import Hint, OptionError
 from ..format import Format
 from ..job_results import CommitResult
+from ..options import file_path
 from ..own_files import is_same_file
 from .beneath import Backing, backing_edges, beneath_filters, loses, require_no_snapshots
 from .convert import Result, copy_disk
@@ -102,7 +103,7 @@ def _find(edges: list[Child], base: str | os.PathLike[str] | None, image: Image)
         raise OptionError("it has no backing file to commit to", path=image.filename)
     if base is None:
         return 1
-    name = os.fspath(base)
+    name = file_path(base)
     inside = os.path.join(os.path.dirname(image.filename), name)
     paths = [edge.node.filename for edge in edges]
     if name in paths:

@@ -20,7 +20,7 @@ from ..jobs.copy_named import NamedTarget, copy_in_place, copy_to_name
 from ..jobs.diff import bitmap_of
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, KIB, Budget
-from ..options import parse_name, path_in, size_of
+from ..options import file_path, parse_name, path_in, size_of
 from ..own_files import refuse_shared
 from ..policy import Policy
 from .sources import Source, open_target, opened
@@ -241,7 +241,7 @@ def copy(
                 target_name,
                 blank=target_is_zero,
                 allocated=allocated,
-                journal=None if journal is None else os.fspath(journal),
+                journal=None if journal is None else file_path(journal),
                 source=_name(source) if isinstance(source, str | os.PathLike) else end.name,
                 references=references,
                 budget=budget,
@@ -275,7 +275,8 @@ def _source_of_copy(
 def _name(name: str | os.PathLike[str]) -> str:
     """A name as `parse_name` reads it."""
     found = named(name)
-    assert isinstance(found, str)
+    if not isinstance(found, str):
+        raise OptionError("nested options describe no target of a copy", hint="give a path or a name, or an open image")
     return found
 
 

@@ -10,6 +10,7 @@ from ..atomic_file import write_file
 from ..errors import OptionError
 from ..jobs.diff import require_granularity
 from ..jobs.progress import Monitor
+from ..options import file_path
 from ..own_files import refuse_other, refuse_own
 from .collect import collect
 from .document import document
@@ -37,7 +38,7 @@ def report(
     require_granularity(granularity)
     if limit < 400_000:
         raise OptionError(f"the limit is {limit} bytes, too little for a page", hint="allow at least 400000")
-    target = None if output is None else os.fspath(output)
+    target = None if output is None else file_path(output)
     if target is not None:
         require_target(target, images)
     model = collect(images, granularity, content, monitor or Monitor())

@@ -298,5 +298,6 @@ def check_names(restricted: Sequence[RestrictedExport]) -> None:
             raise OptionError(f'two exports are named "{printable(name)}"', hint="give each a name of its own")
         seen.add(name)
         for text in (name, each.export.description):
-            if "\0" in text or len(text.encode()) > wire.MAX_STRING:
-                raise OptionError("names and descriptions are at most 4096 bytes long, without NUL")
+            # (A lone surrogate, which has no form in UTF-8, becomes "?" by "replace".)
+            if "\0" in text or len(encoded := text.encode(errors="replace")) > wire.MAX_STRING or encoded.decode() != text:
+                raise OptionError("names and descriptions are UTF-8 of at most 4096 bytes, without NUL")
