@@ -63,6 +63,11 @@ def test_what_is_refused_leaves_nothing_open(tmp_path: Path) -> None:
         ({"tls": "require"}, "contradicts"),
         ({"tls_verify_peer": True}, "without certificates"),
         ({"tls_allow": ["CN=x"]}, "verified certificates"),
+        ({"port": 65536}, "65535"),
+        ({"port": -1}, "65535"),
+        ({"port": 2**63}, "65535"),
+        ({"name": "\udcff"}, "UTF-8"),
+        ({"description": "\ud800"}, "UTF-8"),
     ):
         with pytest.raises(lamina.OptionError, match=message):
             lamina.serve(path, format="qcow2", **options)  # type: ignore[arg-type]

@@ -144,7 +144,9 @@ def test_copies_out_of_an_image(disk: str, tmp_path: Path) -> None:
         assert file.read(4) == b"name"
 
 
-def test_a_copy_never_overwrites_a_file_of_the_image(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_never_overwrites_a_file_of_the_image(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     top = str(tmp_path / "top.qcow2")
     lamina.create(top, "qcow2", backing_file="disk.qcow2", backing_fmt="qcow2")
     os.link(disk, tmp_path / "linked")

@@ -299,5 +299,9 @@ def check_names(restricted: Sequence[RestrictedExport]) -> None:
         seen.add(name)
         for text in (name, each.export.description):
             # (A lone surrogate, which has no form in UTF-8, becomes "?" by "replace".)
-            if "\0" in text or len(encoded := text.encode(errors="replace")) > wire.MAX_STRING or encoded.decode() != text:
+            if (
+                "\0" in text
+                or len(encoded := text.encode(errors="replace")) > wire.MAX_STRING
+                or encoded.decode() != text
+            ):
                 raise OptionError("names and descriptions are UTF-8 of at most 4096 bytes, without NUL")

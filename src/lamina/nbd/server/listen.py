@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ...errors import BlockIOError, Hint, OptionError
+from ...options import shown
 from ..sockets import AF_UNIX, reserve_address, restrict
 from ..wire import PORT
 
@@ -63,6 +64,8 @@ def _check_address(address: str) -> None:
 def listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket.socket]:
     """Sockets that listen on all addresses of `host`, on one port."""
     place = f"{host or 'localhost'}:{PORT if port is None else port}"
+    if port is not None and (not isinstance(port, int) or not 0 <= port <= 65535):
+        raise OptionError(f"the port is {shown(port)}", hint="choose 0 to 65535; 0 is any free one")
     listeners: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(
