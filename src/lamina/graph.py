@@ -92,6 +92,8 @@ class Opener:
         graph: Graph | None = None,
         unopened: Unopened | None = None,
     ) -> None:
+        if not isinstance(policy, Policy | None):
+            raise OptionError("references is not a Policy", hint='write Policy.parse("none"), for example')
         self.graph: Graph = graph or Graph()
         self.unopened = unopened
         self.policy = policy

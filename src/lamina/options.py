@@ -9,8 +9,9 @@ functions are thread-safe.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from operator import index
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, SupportsIndex
 
 from .errors import OptionError
 from .limits import MAX_SIZE
@@ -56,14 +57,18 @@ def parse_size(text: str, *, exact: bool = True) -> int:
     return size
 
 
-def size_of(value: int | str, what: str = "the size") -> int:
+def size_of(value: SupportsIndex | str, what: str = "the size") -> int:
     """A size that a program gives: a number of bytes, or text as for `parse_size` ("10G"). `what`: the name of the
     option, for the OptionError."""
     if isinstance(value, str):
         return parse_size(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+    try:
+        number = index(value)  # an integer of numpy, too: from the columns of Extents
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number <= MAX_SIZE:
         raise OptionError(f"{what} is {shown(value)}", hint=_SIZE_HINT)
-    return value
+    return number
 
 
 def parse_range(text: str) -> tuple[int, int]:

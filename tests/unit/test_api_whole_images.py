@@ -296,10 +296,22 @@ def test_sizes_are_numbers_or_texts(tmp_path: Path) -> None:
         assert image.size == 10 * MIB
         image.truncate("20M")
         assert image.size == 20 * MIB
+        last = image.extents().length[-1]  # an integer of numpy
+        image.truncate(last)
+        assert image.size == int(last)
         with pytest.raises(lamina.OptionError):
             image.truncate("20 apples")
     with pytest.raises(lamina.OptionError, match="rate is True"):
         lamina.convert(path, tmp_path / "b", "raw", format="qcow2", rate=True)
+
+
+def test_references_are_a_policy(tmp_path: Path) -> None:
+    source = disk(tmp_path / "a.qcow2")
+    wrong: Any = "none"
+    with pytest.raises(lamina.OptionError, match=r"not a Policy.*Policy\.parse"):
+        lamina.open(source, format="qcow2", references=wrong)
+    with pytest.raises(lamina.OptionError, match="not a Policy"):
+        lamina.convert(source, tmp_path / "b.raw", "raw", format="qcow2", references=wrong)
 
 
 def test_sources_are_not_changed(tmp_path: Path) -> None:
