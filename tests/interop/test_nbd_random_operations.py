@@ -75,7 +75,8 @@ def do(image: Image, model: bytearray, one: Operation) -> None:
     """Do it on both, and compare what there is to compare."""
     offset, end = one.offset, one.offset + one.length
     if one.kind == "read":
-        assert image.read(offset, one.length) == model[offset:end]
+        same = image.read(offset, one.length) == model[offset:end]  # see `judged`
+        assert same, f"{one} reads other bytes"
     elif one.kind == "write":
         data = bytes([one.value, one.value ^ 85]) * (one.length // 2 + 1)
         image.write(offset, data[: one.length])
@@ -132,7 +133,8 @@ def created(path: Path, rng: random.Random) -> bytearray:
 def judged(path: Path, model: bytearray, qemu: Qemu) -> None:
     """The image holds what the model says, and both checks find it clean."""
     with lamina.open(path, format="qcow2") as image:
-        assert image.read(0, SIZE) == model
+        same = image.read(0, SIZE) == model  # not in the assertion: pytest would write the difference of two disks
+        assert same, "the image and the model differ"
         check_whole(image)
     status, said = qemu.check(path)
     assert status in (0, 3), said

@@ -115,7 +115,7 @@ assert seen == [0o600], seen
 
 @pytest.mark.parametrize("system", ["darwin()", "windows()"])
 def test_every_module_is_imported(system: str, tmp_path: Path) -> None:
-    others = "import cryptography, hypothesis, numpy, pytest"  # they look at the system in ways of their own
+    others = "import asyncio, cryptography, fsspec, hypothesis, numpy, pytest"  # they look at the system in ways of their own
     assert int(run(system, IMPORTS, folder=tmp_path, before=others)) > 250
 
 
