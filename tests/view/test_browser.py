@@ -399,6 +399,22 @@ def test_damage_is_seen(tmp_path: Path, show: Callable[..., Opened]) -> None:
     assert "In conflict" in details(page)
 
 
+def test_damaged_bitmaps_leave_the_page_whole(tmp_path: Path, show: Callable[..., Opened]) -> None:
+    path = tmp_path / "disk.qcow2"
+    lamina.create(path, "qcow2", MIB)
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.add_bitmap("b0")
+        image.write(0, b"x" * 131072)
+    directory = next(one for one in lamina.structures(path, format="qcow2").regions if "directory" in one.structure)
+    raw = bytearray(path.read_bytes())
+    raw[directory.offset] = 0xFF  # the offset of the table
+    path.write_bytes(raw)
+    with lamina.open(path, format="qcow2") as image:
+        page = show(lamina.view(image))
+    assert "the table of bitmap b0" in page.ask("() => document.querySelector('#disk .problem').textContent")
+    assert pixels(page, DISK, CONTENT["data"].light) > 20
+
+
 def test_odd_disks(tmp_path: Path, show: Callable[..., Opened], seed: int) -> None:
     rng = random.Random(seed)
     for size in (0, 1, 100, 511, 1000, 70_001):

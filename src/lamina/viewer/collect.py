@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
 class Disk(NamedTuple):
     """One image, or one moment of it. `places`: the numbers in `Model.files` of `rows.extents.files`. `words`: as for `File`.
-    `direct`: whether each byte has the same offset in all layers."""
+    `direct`: whether each byte has the same offset in all layers. `problems`: what could not be read of the bitmaps."""
 
     title: str
     words: tuple[str, ...]
@@ -71,6 +71,7 @@ class Disk(NamedTuple):
     places: tuple[int, ...]
     layers: tuple[Layer, ...]
     bitmaps: Mapping[str, tuple[int, Ranges]]
+    problems: tuple[str, ...] = ()
 
 
 class Model(NamedTuple):
@@ -165,15 +166,12 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
                 number,
                 owned.get(depth, 0),
                 _info(node),
-                tuple(node.bitmaps),
+                _names_of_bitmaps(node),
                 _route(node),
             )
         )
     places = tuple(files.of_host(host) for host in rows.extents.files)
-    bitmaps = {
-        name: (one.granularity, ranges_of((lo, hi - lo) for lo, hi in one.dirty(0, image.size)))
-        for name, one in image.bitmaps.items()
-    }
+    bitmaps, problems = _bitmaps(image)
     moment = _moment(image.node)
     title = printable(image.filename) + (f", snapshot {printable(moment)}" if moment else "")
     return Disk(
@@ -187,7 +185,30 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
         places,
         tuple(layers),
         bitmaps,
+        problems,
     )
+
+
+def _names_of_bitmaps(node: Node) -> tuple[str, ...]:
+    try:
+        return tuple(node.bitmaps)
+    except LaminaError:
+        return ()  # `_bitmaps` tells it of the top layer, and the map of the file of all
+
+
+def _bitmaps(image: Image) -> tuple[dict[str, tuple[int, Ranges]], tuple[str, ...]]:
+    """What the dirty bitmaps of the disk have recorded, and what could not be read: damage there leaves the disk as it is."""
+    found: dict[str, tuple[int, Ranges]] = {}
+    problems: list[str] = []
+    try:
+        for name, one in image.bitmaps.items():
+            try:
+                found[name] = one.granularity, ranges_of((lo, hi - lo) for lo, hi in one.dirty(0, image.size))
+            except LaminaError as error:
+                problems.append(error.message)
+    except LaminaError as error:
+        problems.append(error.message)
+    return found, tuple(problems)
 
 
 class _Files:

@@ -164,9 +164,10 @@ def _disk(disk: Disk, parts: list[_Columns], room: _Room) -> dict[str, Any]:
         parts.append(columns)
         bitmaps.append({"name": name, "granularity": granularity, "ranges": columns})
     layers = [_layer(one, room) for one in disk.layers]
+    problems = room.first(map(_text, disk.problems))
     return {
         "title": disk.title, "words": list(disk.words), "direct": disk.direct, "format": disk.format, "size": disk.size,
-        "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": layers,
+        "alignment": disk.alignment, "status": found, "bitmaps": bitmaps, "layers": layers, "problems": problems,
     }  # fmt: skip
 
 

@@ -138,7 +138,8 @@ function buildDisk() {
     element("div", { class: "field" }, element("span", null, "Colours"), by),
     element("div", { class: "field" }, element("label", { for: "round" }, "Rounding"), slider, roundName), bitmapField());
   diskLegend = diskKey();
-  byId("disk").append(element("h2", { id: "disk-title" }, "The disk"), controls, roundWords, diskLanes.root, diskLegend);
+  const problems = disks.flatMap((disk) => disk.problems.map((one) => element("p", { class: "problem" }, `${disks.length > 1 ? `${shortName(disk.title)}: ` : ""}${one}`)));
+  byId("disk").append(element("h2", { id: "disk-title" }, "The disk"), controls, ...problems, roundWords, diskLanes.root, diskLegend);
 }
 
 function bitmapField() {
