@@ -147,10 +147,12 @@ class Loop:
                     self._current = None
                     if not stays:
                         self._remove(entry)
-            if clock() > look or not entries:
-                look = clock() + _SWEEP_INTERVAL
+            due = clock() > look
+            if due or not entries:
                 with mutex:
-                    self._sweep()
+                    if due:  # not for one that joined just after the last one left
+                        look = clock() + _SWEEP_INTERVAL
+                        self._sweep()
                     if not entries:
                         self._epoll = None
                         epoll.close()
