@@ -274,6 +274,7 @@ def pictures(results: Results, folder: Path) -> dict[Path, str]:
 def write_all(results: Results, folder: Path) -> None:
     """Write the results and what is made from them: into this repository if `folder` is its own, else all into `folder`."""
     write(folder / DATA, text(results))
+    results = load(folder / DATA)  # with as many digits as the file keeps, from which the pages are made again
     if folder.resolve() == BENCHMARKS:
         made = pages(results)
     else:

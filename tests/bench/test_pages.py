@@ -121,6 +121,16 @@ def test_a_picture_stands_where_its_page_looks_for_it(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
+def test_pages_of_a_run_are_those_of_the_data_that_it_wrote(tmp_path: Path) -> None:
+    """A figure is rounded twice: for the file, and for the page."""
+    results = canned()
+    results.works[0].rows[0].cpu = 1.23451  # 1.235 in the file, which is 1.24 on the page, and not 1.23
+    page.write_all(results, tmp_path)
+    written = (tmp_path / "RESULTS.md").read_text()
+    assert written == page.results_page(load(tmp_path / "results.json"), "./")
+    assert written != page.results_page(results, "./")
+
+
 # What a run changes
 
 
