@@ -255,14 +255,21 @@ def lookup_format(name: str, *, from_image: bool = False) -> type[Format]:
 
 def layers_of(top: Node) -> list[Node]:
     """The layers of the graph below `top`, from the top of its chain: the nodes to which the depths of extents refer. It ends
-    at a filter with several children, each of which may have layers of its own."""
+    at a filter over several images, each of which may have layers of its own."""
     found: list[Node] = []
     node: Node | None = top
     while node is not None:
-        children = node.children
         if isinstance(node, Format):
             found.append(node)
-            node = children["backing"].node if "backing" in children else None
+            node = node.children["backing"].node if "backing" in node.children else None
         else:
-            node = next(iter(children.values())).node if len(children) == 1 else None
+            node = below_filter(node)
     return found
+
+
+def below_filter(node: Node) -> Node | None:
+    """The node whose layers a filter shows: its image (`logwrites` also has a log), or its only child. None for storage, and
+    for a filter over several images."""
+    children = node.children
+    child = children.get("image") or (next(iter(children.values())) if len(children) == 1 else None)
+    return None if child is None else child.node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .format import Format, layers_of
+from .format import Format, below_filter, layers_of
 from .node import Node, StorageNode
 
 
@@ -26,13 +26,18 @@ class Layer(NamedTuple):
 
 
 def chain_of(top: Node) -> tuple[Layer, ...]:
-    """The layers of the graph below `top` (see `layers_of`) from top to bottom, and what is below the last one: storage
-    without a format, or a filter over several images (`quorum`, `concat`), which have layers of their own."""
+    """The layers of the graph below `top`, from top to bottom (see `chain_nodes`)."""
+    return tuple(_layer(depth, node) for depth, node in enumerate(chain_nodes(top)))
+
+
+def chain_nodes(top: Node) -> list[Node]:
+    """The nodes that can own bytes of the disk `top`, as extents count depths: `layers_of`, and what is below the last one:
+    storage without a format, or a filter over several images (`quorum`, `concat`), which have layers of their own."""
     nodes = layers_of(top)
     rest = nodes[-1].children.get("backing") if nodes else None
     if not nodes or rest is not None:
         nodes.append(_end(top if rest is None else rest.node))
-    return tuple(_layer(depth, node) for depth, node in enumerate(nodes))
+    return nodes
 
 
 def _layer(depth: int, node: Node) -> Layer:
@@ -43,7 +48,7 @@ def _layer(depth: int, node: Node) -> Layer:
 
 
 def _end(node: Node) -> Node:
-    """The first node below the filters over one node."""
-    while len(node.children) == 1:
-        node = next(iter(node.children.values())).node
+    """The first node below the filters over one image."""
+    while (below := below_filter(node)) is not None:
+        node = below
     return node

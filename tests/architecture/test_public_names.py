@@ -81,7 +81,7 @@ FOR_DRIVERS = {
 #: Names without an underscore in the modules of `FOR_DRIVERS` that are internal all the same.
 INTERNAL_NAMES = {
     "edit": "refresh",
-    "format": "layers_of lookup_format",
+    "format": "below_filter layers_of lookup_format",
     "graph": "COMMON COMMON_SCHEMA STORAGE_ROLES named open_graph probe rebook usual",
     "limits": "MAX_CHAIN Memory",
     "node": "check_size foreign is_plain require_writable",

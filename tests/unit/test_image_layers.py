@@ -180,3 +180,14 @@ def test_find_looks_below_its_own_image_alone() -> None:
             assert one.find(MemoryStorage).size == 1024
             with pytest.raises(lamina.OptionError, match="no node"):
                 one.find(Stats)
+
+
+def test_a_filter_with_a_second_child_shows_the_layers_of_its_image(tmp_path: Path) -> None:
+    """`logwrites` has a log beside its image; extents count depths as without it."""
+    lamina.create(tmp_path / "disk.qcow2", "qcow2", 1 << 20)
+    disk = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "disk.qcow2")}}
+    log = {"driver": "memory", "size": 0}
+    with lamina.open({"driver": "logwrites", "image": disk, "log": log}, read_only=False) as image:
+        image.write(0, b"x")
+        assert [layer.format for layer in image.layers] == ["qcow2"]
+        assert image.extents(0, 512)[0].depth == 0

@@ -15,6 +15,7 @@ from ..errors import LaminaError, LimitExceeded, UnsupportedFeature, printable
 from ..file_map import FileMap, Route
 from ..format import Format
 from ..jobs.diff import diff
+from ..layers import chain_nodes
 from ..node import Node, StorageNode, is_faithful
 from ..numeric import np
 from ..results import ImageInfo
@@ -95,11 +96,6 @@ def collect(images: Sequence[Image], granularity: int, content: bool, monitor: M
     return Model(disks, tuple(files.found), found, (granularity, content))
 
 
-def layers_of(top: Node) -> Iterator[Node]:
-    """The nodes that can own bytes of the disk `top`, from the top down, as `depth` counts them."""
-    return (node for node in _nodes(top) if isinstance(node, Format | StorageNode) or "image" not in node.children)
-
-
 def _nodes(top: Node) -> Iterator[Node]:
     """The layers, and the filters above and between them."""
     node = top
@@ -156,7 +152,7 @@ def _disk(image: Image, files: _Files, monitor: Monitor) -> Disk:
     _check_size(image.size, "disk", image.filename)
     rows, owned = rows_of(image, monitor)
     layers = []
-    for depth, node in enumerate(layers_of(image.node)):
+    for depth, node in enumerate(chain_nodes(image.node)):
         number = files.of_layer(node)
         layers.append(
             Layer(
