@@ -92,30 +92,6 @@ if TYPE_CHECKING:
     def view() -> None: ...
 
 
-#: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
-_FUNCTIONS = (
-    "check",
-    "commit",
-    "compare",
-    "connect",
-    "convert",
-    "copy",
-    "create",
-    "detect",
-    "explain",
-    "explain_guest",
-    "info",
-    "info_chain",
-    "inspect",
-    "map",
-    "measure",
-    "rebase",
-    "resize",
-    "serve",
-    "structures",
-    "view",
-)
-
 __all__ = [
     "Image",
     "Opening",
@@ -143,6 +119,9 @@ __all__ = [
     "structures",
     "view",
 ]
+
+#: The functions of `lamina` that are awaited here under the same name. They are imported at their first use.
+_FUNCTIONS = frozenset(__all__) - {"Image", "Opening", "iterate", "open", "run"}
 
 #: Opening has threads of its own: it waits for no long work.
 _threads = Workers(8, "lamina-aio-open")
