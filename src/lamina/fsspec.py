@@ -313,8 +313,10 @@ class ImageFile(AbstractBufferedFile):  # type: ignore[misc,unused-ignore]
     def close(self) -> None:
         """Close the image. A second call does nothing."""
         if not self.closed:
-            super().close()
-            self._image.close()
+            try:
+                super().close()
+            finally:
+                self._image.close()
 
 
 def _reopened(fs: ImageFileSystem, path: str, block_size: int, position: int) -> ImageFile:
