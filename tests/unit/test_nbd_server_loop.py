@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -151,6 +151,28 @@ def test_an_error_is_for_the_member_whose_it_is(members: Members) -> None:
     assert str(fails.error) == "of this one"
     assert stays.ask()
     assert stays.error is None
+
+
+def test_one_that_joins_just_after_the_last_one_left_stays(members: Members) -> None:
+    """Between the moment at which the loop sees that it has no member, and its end."""
+
+    class Entries(dict[int, Any]):
+        def __len__(self) -> int:
+            found = super().__len__()
+            if not found and joins:
+                joins.pop().join(loop)
+                until(super().__len__)
+            return found
+
+    loop = Loop()
+    joins: list[Echo] = []
+    loop._entries = Entries()
+    last, next_one = members(gives_up=1).join(loop), members()
+    until(lambda: dict.__len__(loop._entries))
+    joins.append(next_one)
+    last.theirs.send(b"x")
+    assert last.is_back()
+    assert next_one.ask()
 
 
 def test_the_silent_and_the_last_one_get_their_threads_back_and_the_loop_ends(
