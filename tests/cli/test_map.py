@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.cli import map as command
+from lamina.cli import map_json
 from lamina.cli.main import main
 from lamina.extents import Extents
 from tests.conftest import Qemu
@@ -173,11 +174,17 @@ class _File:
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 1 << 50), st.integers(0, 15), st.integers(0, 70), st.integers(-1, 1 << 60)),
+        st.tuples(
+            st.integers(1, 1 << 50) | st.sampled_from([1, 9, 10, 9_999, 10_000, 100_000_000]),
+            st.integers(0, 15),
+            st.integers(0, 70),
+            st.integers(-1, 1 << 60) | st.sampled_from([-1, 0, 9, 10_000, 10_010_000, 1 << 61]),
+        ),
         max_size=20,
-    )
+    ),
+    st.sampled_from([1, 3, 4096]),
 )
-def test_every_kind_of_row_is_json_of_what_it_says(rows: list[tuple[int, int, int, int]]) -> None:
+def test_every_kind_of_row_is_json_of_what_it_says(rows: list[tuple[int, int, int, int]], batch: int) -> None:
     lengths = [row[0] for row in rows]
     starts = [sum(lengths[:number]) for number in range(len(rows))]
     flags, depths, offsets = ([row[column] for row in rows] for column in (1, 2, 3))
@@ -190,7 +197,9 @@ def test_every_kind_of_row_is_json_of_what_it_says(rows: list[tuple[int, int, in
             yield made
 
     out = io.BytesIO()
-    command._write_json(pieces(), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(map_json, "_ROWS", batch)
+        map_json.write(pieces(), out, compression=True)
     told = json.loads(out.getvalue())
     assert len(told) == len(made)
     for row, extent in zip(told, made, strict=True):

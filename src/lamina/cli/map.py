@@ -1,7 +1,4 @@
-"""`lamina map`: shows the status and location of the bytes of an image.
-
-Maps of a million rows are common, so the command formats a few thousand rows with one `%` operation.
-"""
+"""`lamina map`: shows the status and location of the bytes of an image."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import OptionError, UnsupportedFeature, printable
-from ..extents import COMPRESSED, DATA, PRESENT, ZERO, Extents
+from ..extents import Extents
 from ..jobs.windows import windows
 from ..limits import align_down, align_up
-from ..numeric import np
 from . import program
 from .arguments import Parser, open_image
+from .map_json import write as write_json
 
 if TYPE_CHECKING:
     from ..image import Image
@@ -33,10 +30,6 @@ _EXAMPLES = """
 Extents are rounded to the request alignment of the node: a block is data if any part of it is data, and zero if all of it is
 zero. --exact shows them without rounding.
 """
-
-#: The number of rows formatted at a time.
-_ROWS = 4096
-_FLAG_BITS = 4
 
 
 def main(argv: list[str]) -> int:
@@ -81,7 +74,12 @@ def main(argv: list[str]) -> int:
             return 0
         pieces = _joined(_pieces(image, args))
         if args.output == "json":
-            _write_json(pieces, sys.stdout.buffer, program.current.map_of_nothing(args.start_offset))
+            write_json(
+                pieces,
+                sys.stdout.buffer,
+                compression=program.current.maps_compression,
+                nothing=program.current.map_of_nothing(args.start_offset),
+            )
         else:
             _write_table(pieces, sys.stdout.buffer)
     return 0
@@ -146,44 +144,6 @@ def _joined(pieces: Iterator[Extents]) -> Iterator[Extents]:
             held = whole.clip(last, whole.end)
     if held is not None:
         yield held
-
-
-class _Templates(dict[int, str]):
-    """The format of a row by a code, which contains the flags, whether the row has an offset, and the depth."""
-
-    def __missing__(self, code: int) -> str:
-        flags, stored, depth = code & 15, code >> _FLAG_BITS & 1, code >> (_FLAG_BITS + 1)
-
-        def word(bit: int) -> str:
-            return "true" if flags & bit else "false"
-
-        text = (
-            f',\n{{ "start": %d, "length": %d, "depth": {depth}, "present": {word(PRESENT)}, "zero": {word(ZERO)}, '
-            f'"data": {word(DATA)}'
-        )
-        if program.current.maps_compression:
-            text += f', "compressed": {word(COMPRESSED)}'
-        # Every row has three numbers; %.0s consumes one and prints nothing.
-        self[code] = text + (', "offset": %d}' if stored else "%.0s}")
-        return self[code]
-
-
-def _write_json(pieces: Iterator[Extents], out: BinaryIO, nothing: str = "") -> None:
-    templates = _Templates()
-    before = b"["
-    for piece in pieces:
-        codes = piece.depth.astype(np.int64) << (_FLAG_BITS + 1) | (piece.offset >= 0) << _FLAG_BITS | piece.flags
-        numbers = np.column_stack((piece.start, piece.length, piece.offset))
-        for at in range(0, len(codes), _ROWS):
-            template = "".join(map(templates.__getitem__, codes[at : at + _ROWS].tolist()))
-            text = (template % tuple(numbers[at : at + _ROWS].ravel().tolist())).encode("ascii")
-            if before:
-                text = before + text.removeprefix(b",\n")
-                before = b""
-            out.write(text)
-    if before:
-        out.write(before + nothing.encode("ascii"))
-    out.write(b"]\n")
 
 
 def _write_table(pieces: Iterator[Extents], out: BinaryIO) -> None:
