@@ -185,7 +185,7 @@ def test_more_clients_than_may_be(tmp_path: Path) -> None:
     """T10: the limit on clients refuses who comes late, and lets in again when there is room."""
     with lamina.open({"driver": "memory", "size": MIB}) as image:
         here = tmp_path / "socket"
-        with Server([Export(image, "")], unix=str(here), clients=3) as server:
+        with Server([Export(image, "")], unix=str(here), clients=3, handshake_time=1.0) as server:
             first = [dial(here).begin("", "simple") for _ in range(3)]
             with dial(here) as late:
                 late.greet()

@@ -30,7 +30,7 @@ from ..nbd_load import (
     slow,
     until,
 )
-from ..nbd_raw import PATIENCE, Gone, Raw, dial, option_bytes
+from ..nbd_raw import PATIENCE, Gone, Raw, dial, info, option_bytes
 
 # -- many who dawdle
 
@@ -140,17 +140,46 @@ def test_a_good_client_gets_in_through_a_stampede(tmp_path: Path) -> None:
 
 
 def test_no_more_clients_than_may_be(tmp_path: Path) -> None:
-    with serving(tmp_path, fast(), clients=2) as (server, path), ExitStack() as stack:
+    with serving(tmp_path, fast(), clients=2, handshake_time=1.0) as (server, path), ExitStack() as stack:
         first, second = (stack.enter_context(dial(path)).begin("fast") for _ in range(2))
         with dial(path) as third, pytest.raises(Gone):
             third.begin("fast")
-        assert server.stats()["refused"] == 1
+        until(lambda: server.stats()["refused"] == 1, "it is not counted")
         assert first.read(0, 512) == second.read(0, 512) == content()[:512]
         second.disc()
         assert second.ended()
         until(lambda: server.stats()["transmitting"] == 1, "the second is counted for ever")
         with dial(path) as fourth:
             assert fourth.begin("fast").read(0, 512) == content()[:512]
+
+
+def test_a_client_that_finds_no_room_waits_for_one_that_leaves(tmp_path: Path) -> None:
+    """As scripts do with a server for one client: the next one comes before the server knows that the first one is gone."""
+    with serving(tmp_path, fast(), clients=1) as (server, path), dial(path) as first:
+        first.begin("fast")
+        leaving = threading.Timer(0.3, first.stream.close)
+        leaving.start()
+        with dial(path) as second:
+            assert second.begin("fast").read(0, 512) == content()[:512]
+        leaving.join()
+        assert server.stats()["refused"] == 0
+
+
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_a_client_that_waits_for_room_is_not_waited_for(tmp_path: Path, end: str) -> None:
+    with serving(tmp_path, fast(), clients=1, handshake_time=PATIENCE * 4) as (server, path), dial(path) as first:
+        first.begin("fast")
+        waiting = dial(path)
+        waiting.greet()
+        waiting.send_option(w.OPT_GO, info("fast"))
+        until(lambda: server.stats()["negotiating"] == 1, "it does not negotiate")
+        if end == "close":
+            waiting.stream.close()
+            until(lambda: server.stats()["negotiating"] == 0, "the server waits for one that is gone")
+        else:
+            server.close()
+            with waiting, suppress(Gone):  # it may get its reply, if the first one left before
+                waiting.stream.recv(1)
 
 
 def test_an_idle_client_is_put_out_and_a_busy_one_is_not(tmp_path: Path) -> None:

@@ -44,6 +44,10 @@ def make(path: Path, seed: int, kind: str = "zlib") -> bytes:
             data = (rng.randbytes(unit) * (length // unit + 1))[:length]
             image.write(at, data, compress=rng.random() < 0.8)
             content[at : at + length] = data
+        for number in rng.sample(range(COUNT - 1), COUNT // 3):  # so many are compressed, whatever came before
+            at, data = number * CLUSTER, rng.randbytes(CLUSTER // 8) * 8
+            image.write(at, data, compress=True)
+            content[at : at + CLUSTER] = data
         image.zero(CLUSTER, 2 * CLUSTER)
         content[CLUSTER : 3 * CLUSTER] = bytes(2 * CLUSTER)
     return bytes(content)

@@ -49,6 +49,8 @@ _SOME = 256
 _PIECE = 8
 #: The most requests of one client in the pool, and the most long ones among them.
 _IN_POOL, _LONG_ONES = 16, 2
+#: The interval in seconds at which a client that the server has no room for asks again.
+_FULL = 0.01
 #: The memory of one client: its receive buffer and its reply buffer.
 CLIENT_MEMORY: Final = RECEIVE_BUFFER + REPLY_BUFFER
 
@@ -57,7 +59,8 @@ class Connection:
     """A client. `run` serves it, in a thread of its own; other threads call `drain` and `close`.
 
     `view`: the exports, as this client may see them. `tls`: "off", "allow" or "require", with `context` for the handshake and
-    `admit(names)` to say whom TLS lets in. Transmission begins only if `admitted()` returns True.
+    `admit(names)` to say whom TLS lets in. Transmission begins when `admitted()` returns True,
+    which may be later, as clients leave; if it does not until the end of `handshake_time`, the client is refused.
     """
 
     def __init__(
@@ -94,8 +97,8 @@ class Connection:
         self._stall_time = stall_time
         self.activity = ClientActivity(self.begun, idle_time, stall_time)
         self._memory = memory
-        #: Whether the server let it into transmission.
-        self.admitted = False
+        #: Whether the server let it into transmission, or had no room for it until its negotiation had to end.
+        self.admitted = self.refused = False
         self._why: str | None = None
         self._admitted = admitted
         self._pool_of, self._loop = pool, loop
@@ -224,9 +227,14 @@ class Connection:
             negotiation.received(count)
 
     def _enter(self) -> None:
-        self.admitted = self._admitted()
-        if not self.admitted:
-            raise BlockIOError("the server has as many clients as it may have, or memory for")
+        # One that has just left may still be counted: its thread has not seen that it is gone.
+        while not self._admitted():
+            time.sleep(_FULL)
+            ends = self.closing or self.draining or self.is_gone()
+            if ends or time.monotonic() > self._deadline:
+                self.refused = True
+                raise BlockIOError("the server has as many clients as it may have, or memory for")
+        self.admitted = True
 
     def _keep_time(self) -> None:
         left = self._deadline - time.monotonic()

@@ -68,9 +68,9 @@ class Server:
     `tls`: "off", "allow" (clients may ask for it) or "require", with the `context` of `tls.server_context`; `allow`: names of
     certificates, one of which every client needs; they need `tls="require"` and a context that verifies clients.
 
-    `clients`: how many may be in transmission, and how many in negotiation, at a time. `handshake_time`: seconds for the
-    negotiation; `idle_time`: without a whole request; `stall_time`: in the middle of one, or without taking a reply; None is
-    any time.
+    `clients`: how many may be in transmission, and how many in negotiation, at a time; one that finds no room waits for it in
+    negotiation. `handshake_time`: seconds for the negotiation; `idle_time`: without a whole request; `stall_time`: in the
+    middle of one, or without taking a reply; None is any time.
     `memory_limit`: bytes of requests and replies of all clients together; a client takes 2 MiB of it, and more only while
     storage is slow and there is more. At most three quarters are for the former. By default there is enough for `clients`,
     and 256 MiB more.
@@ -419,6 +419,7 @@ class Server:
                 if connection.export is not None:
                     self._left(connection.export)
                 self._ended["connections"] += 1
+                self._ended["refused"] += connection.refused
                 for name, count in connection.counts.items():
                     self._ended[name] = self._ended.get(name, 0) + count
                 self._moves += 1
@@ -428,7 +429,6 @@ class Server:
     def _admit(self) -> bool:
         with self._mutex:
             if self._transmitting() >= self._clients or not self._clients_memory.take(CLIENT_MEMORY):
-                self._ended["refused"] += 1
                 return False
             self._served += 1
             return True
