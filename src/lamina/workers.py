@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import _thread
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -141,12 +142,19 @@ class Workers:
     def map(self, call: Callable[..., _T], items: Iterable[Any]) -> list[_T]:
         """call(item) for each item, with the results in the order of the items. Raises the error of the first failed one,
         when no call is in progress any more."""
+        with closing(self.results(call, items)) as found:
+            return list(found)
+
+    def results(self, call: Callable[..., _T], items: Iterable[Any]) -> Generator[_T, None, None]:
+        """The same, each result as soon as it and those before it are there. When this generator is closed, no call is in
+        progress."""
         tasks: list[Task[_T]] = []
         try:
             for item in items:
                 tasks.append(Task(call, item))
                 self.start(tasks[-1])
-            return [task.result() for task in tasks]
+            for task in tasks:
+                yield task.result()
         finally:
             for task in tasks:
                 task.cancel()

