@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv" / "pythons"
 #: Besides `testing`, which is necessary.
-EXTRAS = ("cli", "crypto", "fast")
+EXTRAS = ("cli", "crypto", "fast", "fsspec")
 #: Imports, warnings, start-up; the jobs; numbers and columns; threads, signals and forks; compression and encryption.
 SUBSET = (
     "tests/architecture/test_startup.py",
