@@ -17,6 +17,7 @@ from lamina.cli.personality import personality
 from lamina.cli.personality.grammar import IMG, Grammar
 from lamina.cli.personality.ordered import dump
 from lamina.errors import BlockIOError, LaminaError, OptionError, UnsupportedFeature
+from lamina.nbd.access_rules import AccessRules
 
 #: Makes this process a tool, in a version, until the end of the test.
 Become = Callable[..., program.Program]
@@ -175,41 +176,50 @@ def test_credentials_of_qemu_nbd() -> None:
     assert "--tls-psk-file=d/keys.psk" in found
     simple = "authz-simple,id=a,identity=CN=one,,O=two"
     found = translated("qemu-nbd", "--object", x509, "--object", simple, "--tls-creds=t", "--tls-authz=a", "disk")
-    assert "--tls-allow=CN=one,O=two" in found
+    assert '--tls-rules=json:{"rules": [{"match": "CN=one,O=two", "policy": "allow"}]}' in found
 
 
-def test_lists_of_clients_of_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_for_clients_of_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x509 = ["--object", "tls-creds-x509,id=t,endpoint=server,dir=/etc/pki", "--tls-creds=t", "--tls-authz=a", "disk"]
-    rules = "rules.0.match=CN=one,,O=two,rules.0.policy=allow,"
-    rules += "rules.1.match=CN=three,rules.1.policy=allow,rules.1.format=exact"
-    found = translated("qemu-nbd", "--object", f"authz-list,id=a,policy=deny,{rules}", *x509)
-    assert {"--tls-allow=CN=one,O=two", "--tls-allow=CN=three"} <= set(found)
+
+    def rules(text: str) -> AccessRules:
+        found = translated("qemu-nbd", "--object", text, *x509)
+        (word,) = [word for word in found if word.startswith("--tls-rules=")]
+        return AccessRules.from_text(word.partition("=")[2])
+
+    listed = "authz-list,id=a,policy=deny,rules.0.match=C=DE,,CN=one,rules.0.policy=allow,"
+    listed += "rules.1.match=*CN=t?o,rules.1.policy=allow,rules.1.format=glob"
+    names = ("CN=one,C=DE", "CN=two,C=DE", "CN=one", "CN=three")
+    assert [rules(listed).admits([name]) for name in names] == [True, True, False, False]
+    assert not rules("authz-list,id=a").admits(["CN=one"])
     path = tmp_path / "rules.json"
     path.write_text(json.dumps({"policy": "deny", "rules": [{"match": "CN=four", "policy": "allow"}]}))
-    found = translated("qemu-nbd", "--object", f"authz-list-file,id=a,filename={path},refresh=off", *x509)
-    assert "--tls-allow=CN=four" in found
-    (tmp_path / "none.json").write_text('{"policy": "deny", "rules": []}')
+    for refresh in ("", ",refresh=on", ",refresh=off"):
+        found = rules(f"authz-listfile,id=a,filename={path}{refresh}")
+        assert [found.admits([name]) for name in ("CN=four", "CN=five")] == [True, False], refresh
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setattr("lamina.named_file.PATIENCE", 0.1)  # a FIFO without a writer is waited for, but not for ever
     (tmp_path / "wrong.json").write_text("[" * 100_000)
     for refused in (
-        "authz-list,id=a",  # without rules nobody is admitted: not everybody
-        "authz-list,id=a,policy=allow",
-        "authz-list,id=a,rules.0.match=CN=*,rules.0.policy=allow,rules.0.format=glob",
-        "authz-list,id=a,rules.0.match=CN=one,rules.0.policy=deny",
+        "authz-list,id=a,policy=maybe",
+        "authz-list,id=a,rules.0.match=CN=one",
         "authz-list,id=a,rules.0.policy=allow",
+        "authz-list,id=a,rules.0.match=x,rules.0.policy=allow,rules.0.format=regex",
+        "authz-list,id=a,rules.0.match=x,rules.0.policy=allow,rules.0.other=1",
         "authz-list,id=a,rules=x",
-        f"authz-list-file,id=a,filename={path}",
-        f"authz-list-file,id=a,filename={tmp_path}/none.json,refresh=no",
-        f"authz-list-file,id=a,filename={tmp_path}/wrong.json,refresh=no",
-        f"authz-list-file,id=a,filename={tmp_path}/missing.json,refresh=no",
-        f"authz-list-file,id=a,filename={tmp_path}/fifo,refresh=no",
-        "authz-list-file,id=a",
+        "authz-list,id=a,other=1",
+        f"authz-listfile,id=a,filename={path},refresh=maybe",
+        f"authz-listfile,id=a,filename={tmp_path}/wrong.json,refresh=no",
+        f"authz-listfile,id=a,filename={tmp_path}/missing.json,refresh=no",
+        f"authz-listfile,id=a,filename={tmp_path}/missing.json",
+        f"authz-listfile,id=a,filename={tmp_path}/fifo,refresh=no",
+        "authz-listfile,id=a",
         "authz-simple,id=a",
+        "authz-simple,id=a,identity=x,other=1",
         "authz-pam,id=a,service=x",
     ):
         with pytest.raises(LaminaError):
-            translated("qemu-nbd", "--object", refused, *x509)
+            rules(refused)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,6 @@ def test_lists_of_clients_of_qemu_nbd(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ["-c", "/dev/nbd0", "disk"],
         ["-d", "/dev/nbd0"],
-        ["--selinux-label=x", "disk"],
         [],
         ["a", "b"],
         ["-L", "disk"],

@@ -13,16 +13,19 @@ from typing import NamedTuple
 
 import pytest
 
+from lamina.cli.personality import personality
 from lamina.filters.delay import Delay
 from lamina.image import Image
 from lamina.limits import KIB, MIB
 from lamina.nbd import Export, Server
+from lamina.nbd.access_rules import AccessRules
 from lamina.nbd.tls import allow_list, server_context
 from lamina.request import Child
 from lamina.storage.memory import MemoryStorage
 from tests.certificates import CLIENT_SUBJECT, write_certificates
 from tests.conftest import NbdTools, Qemu
 from tests.nbd_load import Disk, disks, exports_of, nothing_left, until
+from tests.nbd_peers import running
 
 #: Disks that are played through everything, the fine and the coarse one; plain connections play them all.
 CLIENTS = ("qemu7", "qemu10", "nbd_tools", "nbd_tools_new")
@@ -259,3 +262,47 @@ def test_replies_of_many_threads_under_tls(libnbd: NbdTools, pki: Pki, tmp_path:
             words = ("--connections=1", "--requests=64", f"--request-size={size}", uri, tmp_path / "copy")
             libnbd.run("nbdcopy", *words)
             assert (tmp_path / "copy").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("rules", "admitted"),
+    [
+        ("authz-simple,id=a,identity=C=DE,,O=Lamina tests,,CN=client", True),
+        ("authz-simple,id=a,identity=CN=client,,O=Lamina tests,,C=DE", False),
+        ("authz-list,id=a", False),
+        ("authz-list,id=a,policy=allow", True),
+        ("authz-list,id=a,rules.0.match=C=DE*,rules.0.policy=allow,rules.0.format=glob", True),
+        ("authz-list,id=a,rules.0.match=*CN=[c]lient,rules.0.policy=allow,rules.0.format=glob", False),
+        ("authz-list,id=a,policy=allow,rules.0.match=*O=Lamina*,rules.0.policy=deny,rules.0.format=glob", False),
+    ],
+)
+def test_rules_admit_whom_qemu_nbd_admits(qemu: Qemu, pki: Pki, rules: str, admitted: bool, tmp_path: Path) -> None:
+    """The same objects of a command line, for the peer's server and for ours."""
+    credentials = f"tls-creds-x509,id=t,endpoint=server,dir={pki.good},verify-peer=on"
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    words = ["--object", credentials, "--object", rules, "--tls-creds", "t", "--tls-authz", "a"]
+    (word,) = [each for each in personality("qemu-nbd", {}).command_line([*words, "disk"]) if "--tls-rules" in each]
+    (tmp_path / "ours").mkdir()
+    with (
+        disks(tmp_path / "ours") as found,
+        Server(
+            exports_of(found),
+            host="127.0.0.1",
+            port=0,
+            tls="require",
+            context=server_context(pki.good, verify_peer=True),
+            allow=AccessRules.from_text(word.partition("=")[2]),
+        ) as server,
+    ):
+        port = server.uris[0].rpartition("/")[0].rpartition(":")[2]
+        client = f"tls-creds-x509,id=t,dir={pki.good},endpoint=client"
+        target = f"driver=nbd,export=raw,server.type=inet,server.host=localhost,server.port={port},tls-creds=t"
+        done = qemu.img("info", "--object", client, "--image-opts", target, check=False)
+        assert (done.returncode == 0) is admitted, done.stderr
+    place = tmp_path / "theirs"
+    program = qemu.peer.qemu_img.replace("qemu-img", "qemu-nbd")
+    with running([program, *words, "-t", "-r", "-f", "raw", "-k", place, disk], place):
+        target = f"driver=nbd,server.type=unix,server.path={place},tls-creds=t,tls-hostname=localhost"
+        done = qemu.img("info", "--object", client, "--image-opts", target, check=False)
+        assert (done.returncode == 0) is admitted, done.stderr

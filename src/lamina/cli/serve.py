@@ -23,11 +23,13 @@ from .daemon import PidFile, fork_to_background, inherited_sockets
 from .ending import Ending
 from .io.target import AIO_MODES, CACHE_MODES, DISCARD_MODES, Target, choose
 from .serve_folder import folder_of
+from .socket_label import new_sockets_labelled
 
 if TYPE_CHECKING:
     import ssl
 
     from ..image import Image
+    from ..nbd.access_rules import AccessRules
     from ..nbd.server import Server
     from ..nbd.server.exports import Folder, RestrictedExport
 
@@ -98,6 +100,7 @@ def _parser() -> Parser:
     where.add_argument("-k", "--socket", metavar="PATH", help="a Unix socket, created with mode 0600")
     where.add_argument("-p", "--port", type=_port, help="a TCP port (default: 10809; 0: any free one)")
     where.add_argument("-b", "--bind", metavar="ADDRESS", help="the address to listen on (default: localhost)")
+    where.add_argument("--selinux-label", metavar="LABEL", help="the label of the Unix socket, where SELinux is in use")
     where.add_argument("--insecure", action="store_true", help="accept clients of other hosts without TLS")
     what = parser.add_argument_group("what")
     parser.add_format("-f", "--format", dest="format", help="format of the images (default: detected)")
@@ -186,6 +189,9 @@ def _parser() -> Parser:
     tls.add_argument(
         "--tls-allow", action="append", metavar="NAME", help="accept certificates with this name; repeatable"
     )
+    tls.add_argument(
+        "--tls-rules", metavar="RULES", help="rules for the subjects of certificates: a JSON file, or json:{...}"
+    )
     tls.add_argument("--tls-psk-file", metavar="PATH", help="file of pre-shared keys, with USER:HEX in each line")
     parser.add_access()
     parser.add_output()
@@ -193,7 +199,7 @@ def _parser() -> Parser:
     parser.add_later("-d", "--disconnect", "attaching a device needs the kernel's client: use nbd-client")
     parser.add_later("-L", "--list", "use lamina info --list URI")
     parser.add_later("--tls-creds", "use --tls-certificates DIR", metavar="ID")
-    parser.add_later("--tls-authz", "use --tls-allow NAME", metavar="ID")
+    parser.add_later("--tls-authz", "use --tls-rules FILE, or --tls-allow NAME", metavar="ID")
     parser.add_argument("filenames", metavar="FILE", nargs="*", help="an image; may be repeated")
     return parser
 
@@ -212,11 +218,15 @@ def _agree(args: Namespace) -> None:
         raise OptionError("--folder serves files, not options", hint="omit --image-opts")
     if args.folder and not args.filenames and (args.export_name is not None or args.description):
         raise OptionError("the exports of --folder have the names of their files", hint="omit -x and -D")
+    if args.selinux_label is not None and args.socket is None:
+        raise OptionError("--selinux-label is the label of a Unix socket", hint="give the socket with -k")
     if args.tls_certificates and args.tls_psk_file:
         raise OptionError("certificates and pre-shared keys exclude each other", hint="give one of them")
     if args.tls_verify_peer and not args.tls_certificates:
         raise OptionError("clients cannot be verified without certificates", hint="add --tls-certificates DIR")
-    if args.tls_allow and not args.tls_verify_peer:
+    if args.tls_allow and args.tls_rules is not None:
+        raise OptionError("names and rules for certificates exclude each other", hint="give one of them")
+    if (args.tls_allow or args.tls_rules is not None) and not args.tls_verify_peer:
         raise OptionError("a list of names requires verified certificates", hint="add --tls-verify-peer")
 
 
@@ -379,7 +389,7 @@ def _files(node: Node) -> Iterator[tuple[int, int]]:
 
 def _tls(
     args: Namespace, restricted: list[RestrictedExport]
-) -> tuple[str, ssl.SSLContext | None, frozenset[str] | None]:
+) -> tuple[str, ssl.SSLContext | None, frozenset[str] | AccessRules | None]:
     credentials = args.tls_certificates or args.tls_psk_file
     mode = args.tls or ("require" if credentials else "off")
     if (mode == "off") != (not credentials):
@@ -397,9 +407,12 @@ def _tls(
             "clients without a key could connect without TLS",
             hint="require TLS (--tls require), or set tls-only=on for each export to protect",
         )
+    from ..nbd.access_rules import AccessRules
     from ..nbd.tls import allow_list, server_context
 
     context = server_context(args.tls_certificates, verify_peer=args.tls_verify_peer, psk_file=args.tls_psk_file)
+    if args.tls_rules is not None:
+        return mode, context, AccessRules.from_text(args.tls_rules)
     return mode, context, allow_list(args.tls_allow) if args.tls_allow else None
 
 
@@ -409,7 +422,7 @@ def _server(
     folder: Folder | None,
     mode: str,
     context: ssl.SSLContext | None,
-    allow: frozenset[str] | None,
+    allow: frozenset[str] | AccessRules | None,
     sockets: list[socket.socket],
 ) -> Server:
     from ..nbd.server import Server
@@ -420,23 +433,24 @@ def _server(
     port = args.port
     if port is None and (args.bind is not None or not (args.socket or sockets)):
         port = PORT
-    return Server(
-        restricted,
-        folder=folder,
-        unix=args.socket,
-        host=args.bind,
-        port=port,
-        sockets=sockets,
-        tls=mode,
-        context=context,
-        allow=allow,
-        insecure=args.insecure,
-        clients=args.shared,
-        handshake_time=args.handshake_limit,
-        idle_time=args.idle_limit,
-        stall_time=args.stall_limit,
-        memory_limit=args.memory_limit,
-    )
+    with new_sockets_labelled(args.selinux_label):
+        return Server(
+            restricted,
+            folder=folder,
+            unix=args.socket,
+            host=args.bind,
+            port=port,
+            sockets=sockets,
+            tls=mode,
+            context=context,
+            allow=allow,
+            insecure=args.insecure,
+            clients=args.shared,
+            handshake_time=args.handshake_limit,
+            idle_time=args.idle_limit,
+            stall_time=args.stall_limit,
+            memory_limit=args.memory_limit,
+        )
 
 
 def _announce(args: Namespace, server: Server, restricted: list[RestrictedExport], folder: Folder | None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from errno import EACCES, ECONNRESET, EPROTO, ETIMEDOUT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BlockIOError, LaminaError, OptionError, UnsupportedFeature
 from ..named_file import read_named
 from ..options import shown
+from .access_rules import AccessRules
 from .uri import Target
 
 if TYPE_CHECKING:
@@ -110,12 +111,15 @@ def client_context(target: Target) -> tuple[ssl.SSLContext, str | None]:
     return context, name.partition("%")[0] if name and ":" in name else name
 
 
-def allowed(names: Iterable[str], allow: Collection[str] | None) -> bool:
-    """Whether one of a peer's verified `names` is in the list `allow`; None allows everybody, an empty list nobody.
+def allowed(names: Sequence[str], allow: Collection[str] | AccessRules | None) -> bool:
+    """Whether one of a peer's verified `names` is in the list `allow`, or rules admit them; None allows everybody, and
+    an empty list nobody.
 
-    Names are compared whole: no prefixes, patterns or suffixes (CVE-2013-6410). Servers ask twice: with their own list
-    after the handshake, and with that of the export before it is opened.
+    Names of a list are compared whole: no prefixes, patterns or suffixes (CVE-2013-6410). Servers ask twice: with
+    their own list after the handshake, and with that of the export before it is opened.
     """
+    if isinstance(allow, AccessRules):
+        return allow.admits(names)
     return allow is None or any(name in allow for name in names)
 
 

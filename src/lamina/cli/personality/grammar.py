@@ -128,7 +128,7 @@ IO = Grammar(
 NBD = Grammar(
     _IMAGE
     + """~version,V port,p= bind,b= socket,k= shared,e= persistent,t verbose,v export-name,x= description,D= offset,o=
-    allocation-depth,A bitmap,B= list,L tls-creds= tls-authz= tls-hostname= ~trace,T= fork pid-file= ~selinux-label=
+    allocation-depth,A bitmap,B= list,L tls-creds= tls-authz= tls-hostname= ~trace,T= fork pid-file= selinux-label=
     connect,c= disconnect,d format,f= read-only,r snapshot,s load-snapshot,l= nocache,n cache= aio= discard=
     detect-zeroes= handshake-limit="""
 )

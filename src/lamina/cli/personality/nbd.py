@@ -11,7 +11,7 @@ from urllib.parse import quote
 from ...crypto.credentials import KINDS, Credentials, parse
 from ...errors import OptionError, UnsupportedFeature, UsageError, printable
 from ...options import parse_keyval
-from .authz import allowed_names
+from .authz import client_rules
 from .grammar import NBD, Found
 from .tool import Tool
 
@@ -26,14 +26,13 @@ _FLAGS = (
 #: Options that mean the same to `lamina serve`, which has them under the same names.
 _SAME = (
     *("export-name", "description", "offset", "pid-file", "format", "load-snapshot", "aio", "detect-zeroes"),
-    *("socket", "handshake-limit", "bitmap"),
+    *("socket", "handshake-limit", "bitmap", "selinux-label"),
 )
 _SAME_FLAGS = ("persistent", "fork", "verbose", "allocation-depth", "snapshot", "image-opts")
-#: Options that need the kernel, or a policy of the system.
+#: Options that need the kernel.
 _MISSING = {
     "connect": "devices of the kernel are not supported: use nbd-client",
     "disconnect": "devices of the kernel are not supported: use nbd-client",
-    "selinux-label": "labels of sockets are not supported: set the context of the process (runcon)",
 }
 #: The version that knows extended headers, and the flag of an export that belongs to them.
 _EXTENDED = (8, 2)
@@ -195,6 +194,5 @@ def _security(found: Found) -> list[str]:
                 *(["--tls-verify-peer"] if credentials.verify else []),
             ]
     if (name := found.last("tls-authz")) is not None:
-        given = _named(found, name, "--tls-authz")
-        words += [f"--tls-allow={allowed}" for allowed in allowed_names(given)]
+        words.append(f"--tls-rules={client_rules(_named(found, name, '--tls-authz'))}")
     return words

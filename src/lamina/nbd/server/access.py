@@ -10,6 +10,7 @@ from ...errors import Hint, OptionError
 if TYPE_CHECKING:
     import ssl
 
+    from ..access_rules import AccessRules
     from .exports import RestrictedExport
 
 _VERIFY = Hint(
@@ -21,7 +22,7 @@ _VERIFY = Hint(
 def check_access(
     tls: str,
     context: ssl.SSLContext | None,
-    allow: Collection[str] | None,
+    allow: Collection[str] | AccessRules | None,
     restricted: Iterable[RestrictedExport],
     *,
     folder: bool,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import ssl
 
     from ...image import Image
+    from ..access_rules import AccessRules
 
 log = logging.getLogger("lamina.nbd")
 
@@ -66,7 +67,8 @@ class Server:
     already (socket activation).
 
     `tls`: "off", "allow" (clients may ask for it) or "require", with the `context` of `tls.server_context`; `allow`: names of
-    certificates, one of which every client needs; they need `tls="require"` and a context that verifies clients.
+    certificates, one of which every client needs, or rules for the subjects of certificates; either needs `tls="require"`
+    and a context that verifies clients.
 
     `clients`: how many may be in transmission, and how many in negotiation, at a time; one that finds no room waits for it in
     negotiation. `handshake_time`: seconds for the negotiation; `idle_time`: without a whole request; `stall_time`: in the
@@ -92,7 +94,7 @@ class Server:
         sockets: Sequence[socket.socket] = (),
         tls: str = "off",
         context: ssl.SSLContext | None = None,
-        allow: Collection[str] | None = None,
+        allow: Collection[str] | AccessRules | None = None,
         insecure: bool = False,
         clients: int = 100,
         handshake_time: float = 10.0,
