@@ -9,7 +9,7 @@ that it supports, and no others. `raw` derives from `Format` itself; a format th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from . import registry
@@ -173,6 +173,12 @@ class Format(Node):
         (`limits.zero_alignment`), but for the end of the disk. No request runs at the same time. Raises NotSupported before
         any change if the format cannot represent the result."""
         raise self._at(self.refusal("stores zeros like other bytes"))
+
+    def pack(self) -> Iterator[int]:
+        """Move what the end of the file stores into free space before it, so that `trim` can make the file shorter. Each step
+        of the iterator moves some, and gives the number of bytes. No request runs during a step; between two steps other
+        users may read and write. No byte of the disk changes. ENOSPC where the file system has no storage for a copy."""
+        return iter(())
 
     def trim(self) -> None:
         """Give back what nothing in the file uses: its end, and holes in place of free space. No request runs at the same

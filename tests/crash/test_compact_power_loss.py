@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lamina.formats.qcow2 import packing
 from lamina.formats.qcow2.driver import Qcow2
+from lamina.formats.qcow2.packing import Packing
 from lamina.graph import Opener
 from lamina.image import Image
 from lamina.jobs import in_place
@@ -49,6 +51,10 @@ class CompactWork:
         self.backing = rng.randbytes(size // 2 & -512) if backed else None
         node = Recorder(fresh(options, size))
         with open_on(node, read_only=False, backing=self.backing) as image:
+            if rng.random() < 0.5:  # free space before data, which is moved there
+                image.write(0, rng.randbytes(size))
+                image.discard(0, size // 2 & -options.get("cluster_size", 65536))
+                image.flush()
             snapshot = rng.random() < 0.3
             for number in range(rng.randrange(3, 12)):
                 at = rng.randrange(size // 512) * 512
@@ -103,12 +109,25 @@ class CompactWork:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "STEP", 16 << 10)
+    monkeypatch.setattr(packing, "_COPY", 4 << 10)
     monkeypatch.setattr(in_place, "PART", 64 << 10)
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=lambda options: ",".join(map(str, options.values())))
-def test_no_power_cut_changes_a_byte_of_the_guest(options: dict[str, Any], seed: int) -> None:
-    states = workloads = 0
+def test_no_power_cut_changes_a_byte_of_the_guest(
+    options: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = workloads = moved = 0
+    real = Packing.step
+
+    def step(self: Packing) -> int:
+        nonlocal moved
+        done = real(self)
+        moved += done
+        return done
+
+    monkeypatch.setattr(Packing, "step", step)
 
     def examine(content: bytes, state: CrashState) -> None:
         nonlocal states
@@ -122,6 +141,7 @@ def test_no_power_cut_changes_a_byte_of_the_guest(options: dict[str, Any], seed:
         print(f"workload {workloads} of LAMINA_SEED={seed}")
         record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8)).examine(examine)
         workloads += 1
+    assert moved, "no workload has free space before data"
     evidence.count("crash states", states)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from errno import ENOSPC
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import CorruptImage, Hint, NotSupported, UnsupportedFeature
+from ..errors import BlockIOError, CorruptImage, Hint, NotSupported, UnsupportedFeature
 from ..extents import DATA, PRESENT
 from ..format import Format
 from ..format_node import FormatNode
@@ -46,8 +47,9 @@ class Compacted(NamedTuple):
 
 def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | None = None) -> Compacted:
     """Free what the image does not need: clusters that are leaked, blocks of data that are all zero, storage that is reserved
-    for zeros, free space inside the file, and its end. Blocks that snapshots use as well stay, and so do zeros in a qcow2
-    image of version 2 over a backing file. The bytes of the disk stay the same, at any moment, and so do dirty bitmaps.
+    for zeros, and free space inside the file: data from its end is moved there, the file is cut off behind what is left, and
+    the rest becomes holes. Blocks that snapshots use as well stay, and so do zeros in a qcow2 image of version 2 over a
+    backing file. The bytes of the disk stay the same, at any moment, and so do dirty bitmaps.
 
     `parallel`: the number of threads that read, 1 to 16; None: two, or 8 if a file is remote. Other users may read and write
     meanwhile.
@@ -70,6 +72,7 @@ def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
         except NotSupported as error:
             node.warn("blocks of zeros stay stored: %s", error)
         own.flush()
+        _pack(own, node, watch)
         with suppress(UnsupportedFeature):  # a format without free space
             own.root.alone("gives back free space", node.trim)
         own.flush()
@@ -92,6 +95,17 @@ def _free_leaks(node: Format) -> int:
     if report.leaks:
         node.repair("leaks")
     return report.leaks
+
+
+def _pack(own: Image, node: Format, watch: Monitor) -> None:
+    steps = node.pack()
+    try:
+        while own.root.alone("moves data", next, steps, None) is not None:
+            watch.check()
+    except BlockIOError as error:
+        if error.errno != ENOSPC:
+            raise
+        node.warn("some data stays at the end of the file, since the file system is full")
 
 
 def _extent_of(node: Format) -> tuple[int, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from errno import ENOSPC
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BlockIOError, LimitExceeded
@@ -16,6 +17,7 @@ from .l2_entry import own_cluster
 if TYPE_CHECKING:
     from .bitmaps import Bitmaps
     from .header import Header
+    from .packing import Packing
     from .refcounts import Refcounts
     from .tables import Tables
 
@@ -61,6 +63,30 @@ class Trimmable(FormatNode):
             table = mappings.table(which)
             if table is not None and table.own and own_cluster(table.entries[index]):
                 yield at, min(size, offset + length - at)
+
+    def pack(self) -> Iterator[int]:
+        require_writable(self, "trim")
+        packing = self.ranges.exclusive(0, MAX_SIZE, self._packing)
+        while not packing.done:
+            yield self.ranges.exclusive(0, MAX_SIZE, self._pack, packing)
+
+    def _packing(self) -> Packing:
+        from .packing import Packing
+
+        self.flush()
+        self.tables.settle()
+        if not self.header.external_data:
+            self.tables.changing(self._unlink_empty)
+            self.tables.settle()
+        moves_data = not self.header.external_data and self.header.crypt_method != 2
+        packing: Packing = self.tables.changing(partial(Packing, moves_data=moves_data), self.tables)
+        return packing
+
+    def _pack(self, packing: Packing) -> int:
+        moved: int = self.tables.changing(packing.step)
+        self.flush()
+        self.tables.settle()
+        return moved
 
     def trim(self) -> None:
         require_writable(self, "trim")
