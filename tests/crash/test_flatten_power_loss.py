@@ -17,16 +17,13 @@ from lamina.formats.qcow2.header import Header
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.request import Child
-from lamina.testing.image_checks import check_recovers, check_whole
-from lamina.testing.persistence import Bounds, CrashState, Persistence
-from lamina.testing.power_loss import PowerLossFailure, record
+from lamina.testing.image_checks import check_whole
+from lamina.testing.persistence import CrashState
 from lamina.testing.recorder import Marks, Recorder
-from tests import evidence
 
-from .workloads import fresh, open_on
+from .workloads import examine_workloads, fresh, is_noticed_without_flushes, open_on
 
 STATES = int(os.environ.get("LAMINA_CRASH_STATES", "36000")) // 60
-RECOVERED_EVERY = 20
 GEOMETRIES: list[dict[str, Any]] = [
     {"cluster_size": 512, "refcount_bits": 16},
     {"cluster_size": 1024, "compat": "0.10"},
@@ -75,14 +72,16 @@ class FlattenWork:
 
     def opened(self, content: bytes) -> Any:
         node = Recorder(content)
-        named = Header.read(Child(Recorder(content), "file")).backing_file is not None
-        backing = bytes(self.backing) if named else None
-        return named, lambda *, read_only: open_on(node, read_only=read_only, backing=backing)
+        backing = bytes(self.backing) if self.named(content) else None
+        return lambda *, read_only: open_on(node, read_only=read_only, backing=backing)
+
+    def named(self, content: bytes) -> bool:
+        """Whether the header names the backing file."""
+        return Header.read(Child(Recorder(content), "file")).backing_file is not None
 
     def verify(self, content: bytes, state: CrashState) -> None:
-        named, opened = self.opened(content)
-        assert not (named and state.durable)
-        with opened(read_only=True) as image:
+        assert not (self.named(content) and state.durable)
+        with self.opened(content)(read_only=True) as image:
             check_whole(image)
             assert image.read(0, image.size) == self.disk
 
@@ -94,31 +93,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=lambda options: ",".join(map(str, options.values())))
 def test_no_power_cut_changes_a_byte_of_the_guest(options: dict[str, Any], seed: int) -> None:
-    states = workloads = 0
-
-    def examine(content: bytes, state: CrashState) -> None:
-        nonlocal states
-        work.verify(content, state)
-        states += 1
-        if states % RECOVERED_EVERY == 0:
-            check_recovers(work.opened(content)[1])
-
-    while states < STATES:
-        work = FlattenWork(random.Random(f"{seed}/{options}/{workloads}"), options)
-        print(f"workload {workloads} of LAMINA_SEED={seed}")
-        record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8)).examine(examine)
-        workloads += 1
-    evidence.count("crash states", states)
+    examine_workloads(lambda rng: FlattenWork(rng, options), STATES, name=options, seed=seed)
 
 
-def test_the_reference_must_not_go_before_the_copies_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_must_not_go_before_the_copies_are_stored() -> None:
     """Over storage whose flushes do nothing the harness finds states in which the disk has changed."""
-    work = FlattenWork(random.Random(7), {"cluster_size": 4096})
-
-    def unordered(storage: Recorder, marks: Marks) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(storage, "flush", lambda: None)
-            work(storage, Marks(Recorder()))
-
-    with pytest.raises(PowerLossFailure):
-        record(unordered, start=work.start, model=Persistence.P4, bounds=Bounds(at_cut=8)).examine(work.verify)
+    assert is_noticed_without_flushes(FlattenWork(random.Random(7), {"cluster_size": 4096}))

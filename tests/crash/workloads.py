@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import pytest
 
 from lamina.creation import create_driver
 from lamina.formats.qcow2 import layout as q
@@ -14,8 +17,10 @@ from lamina.image import Image
 from lamina.request import Child
 from lamina.testing.disk_history import DiskHistory
 from lamina.testing.image_checks import Verdict, check_agrees, check_recovers, check_whole
-from lamina.testing.persistence import SECTOR, CrashState
+from lamina.testing.persistence import SECTOR, Bounds, CrashState, Persistence
+from lamina.testing.power_loss import PowerLossFailure, record
 from lamina.testing.recorder import Marks, Recorder
+from tests import evidence
 from tests.two_files import ROOM, image_behind_data_file, two_files
 
 #: One state of so many is opened for writing and used.
@@ -165,6 +170,54 @@ class Work:
             assert disk[:length] == content[:length], "the raw data file is not the disk"
         begun = state.begun[-1] if state.begun else 0
         self.history.check(disk, begun, state.durable[-1] if state.durable else 0)
+
+
+class Workload(Protocol):
+    """Work on an image whose disk never changes: a function for `record`."""
+
+    #: The content of the storage before it.
+    start: bytes
+
+    def __call__(self, storage: Recorder, marks: Marks) -> None: ...
+
+    def verify(self, content: bytes, state: CrashState) -> None: ...
+
+    def opened(self, content: bytes) -> Any:
+        """How the image in `content` is opened, again and again."""
+
+
+def examine_workloads(make: Callable[[random.Random], Workload], states: int, *, name: object, seed: int) -> None:
+    """Verify at least so many states of random workloads; every 20th is opened for writing and used."""
+    examined = workloads = 0
+
+    def examine(content: bytes, state: CrashState) -> None:
+        nonlocal examined
+        work.verify(content, state)
+        examined += 1
+        if examined % RECOVERED_EVERY == 0:
+            check_recovers(work.opened(content))
+
+    while examined < states:
+        work = make(random.Random(f"{seed}/{name}/{workloads}"))
+        print(f"workload {workloads} of LAMINA_SEED={seed}")
+        record(work, start=work.start, model=Persistence.P4, seed=seed, bounds=Bounds(at_cut=8)).examine(examine)
+        workloads += 1
+    evidence.count("crash states", examined)
+
+
+def is_noticed_without_flushes(work: Workload) -> bool:
+    """Whether the harness finds a wrong state where the flushes of the storage do nothing."""
+
+    def unordered(storage: Recorder, marks: Marks) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storage, "flush", lambda: None)
+            work(storage, Marks(Recorder()))
+
+    try:
+        record(unordered, start=work.start, model=Persistence.P4, bounds=Bounds(at_cut=8)).examine(work.verify)
+    except PowerLossFailure:
+        return True
+    return False
 
 
 class Examination:

@@ -21,23 +21,9 @@ from lamina.jobs import in_place
 from lamina.jobs.compact import Compacted, compact
 from lamina.jobs.progress import Monitor
 from lamina.storage.memory import MemoryStorage
+from tests.random_changes import change
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-def fill(image: Image, dice: random.Random, times: int) -> None:
-    for _ in range(times):
-        at = dice.randrange(image.size)
-        length = min(dice.choice([1, 512, 700, 4 * KIB, 20 * KIB, 64 * KIB, 300 * KIB]), image.size - at)
-        what = dice.randrange(6)
-        if what == 0:
-            image.zero(at, length, unmap=dice.random() < 0.5)
-        elif what in (1, 2):
-            image.write(at, bytes(length))
-        elif what == 3:
-            image.discard(at, length)
-        else:
-            image.write(at, dice.randbytes(1) * length)
 
 
 def states(path: Path, image: Image) -> list[bytes]:
@@ -85,10 +71,10 @@ def test_the_disk_stays_and_zeros_go(tmp_path_factory: pytest.TempPathFactory, s
     lamina.create(path, "qcow2", size, **options)
     with pytest.MonkeyPatch.context() as patch, lamina.open(path, format="qcow2", read_only=False) as image:
         patch.setattr(in_place, "PART", 64 * KIB)
-        fill(image, dice, dice.randrange(10))
+        change(image, dice, dice.randrange(10))
         if dice.random() < 0.4:
             image.create_snapshot("then")
-            fill(image, dice, dice.randrange(6))
+            change(image, dice, dice.randrange(6))
         if options.get("compat") is None:
             image.add_bitmap("b", 512)
         before = states(path, image)

@@ -17,23 +17,9 @@ from lamina.image import Image
 from lamina.jobs.flatten import flatten
 from lamina.jobs.progress import Monitor
 from lamina.storage.memory import MemoryStorage
+from tests.random_changes import change
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-def fill(image: Image, dice: random.Random, times: int) -> None:
-    for _ in range(times):
-        at = dice.randrange(image.size)
-        length = min(dice.choice([1, 512, 700, 4 * KIB, 20 * KIB, 64 * KIB, 300 * KIB]), image.size - at)
-        what = dice.randrange(5)
-        if what == 0:
-            image.zero(at, length, unmap=dice.random() < 0.5)
-        elif what == 1:
-            image.write(at, bytes(length))
-        elif what == 2:
-            image.discard(at, length)
-        else:
-            image.write(at, dice.randbytes(1) * length)
 
 
 def chain(folder: Path, dice: random.Random) -> Path:
@@ -54,7 +40,7 @@ def chain(folder: Path, dice: random.Random) -> Path:
             lamina.create(path, "qcow2", size, **options, **below)
         format = "raw" if path.read_bytes()[:4] != b"QFI\xfb" else "qcow2"
         with lamina.open(path, format=format, read_only=False) as image:
-            fill(image, dice, dice.randrange(8))
+            change(image, dice, dice.randrange(8))
         below = {"backing_file": path.name, "backing_fmt": format}
     return path
 

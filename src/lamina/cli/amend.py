@@ -19,10 +19,9 @@ def main(argv: list[str]) -> int:
         "-o", "--options", metavar="NAME=VALUE,...", action="append", help="the new options; -o help lists them"
     )
     parser.add_format("-f", "--format", dest="format", help="format of the image (default: detected)")
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
+    parser.add_progress()
     parser.add_argument("--force", action="store_true", help="erase the last key slot, too: the disk is lost")
     parser.add_cache("-t", "--cache", dest="cache", written=True)
-    parser.add_quiet()
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", nargs="?", help="the image")
     args = parser.parse(argv)

@@ -226,6 +226,11 @@ class Parser(argparse.ArgumentParser):
             "loaded),cache-bytes=SIZE,rows=NUMBER",
         )
 
+    def add_progress(self) -> None:
+        """Add -p and -q, for `terminal.Meter`."""
+        self.add_argument("-p", "--progress", action="store_true", help="show progress")
+        self.add_quiet()
+
     def add_quiet(self) -> None:
         self.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 

@@ -32,8 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_size(
         "-m", "--parallel", metavar="NUMBER", help="threads that read (1 to 16; default: 2, or 8 if a file is remote)"
     )
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
-    parser.add_quiet()
+    parser.add_progress()
     parser.add_output()
     parser.add_access()
     parser.add_argument("filename", metavar="FILE", help="the image")

@@ -103,8 +103,7 @@ def main(argv: list[str]) -> int:
     parser.add_cache("-T", "--source-cache", dest="source_cache", written=False)
     parser.add_rate()
     parser.add_max_output()
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
-    parser.add_quiet()
+    parser.add_progress()
     parser.add_size(
         "-m", "--parallel", metavar="NUMBER",
         help="requests of 2 MiB in flight (1 to 16; default: 1, or 8 if the source or the target is remote)",

@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
     parser.add_max_output()
     parser.add_timeout()
     parser.add_references()
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
-    parser.add_quiet()
+    parser.add_progress()
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="read a source that another program has open for writing"
     )

@@ -51,8 +51,7 @@ def main(argv: list[str]) -> int:
         help="create a qcow2 overlay over the first image with the differences (needs -f)",
     )  # fmt: skip
     parser.add_max_output()
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
-    parser.add_quiet()
+    parser.add_progress()
     parser.add_output()
     parser.add_access()
     parser.add_argument("names", metavar="FILE", nargs="+", help="the two images, or one with -l or --bitmap")

@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--allocation", action="store_true", help="read nothing: blocks whose equality is not known count as different"
     )
-    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
-    parser.add_quiet()
+    parser.add_progress()
     parser.add_access()
     parser.add_argument("names", metavar="FILE", nargs="+", help="the image, or two")
     args = parser.parse(argv)
