@@ -24,6 +24,12 @@ _DISCARDS = "freed clusters are discarded as far as the option discard of the no
 _CACHES = "the caches of tables have one size of their own"
 _THREADS = "requests run in threads"
 
+#: Options of the files of new images.
+_NEW_FILES = {
+    "nocow": PeerOption("files are copied on write as their folder says (chattr +C)", "bool"),
+    "extent_size_hint": PeerOption("the file system chooses the size of its extents", "size"),
+}
+
 #: Options by driver; "" stands for every driver.
 OPTIONS: dict[str, dict[str, PeerOption]] = {
     "": {
@@ -32,7 +38,9 @@ OPTIONS: dict[str, dict[str, PeerOption]] = {
         "throttling": PeerOption("it is a filter here: driver=throttle,image...."),
         "x-blockdev-change": PeerOption("graphs are edited by the library: Image.edit"),
     },
-    "qcow2": {
+    "raw": _NEW_FILES,
+    "qcow2": _NEW_FILES
+    | {
         "lazy-refcounts": PeerOption(_ONE_ORDER, "bool"),
         "pass-discard-request": PeerOption(_DISCARDS, "bool"),
         "pass-discard-snapshot": PeerOption(_DISCARDS, "bool"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina.cli import signals
 from lamina.cli.main import COMMANDS, main
 from lamina.version import __version__
 
@@ -147,6 +148,24 @@ def _raise(error: BaseException) -> Callable[[list[str]], int]:
         raise error
 
     return command
+
+
+def test_a_signal_that_other_code_turned_into_an_error_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where it strikes in the parser of options, whose clean-up then fails."""
+
+    def command(argv: list[str]) -> int:
+        monkeypatch.setattr(signals, "_received", int(signal.SIGTERM))
+        try:
+            raise signals.Interrupted(signal.SIGTERM)
+        finally:
+            raise AttributeError("no attribute")
+
+    monkeypatch.setattr("lamina.cli.check.main", command)
+    with pytest.raises(signals.Interrupted):
+        main(["check", "x"])
+    assert "bug" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

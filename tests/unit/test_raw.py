@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import lamina
 from lamina.errors import NotSupported, OptionError
 from lamina.formats.raw import Raw
 from lamina.graph import Opener, open_graph
@@ -153,3 +154,20 @@ def test_map_agrees_with_qemu(qemu: Any, tmp_path: Path) -> None:
     ]
     node.close()
     assert ours == theirs
+
+
+@pytest.mark.parametrize("how", ["off", "falloc", "full"])
+@pytest.mark.parametrize("size", [0, 1000, 3 << 20])
+def test_storage_that_a_new_disk_has(tmp_path: Path, how: str, size: int) -> None:
+    path = tmp_path / "disk"
+    lamina.create(path, "raw", size, preallocation=how, nocow="on", extent_size_hint="1M")
+    assert path.read_bytes() == bytes(size)
+    stored = path.stat().st_blocks * 512
+    assert stored == 0 if how == "off" else stored >= size
+
+
+def test_a_new_disk_has_no_metadata(tmp_path: Path) -> None:
+    for options in ({"preallocation": "metadata"}, {"nocow": "maybe"}, {"extent_size_hint": "x"}, {"nosuch": 1}):
+        with pytest.raises(OptionError):
+            lamina.create(tmp_path / "disk", "raw", 1000, **options)
+    assert not (tmp_path / "disk").exists()

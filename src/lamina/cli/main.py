@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None, *, imported: Callable[[], None] | None =
         print_error("out of memory; end other programs, or increase the memory limit (ulimit -v)")
         return _failure
     except Exception as error:
+        signals.check()  # it may have struck inside code that is not ours, whose clean-up then failed: no bug
         if debug or os.environ.get("LAMINA_DEBUG"):
             raise
         lost_output()

@@ -49,7 +49,19 @@ class Raw(Format):
             ),
         ],
     )
-    create_schema: ClassVar[Schema] = Schema("raw", [Option("size", "size", "the length of the disk in bytes")])
+    create_schema: ClassVar[Schema] = Schema(
+        "raw",
+        [
+            Option("size", "size", "the length of the disk in bytes"),
+            Option(
+                "preallocation",
+                "enum",
+                "storage that the file has from the beginning: reserved (falloc), or written (full)",
+                default="off",
+                choices=("off", "falloc", "full"),
+            ),
+        ],
+    )
     _guard: Guard | None = None  # of a disk whose format was only guessed
     # The edge to the storage emulates FUA.
     supported_flags = FUA
@@ -111,6 +123,7 @@ class Raw(Format):
         it is; OptionError if it is too small."""
         if storage.node.growable:
             storage.truncate(size)
+            _allocate(storage, 0, size, values.get("preallocation", "off"))
         elif size > storage.size:
             raise OptionError(
                 f"a disk of {size} bytes does not fit into the {storage.size} bytes of this device",
@@ -227,10 +240,7 @@ class Raw(Format):
             self.truncate(size)
         finally:
             sizes_changed()
-        if preallocation == "falloc" and size > old:
-            self.file.zero(self._offset + old, size - old)
-        for at in range(old, size, len(_ZEROS)) if preallocation == "full" else ():
-            self.file.write(self._offset + at, _ZEROS[: min(len(_ZEROS), size - at)])
+        _allocate(self.file, self._offset + old, self._offset + size, preallocation)
 
     def free_zeros(self, offset: int, length: int) -> int:
         self.file.zero(self._offset + offset, length, MAY_UNMAP | NO_FALLBACK)
@@ -288,3 +298,11 @@ class Raw(Format):
 
     def reads_zero(self, offset: int, length: int) -> bool:
         return self.file.reads_zero(self._offset + offset, length)
+
+
+def _allocate(file: Child, begin: int, end: int, how: str) -> None:
+    """Give the bytes between `begin` and `end`, which read as zeros, storage: "falloc" reserves it, "full" writes it."""
+    if how == "falloc" and begin < end:
+        file.zero(begin, end - begin)
+    for at in range(begin, end, len(_ZEROS)) if how == "full" else ():
+        file.write(at, _ZEROS[: min(len(_ZEROS), end - at)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...creation import create_driver
@@ -20,7 +20,11 @@ _ORDER = (
     *("encrypt.ivgen-alg", "encrypt.ivgen-hash-alg", "encrypt.hash-alg", "encrypt.iter-time"),
     *("cluster_size", "extended_l2", "preallocation", "compression_type", "size", "compat"),
     *("backing_file", "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits"),
+    *("nocow", "extent_size_hint"),
 )
+_ORDER_OF_RAW = ("size", "nocow", "preallocation", "extent_size_hint")
+#: The types of options that the formats here do not have.
+_OTHER_TYPES = {"encryption": "on|off", "nocow": "on|off", "extent_size_hint": "size"}
 #: The words for on and off.
 _SWITCHES = ("on", "off", "yes", "no", "true", "false", "y", "n")
 #: Options that the line shows even if nobody gave them.
@@ -52,7 +56,7 @@ def formatting(filename: str, format: str, options: Mapping[str, Any]) -> str:
     writes the line."""
     schema = create_driver(format).creation_schema()
     shown = {key: value for key, value in flatten(options).items() if key != "backing_unchecked"}
-    types = {name: kind for name, kind, *_ in schema.help()} | {"encryption": "on|off"}
+    types = {name: kind for name, kind, *_ in schema.help()} | _OTHER_TYPES
     try:
         path_in(filename)
         if "backing_file" in shown and "backing_unchecked" not in options:
@@ -63,14 +67,15 @@ def formatting(filename: str, format: str, options: Mapping[str, Any]) -> str:
             return ""
         for name in _ALWAYS.get(format, ()):
             shown.setdefault(name, schema[name].default)
-        words = [f"{key}={_text(types[key], shown[key])}" for key in sorted(shown, key=_rank)]
+        words = [f"{key}={_text(types[key], shown[key])}" for key in _sorted(shown, format)]
     except (LaminaError, KeyError):
         return ""  # `create` reports the error
     return f"Formatting '{filename}', fmt={format} {' '.join(words)}\n"
 
 
-def _rank(key: str) -> int:
-    return _ORDER.index(key) if key in _ORDER else len(_ORDER)
+def _sorted(keys: Iterable[str], format: str) -> list[str]:
+    order = _ORDER_OF_RAW if format == "raw" else _ORDER
+    return sorted(keys, key=lambda key: order.index(key) if key in order else len(order))
 
 
 def _text(type: str, value: Any) -> str:
