@@ -52,6 +52,8 @@ class Format(Node):
     #: Whether the image gets another backing file later, over which it reads the same: zeros that it is given meanwhile must
     #: read as zeros over any, and no bitmap records what it is given.
     backing_changes = False
+    #: Whether the format was detected, and not given.
+    probed = False
     #: The threads that encode and decode, after the first long request (see `coding`).
     coders: Workers | None = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from . import detection, lifecycle, references, registry
 from .errors import Hint, OptionError
@@ -21,6 +21,9 @@ from .references import Reference, Trail, Unopened
 from .request import Child
 from .root import Graph, Root
 from .schema import Option, Schema
+
+if TYPE_CHECKING:
+    from .format import Format
 
 #: Values of the options `detect-zeroes` and `discard`, and what they mean for a node.
 _ZEROES = {"off": None, "on": 0, "unmap": MAY_UNMAP}
@@ -288,7 +291,8 @@ class Opener:
         self.probed = found.format
         values = kind.schema.parse({**options, "file": storage})
         kind.schema.fill(values, options, usual)
-        node = cast(Node, kind.open(values, self))
+        node = cast("Format", kind.open(values, self))
+        node.probed = True
         node.given = kind.schema.told(values)
         return node
 

@@ -1,14 +1,15 @@
 """Descriptions and checks of images: `info`, `info_chain`, `check`, `explain`, `structures` and `explain_guest`, the public
 functions behind the commands.
 
-Each opens only the file of the image itself, `info_chain` and `explain_guest` excepted, and changes no byte.
+Each opens only the file of the image itself, `info_chain` and `explain_guest` excepted, and changes no byte. Of an image that
+is open, they look at the files that are open, while no request runs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from . import detection, registry
 from .errors import FormatError, Hint, OptionError, UnsupportedFeature, printable
@@ -26,17 +27,21 @@ from .results import ImageInfo
 if TYPE_CHECKING:
     from .check_result import CheckResult
     from .explanation import Explanation, Overview
+    from .image import Image
 
 #: What a caller wants of the file of an image while it is open: by the driver, the edge to the file and the options.
 _Look = Callable[[type[Format], Child, Mapping[str, Any]], Any]
-Source = str | os.PathLike[str] | Mapping[str, Any]
+#: An image: a path, a name with a prefix or nested options, as for `lamina.open`, or an image that is open.
+Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Image"
+_Result = TypeVar("_Result")
 
 
 def info(
     source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
 ) -> ImageInfo:
     """Describe the image from its header. Only its own file is opened, so `info` works for images that `open` refuses.
-    `source` as for `lamina.open`.
+    `source` is a path, a name or nested options as for `lamina.open`; or an open image, which stays open. What was written to
+    it is flushed first, requests of other threads wait meanwhile, and the other arguments are omitted.
 
     `format`: the default "probe" detects the format by its magic. The result is a guess (`ImageInfo.format_probed`): a guest
     can write any magic into its raw disk. `budget` bounds the images below a filter. `force_share`: take no file locks, and
@@ -45,7 +50,7 @@ def info(
     Raises OptionError, NotFound, BlockIOError, Locked, LimitExceeded, and FormatError if the file has no header of that
     format.
     """
-    return _info(_Where(named(source), None if format == "probe" else format, budget, force_share))[0]
+    return _describe(source, format, budget, force_share, lambda where: _info(where)[0])
 
 
 def info_chain(
@@ -56,11 +61,13 @@ def info_chain(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
 ) -> tuple[ImageInfo, ...]:
-    """Describe the image and each image below it, from top to bottom. `references` decides which files may be opened; the
-    default is that of `lamina.open`. Raises the errors of `info`, PolicyError, LimitExceeded if the chain is longer than
-    `budget.chain_depth`, CorruptImage if it contains itself, and FormatError if an image does not state the format below."""
-    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
-    return tuple(found for found, _ in _chain(where, references))
+    """Describe the image and each image below it, from top to bottom. `source` as for `info`. `references` decides which
+    files may be opened; the default is that of `lamina.open`. Below an open image are the images that are open. Raises the
+    errors of `info`, PolicyError, LimitExceeded if the chain is longer than `budget.chain_depth`, CorruptImage if it contains
+    itself, and FormatError if an image does not state the format below."""
+    return _describe(
+        source, format, budget, force_share, lambda where: tuple(found for found, _ in _chain(where, references))
+    )
 
 
 def check(
@@ -77,13 +84,18 @@ def check(
 
     `repair`: "leaks" frees clusters that nothing refers to, and "all" mends contradictions as well; the result then has what
     is left, and how much was mended. No byte that can be read changes, and a power cut leaves the old image, or the repaired
-    one.
+    one. An open image must be writable for that.
 
     Raises UnsupportedFeature if the format has no check, or if the image has a feature that would make every finding wrong;
     and the errors of opening.
     """
+    image = _open_image(source, format)
+    if image is not None:
+        if repair is not None:
+            image.root.edge.require_writable("repair")
+        return image.root.alone("checks the image", _check, image.node, repair, force_share)
     node = open_graph(
-        named(source),
+        named(source),  # type: ignore[arg-type]  # no open image
         format=format,
         budget=budget,
         force_share=force_share,
@@ -94,19 +106,23 @@ def check(
         policy=Policy.unchecked() if format == "probe" else None,
     )
     try:
-        if not isinstance(node, Format):
-            raise UnsupportedFeature(f"the driver {node.driver} has no check", path=node.filename)
-        if repair is not None:
-            before = node.repair(repair)
-            after = node.check().result(node.filename, node.driver)
-            return after._replace(
-                corruptions_fixed=max(before.corruptions - after.corruptions, 0),
-                leaks_fixed=max(before.leaks - after.leaks, 0),
-            )
-        writers = other_writers(node) if force_share else ()
-        return node.check().result(node.filename, node.driver)._replace(other_writers=writers)
+        return _check(node, repair, force_share)
     finally:
         node.close()
+
+
+def _check(node: Node, repair: Repair | None, force_share: bool) -> CheckResult:
+    if not isinstance(node, Format):
+        raise UnsupportedFeature(f"the driver {node.driver} has no check", path=node.filename)
+    if repair is not None:
+        before = node.repair(repair)
+        after = node.check().result(node.filename, node.driver)
+        return after._replace(
+            corruptions_fixed=max(before.corruptions - after.corruptions, 0),
+            leaks_fixed=max(before.leaks - after.leaks, 0),
+        )
+    writers = other_writers(node) if force_share else ()
+    return node.check().result(node.filename, node.driver)._replace(other_writers=writers)
 
 
 def _beside(storage: Child, force_share: bool) -> Iterator[str]:
@@ -119,6 +135,9 @@ def _chain(where: _Where, references: Policy | None, look: _Look | None = None) 
     """The description of the image, and of each image below it, with the result of `look`. Raises as `info_chain`."""
     found, host, seen = _info(where, look)
     yield found, seen
+    if where.node is not None:
+        yield from _chain_below(where.node, where, look)
+        return
     policy = references or (Policy.probed(found.format) if found.format_probed else Policy.default())
     budget, force_share = where.budget, where.force_share
     trail = Trail(budget.chain_depth)
@@ -150,6 +169,14 @@ def _chain(where: _Where, references: Policy | None, look: _Look | None = None) 
         yield found, seen
 
 
+def _chain_below(node: Node, where: _Where, look: _Look | None) -> Iterator[tuple[ImageInfo, Any]]:
+    """The same of each image below `node`, which is open."""
+    while (below := node.children.get("backing")) is not None:
+        node = below.node
+        found, _, seen = _info(_Where(None, None, where.budget, where.force_share, node=node), look)
+        yield found, seen
+
+
 def explain(
     source: Source,
     *offsets: int,
@@ -167,8 +194,7 @@ def explain(
         found = tuple(explainer.at(offset) for offset in offsets)
         return tuple(one._replace(problems=(*one.problems, *_beside(storage, force_share))) for one in found)
 
-    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
-    found: tuple[Explanation, ...] = _info(where, look)[2]
+    found: tuple[Explanation, ...] = _describe(source, format, budget, force_share, lambda where: _info(where, look)[2])
     return found
 
 
@@ -181,8 +207,7 @@ def structures(
         seen = kind.explain(storage, values).overview()
         return seen._replace(problems=(*seen.problems, *_beside(storage, force_share)))
 
-    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
-    found: Overview = _info(where, look)[2]
+    found: Overview = _describe(source, format, budget, force_share, lambda where: _info(where, look)[2])
     return found
 
 
@@ -198,6 +223,14 @@ def explain_guest(
     """Where the byte at `offset` of the disk is stored: a step for the image, and one for each image below it, up to the
     one that decides. If the last step is "unallocated", the byte reads as zero. `references` as for `info_chain`. Raises
     OptionError if the disk ends before it, and the errors of `info_chain` and `explain`."""
+
+    def path_of_byte(where: _Where) -> tuple[Step, ...]:
+        return _guest_path(where, references, offset)
+
+    return _describe(source, format, budget, force_share, path_of_byte)
+
+
+def _guest_path(where: _Where, references: Policy | None, offset: int) -> tuple[Step, ...]:
     steps: list[Step] = []
 
     def look(kind: type[Format], storage: Child, values: Mapping[str, Any]) -> Step:
@@ -208,9 +241,8 @@ def explain_guest(
                 0, kind.driver, storage.node.filename, offset, rest, "past the end of the disk, which reads as zero"
             )
         found = explainer.guest(offset)
-        return found._replace(problems=(*found.problems, *_beside(storage, force_share)))
+        return found._replace(problems=(*found.problems, *_beside(storage, where.force_share)))
 
-    where = _Where(named(source), None if format == "probe" else format, budget, force_share)
     for found, step in _chain(where, references, look):
         file = found.filename if step.file == step.filename else step.file
         steps.append(step._replace(depth=len(steps), filename=found.filename, file=file))
@@ -227,21 +259,57 @@ def other_writers(top: Node) -> tuple[str, ...]:
     return tuple(found)
 
 
-class _Where:
-    """The image to describe. `fd`: the descriptor of its file, if it is open; `shown`: its name in messages; `from_image`:
-    whether another image names its format."""
+def _open_image(source: Source, format: str | None) -> Image | None:
+    """`source` if it is an open image, which needs no `format`; None if it names one."""
+    if isinstance(source, str | os.PathLike | Mapping):
+        return None
+    from .image import Image
 
-    __slots__ = ("budget", "fd", "force_share", "format", "from_image", "shown", "source")
+    if not isinstance(source, Image):
+        return None  # `named` says what it is not
+    if format not in (None, "probe"):
+        raise OptionError(
+            "format is for an image that is not open yet",
+            path=source.filename,
+            hint="omit it, or give the name of the image",
+        )
+    source.root.require_open()
+    return source
+
+
+def _describe(
+    source: Source, format: str | None, budget: Budget, force_share: bool, work: Callable[[_Where], _Result]
+) -> _Result:
+    """The result of `work` for `source`. Of an open image, no request runs meanwhile."""
+    image = _open_image(source, format)
+    if image is None:
+        spec = named(source)  # type: ignore[arg-type]  # no open image
+        return work(_Where(spec, None if format == "probe" else format, budget, force_share))
+
+    def describe() -> _Result:
+        if not image.read_only:
+            image.root.edge.flush()  # what it keeps in memory is in no file yet
+        return work(_Where(None, None, budget, force_share, node=image.node))
+
+    return image.root.alone("describes the image", describe)
+
+
+class _Where:
+    """The image to describe: the name `source`, or `node`, if it is open. `fd`: the descriptor of its file, if it is open;
+    `shown`: its name in messages; `from_image`: whether another image names its format."""
+
+    __slots__ = ("budget", "fd", "force_share", "format", "from_image", "node", "shown", "source")
 
     def __init__(
         self,
-        source: Spec,
+        source: Spec | None,
         format: str | None,
         budget: Budget,
         force_share: bool,
         fd: int | None = None,
         shown: str | None = None,
         from_image: bool = False,
+        node: Node | None = None,
     ) -> None:
         self.source = source
         self.format = format
@@ -250,11 +318,15 @@ class _Where:
         self.fd = fd
         self.shown = shown
         self.from_image = from_image
+        self.node = node
 
 
 def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageNode | None, Any]:
-    """The description of the image, its file, which is closed again (None if it is not in a file), and the result of
-    `look`."""
+    """The description of the image, its file, which is closed again unless it was open (None if it is not in a file), and the
+    result of `look`."""
+    if where.node is not None:
+        return _info_of(where.node, where, look)
+    assert where.source is not None
     options = dict(parse_name(where.source) if isinstance(where.source, str) else where.source)
     format = where.format
     driver = registry.entry(options["driver"]) if "driver" in options else None
@@ -273,7 +345,7 @@ def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageN
         file = values.pop("file")
     elif driver is not None and driver.kind != "storage":
         if look is not None:
-            raise UnsupportedFeature(f"the {driver.kind} {driver.name} has no bytes of its own in a file")
+            raise _no_bytes(driver)
         return *_seen_from_above(where), None
     elif driver is None and "file" in options:
         file = options.pop("file")
@@ -283,16 +355,48 @@ def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageN
     storage = opener.child("file", file, grows=True)
     try:
         probed = format or probe(storage).format
-        seen = None if look is None else look(lookup_format(probed, from_image=where.from_image), storage, values)
-        try:
-            found = _described(storage, probed, values, where)
-        except FormatError:
-            if look is None:
-                raise
-            found = ImageInfo(storage.node.filename, probed)  # `look` may say something of what is no image any more
+        found, seen = _seen(storage, probed, values, where, look)
         return found._replace(format_probed=format is None), file_of(storage), seen
     finally:
         storage.close()
+
+
+def _info_of(node: Node, where: _Where, look: _Look | None) -> tuple[ImageInfo, StorageNode | None, Any]:
+    """The same of an image that is open."""
+    if isinstance(node, Format) and "file" in node.children:
+        storage = node.children["file"]
+        values = node.schema.parse({**node.given, "file": storage})
+        del values["file"]
+        found, seen = _seen(storage, node.driver, values, where, look)
+        return found._replace(format_probed=node.probed), file_of(storage), seen
+    if not isinstance(node, StorageNode):
+        if look is not None:
+            raise _no_bytes(registry.entry(node.driver))
+        return _from_above(node), None, None
+    storage = Child(node, "file", read_only=True)
+    try:
+        format = probe(storage).format
+        found, seen = _seen(storage, format, {}, where, look)
+        return found._replace(format_probed=True), file_of(storage), seen
+    finally:
+        storage.give_up()
+
+
+def _seen(
+    storage: Child, format: str, values: Mapping[str, Any], where: _Where, look: _Look | None
+) -> tuple[ImageInfo, Any]:
+    """The description of the file in `storage` as `format`, and the result of `look`."""
+    seen = None if look is None else look(lookup_format(format, from_image=where.from_image), storage, values)
+    try:
+        return _described(storage, format, values, where), seen
+    except FormatError:
+        if look is None:
+            raise
+        return ImageInfo(storage.node.filename, format), seen  # `look` may say something of what is no image any more
+
+
+def _no_bytes(driver: registry.Entry) -> UnsupportedFeature:
+    return UnsupportedFeature(f"the {driver.kind} {driver.name} has no bytes of its own in a file")
 
 
 def _described(storage: Child, format: str, values: Mapping[str, Any], where: _Where) -> ImageInfo:
@@ -320,6 +424,7 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
 
 def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
     """The description of a filter over an image: its driver and size."""
+    assert where.source is not None
     node = open_graph(
         where.source,
         format=where.format or "probe",
@@ -328,10 +433,13 @@ def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
         no_references=True,
     )
     try:
-        found = ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
-        return found, None
+        return _from_above(node), None
     finally:
         node.close()
+
+
+def _from_above(node: Node) -> ImageInfo:
+    return ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
 
 
 def _allocated(node: Node) -> int | None:

@@ -38,7 +38,8 @@ def inspect(
     max_size: int | None = None,
 ) -> Verdict:
     """Whether the file at the path `source` may be handed on to programs that open images, without a look at any other file.
-    A descriptor stands for what it leads to, which may be a pipe: it is read to its end, and stays open.
+    A descriptor stands for what it leads to, which may be a pipe: it is read to its end, and stays open. An open image is
+    refused: the verdict is about a file that nobody has opened as an image yet.
 
     The file is safe if it has the signature of one format, or of none (a raw disk); if all of its data is in itself; if it
     needs no feature that is unknown here; and if no number in its headers exceeds a limit. `format`: the format that
