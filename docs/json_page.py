@@ -13,10 +13,13 @@ from lamina.check_result import CheckResult
 from lamina.detection import Detection
 from lamina.explanation import Explanation, Overview, Step
 from lamina.job_results import (
+    BenchResult,
     CommitResult,
+    CompactResult,
     CompareResult,
     ConvertResult,
     CopyResult,
+    FlattenResult,
     MeasureResult,
     RebaseResult,
     ResizeResult,
@@ -82,9 +85,9 @@ OUTPUTS = (
     Output("lamina diff", forms.DiffJson, "One object. `lamina.diff` returns the same ranges one by one."),
     Output("lamina graph", forms.NodeJson, "The node on top, with those below it.", "`lamina.tree`"),
     Output("lamina measure", MeasureResult, "One object.", "`lamina.measure`"),
-    Output("lamina compact", forms.CompactJson, "One object."),
+    Output("lamina compact", CompactResult, "One object.", "`lamina.compact`"),
     Output("lamina copy", CopyResult, "One object.", "`lamina.copy`"),
-    Output("lamina bench", forms.BenchJson, "One object."),
+    Output("lamina bench", BenchResult, "One object.", "`lamina.bench`"),
     Output("lamina drivers", list[forms.DriverJson], "A list of drivers, without their options."),
     Output("lamina drivers NAME", forms.DriverJson, "One driver, with its options."),
     Output("lamina serve", nbd_forms.ServingJson, "One line, when clients can connect."),
@@ -93,6 +96,7 @@ OUTPUTS = (
     Output("", CompareResult, "A comparison.", "`lamina.compare`"),
     Output("", CommitResult, "A commit.", "`lamina.commit`"),
     Output("", RebaseResult, "Another backing file.", "`lamina.rebase`"),
+    Output("", FlattenResult, "No backing file any more.", "`lamina.flatten`"),
     Output("", ResizeResult, "Another size.", "`lamina.resize`"),
     Output("", Detection, "The format of a file.", "`lamina.detect`"),
     Output("Layers", list[Layer], "No command prints it; a list from top to bottom.", "`Image.layers`"),

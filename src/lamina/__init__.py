@@ -55,10 +55,13 @@ if TYPE_CHECKING:
     from .image import Image
     from .inspection import check, explain, explain_guest, info, info_chain, structures
     from .job_results import (
+        BenchResult,
         CommitResult,
+        CompactResult,
         CompareResult,
         ConvertResult,
         CopyResult,
+        FlattenResult,
         MeasureResult,
         RebaseResult,
         ResizeResult,
@@ -68,7 +71,8 @@ if TYPE_CHECKING:
     from .layers import Layer
     from .limits import Budget, Limits
     from .node_tree import tree
-    from .operations.changing import commit, rebase, resize
+    from .operations.benching import bench
+    from .operations.changing import commit, compact, flatten, rebase, resize
     from .operations.comparing import compare, diff
     from .operations.converting import convert, copy
     from .operations.describing import detect, map, measure
@@ -87,10 +91,13 @@ _HOME = {
     "Detection": "detection",
     **dict.fromkeys(
         (
+            "BenchResult",
             "CommitResult",
+            "CompactResult",
             "CompareResult",
             "ConvertResult",
             "CopyResult",
+            "FlattenResult",
             "MeasureResult",
             "RebaseResult",
             "ResizeResult",
@@ -99,7 +106,8 @@ _HOME = {
     ),
     "Range": "jobs.diff",
     **dict.fromkeys(("CancelEvent", "Progress"), "jobs.progress"),
-    **dict.fromkeys(("commit", "rebase", "resize"), "operations.changing"),
+    "bench": "operations.benching",
+    **dict.fromkeys(("commit", "compact", "flatten", "rebase", "resize"), "operations.changing"),
     **dict.fromkeys(("compare", "diff"), "operations.comparing"),
     **dict.fromkeys(("convert", "copy"), "operations.converting"),
     **dict.fromkeys(("detect", "map", "measure"), "operations.describing"),
@@ -143,6 +151,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BenchResult",
     "BlockIOError",
     "Budget",
     "CancelEvent",
@@ -150,6 +159,7 @@ __all__ = [
     "CheckResult",
     "Closed",
     "CommitResult",
+    "CompactResult",
     "CompareResult",
     "ConvertResult",
     "CopyResult",
@@ -159,6 +169,7 @@ __all__ = [
     "Extent",
     "Extents",
     "Finding",
+    "FlattenResult",
     "FormatError",
     "Graph",
     "Image",
@@ -185,8 +196,10 @@ __all__ = [
     "UnsupportedFeature",
     "Verdict",
     "__version__",
+    "bench",
     "check",
     "commit",
+    "compact",
     "compare",
     "connect",
     "convert",
@@ -196,6 +209,7 @@ __all__ = [
     "diff",
     "explain",
     "explain_guest",
+    "flatten",
     "info",
     "info_chain",
     "inspect",

@@ -6,7 +6,11 @@ What is None is left out of the JSON. (A module of its own: most programs need n
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from .json_forms import BenchResultJson, CompactResultJson
 
 
 class ConvertResult(NamedTuple):
@@ -93,6 +97,101 @@ class RebaseResult(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """The fields as a dict of JSON types."""
         return _json(self)
+
+
+class FlattenResult(NamedTuple):
+    """What `lamina.flatten` did."""
+
+    image: str  #: the file name of the image
+    size: int  #: the length of its disk
+    read: int  #: bytes of the backing files that were read
+    written: int  #: bytes of data that the image took over
+    zeroed: int  #: bytes that it took over as zeros
+    backing: str | None = None  #: the file name of its backing file until now; None: it had none, and is as it was
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dict of JSON types."""
+        return _json(self)
+
+
+class CompactResult(NamedTuple):
+    """What `lamina.compact` did. The files are those of the image itself: backing files do not change."""
+
+    image: str  #: the file name of the image
+    leaks: int  #: the number of leaked clusters that were freed
+    zeroed: int  #: the bytes of the disk that were zeros, and whose storage was freed
+    length: tuple[int, int]  #: the length of the files, before and after
+    #: The bytes that the files take up, before and after; None if that is not known, as of a device.
+    allocated: tuple[int | None, int | None]
+
+    @property
+    def given_back(self) -> int:
+        """The bytes that the files take up less than before, as far as that is known, or by which they are shorter."""
+        before, after = self.allocated if None not in self.allocated else self.length
+        return (before or 0) - (after or 0)
+
+    def to_json(self) -> CompactResultJson:
+        """By the names that the command prints, with `given_back`."""
+        return {
+            "filename": self.image,
+            "given-back": self.given_back,
+            "freed-leaks": self.leaks,
+            "freed-zeros": self.zeroed,
+            "length": {"before": self.length[0], "after": self.length[1]},
+            "allocated": {"before": self.allocated[0], "after": self.allocated[1]},
+        }
+
+
+class BenchResult(NamedTuple):
+    """What `lamina.bench` measured. Durations are nanoseconds, and the length of the whole run includes its flushes."""
+
+    image: str  #: the file name of the image
+    operation: Literal["read", "write"]  #: what the requests were
+    requests: int  #: their number
+    depth: int  #: the most that were in flight
+    size: int  #: the bytes of each
+    offset: int  #: where the first one was
+    step: int  #: the bytes from the start of one to that of the next
+    flushes: int  #: the number of flushes
+    duration: int  #: of the whole run
+    shortest: int  #: the duration of the shortest request
+    mean: int  #: that of a request in the mean
+    longest: int  #: that of the longest
+    #: 50, 90, 95, 99 and 99.9 -> the duration that so many percent of the requests did not exceed; at most 1.6 % too large,
+    #: and never too small. Not to be changed.
+    percentiles: Mapping[float, int]
+
+    @property
+    def requests_per_second(self) -> float:
+        """The rate of requests."""
+        return self.requests * 1e9 / max(self.duration, 1)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The rate of bytes."""
+        return self.requests_per_second * self.size
+
+    def to_json(self) -> BenchResultJson:
+        """By the names that the command prints."""
+        return {
+            "filename": self.image,
+            "operation": self.operation,
+            "count": self.requests,
+            "depth": self.depth,
+            "buffer-size": self.size,
+            "offset": self.offset,
+            "step-size": self.step,
+            "flushes": self.flushes,
+            "seconds": self.duration / 1e9,
+            "requests-per-second": round(self.requests_per_second, 1),
+            "bytes-per-second": round(self.bytes_per_second),
+            "latency-ns": {
+                "minimum": self.shortest,
+                "mean": self.mean,
+                "maximum": self.longest,
+                "percentiles": {str(percent): duration for percent, duration in self.percentiles.items()},
+            },
+        }
 
 
 class ResizeResult(NamedTuple):

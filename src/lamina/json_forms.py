@@ -286,18 +286,18 @@ class BeforeAfterJson(TypedDict):
     after: Annotated[int | None, "after it"]
 
 
-CompactJson = TypedDict(
-    "CompactJson",
+CompactResultJson = TypedDict(
+    "CompactResultJson",
     {
         "filename": Annotated[str, "the image"],
-        "given-back": Annotated[int, "bytes of storage that were freed"],
-        "freed-leaks": Annotated[int, "of clusters that nothing referred to"],
-        "freed-zeros": Annotated[int, "of clusters that held zeros only"],
-        "length": Annotated[BeforeAfterJson, "the length of the file"],
-        "allocated": Annotated[BeforeAfterJson, "the bytes that it takes up; null if unknown"],
+        "given-back": Annotated[int, "the bytes that its files take up less, or by which they are shorter"],
+        "freed-leaks": Annotated[int, "the number of leaked clusters that were freed"],
+        "freed-zeros": Annotated[int, "the bytes of the disk that were zeros, and whose storage was freed"],
+        "length": Annotated[BeforeAfterJson, "the length of its files"],
+        "allocated": Annotated[BeforeAfterJson, "the bytes that they take up; null if unknown"],
     },
 )
-CompactJson.__doc__ = """What `lamina compact` gave back."""
+CompactResultJson.__doc__ = """What `lamina compact` gave back."""
 
 
 class DetectionJson(TypedDict):
@@ -318,8 +318,8 @@ class LatencyJson(TypedDict):
     percentiles: Annotated[dict[str, int], "the time within which so many percent of the requests ended"]
 
 
-BenchJson = TypedDict(
-    "BenchJson",
+BenchResultJson = TypedDict(
+    "BenchResultJson",
     {
         "filename": Annotated[str, "the image"],
         "operation": Annotated[Literal["read", "write"], "what the requests were"],
@@ -335,7 +335,7 @@ BenchJson = TypedDict(
         "latency-ns": Annotated[LatencyJson, "how long single requests took"],
     },
 )
-BenchJson.__doc__ = """The result of `lamina bench`."""
+BenchResultJson.__doc__ = """The result of `lamina bench`."""
 
 
 class OptionJson(TypedDict):

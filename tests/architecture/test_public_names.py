@@ -26,15 +26,18 @@ from .test_layers import MODULES, PACKAGE
 #: What programs use. `lamina.X` is where a name is at home for users, even if another module defines it.
 FOR_PROGRAMS = {
     "": """
-        BlockIOError Budget CancelEvent Cancelled CheckResult Closed CommitResult CompareResult ConvertResult
-        CopyResult CorruptImage Detection Explanation Extent Extents Finding FormatError Graph Image ImageInfo
+        BenchResult BlockIOError Budget CancelEvent Cancelled CheckResult Closed CommitResult CompactResult
+        CompareResult ConvertResult CopyResult CorruptImage Detection Explanation Extent Extents Finding
+        FlattenResult FormatError Graph Image ImageInfo
         LaminaError Layer LimitExceeded Limits Locked MeasureResult NotFound NotSupported OptionError OutOfRange
         Policy PolicyError Progress Range ReadOnly RebaseResult ResizeResult Secret Snapshot UnsupportedFeature
-        Verdict __version__ check commit compare connect convert copy create detect diff explain explain_guest
-        info info_chain inspect json_schema map measure open probe rebase resize serve structures tree view
+        Verdict __version__ bench check commit compact compare connect convert copy create detect diff explain
+        explain_guest flatten info info_chain inspect json_schema map measure open probe rebase resize serve
+        structures tree view
         """,
     "aio": """
-        Image Opening check commit compare connect convert copy create detect explain explain_guest info info_chain
+        Image Opening bench check commit compact compare connect convert copy create detect explain explain_guest
+        flatten info info_chain
         inspect iterate map measure open rebase resize run serve structures view
         """,
     "nbd": "Client Export Folder RestrictedExport Server",

@@ -246,11 +246,12 @@ def test_snapshots(folder: Path, printed: Printed) -> None:
 
 
 def test_compact_copy_and_bench(folder: Path, printed: Printed) -> None:
-    require(forms.CompactJson, printed("compact", "-f", "qcow2", "middle.qcow2"))
+    require(forms.CompactResultJson, printed("compact", "-f", "qcow2", "middle.qcow2"))
     require(lamina.CopyResult, printed("copy", "base.raw", "copied.raw"))
-    require(forms.BenchJson, printed("bench", "-f", "raw", "-c", "10", "base.raw"))
+    require(forms.BenchResultJson, printed("bench", "-f", "raw", "-c", "10", "base.raw"))
     require(
-        forms.BenchJson, printed("bench", "-w", "-f", "raw", "-c", "10", "-d", "2", "--flush-interval", "5", "base.raw")
+        forms.BenchResultJson,
+        printed("bench", "-w", "-f", "raw", "-c", "10", "-d", "2", "--flush-interval", "5", "base.raw"),
     )
 
 

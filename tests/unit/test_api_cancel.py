@@ -114,7 +114,42 @@ def _rebase(folder: Path, **slowly: Any) -> Work:
     return Work(lambda **how: lamina.rebase(reads, None, **how), unchanged)
 
 
-WORKS = (_convert, _convert_over, _copy, _compare, _commit, _rebase)
+def _flatten(folder: Path, **slowly: Any) -> Work:
+    work = _rebase(folder, **slowly)
+    reads = {"driver": "qcow2", "file": {"driver": "file", "filename": str(folder / "top.qcow2")}}
+    if slowly:
+        base = {"driver": "qcow2", "file": {"driver": "file", "filename": str(folder / "base.qcow2")}}
+        reads["backing"] = {"driver": "throttle", "bps-total": slowly["rate"], "image": base}
+    return Work(lambda **how: lamina.flatten(reads, **how), work.unchanged)
+
+
+def _compact(folder: Path, **slowly: Any) -> Work:
+    path = disk(folder / "a.qcow2", "qcow2", 64 * MIB)
+    before = content(path, "qcow2")
+    file: dict[str, Any] = {"driver": "file", "filename": str(path)}
+    if slowly:
+        file = {"driver": "throttle", "bps-total": slowly["rate"], "image": file}
+
+    def unchanged() -> None:
+        assert content(path, "qcow2") == before
+        assert lamina.check(path, format="qcow2").clean
+
+    return Work(lambda **how: lamina.compact({"driver": "qcow2", "file": file}, **how), unchanged)
+
+
+def _bench(folder: Path, **slowly: Any) -> Work:
+    path = disk(folder / "a.raw", "raw", 64 * MIB)
+
+    def unchanged() -> None:
+        assert lamina.bench(path, format="raw", count=1).requests == 1
+
+    source = _throttled(path, "raw", slowly)
+    return Work(
+        lambda **how: lamina.bench(source, size=MIB, depth=2, **({} if slowly else {"format": "raw"}), **how), unchanged
+    )
+
+
+WORKS = (_convert, _convert_over, _copy, _compare, _commit, _rebase, _flatten, _compact, _bench)
 
 
 def _nothing_open() -> list[str]:

@@ -1,14 +1,16 @@
-"""The public functions that change images in place: commit, rebase, resize."""
+"""The public functions that change images in place: commit, rebase, flatten, compact, resize."""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 import lamina
 
-from .api_images import MIB, SIZE, WAYS, content, disk, given, overlay
+from .api_images import MIB, SIZE, WAYS, content, disk, given, overlay, printed
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -99,6 +101,92 @@ def test_rebase_of_the_name_alone_needs_no_backing_file(way: str, tmp_path: Path
         lamina.rebase(top, "moved.qcow2", format="qcow2", name_only=True)
     with pytest.raises(lamina.OptionError, match="the format is not given"):
         lamina.rebase(top, "moved.qcow2", "qcow2", name_only=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_flatten(way: str, tmp_path: Path) -> None:
+    base = disk(tmp_path / "base.qcow2")
+    top = overlay(tmp_path / "top.qcow2", base)
+    before, below = content(top, "qcow2"), base.read_bytes()
+    with given(way, top, "qcow2", read_only=False) as (it, format):
+        done = lamina.flatten(it, format=format)
+    assert done == lamina.FlattenResult(str(top), SIZE, SIZE // 2, SIZE // 2, 0, str(base))
+    assert done.to_json() == {
+        "image": str(top), "size": SIZE, "read": SIZE // 2, "written": SIZE // 2, "zeroed": 0, "backing": str(base),
+    }  # fmt: skip
+    assert base.read_bytes() == below
+    base.unlink()
+    assert content(top, "qcow2") == before
+    assert lamina.flatten(top, format="qcow2") == lamina.FlattenResult(str(top), SIZE, 0, 0, 0)
+
+
+def test_what_flatten_refuses(tmp_path: Path) -> None:
+    top = overlay(tmp_path / "top.qcow2", disk(tmp_path / "base.qcow2"))
+    with lamina.open(top, format="qcow2") as image, pytest.raises(lamina.ReadOnly):
+        lamina.flatten(image)
+    with lamina.open(top, format="qcow2", read_only=False) as image:
+        with pytest.raises(lamina.LimitExceeded, match="1048576"):
+            lamina.flatten(image, max_output="1M")
+        image.create_snapshot("one")
+        with pytest.raises(lamina.OptionError, match="snapshot"):
+            lamina.flatten(image)
+    with pytest.raises(lamina.UnsupportedFeature, match="raw has no backing files"):
+        lamina.flatten(disk(tmp_path / "disk.raw", "raw"), format="raw")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compact(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = disk(tmp_path / "disk.qcow2")
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        image.write(0, bytes(MIB))
+    shutil.copy(path, tmp_path / "second.qcow2")
+    before, was = content(path, "qcow2"), path.stat()
+    with given(way, path, "qcow2", read_only=False) as (it, format):
+        done = lamina.compact(it, format=format, parallel=1)
+    now = path.stat()
+    assert (done.image, done.leaks, done.zeroed) == (str(path), 0, MIB)
+    assert done.length == (was.st_size, now.st_size)
+    assert done.allocated == (was.st_blocks * 512, now.st_blocks * 512)
+    assert done.given_back == (was.st_blocks - now.st_blocks) * 512 >= MIB
+    assert content(path, "qcow2") == before
+    told = printed(capsys, "compact", "-f", "qcow2", tmp_path / "second.qcow2")
+    assert {**done.to_json(), "filename": str(tmp_path / "second.qcow2")} == told
+    assert lamina.compact(path, format="qcow2").given_back == 0
+
+
+def test_what_compact_refuses(tmp_path: Path) -> None:
+    path = disk(tmp_path / "disk.qcow2")
+    with lamina.open(path, format="qcow2") as image, pytest.raises(lamina.ReadOnly):
+        lamina.compact(image)
+    spec = {"driver": "stats", "image": {"driver": "qcow2", "file": {"filename": str(path)}}}
+    with pytest.raises(lamina.UnsupportedFeature, match="no file of its own"):
+        lamina.compact(spec)
+    with pytest.raises(lamina.OptionError, match="17"):
+        lamina.compact(path, format="qcow2", parallel=17)
+
+
+def test_others_write_while_an_image_is_compacted(tmp_path: Path) -> None:
+    """What they do at the same time is no damage."""
+    lamina.create(tmp_path / "disk.qcow2", "qcow2", 64 * MIB)
+    with lamina.open(tmp_path / "disk.qcow2", format="qcow2", read_only=False) as image:
+        done = threading.Event()
+
+        def write() -> None:
+            at = 0
+            while not done.is_set():
+                image.write(at, b"x" * 512)
+                image.discard(at, 65536)
+                at = (at + 65536) % (64 * MIB)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(10):
+                assert lamina.compact(image).leaks == 0
+        finally:
+            done.set()
+            writer.join()
+        assert lamina.check(image).clean
 
 
 @pytest.mark.parametrize("way", WAYS)

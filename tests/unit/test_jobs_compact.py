@@ -18,7 +18,7 @@ from lamina.errors import Cancelled, CorruptImage, LaminaError, ReadOnly, Unsupp
 from lamina.formats.qcow2.trim_node import _free_runs
 from lamina.image import Image
 from lamina.jobs import in_place
-from lamina.jobs.compact import Compacted, compact
+from lamina.jobs.compact import compact
 from lamina.jobs.progress import Monitor
 from lamina.storage.memory import MemoryStorage
 from tests.random_changes import change
@@ -271,7 +271,7 @@ def test_after_a_failure_the_disk_is_as_before(disk: Path, monkeypatch: pytest.M
             assert image.read(0, image.size) == content
     with lamina.open(disk, format="qcow2", read_only=False) as image:
         done = compact(image)
-        assert isinstance(done, Compacted)
+        assert isinstance(done, lamina.CompactResult)
         assert image.read(0, image.size) == content
         assert not stored_zeros(image)
     assert lamina.check(disk, format="qcow2").corruptions == 0

@@ -55,13 +55,13 @@ def test_the_disk_stays_and_stands_alone(tmp_path_factory: pytest.TempPathFactor
             patch.setattr("lamina.jobs.convert_transfer.BUFFER", 64 * KIB)
         before = image.read(0, image.size)
         wanted = [(row.start, row.end) for row in image.extents() if row.depth > 0 and not row.zero]
-        written = flatten(image)
+        written = flatten(image).written
         assert image.read(0, image.size) == before
         assert image.extents().depth.max() == 0
         unit = max(image.node.limits.zero_alignment, 512)
         assert written <= sum(-(-hi // unit) * unit - lo // unit * unit for lo, hi in wanted)
         assert image.node.check().clean  # type: ignore[attr-defined]
-        assert flatten(image) == 0
+        assert flatten(image).written == 0
     for other in path.parent.iterdir():
         if other != path:
             other.unlink()
@@ -88,7 +88,7 @@ def overlay(tmp_path: Path) -> Path:
 def test_what_nobody_sees_is_not_copied(overlay: Path) -> None:
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
         image.zero(256 * KIB, 64 * KIB)
-        assert flatten(image) == MIB - 128 * KIB
+        assert flatten(image).written == MIB - 128 * KIB
     assert overlay.stat().st_size < 2 * MIB
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
         image.truncate(4 * MIB)
@@ -108,7 +108,7 @@ def test_an_image_without_a_backing_file_is_left_alone(overlay: Path) -> None:
     base = overlay.with_name("base")
     before = base.read_bytes()
     with lamina.open(base, format="qcow2", read_only=False) as image:
-        assert flatten(image) == 0
+        assert flatten(image).written == 0
     assert base.read_bytes() == before
 
 
@@ -158,7 +158,7 @@ def test_after_a_failure_the_disk_is_as_before_and_the_next_call_goes_on(
         assert image.read(0, image.size) == before
     with lamina.open(overlay, format="qcow2", read_only=False) as image:
         assert image.read(0, image.size) == before
-        left = flatten(image)
+        left = flatten(image).written
         assert left < MIB
         assert image.read(0, image.size) == before
         assert image.node.check().clean  # type: ignore[attr-defined]

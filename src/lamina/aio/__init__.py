@@ -31,11 +31,17 @@ if TYPE_CHECKING:
 
     # What a type checker sees of `_FUNCTIONS`. (A variable would have an inferred type.)
 
+    @awaitable_as(lamina.bench)
+    def bench() -> None: ...
+
     @awaitable_as(lamina.check)
     def check() -> None: ...
 
     @awaitable_as(lamina.commit)
     def commit() -> None: ...
+
+    @awaitable_as(lamina.compact)
+    def compact() -> None: ...
 
     @awaitable_as(lamina.compare)
     def compare() -> None: ...
@@ -60,6 +66,9 @@ if TYPE_CHECKING:
 
     @awaitable_as(lamina.explain_guest)
     def explain_guest() -> None: ...
+
+    @awaitable_as(lamina.flatten)
+    def flatten() -> None: ...
 
     @awaitable_as(lamina.info)
     def info() -> None: ...
@@ -95,8 +104,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Image",
     "Opening",
+    "bench",
     "check",
     "commit",
+    "compact",
     "compare",
     "connect",
     "convert",
@@ -105,6 +116,7 @@ __all__ = [
     "detect",
     "explain",
     "explain_guest",
+    "flatten",
     "info",
     "info_chain",
     "inspect",

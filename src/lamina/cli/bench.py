@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from typing import Any
 
 from ..errors import OptionError
-from ..jobs.bench import MOST, Load, Measured, bench
+from ..job_results import BenchResult
+from ..jobs.bench import MOST, Load, bench
 from ..jobs.progress import Monitor
 from ..options import format_size, parse_size, shown
 from . import program
@@ -23,8 +23,6 @@ _EXAMPLES = """
 """
 
 _LARGEST = (1 << 31) - 1
-#: The percentiles that the JSON output contains.
-_PERCENTILES = (50, 90, 95, 99, 99.9)
 
 
 def main(argv: list[str]) -> int:
@@ -112,15 +110,15 @@ def main(argv: list[str]) -> int:
             tell_of_writers(image.node)
         if human:
             _announce(load)
-        measured = bench(image, load, Monitor(meter.report))
+        found = bench(image, load, Monitor(meter.report)).result(args.filename, load)
     if human:
-        sys.stdout.write(f"Run completed in {measured.nanoseconds / 1e9:.3f} seconds.\n")
+        sys.stdout.write(f"Run completed in {found.duration / 1e9:.3f} seconds.\n")
         if not args.quiet and program.current.tells_latency:
-            sys.stdout.write(_summary(load, measured))
+            sys.stdout.write(_summary(found))
     else:
         import json
 
-        sys.stdout.write(json.dumps(_to_json(args, load, measured), indent=4) + "\n")
+        sys.stdout.write(json.dumps(found.to_json(), indent=4) + "\n")
     return 0
 
 
@@ -145,40 +143,9 @@ def _announce(load: Load) -> None:
         sys.stdout.write(f"Sending flush every {load.flush_interval} requests\n")
 
 
-def _summary(load: Load, measured: Measured) -> str:
-    found = measured.latencies
-    rate = _rate(found.count, measured)
-    half, most = (found.percentile(percent) / 1e3 for percent in (50, 99))
+def _summary(found: BenchResult) -> str:
+    half, most = (found.percentiles[percent] / 1e3 for percent in (50, 99))
     return (
-        f"{rate:.0f} requests per second, {format_size(int(rate * load.size))} per second; "
-        f"latency in microseconds: median {half:.0f}, 99 % within {most:.0f}, longest {found.highest / 1e3:.0f}\n"
+        f"{found.requests_per_second:.0f} requests per second, {format_size(int(found.bytes_per_second))} per second; "
+        f"latency in microseconds: median {half:.0f}, 99 % within {most:.0f}, longest {found.longest / 1e3:.0f}\n"
     )
-
-
-def _to_json(args: Namespace, load: Load, measured: Measured) -> dict[str, Any]:
-    found = measured.latencies
-    rate = _rate(found.count, measured)
-    return {
-        "filename": args.filename,
-        "operation": "write" if load.write else "read",
-        "count": load.count,
-        "depth": load.depth,
-        "buffer-size": load.size,
-        "offset": load.offset,
-        "step-size": load.step or load.size,
-        "flushes": measured.flushes,
-        "seconds": measured.nanoseconds / 1e9,
-        "requests-per-second": round(rate, 1),
-        "bytes-per-second": round(rate * load.size),
-        "latency-ns": {
-            "minimum": found.lowest or 0,
-            "mean": found.total // max(found.count, 1),
-            "maximum": found.highest,
-            "percentiles": {str(percent): found.percentile(percent) for percent in _PERCENTILES},
-        },
-    }
-
-
-def _rate(count: int, measured: Measured) -> float:
-    """Requests per second."""
-    return count * 1e9 / max(measured.nanoseconds, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-from ..jobs.compact import Compacted, compact
+from ..job_results import CompactResult
+from ..jobs.compact import compact
 from ..jobs.progress import Monitor
 from ..options import format_size
 from .arguments import Parser, open_writable
@@ -46,30 +46,16 @@ def main(argv: list[str]) -> int:
     if args.output == "json":
         import json
 
-        sys.stdout.write(json.dumps(_to_json(args.filename, done), indent=4) + "\n")
+        sys.stdout.write(json.dumps({**done.to_json(), "filename": args.filename}, indent=4) + "\n")
     elif not args.quiet:
         sys.stdout.write(_summary(done))
     return 0
 
 
-def _summary(done: Compacted) -> str:
+def _summary(done: CompactResult) -> str:
     given, (before, after) = done.given_back, done.length
     text = f"{format_size(given)} given back" if given > 0 else "Nothing could be given back"
     text += f"; the file is {format_size(after)} long" + (
         f" (before: {format_size(before)})" if before != after else ""
     )
     return text + "\n"
-
-
-def _to_json(filename: str, done: Compacted) -> dict[str, Any]:
-    def pair(numbers: tuple[int | None, int | None]) -> dict[str, int | None]:
-        return {"before": numbers[0], "after": numbers[1]}
-
-    return {
-        "filename": filename,
-        "given-back": done.given_back,
-        "freed-leaks": done.leaks,
-        "freed-zeros": done.zeroed,
-        "length": pair(done.length),
-        "allocated": pair(done.allocated),
-    }

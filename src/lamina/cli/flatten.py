@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
         open_writable(args.filename, args, args.format) as image,
         Meter(args.filename, asked=args.progress, quiet=args.quiet) as meter,
     ):
-        backed = "backing" in image.node.children
-        written = flatten(image, max_output=args.max_output, monitor=Monitor(meter.report))
+        done = flatten(image, max_output=args.max_output, monitor=Monitor(meter.report))
     if not args.quiet:
-        said = f"Image flattened: {written} bytes were copied into it." if backed else "The image has no backing file."
+        said = f"Image flattened: {done.written} bytes were copied into it."
+        said = "The image has no backing file." if done.backing is None else said
         sys.stdout.write(said + "\n")
     return 0

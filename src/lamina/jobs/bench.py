@@ -14,6 +14,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LimitExceeded, OptionError
+from ..job_results import BenchResult
 from ..limits import MIB
 from ..node import FUA
 from .progress import Monitor
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 MOST = 1024
 #: The most bytes of the buffers of all requests in flight.
 _MAX_BUFFERS = 1024 * MIB
+#: The percentiles that a result contains.
+_PERCENTILES = (50, 90, 95, 99, 99.9)
 #: Bits of a duration that its class in `Latencies` keeps: percentiles are at most 1.6 % too large.
 _BITS = 6
 
@@ -108,6 +111,25 @@ class Measured(NamedTuple):
     nanoseconds: int
     latencies: Latencies
     flushes: int
+
+    def result(self, image: str, load: Load) -> BenchResult:
+        """The same for users: of the requests of `load` to the file `image`."""
+        found = self.latencies
+        return BenchResult(
+            image,
+            "write" if load.write else "read",
+            load.count,
+            load.depth,
+            load.size,
+            load.offset,
+            load.step or load.size,
+            self.flushes,
+            self.nanoseconds,
+            found.lowest or 0,
+            found.total // max(found.count, 1),
+            found.highest,
+            {percent: found.percentile(percent) for percent in _PERCENTILES},
+        )
 
 
 def bench(image: Image, load: Load, monitor: Monitor | None = None) -> Measured:

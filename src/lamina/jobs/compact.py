@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from errno import ENOSPC
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..errors import BlockIOError, CorruptImage, Hint, NotSupported, UnsupportedFeature
 from ..extents import DATA, PRESENT
 from ..format import Format
 from ..format_node import FormatNode
+from ..job_results import CompactResult
 from ..numeric import np
 from ..zeros import stored_parts
 from .in_place import Batches, Part, parts
@@ -29,23 +30,7 @@ if TYPE_CHECKING:
 _BLOCK = 4096
 
 
-class Compacted(NamedTuple):
-    """What `compact` did: the number of leaked clusters that it freed, the bytes of zeros whose storage it freed, and the
-    length of the image's files and the bytes that they take up, before and after. A device has no such number: None."""
-
-    leaks: int
-    zeroed: int
-    length: tuple[int, int]
-    allocated: tuple[int | None, int | None]
-
-    @property
-    def given_back(self) -> int:
-        """The bytes that the files take up less than before, as far as that is known, or by which they are shorter."""
-        before, after = self.allocated if None not in self.allocated else self.length
-        return (before or 0) - (after or 0)
-
-
-def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | None = None) -> Compacted:
+def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | None = None) -> CompactResult:
     """Free what the image does not need: clusters that are leaked, blocks of data that are all zero, storage that is reserved
     for zeros, and free space inside the file: data from its end is moved there, the file is cut off behind what is left, and
     the rest becomes holes. Blocks that snapshots use as well stay, and so do zeros in a qcow2 image of version 2 over a
@@ -64,7 +49,7 @@ def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
             raise UnsupportedFeature(f"the filter {node.driver} has no file of its own", path=image.filename)
         own.root.edge.require_writable("change")
         before = _extent_of(node)
-        leaks = _free_leaks(node)
+        leaks = own.root.alone("checks the image", _free_leaks, node)  # a mixture of two states would look damaged
         zeros = _Zeros(node)
         batches = Batches(own, "frees the storage of zeros", "lamina-compact", zeros.find, zeros.free, parallel)
         try:
@@ -78,7 +63,7 @@ def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
         own.flush()
         after = _extent_of(node)
         watch.update(own.size, own.size)
-        return Compacted(leaks, zeros.freed, (before[0], after[0]), (before[1], after[1]))
+        return CompactResult(image.filename, leaks, zeros.freed, (before[0], after[0]), (before[1], after[1]))
 
 
 def _free_leaks(node: Format) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedFeature
 from ..format import Format
+from ..job_results import FlattenResult
 from .beneath import beneath_filters, require_backing_open
 from .progress import Monitor
 from .rebase import rebase
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from ..image import Image
 
 
-def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | None = None) -> int:
+def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | None = None) -> FlattenResult:
     """Copy what the backing chain of `image` owns into the image, and remove the name of the backing file from its header.
-    Returns the number of bytes that were written. Zeros are not stored. The bytes of the disk stay the same, at any moment,
+    Zeros are not stored. The bytes of the disk stay the same, at any moment,
     and so do dirty bitmaps. An image without a backing file is left as it is.
 
     Until the last step the image needs its backing file, whatever part of the chain has been copied: the job may be
@@ -31,5 +32,7 @@ def flatten(image: Image, *, max_output: int | None = None, monitor: Monitor | N
         raise UnsupportedFeature(f"the driver {node.driver} has no backing files", path=image.filename)
     require_backing_open(node)
     if "backing" not in node.children:
-        return 0
-    return rebase(image, None, max_output=max_output, monitor=monitor).written
+        return FlattenResult(image.filename, image.size, 0, 0, 0)
+    backing = node.children["backing"].node.filename
+    done = rebase(image, None, max_output=max_output, monitor=monitor)
+    return FlattenResult(done.image, done.size, done.read, done.written, done.zeroed, backing)

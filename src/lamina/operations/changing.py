@@ -1,4 +1,4 @@
-"""`lamina.commit`, `lamina.rebase` and `lamina.resize`: changes of an image in place."""
+"""`lamina.commit`, `rebase`, `flatten`, `compact` and `resize`: changes of an image in place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from ..api import open as open_image
 from ..errors import Hint, OptionError
 from ..graph import named
 from ..image import Image
-from ..job_results import CommitResult, RebaseResult, ResizeResult
+from ..job_results import CommitResult, CompactResult, FlattenResult, RebaseResult, ResizeResult
 from ..jobs import commit as committing
+from ..jobs import compact as compacting
+from ..jobs import flatten as flattening
 from ..jobs import rebase as rebasing
 from ..jobs.beneath import GIVE_BACKING_FORMAT
 from ..jobs.progress import Monitor
@@ -124,6 +126,59 @@ def open_without_backing(
     # A driver among the options is the format; what is missing is detected only where that was asked for.
     given = None if "driver" in options else format
     return open_image({**options, "backing": None}, format=given, read_only=False, **how)
+
+
+def flatten(
+    image: Source,
+    *,
+    format: str | None = None,
+    max_output: int | str | None = None,
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+    cancel: CancelEvent | None = None,
+) -> FlattenResult:
+    """Copy what the backing files of an overlay own of its disk into it, and remove the name of the backing file from it. The
+    overlay reads the same at any moment, and is on stable storage at the end; the backing files do not change.
+
+    `image` is a path, a name or nested options as for `lamina.open`, opened with `format`, `references` and `budget`; or an
+    open and writable image, which stays open. Only what it does not own is read, and zeros are not stored. A job that ends
+    early leaves an overlay, and can be started again. `max_output`: the most bytes of data that are written; `progress` and
+    `cancel` are those of `lamina.convert`.
+
+    An image without a backing file is left as it is. Nobody else writes to the image meanwhile. Raises OptionError if the
+    image has internal snapshots, which show the backing file as well, or if its backing file is not open; UnsupportedFeature
+    if the format has no backing files; LimitExceeded, Cancelled, and the errors of opening, reading and writing.
+    """
+    limit = None if max_output is None else size_of(max_output, "max_output")
+    with opened(image, format, read_only=False, references=references, budget=budget) as overlay:
+        overlay.root.edge.require_writable("flatten")
+        return flattening.flatten(overlay, max_output=limit, monitor=Monitor(progress, event=cancel))
+
+
+def compact(
+    image: Source,
+    *,
+    format: str | None = None,
+    parallel: int | None = None,
+    references: Policy | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+    cancel: CancelEvent | None = None,
+) -> CompactResult:
+    """Make the file of an image smaller, in place: free leaked clusters, the storage of blocks that are all zero, storage
+    that is reserved for zeros, and free space inside the file and at its end. The disk reads the same at any moment.
+
+    `image` is a path, a name or nested options as for `lamina.open`, opened with `format`, `references` and `budget`; or an
+    open and writable image, which stays open. Others may read and write it meanwhile; they wait while its structures are
+    checked. Blocks that internal snapshots use as well stay. A job that ends early can be started again. `parallel`: the
+    number of threads that read, 1 to 16; None: two, or 8 if a file is remote. `progress` and `cancel` are those of `lamina.convert`.
+
+    Raises CorruptImage, before anything changes, for an image that needs a repair; UnsupportedFeature for a filter, which has
+    no file of its own; OptionError, Cancelled, and the errors of opening, reading and writing.
+    """
+    with opened(image, format, read_only=False, references=references, budget=budget) as disk:
+        return compacting.compact(disk, parallel=parallel, monitor=Monitor(progress, event=cancel))
 
 
 def resize(
