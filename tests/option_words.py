@@ -83,6 +83,7 @@ TEXTS = [
     "beneath:",
     "beneath:.",
     "same-dir",
+    "same-dir:read-only",
     "a=b",
     "cluster_size=1M",
     "cluster_size=1",

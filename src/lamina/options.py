@@ -227,6 +227,26 @@ def stored_name(name: str) -> str:
     return f"./{path}" if colon and "/" not in word else path
 
 
+def join_paths(paths: Iterable[str]) -> str:
+    r"""The paths with colons between them, for `split_paths`: `\:` and `\\` are a colon and a backslash inside one."""
+    return ":".join(path.replace("\\", r"\\").replace(":", r"\:") for path in paths)
+
+
+def split_paths(text: str) -> list[str]:
+    r"""`text` split at its colons; `\:` and `\\` stand for a colon and a backslash. The inverse of `join_paths`."""
+    paths = [""]
+    letters = iter(text)
+    for letter in letters:
+        if letter == "\\":
+            following = next(letters, "")
+            paths[-1] += following if following in (":", "\\") else letter + following
+        elif letter == ":":
+            paths.append("")
+        else:
+            paths[-1] += letter
+    return paths
+
+
 def _parse_name(text: str, depth: int) -> dict[str, Any]:
     if len(text) > MAX_TEXT or depth > MAX_DEPTH:
         raise OptionError("the name is too long or nested too deeply")

@@ -43,6 +43,7 @@ from .errors import (
     printable,
     printable_hint,
 )
+from .options import file_path, join_paths, split_paths
 
 Kind = Literal["none", "beneath", "listed", "any"]
 
@@ -57,7 +58,8 @@ MAX_LINKS = 40
 SYSTEM_DEFAULT = "/etc/lamina/references"
 _MAX_SITE_FILE = 64 << 10
 
-_SPELLINGS = "use none, same-dir, beneath:DIRECTORY, list:FILE:FILE... or any"
+_OWN, _OWN_READ_ONLY = "same-dir", "same-dir:read-only"
+_SPELLINGS = "use none, same-dir, same-dir:read-only, beneath:DIRECTORY, list:FILE:FILE... or any"
 _DIRECTORY_FLAGS = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC
 _FILE_FLAGS = O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC
 
@@ -75,10 +77,11 @@ class Policy:
     """An immutable rule for names inside images. `none`, `beneath`, `listed`, `any` and `parse` create policies; `default` is
     the one in effect without an explicit policy.
 
-    Threads and images may share a policy. Equal policies compare and hash equal; `str` returns the notation of `parse`.
+    Threads and images may share a policy. Policies that grant the same are equal, and have the same hash; `str` returns the
+    notation of `parse`, which gives an equal policy.
     """
 
-    __slots__ = ("_directory", "_kind", "_paths", "_probed", "_stated", "trusting")
+    __slots__ = ("_directory", "_kind", "_paths", "_probed", "_writes", "trusting")
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class Policy:
         directory: str | None = None,
         paths: tuple[str, ...] = (),
         probed: str | None = None,
-        stated: bool = True,
+        writes: bool = True,
         trusting: bool = False,
     ) -> None:
         self._kind: Kind = kind
@@ -96,7 +99,7 @@ class Policy:
         self._directory = directory
         self._paths = paths
         self._probed = probed
-        self._stated = stated  # by a user or a site; else it grants no writes
+        self._writes = writes  # whether a file may be opened for writing, if the image is
 
     @classmethod
     def none(cls) -> Policy:
@@ -117,14 +120,16 @@ class Policy:
         Hidden files and directories below it (with a leading dot) are not granted, nor are subdirectories that are symlinks:
         images in a home directory reach neither its keys nor the target of a link.
         """
-        return cls("beneath", directory=None if directory is None else os.path.realpath(directory))
+        return cls("beneath", directory=None if directory is None else _real(directory))
 
     @classmethod
     def listed(cls, paths: Iterable[str | os.PathLike[str]]) -> Policy:
-        """Exactly these files and block devices. Symlinks in `paths` are resolved now, not at each use."""
+        """Exactly these files and block devices; `none` if there are none. Symlinks in `paths` are resolved now, not at each
+        use."""
         if isinstance(paths, (str, bytes)):
             raise OptionError("a list of paths is needed, not a single path")
-        return cls("listed", paths=tuple(sorted({os.path.realpath(path) for path in paths})))
+        found = tuple(sorted({_real(path) for path in paths}))
+        return cls("listed", paths=found) if found else cls.none()
 
     @classmethod
     def any(cls) -> Policy:
@@ -140,27 +145,30 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        r"""The policy in the notation of a command line: `none`, `same-dir` (the own directory), `beneath:DIR`, `list:A:B`,
-        `any`.
+        r"""The policy in the notation of a command line: `none`, `same-dir` (the own directory), `same-dir:read-only` (the
+        same, and no file is opened for writing), `beneath:DIR`, `list:A:B`, `any`.
 
         In a list, `\:` and `\\` stand for a colon and a backslash inside a path. Raises OptionError.
         """
         word, colon, rest = text.partition(":")
         if not colon and word in ("none", "any"):
             return cls("none" if word == "none" else "any")
-        if not colon and word == "same-dir":
-            return cls.beneath()
+        if text in (_OWN, _OWN_READ_ONLY):
+            return cls("beneath", writes=text == _OWN)
         if word == "beneath" and rest:
             return cls.beneath(rest)
         if word == "list" and rest:
-            return cls.listed(_split_list(rest))
+            paths = split_paths(rest)
+            if "" in paths:
+                raise OptionError(f'"{printable(text)}" contains an empty path', hint=_SPELLINGS)
+            return cls.listed(paths)
         raise OptionError(f'"{printable(text)}" is not a policy for references', hint=_SPELLINGS)
 
     @classmethod
     def default(cls) -> Policy:
         """The policy for images with an explicit format and without an explicit policy: the setting of this site, otherwise
-        the own directory (`beneath()`), where files are read and never written: an image of a stranger that is opened for
-        writing would else name any file beside it as its data file.
+        the own directory, where files are read and never written (`same-dir:read-only`): an image of a stranger that is
+        opened for writing would else name any file beside it as its data file.
 
         A site sets it, in the notation of `parse`, in the environment variable LAMINA_REFERENCES, in the file
         `lamina/references` below $XDG_CONFIG_HOME (~/.config), or in /etc/lamina/references; the first that exists is used. A
@@ -175,7 +183,7 @@ class Policy:
             text = _site_file(path)
             if text is not None:
                 return _site_policy(text, path)
-        return cls("beneath", stated=False)
+        return cls("beneath", writes=False)
 
     @property
     def kind(self) -> Kind:
@@ -194,9 +202,10 @@ class Policy:
 
     def __str__(self) -> str:
         if self._kind == "beneath":
-            return "same-dir" if self._directory is None else f"beneath:{self._directory}"
+            own = _OWN if self._writes else _OWN_READ_ONLY
+            return own if self._directory is None else f"beneath:{self._directory}"
         if self._kind == "listed":
-            return _list(self._paths)
+            return "list:" + join_paths(self._paths)
         return self._kind
 
     def __repr__(self) -> str:
@@ -209,7 +218,8 @@ class Policy:
         return hash(self._fields())
 
     def _fields(self) -> tuple[Any, ...]:
-        return (self._kind, self._directory, self._paths, self._probed, self._stated, self.trusting)
+        # What was probed is told in messages alone.
+        return (self._kind, self._directory, self._paths, self._writes, self.trusting)
 
     def open_reference(
         self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
@@ -237,8 +247,10 @@ class Policy:
             raise check.refusal("its target cannot be determined", None) from error
         check.check_path(path, root, through)
         denied = None
-        if not self._stated:
-            denied = partial(check.refusal, "it would be written, and no policy is given", check.grant(path))
+        if not self._writes:
+            denied = partial(
+                check.refusal, "it would be written, and this policy grants reading alone", check.grant(path)
+            )
             if writable:
                 raise denied()
         try:
@@ -277,7 +289,7 @@ class _Check:
             in_python, option = "Policy.listed([PATH])", "list:PATH"
         else:
             paths = [*self.policy.paths, path]
-            in_python, option = f"Policy.listed({paths!r})", quote(_list(paths))
+            in_python, option = f"Policy.listed({paths!r})", quote("list:" + join_paths(paths))
         allow = "to allow it, give"
         return Hint(f"{allow} references={in_python}", command=f"{allow} --references {option}")
 
@@ -439,9 +451,9 @@ def _resolve(path: str, root: str | None = None) -> tuple[str, str | None]:
     return at or "/", through
 
 
-def _list(paths: Iterable[str]) -> str:
-    """The notation of `parse` for a list of these paths."""
-    return ":".join(["list", *(path.replace("\\", r"\\").replace(":", r"\:") for path in paths)])
+def _real(path: str | os.PathLike[str]) -> str:
+    """The path without symlinks. OptionError if no file can have it."""
+    return os.path.realpath(file_path(path))
 
 
 def site_files() -> list[str]:
@@ -480,20 +492,3 @@ def _site_file(path: str) -> str | None:
     finally:
         os.close(fd)
     return next((line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")), None)
-
-
-def _split_list(text: str) -> list[str]:
-    r"""`text` split at its colons; `\:` and `\\` stand for a colon and a backslash. OptionError for an empty path."""
-    paths = [""]
-    letters = iter(text)
-    for letter in letters:
-        if letter == "\\":
-            following = next(letters, "")
-            paths[-1] += following if following in (":", "\\") else letter + following
-        elif letter == ":":
-            paths.append("")
-        else:
-            paths[-1] += letter
-    if "" in paths:
-        raise OptionError(f'"list:{printable(text)}" contains an empty path', hint=_SPELLINGS)
-    return paths

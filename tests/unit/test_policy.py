@@ -6,11 +6,13 @@ import copy
 import os
 import pickle
 import shlex
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamina import policy as module
 from lamina.errors import (
     NotFound,
     OptionError,
@@ -195,7 +197,8 @@ def test_writable_opens_for_writing(folders: Folders) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["none", "same-dir", "any", "beneath:/", "beneath:/a:b", "list:/a", r"list:/a\:b:/c\\d"]
+    "text",
+    ["none", "same-dir", "same-dir:read-only", "any", "beneath:/", "beneath:/a:b", "list:/a", r"list:/a\:b:/c\\d"],
 )
 def test_text_and_back(text: str) -> None:
     policy = Policy.parse(text)
@@ -213,6 +216,52 @@ def test_parse_gives_what_the_constructors_give(folders: Folders, monkeypatch: p
     assert Policy.parse("list:home/base:outside/secret") == Policy.listed([folders.secret, folders.home / "base"])
     assert Policy.parse(r"list:/a\:b").paths == ("/a:b",)
     assert Policy.parse(r"list:/a\nb").paths == (r"/a\nb",)
+
+
+#: Parts of paths: any text that a file can be called.
+NAMES = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=1, max_size=6)
+PATHS = st.lists(NAMES, max_size=3).map(lambda names: "/".join(["/nowhere", *names]))
+POLICIES = st.one_of(
+    st.builds(Policy.none),
+    st.builds(Policy.any),
+    st.builds(Policy.default),
+    st.just(Policy.parse("same-dir:read-only")),
+    st.builds(Policy.probed, st.sampled_from(["qcow2", "vmdk"])),
+    st.builds(Policy.beneath, st.none() | PATHS),
+    st.builds(Policy.listed, st.lists(PATHS)),
+)
+
+
+@given(POLICIES)
+def test_every_policy_survives_its_text(policy: Policy) -> None:
+    again = Policy.parse(str(policy))
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert str(again) == str(policy)
+
+
+def test_the_default_grants_the_same_after_its_text(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAMINA_REFERENCES", raising=False)
+    monkeypatch.setattr(module, "site_files", list)
+    for policy in (Policy.default(), Policy.parse(str(Policy.default()))):
+        assert folders.read(policy, "base") == INSIDE
+        with pytest.raises(PolicyError, match="grants reading alone"):
+            policy.open_reference("base", referrer=folders.image, writable=True)
+    assert Policy.default() == Policy.parse("same-dir:read-only") != Policy.beneath()
+
+
+def test_what_is_believed_without_a_check_has_no_text() -> None:
+    """Its text grants less."""
+    assert Policy.parse(str(Policy.unchecked())) == Policy.any() != Policy.unchecked()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", b"/a", None, 7])
+def test_what_no_file_can_be_called_is_refused(path: Any) -> None:
+    with pytest.raises(OptionError):
+        Policy.listed([path])
+    if path is not None:  # the own directory
+        with pytest.raises(OptionError):
+            Policy.beneath(path)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0/", codec="utf-8"), min_size=1, max_size=6), min_size=1))

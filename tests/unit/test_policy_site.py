@@ -14,7 +14,7 @@ from lamina.errors import (
 from lamina.policy import Policy
 
 #: The default where no site has set one.
-OWN = Policy("beneath", stated=False)
+OWN = Policy("beneath", writes=False)
 
 
 @pytest.fixture

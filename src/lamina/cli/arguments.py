@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
             metavar="POLICY",
             type=_policy,
             help="the files that may be opened because an image names them: none, same-dir (files in the directory of the "
-            "image, except hidden ones: the default if the format is given, for reading), "
+            "image, except hidden ones), same-dir:read-only (the default if the format is given), "
             "beneath:DIR, list:FILE:FILE..., any",
         )
         self.add_limits(group)

@@ -172,7 +172,8 @@ def compact(
     `image` is a path, a name or nested options as for `lamina.open`, opened with `format`, `references` and `budget`; or an
     open and writable image, which stays open. Others may read and write it meanwhile; they wait while its structures are
     checked. Blocks that internal snapshots use as well stay. A job that ends early can be started again. `parallel`: the
-    number of threads that read, 1 to 16; None: two, or 8 if a file is remote. `progress` and `cancel` are those of `lamina.convert`.
+    number of threads that read, 1 to 16; None: two, or 8 if a file is remote. `progress` and `cancel` are those of
+    `lamina.convert`.
 
     Raises CorruptImage, before anything changes, for an image that needs a repair; UnsupportedFeature for a filter, which has
     no file of its own; OptionError, Cancelled, and the errors of opening, reading and writing.
