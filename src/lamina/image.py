@@ -167,7 +167,12 @@ class Image:
         end are lost. `preallocation` allocates what is added: "metadata", "falloc" or "full", as for a new image; if
         storage runs out, the disk has its new size all the same. OptionError for another word, or one that the format
         does not have."""
-        size = parse_size(size) if isinstance(size, str) else size
+        if isinstance(size, str):
+            if size.lstrip().startswith("+"):
+                raise OptionError(
+                    f"{shown(size)} is a difference", hint="give the size itself; lamina.resize takes both"
+                )
+            size = parse_size(size)
         if preallocation == "off":
             self.root.truncate(size)
             return

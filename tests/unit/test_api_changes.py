@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lamina
+from lamina.cli.main import main
 
 from .api_images import MIB, SIZE, WAYS, content, disk, given, overlay, printed
 
@@ -204,6 +205,34 @@ def test_resize(way: str, tmp_path: Path) -> None:
         done = lamina.resize(it, "-8M", format=format, shrink=True)
     assert done.to_json() == {"image": str(path), "old-size": 12 * MIB, "new-size": 4 * MIB}
     assert lamina.info(path).virtual_size == 4 * MIB
+
+
+@pytest.mark.parametrize("size", ["++5", "+-5", "-+5", "--5", "+ +5", " ++1M", "+", "-", "", "+x"])
+def test_a_size_has_one_sign(size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = disk(tmp_path / "a.qcow2")
+    before = path.read_bytes()
+    with pytest.raises(lamina.OptionError, match="is not a size"):
+        lamina.resize(path, size, format="qcow2", shrink=True)
+    if size:
+        assert main(["resize", "--shrink", "-f", "qcow2", str(path), size]) == 1
+        assert capsys.readouterr().err.startswith("lamina: ")
+    assert path.read_bytes() == before
+
+
+def test_spaces_before_a_difference_do_not_make_it_a_size(tmp_path: Path) -> None:
+    path = disk(tmp_path / "a.qcow2")
+    assert lamina.resize(path, " +1M ", format="qcow2", shrink=True).new_size == SIZE + MIB
+    assert lamina.resize(path, "- 1M", format="qcow2", shrink=True).new_size == SIZE
+
+
+def test_truncate_takes_no_difference(tmp_path: Path) -> None:
+    """It would be taken for the size itself, and everything behind it would be lost."""
+    path = disk(tmp_path / "a.qcow2")
+    with lamina.open(path, format="qcow2", read_only=False) as image:
+        for size in ("+1M", " +1M", "-1M"):
+            with pytest.raises(lamina.OptionError):
+                image.truncate(size)
+        assert image.size == SIZE
 
 
 def test_changes_need_a_format_and_a_writable_image(tmp_path: Path) -> None:

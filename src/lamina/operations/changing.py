@@ -18,7 +18,7 @@ from ..jobs import rebase as rebasing
 from ..jobs.beneath import GIVE_BACKING_FORMAT
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
-from ..options import parse_name, parse_size, size_of
+from ..options import parse_name, parse_size, shown, size_of
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -211,8 +211,11 @@ def resize(
 
 def size_after(before: int, size: int | str, path: str) -> int:
     """The new size of a disk of `before` bytes, as `resize` takes it. `path`: its name, for messages."""
-    sign = size[:1] if isinstance(size, str) and size[:1] in ("+", "-") else ""
-    number = parse_size(size[1:].strip()) if isinstance(size, str) and sign else size_of(size)
+    text = size.strip() if isinstance(size, str) else ""
+    sign, rest = (text[0], text[1:].lstrip()) if text.startswith(("+", "-")) else ("", "")
+    if rest.startswith("+"):
+        raise OptionError(f"{shown(size)} is not a size", hint="write a size, or one sign and a size: 10G, +10G, -512M")
+    number = parse_size(rest) if sign else size_of(size)
     after = before + number if sign == "+" else before - number if sign == "-" else number
     if after < 0:
         raise OptionError(
