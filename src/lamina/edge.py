@@ -67,7 +67,11 @@ class Edge:
         #: each further user of the node has it as well.
         self.denied: Callable[[], LaminaError] | None = next((one.denied for one in node.parents() if one.denied), None)
         self.refresh()
-        self.count_at(node)
+        try:
+            self.count_at(node)
+        except BaseException:  # an interrupt, whose traceback would keep this edge
+            self.give_up()
+            raise
 
     def count_at(self, node: Node) -> None:
         """Register this edge, which leads to `node` or is about to, as a parent of `node`."""

@@ -126,8 +126,13 @@ class ImageFileSystem(AbstractFileSystem):  # type: ignore[misc,unused-ignore]
     def _opened(self, path: str) -> Iterator[tuple[Image, int, int]]:
         """The image, and the offset and length in its disk of what the path names."""
         image, start, size = self._enter(self._place(path))
-        with image:
-            yield image, start, size
+        try:
+            try:
+                yield image, start, size
+            finally:
+                image.close()
+        finally:
+            image.close()  # completes what an interrupt stopped, and else does nothing
 
     def _enter(self, place: _Place) -> tuple[Image, int, int]:
         image = open_image(
@@ -311,10 +316,13 @@ class ImageFile(AbstractBufferedFile):  # type: ignore[misc,unused-ignore]
         return _reopened, (self.fs, self.path, self.blocksize, self.loc)
 
     def close(self) -> None:
-        """Close the image. A second call does nothing."""
-        if not self.closed:
-            try:
+        """Close the image. A second call does nothing, unless it completes an interrupted one."""
+        try:
+            if not self.closed:
                 super().close()
+        finally:
+            try:
+                self._image.close()
             finally:
                 self._image.close()
 

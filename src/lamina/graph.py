@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from . import detection, lifecycle, references, registry
+from .descriptors import close_all
 from .errors import Hint, OptionError
 from .limits import DEFAULT_BUDGET, Budget, Memory
 from .node import MAY_UNMAP, Node
@@ -116,6 +117,7 @@ class Opener:
         self._opened: list[Child] = []
         self._booked = 0
         self._top = True  # the next node is the top of a graph
+        self._descriptors: list[list[int]] | None = None  # see `descriptors`; None: nothing is being opened
 
     def granted(self) -> Policy:
         """The policy for names inside the opened image: that of the user; otherwise the default, or `none` if the format was
@@ -134,6 +136,14 @@ class Opener:
         the node is open. Raises LimitExceeded if the budget of the graph has fewer left."""
         self._memory.take(count, what, path)
         self._booked += count
+
+    def descriptors(self) -> list[int]:
+        """A new list for the descriptor of a file (see `descriptors`), which the node of that file owns. If the graph cannot
+        be opened, the descriptor is closed, also if an interrupt lost the node before an edge led to it."""
+        fds: list[int] = []
+        if self._descriptors is not None:
+            self._descriptors.append(fds)
+        return fds
 
     def _but(self, **changes: Any) -> Opener:
         """A copy with these attributes changed."""
@@ -159,7 +169,9 @@ class Opener:
             return self._snapshot(options, storage)
         zero_detected = _choice(options, "detect-zeroes", _ZEROES)
         discards = _choice(options, "discard", _DISCARDS)
-        inner = self._but(_opened=[], _booked=0, name=None, _top=False)
+        outermost = self._descriptors is None
+        descriptors: list[list[int]] = [] if self._descriptors is None else self._descriptors
+        inner = self._but(_opened=[], _booked=0, name=None, _top=False, _descriptors=descriptors)
         booked = self._memory.taken
         for key, value in [(key, options.pop(key)) for key in COMMON if key in options]:
             if key == "node-name":
@@ -179,7 +191,11 @@ class Opener:
             return node
         except BaseException:
             self._memory.taken = booked
-            inner.close()
+            try:
+                inner.close()
+            finally:
+                for fds in descriptors if outermost else ():
+                    close_all(fds)
             raise
 
     def _new_name(self, name: object) -> str:
@@ -212,12 +228,16 @@ class Opener:
     def _snapshot(self, options: dict[str, Any], storage: bool) -> Node:
         """The node that `options` describe, opened for reading, under a `cow` filter that keeps all changes in memory."""
         node = self._but(read_only=True, _top=False).open(options, storage=storage)
-        cow = registry.lookup("cow", "filter")
-        top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
-        self.graph.add(top)
-        if self._top:
-            lifecycle.guard(top)
-        return top
+        try:
+            cow = registry.lookup("cow", "filter")
+            top = cast(Node, cow(Child(node, "image"), read_only=self.read_only))
+            self.graph.add(top)
+            if self._top:
+                lifecycle.guard(top)
+            return top
+        except BaseException:
+            node.close()
+            raise
 
     def child(
         self, role: str, spec: Spec | Child, *, grows: bool = False, read_only: bool = False, storage: bool = False
@@ -236,7 +256,11 @@ class Opener:
         if role == "backing":
             opener = opener.apart()
         node = opener.open(spec, storage=storage or role in STORAGE_ROLES)
-        return self.keep(Child(node, role, grows=grows))
+        try:
+            return self.keep(Child(node, role, grows=grows))
+        except BaseException:
+            node.close()
+            raise
 
     def reference(self, image: Child, reference: Reference, given: Child | Spec | None) -> Child | None:
         """The child for `reference`, a name inside the image in the storage `image`; None if there is no child. `given`: the

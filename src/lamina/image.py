@@ -5,8 +5,9 @@ of any kind, `bytes` as results, context management, and a file object."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from .buffers import byte_view
 from .edit import Edit
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _Kind = TypeVar("_Kind", bound=Node)
+_P = ParamSpec("_P")
 #: Reads up to this length allocate their buffer before they check that they are inside the disk.
 _MODEST = 1 << 20
 
@@ -288,7 +290,12 @@ class Image:
         see the same bytes and the same edits; they are closed separately, in any order, and the last one closes the files.
         `read_only`: the new image refuses changes. An image on a child of another node (a backing file, the storage of a
         format) always does."""
-        return Image(self.root.share(node, read_only=read_only), budget=self.budget)
+        root = self.root.share(node, read_only=read_only)
+        try:
+            return Image(root, budget=self.budget)
+        except BaseException:
+            root.give_up()
+            raise
 
     def edit(self, *, references: Policy | None = None) -> Edit:
         """Change the graph while it is in use: `with image.edit() as edit: edit.insert("blkdebug", {"align": 4096})`.
@@ -329,7 +336,10 @@ class Image:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self.close()
+        finally:
+            self.close()  # completes what an interrupt stopped, and else does nothing
 
     def _repr_html_(self) -> str:
         """What notebooks show: a picture of the disk, and its layers. The status is queried for half a second at most; the
@@ -341,6 +351,21 @@ class Image:
 
     def __repr__(self) -> str:
         return f"<Image {self._root.node!r}>" if self._root else "<Image closed>"
+
+
+@contextmanager
+def opening(make: Callable[_P, Image], *arguments: _P.args, **named: _P.kwargs) -> Iterator[Image]:
+    """A context manager: the image make(*arguments), which is closed at the end, wherever an interrupt strikes. (In `with
+    lamina.open(...)` it may strike between the last step of `open` and the first of the block, or between the block and
+    the first step of `close`. The image is then left to its finalizer.)"""
+    image = make(*arguments, **named)
+    try:
+        try:
+            yield image
+        finally:
+            image.close()
+    finally:
+        image.close()  # completes what an interrupt stopped, and else does nothing
 
 
 def _append(pieces: list[Extents], found: Extents) -> None:

@@ -147,9 +147,12 @@ def handed_over() -> bool:
 
 
 def caller() -> str:
-    """File and line of the innermost frame outside Lamina."""
+    """File and line of the innermost frame outside Lamina, and outside the module whose context managers it uses."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lamina":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "lamina",
+        "contextlib",
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -141,19 +141,29 @@ class Root:
         self._inside, self._holders = self.gate.inside, self.gate.holders
         #: Whether the gate refuses further requests of this root, and whether `close` has completed.
         self.closing = self.closed = False
-        self.edge: Child = self.graph.exclusively("opens an image", self._begin, node, read_only)
-        lifecycle.inherit(node)
-        #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
-        self.opened_at: str | None = node.opened_at
-        self.graph.add_root(self)
-        lifecycle.roots.add(self)
+        self.edge: Child
+        try:
+            self.graph.exclusively("opens an image", self._begin, node, read_only)
+            lifecycle.inherit(node)
+            #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
+            self.opened_at: str | None = node.opened_at
+            self.graph.add_root(self)
+            lifecycle.roots.add(self)
+        except BaseException:
+            self.give_up()
+            raise
 
-    def _begin(self, node: Node, read_only: bool) -> Child:
-        edge = Child(node, "root", read_only=read_only)
-        if edge.writes and self.graph.sole is not None:
-            edge.give_up()
+    def _begin(self, node: Node, read_only: bool) -> None:
+        self.edge = Child(node, "root", read_only=read_only)
+        if self.edge.writes:
             self.graph.require_free()
-        return edge
+
+    def give_up(self) -> None:
+        """Remove this new root, which nobody can have used, without closing the node. (The traceback of an interrupt may keep
+        the root itself.)"""
+        self.closing = self.closed = True
+        if hasattr(self, "edge"):
+            self.edge.give_up()
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Root:
         """Another root, on the same node or on another node of this graph, given by itself or by name. A root on a node that
@@ -168,10 +178,14 @@ class Root:
             raise OptionError(f"this graph has no node {given}", hint="its nodes: " + ", ".join(self.graph.nodes))
         below = node is not self.node and any(not edge.is_root for edge in node.parents())
         root = Root(node, read_only=read_only or self.edge.read_only or below)
-        root.opened_at = opened_at
-        if opened_at is not None and node.opened_at is None:
-            lifecycle.guard(node, opened_at)
-        return root
+        try:
+            root.opened_at = opened_at
+            if opened_at is not None and node.opened_at is None:
+                lifecycle.guard(node, opened_at)
+            return root
+        except BaseException:
+            root.give_up()
+            raise
 
     def beneath(self, edge: Child) -> Root:
         """A root that writes to the backing node of `edge`, an edge below this root, which reopens it for writing. It serves

@@ -28,6 +28,7 @@ LAYERS = [
         "check_result",
         "clock",
         "codecs",
+        "descriptors",
         "crypto",
         "bitmap",
         "detection",

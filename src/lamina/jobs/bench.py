@@ -14,6 +14,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LimitExceeded, OptionError
+from ..image import Image, opening
 from ..job_results import BenchResult
 from ..limits import MIB
 from ..node import FUA
@@ -21,7 +22,6 @@ from .progress import Monitor
 from .requests import Requests
 
 if TYPE_CHECKING:
-    from ..image import Image
     from ..pending import Pending
 
 #: The most requests in flight, since each may have a thread.
@@ -137,7 +137,7 @@ def bench(image: Image, load: Load, monitor: Monitor | None = None) -> Measured:
     lost. Raises the first error of a request (OutOfRange for one across the end of the disk), and Cancelled; no request is in
     flight then."""
     watch = monitor or Monitor()
-    with image.share() as own:
+    with opening(image.share) as own:
         run = _Run(own, load)
         try:
             try:

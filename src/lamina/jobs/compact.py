@@ -14,6 +14,7 @@ from ..errors import BlockIOError, CorruptImage, Hint, NotSupported, Unsupported
 from ..extents import DATA, PRESENT
 from ..format import Format
 from ..format_node import FormatNode
+from ..image import Image, opening
 from ..job_results import CompactResult
 from ..numeric import np
 from ..zeros import stored_parts
@@ -23,7 +24,6 @@ from .windows import stretches, windows
 
 if TYPE_CHECKING:
     from ..extents import Extents
-    from ..image import Image
     from ..numeric import NDArray
 
 #: The usual block size of file systems, which make no smaller holes.
@@ -43,7 +43,7 @@ def compact(image: Image, *, parallel: int | None = None, monitor: Monitor | Non
     format; the errors of reading and writing, and Cancelled. The disk is as before then.
     """
     watch = monitor or Monitor()
-    with image.share() as own:
+    with opening(image.share) as own:
         node = own.node
         if not isinstance(node, Format):
             raise UnsupportedFeature(f"the filter {node.driver} has no file of its own", path=image.filename)

@@ -15,6 +15,7 @@ from ..api import open as open_image
 from ..creation import create_driver, made_beside, new_file, open_new, write_image
 from ..errors import BlockIOError, OptionError
 from ..format_node import FormatNode
+from ..image import Image, opening
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
@@ -32,7 +33,6 @@ from .requests import Requests, is_far, reconnects, requests_for
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..bitmap import DirtyBitmap
-    from ..image import Image
     from ..limits import Budget
     from ..node import Node
     from .rate import RateLimit
@@ -107,7 +107,8 @@ def convert(
             hint="omit one of them: salvage, or the offloading of copies",
         )
     with ExitStack() as stack:
-        own_source, own_target = stack.enter_context(source.share()), stack.enter_context(target.share())
+        own_source = stack.enter_context(opening(source.share))
+        own_target = stack.enter_context(opening(target.share))
         unreadable: Unreadable | None = None
         if salvage:
             from .salvage import salvaging
@@ -245,7 +246,8 @@ def convert_to_file(
             # Names inside the target are relative to its directory; what the user named is opened as such.
             name = os.path.join(os.path.dirname(os.path.realpath(path)), values["backing_file"])
             given["backing"] = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
-            image = stack.enter_context(open_image(given["backing"], references=references, budget=source.budget))
+            how_to_open: dict[str, Any] = {"references": references, "budget": source.budget}
+            image = stack.enter_context(opening(open_image, given["backing"], **how_to_open))
             refuse_own(image.node, path, what="backing file")
             depth = layers_above(source.node, image.node)
             below = Backing(image) if depth is None else Backing(depth=depth)
@@ -253,7 +255,7 @@ def convert_to_file(
         stack.enter_context(made_beside(kind, values, path))
         file = stack.enter_context(new_file(path, durable=durable))
         write_image(kind, file, values)
-        with _open_made(file, format, given, references, source.budget, compress) as target:
+        with opening(_open_made, file, format, given, references, source.budget, compress) as target:
             # A device keeps what was on it; a format above it knows what it has written and what it has not.
             blank = backing is None and (not file.is_device or isinstance(target.node, FormatNode))
             result = convert(source, target, blank=blank, below=below, monitor=monitor, **how)

@@ -13,7 +13,7 @@ from ..creation import create_driver
 from ..errors import OptionError
 from ..filters.noextents import NoExtents
 from ..filters.truncate import Truncate
-from ..image import Image
+from ..image import Image, opening
 from ..own_files import refuse_stream
 from ..request import Child
 from .convert_transfer import Result
@@ -57,7 +57,7 @@ def convert_to_pipe(
         )
     refuse_stream(source.node, fd, name)
     with ExitStack() as stack:
-        disk = stack.enter_context(source.share())
+        disk = stack.enter_context(opening(source.share))
         unreadable: Unreadable | None = None
         if salvage:
             from .salvage import salvaging
@@ -69,7 +69,7 @@ def convert_to_pipe(
         if allocated:
             edge = Child(NoExtents(edge, read_only=True), "image", read_only=True)
         try:
-            file = stack.enter_context(Image(kind.file_of(edge, values)))
+            file = stack.enter_context(opening(Image, kind.file_of(edge, values)))
         except BaseException:
             edge.close()
             raise

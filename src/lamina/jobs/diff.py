@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Hint, OptionError
 from ..extents import ZERO, Extents
+from ..image import Image, opening
 from ..limits import KIB, MIB, align_down, align_up, is_power_of_two
 from ..node import StorageNode
 from ..numeric import np
@@ -25,7 +26,6 @@ from .windows import windows
 
 if TYPE_CHECKING:
     from ..bitmap import DirtyBitmap
-    from ..image import Image
     from ..json_forms import RangeJson
     from ..numeric import NDArray
     from ..pending import Pending
@@ -107,7 +107,7 @@ def require_granularity(granularity: int) -> None:
 def _diff(
     first: Image, second: Image, granularity: int, content: bool, parallel: int | None, watch: Monitor
 ) -> Iterator[Range]:
-    with first.share(read_only=True) as mine, second.share(read_only=True) as theirs:
+    with opening(first.share, read_only=True) as mine, opening(second.share, read_only=True) as theirs:
         plan = _Plan(mine, theirs, granularity)
         if not content:
             yield from _joined((lo, hi) for part in plan.parts() for lo, hi in plan.blocks(part, 0))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..api import open as open_image
 from ..errors import OptionError
 from ..format import Format
+from ..image import Image, opening
 from ..job_results import RebaseResult
 from ..options import stored_name
 from ..own_files import refuse_own
@@ -30,9 +31,6 @@ from .beneath import (
 from .convert import Result, copy_disk
 from .progress import Monitor
 from .sole_writer import as_sole_writer
-
-if TYPE_CHECKING:
-    from ..image import Image
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def rebase(
         name = os.path.join(os.path.dirname(os.path.realpath(image.filename)), stored_name(backing))
         spec = {"driver": backing_format, "file": {"driver": "file", "filename": name}}
         compared = {"driver": "truncate", "size": image.size, "image": spec}
-    with open_image(compared, references=references, budget=image.budget) as new:
+    with opening(open_image, compared, references=references, budget=image.budget) as new:
         depth = None
         if backing:
             refuse_own(new.node, image.filename, what="new backing file")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockIOError, CorruptImage, LaminaError, NotSupported, printable
-from ..image import Image
+from ..image import Image, opening
 from ..limits import KIB, MAX_SIZE, align_down
 from ..node import FilterNode, fill_zero
 from ..pending import DONE, Pending
@@ -176,7 +176,7 @@ def salvaging(source: Image, monitor: Monitor) -> Iterator[tuple[Image, Unreadab
     unreadable = Unreadable(source.filename, monitor)
     try:
         node = Salvage(Child(source.node, "image", read_only=True), unreadable, monitor)
-        with Image(node, budget=source.budget) as image:
+        with opening(Image, node, budget=source.budget) as image:
             yield image, unreadable
     finally:
         unreadable.end()

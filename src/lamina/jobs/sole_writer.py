@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import OptionError
-from ..image import Image
+from ..image import Image, opening
 
 if TYPE_CHECKING:
     from ..request import Child
@@ -21,7 +21,7 @@ def as_sole_writer(image: Image, work: Callable[[Image], _Result]) -> _Result:
     the graph write to it, or another job needs it for itself."""
     root = image.root
     before: list[bool] = []  # whether `image` was read-only, once the job has the graph
-    with image.share() as own:
+    with opening(image.share) as own:
         try:
             try:
                 root.alone("starts a job", _claim, root, own.root, before)
@@ -55,7 +55,7 @@ def _release(root: Root, own: Root, before: list[bool]) -> None:
 
 def writing_beneath(image: Image, edge: Child, work: Callable[[Image], _Result]) -> _Result:
     """work(an image on the backing node of `edge`, an edge below `image`), which writes to that node: see `Root.beneath`."""
-    with Image(image.root.beneath(edge), budget=image.budget) as target:
+    with opening(Image, image.root.beneath(edge), budget=image.budget) as target:
         try:
             result = work(target)
         except Exception as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import open as open_image
 from ..errors import Hint, OptionError
 from ..graph import named
-from ..image import Image
+from ..image import Image, opening
 from ..job_results import CommitResult, CompactResult, FlattenResult, RebaseResult, ResizeResult
 from ..jobs import commit as committing
 from ..jobs import compact as compacting
@@ -102,7 +102,7 @@ def rebase(
         raise OptionError("nothing is taken over that could be compressed", hint="omit compress, or name_only")
     if isinstance(image, Image):
         return _rename(image, backing, backing_format)
-    with open_without_backing(named(image), format, references=references, budget=budget) as alone:
+    with opening(open_without_backing, named(image), format, references=references, budget=budget) as alone:
         return _rename(alone, backing, backing_format)
 
 

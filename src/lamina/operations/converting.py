@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .. import registry
 from ..errors import Cancelled, Hint, OptionError, append_hint
 from ..graph import Opener, named
-from ..image import Image
+from ..image import Image, opening
 from ..job_results import ConvertResult, CopyResult
 from ..jobs.beneath import Backing
 from ..jobs.convert import Result, convert_and_flush, convert_to_file
@@ -138,7 +138,8 @@ def convert(
             hint = "give it: target_format=..."
             where = os.fspath(target)
             raise OptionError("the format of the target is not given, and is not guessed", path=where, hint=hint)
-        with open_target(named(target), target_format, image, references=references, budget=budget) as there:
+        how_to_open: dict[str, Any] = {"references": references, "budget": budget}
+        with opening(open_target, named(target), target_format, image, **how_to_open) as there:
             if compress:
                 with there.edit() as edit:
                     edit.insert("compress")

@@ -10,7 +10,7 @@ from ..creation import create_driver
 from ..errors import OptionError
 from ..format import Format
 from ..graph import Opener, named, probe
-from ..image import Image
+from ..image import Image, opening
 from ..jobs.windows import windows
 from ..limits import DEFAULT_BUDGET, Budget, align_down, align_up
 from ..options import size_of
@@ -119,7 +119,7 @@ def detect(source: str | os.PathLike[str] | Mapping[str, Any] | Image, *, force_
     Raises OptionError and the errors of opening and reading.
     """
     if isinstance(source, Image):
-        with source.share(read_only=True) as image:
+        with opening(source.share, read_only=True) as image:
             return probe(image.root)
     storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
     try:

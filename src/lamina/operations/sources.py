@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import registry
 from ..api import open as open_image
 from ..errors import Hint, Locked, OptionError
 from ..graph import Spec, named
-from ..image import Image
+from ..image import Image, opening
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import parse_keyval, parse_name, shown
 from ..own_files import refuse_own
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Image
 
 
+@contextmanager
 def opened(
     source: Source,
     format: str | None,
@@ -33,7 +34,7 @@ def opened(
     budget: Budget = DEFAULT_BUDGET,
     force_share: bool = False,
     snapshot: str | None = None,
-) -> AbstractContextManager[Image]:
+) -> Iterator[Image]:
     """The image `source`, as a context manager that closes what it opened: an image that was open stays open. `format` and
     the other options as for `lamina.open`; `snapshot`: an internal snapshot, by its id or name, in place of the disk."""
     if isinstance(source, Image):
@@ -42,14 +43,17 @@ def opened(
                 hint = "omit it, or give the name of the image"
                 raise OptionError(f"{word} is for an image that is not open yet", path=source.filename, hint=hint)
         source.root.require_open()
-        return nullcontext(source)
+        yield source
+        return
     how: dict[str, Any] = {"references": references, "budget": budget, "force_share": force_share}
     if snapshot is None:
-        return open_image(source, format=format, read_only=read_only, **how)
-    spec = named(source)
-    with open_image(spec, format=format, **how) as image:
-        options, how["references"] = snapshot_options(image, spec, format, snapshot, references)
-    return open_image(options, **how)
+        how |= {"format": format, "read_only": read_only}
+    else:
+        spec = named(source)
+        with opening(open_image, spec, format=format, **how) as image:
+            source, how["references"] = snapshot_options(image, spec, format, snapshot, references)
+    with opening(open_image, source, **how) as image:
+        yield image
 
 
 def open_target(

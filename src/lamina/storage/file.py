@@ -11,10 +11,10 @@ import stat
 import threading
 from array import array
 from collections.abc import Callable
-from operator import length_hint
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..capabilities import O_DIRECT, RWF_DSYNC, SEEK_HOLES, allocated, fcntl, flush_data, preadv, pwritev
+from ..descriptors import close_all, close_last, duplicate_into
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
 from ..limits import KIB, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
@@ -72,13 +72,11 @@ class FileStorage(StorageNode):
     _force_share = False
     _holes = SEEK_HOLES  # whether the file system is asked for holes
 
-    def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
-        """The file of the descriptor `fd`, which the node owns from now on."""
+    def __init__(self, fds: list[int], filename: str, *, name: str | None = None, read_only: bool = False) -> None:
+        """The file of the one descriptor in `fds`, a list (`descriptors`) that the node owns from now on."""
         super().__init__(name=name, read_only=read_only)
-        self._fd = fd
-        #: The next element of this iterator closes `fd`, once: a single step, which no interrupt divides.
-        self._open_fds = iter((fd,))
-        self._close_fd = map(os.close, self._open_fds)
+        self._fds = fds
+        self._fd = fd = fds[-1]
         self._filename = filename
         self.path: str | None = path_of(fd, filename)
         status = os.fstat(fd)
@@ -100,8 +98,9 @@ class FileStorage(StorageNode):
         writing = not opener.read_only
         if opener.force_share and writing:
             raise OptionError("force-share requires read-only", path=filename, hint="open it read-only")
-        fd = open_file(filename, writing) if opener.fd is None else os.dup(opener.fd)
+        fds = opener.descriptors()
         try:
+            fd = open_file(fds, filename, writing) if opener.fd is None else duplicate_into(fds, opener.fd)
             require_file(os.fstat(fd).st_mode, filename)
             locking = options.get("locking", "auto")
             permissions = None
@@ -111,7 +110,7 @@ class FileStorage(StorageNode):
                 permissions = extra if locked else None
             kind: type[FileStorage] = DirectFileStorage if direct and cls is FileStorage else cls
             try:
-                node = kind(fd, filename, name=opener.name, read_only=opener.read_only)
+                node = kind(fds, filename, name=opener.name, read_only=opener.read_only)
                 node._locks, node._force_share = permissions, opener.force_share
                 node._holes = SEEK_HOLES and options.get("holes", True)
                 return node  # type: ignore[return-value]
@@ -120,7 +119,7 @@ class FileStorage(StorageNode):
                     raise
                 raise BlockIOError.from_os(error, path=filename, operation="open") from error
         except BaseException:
-            os.close(fd)
+            close_all(fds)
             raise
 
     # -- properties
@@ -299,22 +298,23 @@ class FileStorage(StorageNode):
             fd = open_again(fds, self._fd, self.path or self._filename, self._filename, mode)
             if self._locks is not None:
                 locks.pass_on(self._fd, fd, writing=not read_only, path=self._filename, **self._locks)
-            old, new = self._close_fd, iter((fd,))
-            self._close_fd, self._open_fds, self._fd, self.read_only, fds = map(os.close, new), new, fd, read_only, []
-            next(old, None)
+            # One step: from now on `fds` has the old descriptor, which is closed below.
+            self._fd, self.read_only, self._fds, fds = fd, read_only, fds, self._fds
         finally:
-            for fd in fds:
-                os.close(fd)
+            try:
+                close_all(fds)
+            finally:
+                close_all(fds)
 
     @property
     def held(self) -> bool:
-        return length_hint(self._open_fds) > 0
+        return bool(self._fds)
 
     def close(self) -> None:
         self._fd = -1  # first, since the number may be reused as soon as it is closed
         self._data_range.forget()  # it belongs to this descriptor
         try:
-            next(self._close_fd, None)
+            close_last(self._fds)
         except OSError as error:
             raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
 
@@ -431,8 +431,9 @@ class DirectFileStorage(FileStorage):
 
     _cached = False
 
-    def __init__(self, fd: int, filename: str, *, name: str | None = None, read_only: bool = False) -> None:
-        super().__init__(fd, filename, name=name, read_only=read_only)
+    def __init__(self, fds: list[int], filename: str, *, name: str | None = None, read_only: bool = False) -> None:
+        super().__init__(fds, filename, name=name, read_only=read_only)
+        fd = self._fd
         try:
             if not O_DIRECT:
                 raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

@@ -7,6 +7,7 @@ import os
 import stat
 
 from ..capabilities import LINUX, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, set_blocking
+from ..descriptors import open_into
 from ..errors import BlockIOError, Hint, LaminaError, OptionError
 
 _TYPES = {
@@ -27,12 +28,13 @@ def path_of(fd: int, filename: str) -> str:
     return path if path.startswith("/") and not path.endswith(" (deleted)") else os.path.realpath(filename)
 
 
-def open_file(filename: str, writing: bool) -> int:
+def open_file(into: list[int], filename: str, writing: bool) -> int:
+    """Open the file, add its descriptor to `into` (see `descriptors`), and return it."""
     flags = (os.O_RDWR if writing else os.O_RDONLY) | O_CLOEXEC | O_NOCTTY
     try:
         # Checked before the file is opened, since opening a FIFO or a device may block or have side effects.
         require_file(os.stat(filename).st_mode, filename)
-        fd = os.open(filename, flags | O_NONBLOCK)
+        fd = open_into(into, filename, flags | O_NONBLOCK)
         set_blocking(fd)
     except OSError as error:
         if isinstance(error, LaminaError):
@@ -52,13 +54,12 @@ def open_file(filename: str, writing: bool) -> int:
 
 
 def open_again(into: list[int], fd: int, path: str, filename: str, mode: int) -> int:
-    """Open the file of `fd` once more, whatever its name denotes by now. The new descriptor is added to `into` in the same
-    step of C code, so that no interrupt loses it."""
+    """Open the file of `fd` once more, whatever its name denotes by now. The new descriptor is added to
+    `into`."""
     flags = mode | O_CLOEXEC | O_NOCTTY | O_NONBLOCK
     try:
         same = f"/proc/self/fd/{fd}"
-        into.extend(map(os.open, (same if os.path.exists(same) else path,), (flags,)))
-        again = into[-1]
+        again = open_into(into, same if os.path.exists(same) else path, flags)
         set_blocking(again)
     except OSError as error:
         hint = "get write permission, or go on reading" if mode & os.O_RDWR else None
