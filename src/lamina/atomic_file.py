@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 from zlib import crc32
@@ -33,6 +33,7 @@ from .capabilities import (
     pwrite,
     user,
 )
+from .descriptors import close_all, duplicate_into, open_into
 from .errors import BlockIOError, LaminaError, Locked, OptionError, append_hint
 from .target_file import NOT_ALLOWED, Lock, Target, at, open_folder, real_path
 
@@ -97,6 +98,8 @@ class AtomicFile:
         self.header = bytearray()
         self._mode, self._lock, self._tell = mode, lock, tell
         self._name = self._temporary = ""
+        self._fds: list[int] = []  # `fd`, while it is open
+        self._folders: list[int] = []  # likewise
         self._process = os.getpid()
         #: The path as the caller wrote it.
         self.path = os.fspath(path)
@@ -133,11 +136,21 @@ class AtomicFile:
                 ) from problem
             raise
         finally:
-            self._clean_up(error)
+            try:
+                self._clean_up(error)
+            finally:
+                self.abandon()
 
     def __del__(self) -> None:
-        # For an interrupt before the first line of __exit__.
-        self._clean_up(None)
+        # For an interrupt between the last line of the block and the first of __exit__.
+        if self._process >= 0:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Remove what is left of a file that did not get its name, and close the descriptors. Does nothing after `__exit__`,
+        unless an interrupt struck there."""
+        if self._fds or self._folders or self._old is not None or self._named:
+            self._clean_up(None)
 
     # -- begin
 
@@ -154,7 +167,7 @@ class AtomicFile:
             if reason is not None:
                 self._open_in_place(old, reason)
                 return
-        self._folder = open_folder(folder)
+        self._folder = open_folder(self._folders, folder)
         self._temporary = temporary_name(self._name)
         if self._folder < 0:
             self._name, self._temporary = self.target, os.path.join(folder, self._temporary)
@@ -174,7 +187,8 @@ class AtomicFile:
             self._open_in_place(old, reason)
 
     def _open_in_place(self, old: Target, reason: str) -> None:
-        self.fd, self.in_place, self.header = os.dup(old.fd), True, bytearray(HEADER_BYTES)
+        self.fd = duplicate_into(self._fds, old.fd)
+        self.in_place, self.header = True, bytearray(HEADER_BYTES)
         if not self.is_device and self._tell is not None:
             self._tell(f"written in place, since {reason}: a failure before the end loses the old content")
         old.drop_privileges()
@@ -184,7 +198,7 @@ class AtomicFile:
         flags = os.O_RDWR | O_CLOEXEC
         if O_TMPFILE:
             try:
-                self.fd = os.open(".", flags | O_TMPFILE, mode, dir_fd=self._folder)
+                self.fd = open_into(self._fds, ".", flags | O_TMPFILE, mode, folder=self._folder)
             except OSError as error:
                 if error.errno not in _NO_TMPFILE:
                     raise
@@ -195,9 +209,8 @@ class AtomicFile:
                 self._close_new()
         while True:
             self._named = True
-            self.fd = os.open(
-                self._temporary, flags | os.O_CREAT | os.O_EXCL | O_NOFOLLOW, mode, dir_fd=at(self._folder)
-            )
+            new = flags | os.O_CREAT | os.O_EXCL | O_NOFOLLOW
+            self.fd = open_into(self._fds, self._temporary, new, mode, folder=at(self._folder))
             _mark_in_use(self.fd)
             if _is_at(self.fd, self._folder, self._temporary):
                 return
@@ -272,6 +285,24 @@ class AtomicFile:
 
     def _clean_up(self, error: BaseException | None) -> None:
         """Remove the temporary file and close all descriptors. `error` gets a hint about the state of the target."""
+        try:
+            try:
+                left = self._remove(error)
+            except Exception:
+                raise
+            except BaseException:  # an interrupt
+                self._remove(None)
+                raise
+        finally:
+            try:
+                self._close()
+            finally:
+                self._close()  # completes what an interrupt stopped, and else does nothing
+        if left is not None and isinstance(error, LaminaError):
+            append_hint(error, left)
+
+    def _remove(self, error: BaseException | None) -> str | None:
+        """Remove the temporary file, or what was written in place. Returns what is lost, or left to be removed."""
         left = None
         try:
             if isinstance(error, KeyboardInterrupt):
@@ -285,18 +316,21 @@ class AtomicFile:
                     self._remove_temporary()
                     left = None
         except OSError:
+            self._named = False
             if left is None or error is None:
                 raise
-        finally:
+        return left
+
+    def _close(self) -> None:
+        """Close all descriptors. May be called again."""
+        try:
             self._close_new()
-            fd, self._folder = self._folder, -1
-            if fd >= 0:
-                os.close(fd)
-            old, self._old = self._old, None
-            if old is not None:
-                old.close()
-        if left is not None and isinstance(error, LaminaError):
-            append_hint(error, left)
+            self._folder = -1
+            close_all(self._folders)
+        finally:
+            if self._old is not None:
+                self._old.close()
+            self._old = None
 
     def _outcome(self) -> str:
         """The state of the target after an interrupt."""
@@ -326,14 +360,23 @@ class AtomicFile:
         _remove_unfinished(self._folder, self._temporary, owners)
 
     def _close_new(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self.fd = -1
+        close_all(self._fds)
+
+
+@contextmanager
+def making(file: AtomicFile) -> Iterator[AtomicFile]:
+    """`with file`, which also removes what is left if an interrupt strikes between the end of the block and `__exit__`."""
+    try:
+        with file:
+            yield file
+    finally:
+        file.abandon()
 
 
 def write_file(path: str | os.PathLike[str], data: bytes, *, durable: bool = False, mode: int = 0o666) -> None:
     """Write `data` to the file at `path` atomically (see `AtomicFile`). Raises BlockIOError, OptionError."""
-    with AtomicFile(path, durable=durable, mode=mode) as file:
+    with making(AtomicFile(path, durable=durable, mode=mode)) as file:
         try:
             if file.in_place:
                 file.begun = True
@@ -351,32 +394,35 @@ def sync_folder(path: str, folder: int | None = None) -> None:
     """Flush the names of a folder to stable storage. `folder`: the descriptor to which `path` is relative. Raises OSError."""
     if not FOLDERS:
         return  # a system whose file system keeps names by itself
+    fds: list[int] = []
     try:
-        fd = os.open(path or ".", os.O_RDONLY | O_DIRECTORY | O_CLOEXEC, dir_fd=folder)
-    except PermissionError:
-        os.sync()  # the folder may be written but not read
-        return
-    try:
-        flush_file(fd)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # some file systems cannot flush folders
-            raise
+        try:
+            fd = open_into(fds, path or ".", os.O_RDONLY | O_DIRECTORY | O_CLOEXEC, folder=folder)
+        except PermissionError:
+            os.sync()  # the folder may be written but not read
+            return
+        try:
+            flush_file(fd)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:  # some file systems cannot flush folders
+                raise
     finally:
-        os.close(fd)
+        close_all(fds)
 
 
 def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
     """Remove the temporary file `name` of a killed process. Raises Locked if a process is writing it, and BlockIOError if it
     may be something else: its owner is not in `owners`, it is no regular file, has several links, or cannot be locked."""
+    fds: list[int] = []
     try:
-        fd = os.open(name, os.O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY, dir_fd=at(folder))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if not _exists(folder, name):  # the folder cannot be searched or was removed
-            raise
-        raise _not_temporary(folder, name) from error
-    try:
+        try:
+            fd = open_into(fds, name, os.O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY, folder=at(folder))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if not _exists(folder, name):  # the folder cannot be searched or was removed
+                raise
+            raise _not_temporary(folder, name) from error
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_uid not in owners:
             raise _not_temporary(folder, name)
@@ -389,8 +435,7 @@ def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
             raise _not_temporary(folder, name) from error
         if _is_at(fd, folder, name):
             if not MOVES_OPEN_FILES:
-                os.close(fd)
-                fd = -1
+                close_all(fds)
             try:
                 os.unlink(name, dir_fd=at(folder))
             except PermissionError as error:
@@ -398,8 +443,7 @@ def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
                     raise
                 raise _being_written(folder, name) from error
     finally:
-        if fd >= 0:
-            os.close(fd)
+        close_all(fds)
 
 
 def _being_written(folder: int, name: str) -> Locked:

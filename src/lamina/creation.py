@@ -7,12 +7,13 @@ headers of all formats, are buffered and written last.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from .atomic_file import HEADER_BYTES, AtomicFile, sync_folder
+from .atomic_file import HEADER_BYTES, AtomicFile, making, sync_folder
 from .capabilities import O_CLOEXEC, O_NOFOLLOW
+from .descriptors import close_all, open_into
 from .detection import HEAD_BYTES, TAIL_BYTES
 from .errors import BlockIOError, NotSupported, OptionError, printable
 from .format import Format, lookup_format
@@ -61,40 +62,41 @@ def create(
         write_image(kind, file, values)
 
 
-def new_file(target: str, *, durable: bool = False) -> AtomicFile:
+def new_file(target: str, *, durable: bool = False) -> AbstractContextManager[AtomicFile]:
     """The file of a new image at `target`, a context manager; `open_new` opens it. Meanwhile no other program can open, as an
     image, the file that it replaces or writes in place. `durable` as for `AtomicFile`."""
-    return AtomicFile(target, durable=durable, lock=lock_for_writing, tell=lambda text: tell(target, text))
+    return making(AtomicFile(target, durable=durable, lock=lock_for_writing, tell=lambda text: tell(target, text)))
 
 
 @contextmanager
 def made_beside(kind: type[Format], values: Mapping[str, Any], target: str) -> Iterator[None]:
     """Create the files beside a new image (`Format.side_files`), empty, with names that are on stable storage; an exception
     deletes them, unless the new image is at `target` already. OptionError if one of them exists."""
-    made: list[tuple[str, os.stat_result]] = []
+    made: list[str] = []
+    fds: list[int] = []  # of the first of these files, as many as were created
     before = _identity(target)
     try:
         for path in kind.side_files(values):
+            made.append(path)
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o666)
+                open_into(fds, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0o666)
             except FileExistsError as error:
                 text = "this file is to be created for the guest data of the image, and exists already"
                 raise OptionError(text, path=path, hint="delete it first, or name another one") from error
             except OSError as error:
                 raise BlockIOError.from_os(error, "cannot create this file", path=path) from error
-            try:
-                made.append((path, os.fstat(fd)))
-            finally:
-                os.close(fd)
             sync_folder(os.path.dirname(path))
         yield
     except BaseException:
-        for path, status in made if _identity(target) == before else ():
+        statuses = [os.fstat(fd) for fd in fds]
+        close_all(fds)  # there are systems on which an open file cannot be removed
+        for path, status in zip(made, statuses, strict=False) if _identity(target) == before else ():
             with suppress(OSError):
-                found = os.lstat(path)
-                if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
+                if os.path.samestat(os.lstat(path), status):
                     os.unlink(path)
         raise
+    finally:
+        close_all(fds)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -109,7 +111,11 @@ def lock_for_writing(fd: int, path: str) -> None:
     """Take the file locks of a writer on `fd`, a descriptor of the file at `path`; they last until it is closed. Raises
     Locked if another program uses the file."""
     # File locks belong to the open file description, not to the duplicate descriptor of this node.
-    Opener(read_only=False, fd=fd).open({"driver": "file", "filename": path}).close()
+    node = Opener(read_only=False, fd=fd).open({"driver": "file", "filename": path})
+    try:
+        node.close()
+    finally:
+        node.close()  # completes what an interrupt stopped, and else does nothing
 
 
 def tell(path: str, text: str) -> None:
@@ -220,16 +226,23 @@ def open_new(file: AtomicFile) -> Child:
     was closed. If the image is written in place, the old content remains until the first change."""
     # The policy applies to names inside images, and there are none here.
     opener = Opener(read_only=False, policy=Policy.none(), fd=file.fd)
-    storage = opener.child("file", {"driver": "file", "filename": file.path}, grows=True)
-    over = HeaderLast(storage, file) if file.in_place else Unsynced(storage)
-    return Child(over, "file", grows=True)
+    return _opened(opener, file.path, lambda storage: HeaderLast(storage, file) if file.in_place else Unsynced(storage))
 
 
 def open_unsynced(path: str) -> Child:
     """The same for a file at `path` that is not an `AtomicFile`: it keeps its name although it is incomplete."""
     opener = Opener(read_only=False, policy=Policy.none())
+    return _opened(opener, path, Unsynced)
+
+
+def _opened(opener: Opener, path: str, above: Callable[[Child], Unsynced]) -> Child:
+    """The edge to the node that `above` makes over the file at `path`, which is closed if an interrupt prevents it."""
     storage = opener.child("file", {"driver": "file", "filename": path}, grows=True)
-    return Child(Unsynced(storage), "file", grows=True)
+    try:
+        return Child(above(storage), "file", grows=True)
+    except BaseException:
+        storage.close()
+        raise
 
 
 def begin(storage: Child) -> None:
@@ -246,4 +259,7 @@ def write_image(kind: type[Format], file: AtomicFile, values: Mapping[str, Any])
         kind.create(storage, values["size"], values)
         begin(storage)  # for an image without a single write
     finally:
-        storage.close()
+        try:
+            storage.close()
+        finally:
+            storage.close()  # completes what an interrupt stopped, and else does nothing

@@ -26,6 +26,7 @@ from .capabilities import (
     set_permissions,
     user,
 )
+from .descriptors import close_all, open_into
 from .errors import BlockIOError, LaminaError
 
 #: A function that locks the target, called with its descriptor and path. The lock must last as long as the descriptor.
@@ -55,6 +56,7 @@ class Target:
         NotFound, and the errors of `lock`."""
         self.path = path
         self.fd = self._folder = -1
+        self._fds: list[int] = []  # both of them, while they are open
         try:
             # Checked before the file is opened, since opening a FIFO or a device may block or have side effects.
             status = os.lstat(path)
@@ -67,14 +69,14 @@ class Target:
                     hint="name a file in it" if directory else "name another file",
                 )
             flags = os.O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY
-            self.fd = os.open(path, flags)
+            self.fd = open_into(self._fds, path, flags)
             set_blocking(self.fd)
             self.status = os.fstat(self.fd)
             # Checked again: on an overlay file system, opening a file for writing may replace it by a copy.
             status = os.lstat(path)
             if not os.path.samestat(status, self.status) or not (self.is_device or stat.S_ISREG(status.st_mode)):
                 raise self._changed()
-            self._folder = open_folder(os.path.dirname(path))
+            self._folder = open_folder(self._fds, os.path.dirname(path))
             if lock is not None:
                 lock(self.fd, path)
         except BaseException as error:
@@ -155,17 +157,13 @@ class Target:
         if not os.path.samestat(now, self.status):
             raise self._changed()
         if not MOVES_OPEN_FILES:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+            self.close()  # the folder has no descriptor there
         os.replace(name, own_name, src_dir_fd=folder, dst_dir_fd=folder)
 
     def close(self) -> None:
-        """Close the file, which releases the lock."""
-        for name in ("_folder", "fd"):
-            fd = getattr(self, name)
-            setattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
+        """Close the file, which releases the lock. May be called again."""
+        self.fd = self._folder = -1
+        close_all(self._fds)
 
     def _changed(self) -> BlockIOError:
         hint = "nothing was changed; try again when that program has finished"
@@ -189,12 +187,12 @@ def real_path(path: str) -> str:
     return os.path.realpath(path)
 
 
-def open_folder(path: str) -> int:
-    """A descriptor of the folder `path`, which stays valid if the folder is renamed; -1 where folders have none. Raises
-    OSError."""
+def open_folder(fds: list[int], path: str) -> int:
+    """A descriptor of the folder `path`, which stays valid if the folder is renamed, and is added to `fds` (`descriptors`).
+    -1 where folders have none. Raises OSError."""
     if not FOLDERS:
         return -1
-    return os.open(path or ".", O_PATH | O_DIRECTORY | O_CLOEXEC)
+    return open_into(fds, path or ".", O_PATH | O_DIRECTORY | O_CLOEXEC)
 
 
 def at(folder: int) -> int | None:
@@ -212,11 +210,11 @@ def _mount(fd: int) -> bytes | None:
 
 def _line(path: str, key: bytes) -> bytes:
     """The value after `key` in a file of /proc. Raises OSError, ValueError."""
-    fd = os.open(path, os.O_RDONLY | O_CLOEXEC)
+    fds: list[int] = []
     try:
-        text = os.read(fd, 1 << 14)
+        text = os.read(open_into(fds, path, os.O_RDONLY | O_CLOEXEC), 1 << 14)
     finally:
-        os.close(fd)
+        close_all(fds)
     for line in text.splitlines():
         if line.startswith(key):
             return line[len(key) :]
