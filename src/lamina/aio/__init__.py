@@ -22,7 +22,7 @@ from ..limits import DEFAULT_BUDGET, Budget
 from ..policy import Policy
 from ..root import Graph
 from ..workers import Workers
-from .calls import Call, start
+from .calls import Call, passing_to
 from .image import Image, opened, require_requests
 from .work import awaitable, awaitable_as, iterate, run
 
@@ -151,8 +151,12 @@ class Opening:
 
     async def _open(self) -> Image:
         require_requests(self._requests)
-        call = start(Call(self._work, _Synchronous.close), _threads)
-        return opened(await call.outcome(), self._requests, self._where)
+        image = await Call(self._work, _Synchronous.close).outcome(passing_to(_threads))
+        try:
+            return opened(image, self._requests, self._where)
+        except BaseException:  # an interrupt
+            image.close()
+            raise
 
     async def __aenter__(self) -> Image:
         self._image = await self
@@ -160,7 +164,10 @@ class Opening:
 
     async def __aexit__(self, *_: object) -> None:
         if self._image is not None:
-            await self._image.close()
+            try:
+                await self._image.close()
+            finally:
+                await self._image.close()  # completes what an interrupt stopped, and else does nothing
 
 
 def open(

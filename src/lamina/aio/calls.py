@@ -85,47 +85,57 @@ class Call(Generic[_T]):
         except RuntimeError:  # the loop was closed, and no task of it will ever take the value
             self._drop()
 
-    async def outcome(self, *, leave: bool = False, cancel: Callable[[], object] | None = None) -> _T:
-        """The value of the call; raises its error. `leave`: the call only returns a value, and a cancelled task leaves it.
-        `cancel` asks a call that has begun to end early."""
-        cancelled: asyncio.CancelledError | None = None
+    async def outcome(
+        self,
+        begin: Callable[[Call[_T]], object],
+        *,
+        leave: bool = False,
+        cancel: Callable[[], object] | None = None,
+    ) -> _T:
+        """Let `begin` pass the call to a thread, and return its value; raises its error. `leave`: the call only returns a
+        value, and a cancelled task leaves it. `cancel` asks a call that has begun to end early. A KeyboardInterrupt here does
+        what a CancelledError does."""
+        stop: BaseException | None = None
+        passed = False
         try:
             while not self._ended:
-                self._waiter = self._loop.create_future()
                 try:
+                    if not passed:
+                        begin(self)
+                        passed = True
+                    self._waiter = self._loop.create_future()
                     await self._waiter
-                except asyncio.CancelledError as error:
-                    cancelled = cancelled or error
-                    if self._certain:
-                        continue
-                    self._withdrawn = True
-                    if leave or not self._begun:
-                        raise
-                    if cancel is not None:
-                        cancel()
                 except GeneratorExit:  # the coroutine was dropped: nothing can wait for the call any more
                     self._withdrawn = not self._certain
                     if cancel is not None:
                         cancel()
                     raise
-            if cancelled is not None:
+                except BaseException as error:
+                    stop = stop or error
+                    if passed and self._certain:
+                        continue
+                    self._withdrawn = True
+                    if leave or not self._begun:
+                        raise
+                    passed = True
+                    if cancel is not None:
+                        cancel()
+            if stop is not None:
                 if self._value and self._discard is not None:
-                    await in_thread(partial(self._discard, self._value.pop())).outcome()
+                    await in_thread(partial(self._discard, self._value.pop()))
                 # Cancelled is what `cancel` has asked for.
-                raise cancelled from (None if isinstance(self._error, Cancelled) else self._error)
+                raise stop from (None if isinstance(self._error, Cancelled) else self._error)
             if self._error is not None:
                 raise self._error
-            return self._value.pop()
+            # No call from here on: an interrupt would lose the value.
+            value, self._value = self._value[0], []
+            return value
         finally:
             self._left = True
-            if self._ended:
+            if self._ended and self._value:
                 self._drop()
-            self._error = self._waiter = cancelled = None  # the traceback refers to this frame
+            self._error = self._waiter = stop = None  # the traceback refers to this frame
             del self
-
-    def withdraw(self) -> None:
-        """The call will not begin, if it has not."""
-        self._withdrawn = self._left = True
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -142,19 +152,25 @@ class Call(Generic[_T]):
             self._discard(value)
 
 
-def start(call: Call[_T], workers: Workers) -> Call[_T]:
-    """Let a thread of `workers` make the call."""
+def passing_to(workers: Workers) -> Callable[[Call[Any]], None]:
+    """The argument `begin` of `Call.outcome`: a thread of `workers` makes the call."""
+    return lambda call: workers.start(Task(call.run))
+
+
+async def in_thread(work: Callable[[], _T]) -> _T:
+    """The value of a certain call in a thread of its own: it waits for no other call."""
+    return await Call(work, certain=True).outcome(_pass_to_a_thread)
+
+
+def _pass_to_a_thread(call: Call[Any]) -> None:
+    workers = Workers(1, "lamina-aio")
     try:
         workers.start(Task(call.run))
-    except BaseException:
-        call.withdraw()
-        raise
-    return call
-
-
-def in_thread(work: Callable[[], _T]) -> Call[_T]:
-    """A certain call in a thread of its own: it waits for no other call."""
-    return start(Call(work, certain=True), Workers(1, "lamina-aio"))
+    finally:
+        try:
+            workers.close()  # the thread ends after this call
+        finally:
+            workers.close()
 
 
 class Pool:
@@ -171,26 +187,22 @@ class Pool:
     async def call(self, work: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         """The value of work(*arguments); a cancelled task waits until a call that has begun has ended. Raises Closed after
         `refuse`."""
-        return await self.begin(partial(work, *arguments, **named)).outcome()
+        return await Call(partial(work, *arguments, **named)).outcome(self.begin)
 
     async def value_of(self, work: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         """The same for work that changes nothing and fills no buffer of the caller: a cancelled task does not wait."""
-        return await self.begin(partial(work, *arguments, **named)).outcome(leave=True)
+        return await Call(partial(work, *arguments, **named)).outcome(self.begin, leave=True)
 
-    def begin(self, work: Callable[[], _T], discard: Callable[[_T], object] | None = None) -> Call[_T]:
-        """A call of `work`, to be awaited by `Call.outcome`; `discard` as for `Call`. Raises Closed after `refuse`."""
-        call = Call(work, discard)
-        self._calls.add(call)  # before `_closing` is read: `finish` sees this call, or it is refused
-        if self._closing:
-            self._calls.discard(call)
-            raise Closed("this image was closed")
+    def begin(self, call: Call[Any]) -> None:
+        """The argument `begin` of `Call.outcome`. Raises Closed after `refuse`."""
         try:
+            self._calls.add(call)  # before `_closing` is read: `finish` sees this call, or it is refused
+            if self._closing:
+                raise Closed("this image was closed")
             self._workers.start(Task(self._run, call))
         except BaseException:
-            call.withdraw()
             self._calls.discard(call)
             raise
-        return call
 
     def _run(self, call: Call[Any]) -> None:
         try:

@@ -9,7 +9,7 @@ from .. import image as synchronous
 from .. import lifecycle
 from ..errors import OptionError
 from ..jobs.requests import is_far
-from .calls import Pool, in_thread
+from .calls import Call, Pool, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Buffer, Callable  # type: ignore[attr-defined,unused-ignore]  # Python 3.12
@@ -48,6 +48,7 @@ class Image:
         self._image = image
         self._count = requests or (_FAR if is_far(image.node) else _NEAR)
         self._pool = Pool(self._count, "lamina-aio-image")
+        self._closed = False
 
     @property
     def sync(self) -> synchronous.Image:
@@ -131,27 +132,36 @@ class Image:
         """Another image on the same node, or on another node of the graph; see `lamina.Image.share`."""
         where = lifecycle.caller()
         work = partial(self._image.share, node, read_only=read_only)
-        shared = await self._pool.begin(work, synchronous.Image.close).outcome()
-        shared.root.opened_at = shared.root.opened_at and where
-        return Image(shared, requests=self._count)
+        shared = await Call(work, synchronous.Image.close).outcome(self._pool.begin)
+        try:
+            shared.root.opened_at = shared.root.opened_at and where
+            return Image(shared, requests=self._count)
+        except BaseException:  # an interrupt
+            shared.close()
+            raise
 
     async def close(self) -> None:
         """Refuse further requests (Closed), complete those in progress, write buffered data to the files and close them; see
         `lamina.Image.close`. A cancelled task waits until the image is closed. A second call does nothing."""
         self._pool.refuse()
-        await in_thread(self._close).outcome()
+        if not self._closed:
+            await in_thread(self._close)
 
     def _close(self) -> None:
         try:
             self._image.close()
         finally:
             self._pool.finish()
+        self._closed = True
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        try:
+            await self.close()
+        finally:
+            await self.close()  # completes what an interrupt stopped, and else does nothing
 
     def __repr__(self) -> str:
         return f"<aio.{repr(self._image)[1:]}"

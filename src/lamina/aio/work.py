@@ -2,11 +2,12 @@
 
 A function that takes `cancel` (an object with `is_set`), or `monitor`, is cancelled with its task: it removes what it made,
 as for any other reason to stop, and the await ends after that. Others run to their end first. `progress` is called in the
-thread of the event loop.
+thread of the event loop, and the function waits for it: an exception stops the function there, before its next step.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import inspect
 import time
@@ -17,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ..errors import Cancelled
 from ..workers import Workers
-from .calls import Call, in_thread, start
+from .calls import Call, in_thread, passing_to
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -27,6 +28,8 @@ AT_ONCE = 32
 _threads = Workers(AT_ONCE, "lamina-aio-work")
 #: An iterator is advanced by a thread for so many seconds, or items, before the event loop gets them.
 _STEP_SECONDS, _STEP_ITEMS = 0.05, 256
+#: The interval in seconds at which a function that waits for `progress` checks whether its event loop was closed.
+_POLL_INTERVAL = 0.1
 
 
 class _Link:
@@ -41,7 +44,7 @@ class _Link:
         self._stopped = False
         self._given: Any = None
         self._cancel: Callable[[], object] = lambda: None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         progress = named.get("progress")
         if "monitor" in known:
             if named.get("monitor") is None:
@@ -54,7 +57,8 @@ class _Link:
             named["cancel"] = self
         if progress is not None and "progress" in known:
             self._progress: Callable[..., object] = progress
-            named["progress"] = partial(asyncio.get_running_loop().call_soon_threadsafe, self._report)
+            self._loop = asyncio.get_running_loop()
+            named["progress"] = self._tell
 
     def is_set(self) -> bool:
         """Whether the job is to stop."""
@@ -65,22 +69,40 @@ class _Link:
         self._stopped = True
         self._cancel()
 
-    def _report(self, *told: object) -> None:
-        """Call `progress`, which may raise to stop the job."""
-        if self._stopped:
-            return
+    def _tell(self, *told: object) -> None:
+        """The `progress` of the job: let the event loop call that of the caller, and wait until it has. Raises Cancelled if
+        it raised, and if the event loop was closed."""
+        heard = _thread.allocate_lock()
+        heard.acquire()
         try:
-            self._progress(*told)
-        except Exception as error:  # noqa: BLE001 - the task raises it
+            self._loop.call_soon_threadsafe(self._report, heard, *told)
+        except RuntimeError:  # the loop was closed
+            self.cancel()
+        while not self._stopped and not heard.acquire(timeout=_POLL_INTERVAL):
+            if self._loop.is_closed():
+                self.cancel()
+        if self.failure is not None or self._loop.is_closed():
+            raise Cancelled("the job was stopped")
+
+    def _report(self, heard: _thread.LockType, *told: object) -> None:
+        """Call `progress`, which may raise to stop the job: CancelledError, too."""
+        try:
+            if not self._stopped:
+                self._progress(*told)
+        except BaseException as error:
             self.failure = error
             self.cancel()
+            if isinstance(error, KeyboardInterrupt | SystemExit):  # they end the event loop as well
+                raise
+        finally:
+            heard.release()
 
 
 async def run(function: Callable[_P, _T], /, *arguments: _P.args, **named: _P.kwargs) -> _T:
     """function(*arguments), a function of this package or of the caller's, in a thread. At most 32 run at once; others wait,
     and are not begun if their task is cancelled. If the task is cancelled later, a function that can be cancelled is, and the
-    await ends with CancelledError when the function has ended. An exception that `progress` raises stops the job and is
-    raised here. Raises what the function raises."""
+    await ends with CancelledError when the function has ended. An exception that `progress` raises, CancelledError included,
+    stops the function, and is raised here when it has ended. Raises what the function raises."""
     options: dict[str, Any] = dict(named)
     link = _Link(function, options)
     return await _done(partial(function, *arguments, **options), link)
@@ -102,13 +124,13 @@ async def iterate(
     finally:
         close = getattr(items, "close", None)
         if close is not None:
-            await in_thread(close).outcome()
+            await in_thread(close)
 
 
 async def _done(work: Callable[[], _T], link: _Link, discard: Callable[[_T], object] | None = None) -> _T:
     """The value of `work`, which is the job of `link` or a part of it. `discard` as for `Call`."""
     try:
-        found = await start(Call(work, discard), _threads).outcome(cancel=link.cancel)
+        found = await Call(work, discard).outcome(passing_to(_threads), cancel=link.cancel)
     except Cancelled:
         if link.failure is None:
             raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import OptionError, UnsupportedFeature, printable
 from ..extents import Extents
+from ..image import opening
 from ..jobs.windows import windows
 from ..limits import align_down, align_up
 from . import program
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         return _show_contexts(args)
     if args.totals:
         raise OptionError("--totals needs a metadata context of an NBD export", hint="add --context base:allocation")
-    with open_image(args.filename, args, args.format) as image:
+    with opening(open_image, args.filename, args, args.format) as image:
         sys.stdout.flush()
         if args.plot:
             from .map_plot import show

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..jobs.progress import Monitor
 from .arguments import Parser, open_image
@@ -76,15 +76,16 @@ def main(argv: list[str]) -> int:
 
 def _open(args: Namespace, stack: ExitStack) -> tuple[Image, ...]:
     from ..api import open
+    from ..image import opening
     from .source_snapshot import snapshot_options
 
     found: list[Image] = []
     for wanted in args.snapshots:
         options, references = snapshot_options(args.names[0], args, args.format, wanted)
-        image = open(options, references=references, budget=args.limits, force_share=args.force_share)
-        found.append(stack.enter_context(image))
+        how: dict[str, Any] = {"references": references, "budget": args.limits, "force_share": args.force_share}
+        found.append(stack.enter_context(opening(open, options, **how)))
     formats = (args.format, args.other_format) if len(args.names) == 2 else (args.format,)
     for name, format in zip(args.names, formats, strict=True):
         if len(found) < 2:
-            found.append(stack.enter_context(open_image(name, args, format)))
+            found.append(stack.enter_context(opening(open_image, name, args, format)))
     return tuple(found)

@@ -28,6 +28,9 @@ class Interrupt:
         self.left: int = number
         #: The location of the exception: file, line, function, event; None before it was raised.
         self.struck: str | None = None
+        #: The exception that arrived at `run`. Its traceback keeps the frames that it passed, and what they refer to: as long
+        #: as a test keeps it, their finalizers do not run.
+        self.error: KeyboardInterrupt | None = None
 
     def _look(self, frame: FrameType, event: str, _argument: Any) -> None:
         if event not in ("call", "c_return") or self.struck is not None:
@@ -52,8 +55,9 @@ class Interrupt:
         sys.setprofile(self._look)
         try:
             work()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             assert self.struck is not None
+            self.error = error
             return True
         finally:
             sys.setprofile(None)
