@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .descriptors import opening
 from .graph import Opener, named, open_graph
 from .graph import probe as _probe
 from .image import Image
 from .limits import DEFAULT_BUDGET, Budget
 from .policy import Policy
-from .request import Child
 from .root import Graph
 
 
@@ -65,8 +65,6 @@ def probe(source: str | os.PathLike[str], *, force_share: bool = True) -> str:
     import warnings
 
     warnings.warn("lamina.probe is lamina.detect(...).format now", DeprecationWarning, stacklevel=2)
-    storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
-    try:
+    opener = Opener(force_share=force_share)
+    with opening(opener.child, "file", named(source), storage=True) as storage:
         return _probe(storage).format
-    finally:
-        storage.close()

@@ -407,7 +407,8 @@ def sync_folder(path: str, folder: int | None = None) -> None:
             if error.errno not in _UNSUPPORTED:  # some file systems cannot flush folders
                 raise
     finally:
-        close_all(fds)
+        for fd in fds:
+            os.close(fd)
 
 
 def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
@@ -443,7 +444,8 @@ def _remove_unfinished(folder: int, name: str, owners: Collection[int]) -> None:
                     raise
                 raise _being_written(folder, name) from error
     finally:
-        close_all(fds)
+        for fd in fds:
+            os.close(fd)
 
 
 def _being_written(folder: int, name: str) -> Locked:

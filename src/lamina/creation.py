@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic_file import HEADER_BYTES, AtomicFile, making, sync_folder
 from .capabilities import O_CLOEXEC, O_NOFOLLOW
-from .descriptors import close_all, open_into
+from .descriptors import close_all, open_into, opening
 from .detection import HEAD_BYTES, TAIL_BYTES
 from .errors import BlockIOError, NotSupported, OptionError, printable
 from .format import Format, lookup_format
@@ -96,7 +96,8 @@ def made_beside(kind: type[Format], values: Mapping[str, Any], target: str) -> I
                     os.unlink(path)
         raise
     finally:
-        close_all(fds)
+        for fd in fds:
+            os.close(fd)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -111,11 +112,8 @@ def lock_for_writing(fd: int, path: str) -> None:
     """Take the file locks of a writer on `fd`, a descriptor of the file at `path`; they last until it is closed. Raises
     Locked if another program uses the file."""
     # File locks belong to the open file description, not to the duplicate descriptor of this node.
-    node = Opener(read_only=False, fd=fd).open({"driver": "file", "filename": path})
-    try:
-        node.close()
-    finally:
-        node.close()  # completes what an interrupt stopped, and else does nothing
+    with opening(Opener(read_only=False, fd=fd).open, {"driver": "file", "filename": path}):
+        pass
 
 
 def tell(path: str, text: str) -> None:
@@ -254,12 +252,6 @@ def begin(storage: Child) -> None:
 
 def write_image(kind: type[Format], file: AtomicFile, values: Mapping[str, Any]) -> None:
     """Create an image in `file`. `values` as parsed by `kind.creation_schema()`."""
-    storage = open_new(file)
-    try:
+    with opening(open_new, file) as storage:
         kind.create(storage, values["size"], values)
         begin(storage)  # for an image without a single write
-    finally:
-        try:
-            storage.close()
-        finally:
-            storage.close()  # completes what an interrupt stopped, and else does nothing

@@ -5,9 +5,8 @@ of any kind, `bytes` as results, context management, and a file object."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .buffers import byte_view
 from .edit import Edit
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _Kind = TypeVar("_Kind", bound=Node)
-_P = ParamSpec("_P")
 #: Reads up to this length allocate their buffer before they check that they are inside the disk.
 _MODEST = 1 << 20
 
@@ -351,21 +349,6 @@ class Image:
 
     def __repr__(self) -> str:
         return f"<Image {self._root.node!r}>" if self._root else "<Image closed>"
-
-
-@contextmanager
-def opening(make: Callable[_P, Image], *arguments: _P.args, **named: _P.kwargs) -> Iterator[Image]:
-    """A context manager: the image make(*arguments), which is closed at the end, wherever an interrupt strikes. (In `with
-    lamina.open(...)` it may strike between the last step of `open` and the first of the block, or between the block and
-    the first step of `close`. The image is then left to its finalizer.)"""
-    image = make(*arguments, **named)
-    try:
-        try:
-            yield image
-        finally:
-            image.close()
-    finally:
-        image.close()  # completes what an interrupt stopped, and else does nothing
 
 
 def _append(pieces: list[Extents], found: Extents) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from . import detection, registry
+from .descriptors import opening
 from .errors import FormatError, Hint, OptionError, UnsupportedFeature, printable
 from .explanation import Step
 from .format import Format, Repair, lookup_format
@@ -94,7 +95,8 @@ def check(
         if repair is not None:
             image.root.edge.require_writable("repair")
         return image.root.alone("checks the image", _check, image.node, repair, force_share)
-    node = open_graph(
+    with opening(
+        open_graph,
         named(source),  # type: ignore[arg-type]  # no open image
         format=format,
         budget=budget,
@@ -104,11 +106,8 @@ def check(
         repair=repair is not None,
         # No file is opened by a name, and a disk without a known format has no check, and is not written.
         policy=Policy.unchecked() if format == "probe" else None,
-    )
-    try:
+    ) as node:
         return _check(node, repair, force_share)
-    finally:
-        node.close()
 
 
 def _check(node: Node, repair: Repair | None, force_share: bool) -> CheckResult:
@@ -159,13 +158,15 @@ def _chain(where: _Where, references: Policy | None, look: _Look | None = None) 
                 hint=Hint("describe that file alone", command="omit --backing-chain, or run info for that file alone"),
             )
         trail = trail.below(host.identity, host.path)
-        file = open_file(reference, host, trail, policy)
+        fds: list[int] = []
         try:
+            file = open_file(fds, reference, host, trail, policy)
             spec = {"driver": "file", "filename": file.path}
             below = _Where(spec, reference.format, budget, force_share, file.fd, found.full_backing_filename, True)
             found, host, seen = _info(below, look)
         finally:
-            os.close(file.fd)
+            for fd in fds:
+                os.close(fd)
         yield found, seen
 
 
@@ -352,13 +353,10 @@ def _info(where: _Where, look: _Look | None = None) -> tuple[ImageInfo, StorageN
     opener = Opener(
         policy=Policy.none(), budget=where.budget, force_share=where.force_share, no_references=True, fd=where.fd
     )
-    storage = opener.child("file", file, grows=True)
-    try:
+    with opening(opener.child, "file", file, grows=True) as storage:
         probed = format or probe(storage).format
         found, seen = _seen(storage, probed, values, where, look)
         return found._replace(format_probed=format is None), file_of(storage), seen
-    finally:
-        storage.close()
 
 
 def _info_of(node: Node, where: _Where, look: _Look | None) -> tuple[ImageInfo, StorageNode | None, Any]:
@@ -424,18 +422,29 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
 
 def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
     """The description of a filter over an image: its driver and size."""
+<<<<<<< HEAD
     assert where.source is not None
     node = open_graph(
+=======
+    with opening(
+        open_graph,
+>>>>>>> 6b69032 (Harness: an interrupt anywhere in the public functions, as_file, fsspec, view and map leaves nothing)
         where.source,
         format=where.format or "probe",
         budget=where.budget,
         force_share=where.force_share,
         no_references=True,
+<<<<<<< HEAD
     )
     try:
         return _from_above(node), None
     finally:
         node.close()
+=======
+    ) as node:
+        found = ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
+        return found, None
+>>>>>>> 6b69032 (Harness: an interrupt anywhere in the public functions, as_file, fsspec, view and map leaves nothing)
 
 
 def _from_above(node: Node) -> ImageInfo:

@@ -18,7 +18,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .capabilities import (
     FOLDERS,
@@ -32,6 +32,7 @@ from .capabilities import (
     set_blocking,
     user,
 )
+from .descriptors import close_all, close_one, open_into
 from .errors import (
     BlockIOError,
     Hint,
@@ -61,6 +62,7 @@ _MAX_SITE_FILE = 64 << 10
 _OWN, _OWN_READ_ONLY = "same-dir", "same-dir:read-only"
 _SPELLINGS = "use none, same-dir, same-dir:read-only, beneath:DIRECTORY, list:FILE:FILE... or any"
 _DIRECTORY_FLAGS = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC
+_Fds: TypeAlias = list[int] | None
 _FILE_FLAGS = O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC
 
 
@@ -222,9 +224,10 @@ class Policy:
         return (self._kind, self._directory, self._paths, self._writes, self.trusting)
 
     def open_reference(
-        self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False
+        self, name: str, *, referrer: str, what: str = "backing file", writable: bool = False, fds: _Fds = None
     ) -> GrantedFile:
-        """Open the file `name` if this policy grants it. The caller owns and closes `GrantedFile.fd`.
+        """Open the file `name` if this policy grants it. The caller owns and closes `GrantedFile.fd`, which is added to `fds`
+        (see `descriptors`).
 
         `name` is a name inside the image `referrer` (its real path), relative to the directory of that image. It is always a
         path: `json:`, URLs and option strings are refused, and `file:` has no meaning. `what` describes the file in messages.
@@ -254,7 +257,8 @@ class Policy:
             if writable:
                 raise denied()
         try:
-            return GrantedFile(path, check.open(path, os.O_RDWR if writable else os.O_RDONLY), denied)
+            fd = check.open([] if fds is None else fds, path, os.O_RDWR if writable else os.O_RDONLY)
+            return GrantedFile(path, fd, denied)
         except OSError as error:
             if isinstance(error, LaminaError):
                 raise
@@ -369,32 +373,32 @@ class _Check:
             raise self.refusal("it is a block device", self.grant(path))
         if stat.S_ISLNK(mode):
             raise self.refusal("it changed while it was being opened", "try again if that was intended")
-        raise self.refusal(
-            f"it is {_TYPES.get(stat.S_IFMT(mode), 'not a file')}, and only regular files are opened", None
-        )
+        kind = _TYPES.get(stat.S_IFMT(mode), "not a file")
+        raise self.refusal(f"it is {kind}, and only regular files are opened", None)
 
-    def open(self, path: str, access: int) -> int:
-        """A descriptor of exactly `path`: every step from the root refuses symlinks. Raises OSError."""
+    def open(self, into: list[int], path: str, access: int) -> int:
+        """A descriptor of exactly `path`: every step from the root refuses symlinks. Added to `into`. Raises OSError."""
         *parents, last = path.split("/")[1:]
         last = last or "."
-        directory = os.open("/", _DIRECTORY_FLAGS)
+        directories: list[int] = []
         try:
+            directory = open_into(directories, "/", _DIRECTORY_FLAGS)
             for part in parents:
-                below = os.open(part, _DIRECTORY_FLAGS, dir_fd=directory)
-                os.close(directory)
-                directory = below
+                directory = open_into(directories, part, _DIRECTORY_FLAGS, folder=directory)
+                close_one(directories, 0)
             # Checked before it is opened, since the open of a device or a FIFO has side effects.
             self.check_type(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode, path)
-            fd = os.open(last, access | _FILE_FLAGS, dir_fd=directory)
+            fd = open_into(into, last, access | _FILE_FLAGS, folder=directory)
         finally:
-            os.close(directory)
+            for directory in directories:
+                os.close(directory)
         try:
             self.check_type(os.fstat(fd).st_mode, path)
             set_blocking(fd)
+            return fd
         except BaseException:
-            os.close(fd)
+            close_all(into)
             raise
-        return fd
 
 
 _TYPES = {
@@ -483,11 +487,8 @@ def _site_file(path: str) -> str | None:
         if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, user()):
             return None
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise OptionError(
-                "other users may write to this file, so it cannot grant files to images",
-                path=path,
-                hint="chmod go-w it",
-            )
+            text = "other users may write to this file, so it cannot grant files to images"
+            raise OptionError(text, path=path, hint="chmod go-w it")
         lines = os.fsdecode(os.read(fd, _MAX_SITE_FILE)).splitlines()
     finally:
         os.close(fd)

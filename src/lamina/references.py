@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from . import detection, registry
 from .capabilities import O_CLOEXEC, O_NONBLOCK, pread
+from .descriptors import close_all
 from .errors import CorruptImage, FormatError, Hint, LaminaError, LimitExceeded, OptionError, PolicyError, printable
 from .node import Node, StorageNode
 from .options import nest, parse_name, to_keyval
@@ -161,8 +162,9 @@ def _by_name(
             )
         # An image may choose a format only: no filter, no storage, and no driver of an installed package.
         registry.lookup(driver, "format", from_image="driver" not in options)
-    found = open_file(reference, host, trail, opener.granted())
+    fds: list[int] = []
     try:
+        found = open_file(fds, reference, host, trail, opener.granted())
         shown = os.path.join(os.path.dirname(host.filename), name)  # the name in messages
         where = {"driver": "file", "filename": shown}
         below = opener.below(trail, read_only=not reference.writable, fd=found.fd)
@@ -174,10 +176,12 @@ def _by_name(
         child.denied = found.denied
         return child
     except LaminaError as error:
-        error.path = error.path or found.path
+        if fds:  # else the error of `open_file` names the path
+            error.path = error.path or found.path
         raise
     finally:
-        os.close(found.fd)  # the storage has a duplicate
+        for fd in fds:
+            os.close(fd)  # the storage has a duplicate
 
 
 def _as_named(
@@ -214,17 +218,19 @@ def not_in_a_file(reference: Reference, image: str, hint: str) -> PolicyError:
     return PolicyError(text, path=image, hint=hint)
 
 
-def open_file(reference: Reference, host: StorageNode, trail: Trail, policy: Policy) -> GrantedFile:
+def open_file(into: list[int], reference: Reference, host: StorageNode, trail: Trail, policy: Policy) -> GrantedFile:
     """Open the file of `reference`, a name inside the image in the file `host`, for its use. `trail`: the trail of the new
-    file, which must not be above itself. The caller closes the descriptor."""
+    file, which must not be above itself. The descriptor is added to `into` (see `descriptors`); the caller closes it."""
     assert host.path is not None
     assert reference.name is not None
-    found = policy.open_reference(reference.name, referrer=host.path, what=reference.what, writable=reference.writable)
+    found = policy.open_reference(
+        reference.name, referrer=host.path, what=reference.what, writable=reference.writable, fds=into
+    )
     try:
         status = os.fstat(found.fd)
         trail.require_new((status.st_dev, status.st_ino), found.path)
     except BaseException:
-        os.close(found.fd)
+        close_all(into)
         raise
     return found
 

@@ -141,29 +141,30 @@ class Root:
         self._inside, self._holders = self.gate.inside, self.gate.holders
         #: Whether the gate refuses further requests of this root, and whether `close` has completed.
         self.closing = self.closed = False
-        self.edge: Child
+        edges: list[Child] = []
         try:
-            self.graph.exclusively("opens an image", self._begin, node, read_only)
+            self.graph.exclusively("opens an image", self._begin, node, read_only, edges)
+            self.edge: Child = edges[0]
             lifecycle.inherit(node)
             #: The line of code that opened it, as "file:line"; None: `lifecycle` does not close it.
             self.opened_at: str | None = node.opened_at
             self.graph.add_root(self)
             lifecycle.roots.add(self)
         except BaseException:
-            self.give_up()
+            for edge in edges:
+                edge.give_up()
             raise
 
-    def _begin(self, node: Node, read_only: bool) -> None:
-        self.edge = Child(node, "root", read_only=read_only)
-        if self.edge.writes:
+    def _begin(self, node: Node, read_only: bool, edges: list[Child]) -> None:
+        edges.append(Child(node, "root", read_only=read_only))
+        if edges[0].writes:
             self.graph.require_free()
 
     def give_up(self) -> None:
         """Remove this new root, which nobody can have used, without closing the node. (The traceback of an interrupt may keep
         the root itself.)"""
         self.closing = self.closed = True
-        if hasattr(self, "edge"):
-            self.edge.give_up()
+        self.edge.give_up()
 
     def share(self, node: Node | str | None = None, *, read_only: bool = False) -> Root:
         """Another root, on the same node or on another node of this graph, given by itself or by name. A root on a node that

@@ -214,7 +214,8 @@ def _line(path: str, key: bytes) -> bytes:
     try:
         text = os.read(open_into(fds, path, os.O_RDONLY | O_CLOEXEC), 1 << 14)
     finally:
-        close_all(fds)
+        for fd in fds:
+            os.close(fd)
     for line in text.splitlines():
         if line.startswith(key):
             return line[len(key) :]

@@ -27,7 +27,7 @@ from .remains import Remains, require_free
 KIB = 1 << 10
 ALL = os.environ.get("LAMINA_INTERRUPTS") == "all"
 #: About so many points of each case are tried in one run of the test.
-POINTS = 60
+POINTS = 120
 TARGETS = ("out", "page.html")
 
 

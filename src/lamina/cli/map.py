@@ -7,9 +7,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
+from ..descriptors import opening
 from ..errors import OptionError, UnsupportedFeature, printable
 from ..extents import Extents
-from ..image import opening
 from ..jobs.windows import windows
 from ..limits import align_down, align_up
 from . import program

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 def _open(args: Namespace, stack: ExitStack) -> tuple[Image, ...]:
     from ..api import open
-    from ..image import opening
+    from ..descriptors import opening
     from .source_snapshot import snapshot_options
 
     found: list[Image] = []

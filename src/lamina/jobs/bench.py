@@ -13,8 +13,9 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..descriptors import opening
 from ..errors import LimitExceeded, OptionError
-from ..image import Image, opening
+from ..image import Image
 from ..job_results import BenchResult
 from ..limits import MIB
 from ..node import FUA

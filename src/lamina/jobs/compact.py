@@ -10,11 +10,12 @@ from contextlib import suppress
 from errno import ENOSPC
 from typing import TYPE_CHECKING
 
+from ..descriptors import opening
 from ..errors import BlockIOError, CorruptImage, Hint, NotSupported, UnsupportedFeature
 from ..extents import DATA, PRESENT
 from ..format import Format
 from ..format_node import FormatNode
-from ..image import Image, opening
+from ..image import Image
 from ..job_results import CompactResult
 from ..numeric import np
 from ..zeros import stored_parts

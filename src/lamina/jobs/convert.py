@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..api import open as open_image
 from ..creation import create_driver, made_beside, new_file, open_new, write_image
+from ..descriptors import opening
 from ..errors import BlockIOError, OptionError
 from ..format_node import FormatNode
-from ..image import Image, opening
+from ..image import Image
 from ..options import path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..creation import create_driver
+from ..descriptors import opening
 from ..errors import OptionError
 from ..filters.noextents import NoExtents
 from ..filters.truncate import Truncate
-from ..image import Image, opening
+from ..image import Image
 from ..own_files import refuse_stream
 from ..request import Child
 from .convert_transfer import Result

@@ -92,13 +92,14 @@ class Target(Protocol):
 
 class StorageSource:
     """The bytes of an image: a file, a block device, an export of a server, or a graph over one. It has a root of its own, so
-    that the image may be used and closed meanwhile. `extents`: skip the holes."""
+    that the image may be used and closed meanwhile; or with `owns`, that of the image, which it closes. `extents`: skip the
+    holes."""
 
-    def __init__(self, image: Image, *, extents: bool = True) -> None:
-        self._image = image.share()
+    def __init__(self, image: Image, *, extents: bool = True, owns: bool = False) -> None:
         self._extents = extents
         self.name = image.filename
         self.size = image.size
+        self._image = image if owns else image.share()  # last, so that an interrupt cannot lose it
 
     @property
     def node(self) -> Node:
@@ -207,6 +208,7 @@ class StorageTarget:
             self._child.truncate(size)
 
     def close(self) -> None:
+        """Close the storage. After an interrupt, call it again."""
         self._child.close()
 
 

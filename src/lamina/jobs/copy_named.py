@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from .. import registry
 from ..creation import begin, lock_for_writing, new_file, open_new, open_unsynced
+from ..descriptors import opening
 from ..errors import Hint, LaminaError, OptionError, append_hint
 from ..graph import Opener
 from ..limits import DEFAULT_BUDGET, Budget
@@ -22,7 +23,6 @@ from ..node import StorageNode
 from ..options import format_size, parse_name, path_in
 from ..own_files import refuse_own, refuse_shared
 from ..policy import Policy
-from ..request import Child
 from ..target_file import Target as HeldTarget
 from ..target_file import real_path
 from .copy import Copied, Copy, Plan
@@ -72,7 +72,7 @@ def copy_in_place(
     source: Source | PipeSource, target: Target, plan: Plan, monitor: Monitor, journal: Journal | None = None
 ) -> Copied:
     """Copy to a target that is not replaced, and close it: an error message contains the position."""
-    try:
+    with opening(lambda: target):
         job = Copy(source, target, plan, journal=journal, monitor=monitor)
         try:
             return job.run()
@@ -81,8 +81,6 @@ def copy_in_place(
                 error, f"of the target, the first {job.position} bytes ({format_size(job.position)}) are copied"
             )
             raise
-    finally:
-        target.close()
 
 
 def _refuse_same(source: Source | PipeSource, to: NamedTarget) -> None:
@@ -104,7 +102,7 @@ def _open_in_place(source: Source | PipeSource, to: NamedTarget) -> Target:
     if options["driver"] == "null" and not isinstance(source, PipeSource):
         options.setdefault("size", source.size)
     opener = Opener(read_only=False, policy=to.references, budget=to.budget)
-    child = Child(opener.open(options, storage=True), "target")
+    child = opener.child("target", options, storage=True)
     try:
         if isinstance(source, StorageSource):
             refuse_shared(source.node, child.node)
@@ -118,14 +116,10 @@ def _copy(source: Source | PipeSource, to: NamedTarget, plan: Plan, monitor: Mon
     path = path_of(to.name)
     if path is None:
         return copy_in_place(source, _open_in_place(source, to), plan, monitor)
-    with new_file(path, durable=plan.flush) as file:
-        storage = open_new(file)
+    with new_file(path, durable=plan.flush) as file, opening(open_new, file) as storage:
         target = StorageTarget(storage, path, blank=True, grows=True, allocated=to.allocated)
-        try:
-            begin(storage)
-            return Copy(source, target, plan, monitor=monitor).run()
-        finally:
-            target.close()
+        begin(storage)
+        return Copy(source, target, plan, monitor=monitor).run()
 
 
 # -- with a journal
@@ -199,14 +193,11 @@ def _begin_journal(known: Journal | None, path: str, facts: dict[str, Any], part
 def _copy_to_partial(
     source: Source | PipeSource, to: NamedTarget, plan: Plan, monitor: Monitor, journal: Journal, partial: PartialFile
 ) -> Copied:
-    child = open_unsynced(partial.path)
-    target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=to.allocated)
-    storage = child.node.children["image"].node
-    try:
+    with opening(open_unsynced, partial.path) as child:
+        target = StorageTarget(child, partial.path, blank=True, grows=True, allocated=to.allocated)
+        storage = child.node.children["image"].node
         partial.expect(storage.identity if isinstance(storage, StorageNode) else None)
         return Copy(source, target, plan, journal=journal, monitor=monitor).run()
-    finally:
-        target.close()
 
 
 def _facts(source: Source | PipeSource, to: NamedTarget) -> dict[str, Any]:

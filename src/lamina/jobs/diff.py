@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..descriptors import opening
 from ..errors import Hint, OptionError
 from ..extents import ZERO, Extents
-from ..image import Image, opening
+from ..image import Image
 from ..limits import KIB, MIB, align_down, align_up, is_power_of_two
 from ..node import StorageNode
 from ..numeric import np

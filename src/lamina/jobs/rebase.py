@@ -13,9 +13,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..api import open as open_image
+from ..descriptors import opening
 from ..errors import OptionError
 from ..format import Format
-from ..image import Image, opening
+from ..image import Image
 from ..job_results import RebaseResult
 from ..options import stored_name
 from ..own_files import refuse_own

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..descriptors import opening
 from ..errors import BlockIOError, CorruptImage, LaminaError, NotSupported, printable
-from ..image import Image, opening
+from ..image import Image
 from ..limits import KIB, MAX_SIZE, align_down
 from ..node import FilterNode, fill_zero
 from ..pending import DONE, Pending

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from ..descriptors import opening
 from ..errors import OptionError
-from ..image import Image, opening
+from ..image import Image
 
 if TYPE_CHECKING:
     from ..request import Child

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..api import open as open_image
+from ..descriptors import opening
 from ..errors import Hint, OptionError
 from ..graph import named
-from ..image import Image, opening
+from ..image import Image
 from ..job_results import CommitResult, CompactResult, FlattenResult, RebaseResult, ResizeResult
 from ..jobs import commit as committing
 from ..jobs import compact as compacting

@@ -8,9 +8,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import registry
+from ..descriptors import opening
 from ..errors import Cancelled, Hint, OptionError, append_hint
-from ..graph import Opener, named
-from ..image import Image, opening
+from ..graph import Opener, Spec, named
+from ..image import Image
 from ..job_results import ConvertResult, CopyResult
 from ..jobs.beneath import Backing
 from ..jobs.convert import Result, convert_and_flush, convert_to_file
@@ -254,7 +255,10 @@ def copy(
         target_name = target_name if isinstance(target, Image) else os.fspath(target)
         return CopyResult(source_name, target_name, **done._asdict(), flushed=flushed, seconds=seconds)
     finally:
-        end.close()
+        try:
+            end.close()
+        finally:
+            end.close()  # completes what an interrupt stopped, and else does nothing
 
 
 def _source_of_copy(
@@ -263,14 +267,21 @@ def _source_of_copy(
     if isinstance(source, Image):
         return StorageSource(source, extents=extents)
     opener = Opener(read_only=True, policy=references, budget=budget, force_share=force_share)
-    node = opener.open(named(source), storage=True)
+    image = _open_storage(opener, named(source), budget)
     try:
-        image = Image(node, budget=budget)
+        return StorageSource(image, extents=extents, owns=True)
+    except BaseException:
+        image.close()
+        raise
+
+
+def _open_storage(opener: Opener, source: Spec, budget: Budget) -> Image:
+    node = opener.open(source, storage=True)
+    try:
+        return Image(node, budget=budget)
     except BaseException:
         node.close()
         raise
-    with image:
-        return StorageSource(image, extents=extents)
 
 
 def _name(name: str | os.PathLike[str]) -> str:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..creation import create_driver
+from ..descriptors import opening
 from ..errors import OptionError
 from ..format import Format
 from ..graph import Opener, named, probe
-from ..image import Image, opening
+from ..image import Image
 from ..jobs.windows import windows
 from ..limits import DEFAULT_BUDGET, Budget, align_down, align_up
 from ..options import size_of
 from ..policy import Policy
-from ..request import Child
 from .sources import Source, opened
 
 if TYPE_CHECKING:
@@ -121,8 +121,6 @@ def detect(source: str | os.PathLike[str] | Mapping[str, Any] | Image, *, force_
     if isinstance(source, Image):
         with opening(source.share, read_only=True) as image:
             return probe(image.root)
-    storage = Child(Opener(force_share=force_share).open(named(source), storage=True), "file")
-    try:
+    opener = Opener(force_share=force_share)
+    with opening(opener.child, "file", named(source), storage=True) as storage:
         return probe(storage)
-    finally:
-        storage.close()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import registry
 from ..api import open as open_image
+from ..descriptors import opening
 from ..errors import Hint, Locked, OptionError
 from ..graph import Spec, named
-from ..image import Image, opening
+from ..image import Image
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import parse_keyval, parse_name, shown
 from ..own_files import refuse_own

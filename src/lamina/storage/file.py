@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..capabilities import O_DIRECT, RWF_DSYNC, SEEK_HOLES, allocated, fcntl, flush_data, preadv, pwritev
-from ..descriptors import close_all, close_last, duplicate_into
+from ..descriptors import close_all, close_one, duplicate_into
 from ..errors import BlockIOError, Closed, LaminaError, NotSupported, OptionError
 from ..limits import KIB, MIB, Limits, align_down, align_up
 from ..node import FUA, MAY_UNMAP, NO_FALLBACK, StorageNode, fill_zero, plain
@@ -314,7 +314,7 @@ class FileStorage(StorageNode):
         self._fd = -1  # first, since the number may be reused as soon as it is closed
         self._data_range.forget()  # it belongs to this descriptor
         try:
-            close_last(self._fds)
+            close_one(self._fds)
         except OSError as error:
             raise BlockIOError.from_os(error, path=self._filename, operation="close") from error
 
