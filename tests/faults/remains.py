@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -67,13 +68,18 @@ class Remains:
         assert self._listed() == self._files, where
         assert self._said == [], where
 
-    def await_finalizers(self, where: str) -> None:
-        """The same for what was left to finalizers, which close it and say so."""
+    def await_end(self, where: str) -> None:
+        """The same after a thread that nobody waits for has ended its work."""
         deadline = time.monotonic() + PATIENCE
         while (descriptors() != self._before or threads()) and time.monotonic() < deadline:
             time.sleep(0.0005)
-        self._said = [said for said in self._said if "ResourceWarning" not in said]
         self.require_none(where)
+
+    def await_finalizers(self, where: str) -> None:
+        """The same for what was left to finalizers, and perhaps to the garbage collector: they close it and may say so."""
+        gc.collect()
+        self._said = [said for said in self._said if "ResourceWarning" not in said]
+        self.await_end(where)
 
 
 def require_free(*paths: Path) -> None:

@@ -50,7 +50,8 @@ def as_file(folder: Path) -> None:
             file.seek(5)
             file.write(b"aaaa")
             file.seek(0, os.SEEK_HOLE)
-            shutil.copyfileobj(io.BufferedReader(file), io.BytesIO(), 64 * KIB)
+            # Not through io.BufferedReader, whose constructor swallows what `tell` raises.
+            shutil.copyfileobj(file, io.BytesIO(), 64 * KIB)
     finally:
         try:
             image.close()
@@ -210,10 +211,16 @@ def test_nothing_is_left_after_an_interrupt_anywhere(
     for interrupt in points(lambda: work(folder), seed):
         for target in TARGETS:
             (folder / target).unlink(missing_ok=True)
-        interrupt.run(lambda: work(folder))
+        try:
+            interrupt.run(lambda: work(folder))
+        except AttributeError as error:
+            assert error.name == "save_nargs"  # argparse in its parse_intermixed_args  # noqa: PT017
+            continue
         where = f"{work.__name__}, interrupted at {interrupt.struck}"
         if interrupt.struck is not None and interrupt.struck.endswith("ImageFile.close (call)"):
-            interrupt.error = None  # fsspec calls it again when the file is deleted
+            # `with` of the caller is over; fsspec closes a file that is deleted, without a warning.
+            interrupt.error = None
+            remains.await_finalizers(where)
         remains.require_none(where)
         require_free(folder / "a.raw", folder / "a.qcow2")
         require_whole(folder, work)

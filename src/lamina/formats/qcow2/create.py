@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from ...descriptors import opening
 from ...errors import FormatError, Hint, LaminaError, LimitExceeded, OptionError, join_hints
 from ...limits import DEFAULT_BUDGET, KIB, MIB, Budget, align_up, is_power_of_two
 from ...options import stored_name
@@ -159,34 +161,30 @@ def _check_backing(values: dict[str, Any], where: str, target: str, budget: Budg
     # The user gives this name, so the policy for references does not apply. The size is known without its backing file.
     spec = {"driver": values["backing_fmt"], "file": {"filename": where}}
     try:
-        node = open_graph(spec, budget=budget, no_references=True)
+        with opening(open_graph, spec, budget=budget, no_references=True) as node:
+            if values.get("size") is None:
+                values["size"] = node.size
     except LaminaError as error:
         error.hint = error.hint or Hint(
             "backing_unchecked=True names a backing file without opening it",
             command="use -u to name a backing file without opening it",
         )
         raise
-    try:
-        if values.get("size") is None:
-            values["size"] = node.size
-    finally:
-        node.close()
-    if os.path.lexists(target):
-        # The target must not be a file deeper in the chain either. Locks do not matter for this check.
+    if not os.path.lexists(target):
+        return
+    # The target must not be a file deeper in the chain either. Locks do not matter for this check.
+    with ExitStack() as stack:
         try:
-            node = open_graph(spec, budget=budget, force_share=True)
+            node = stack.enter_context(opening(open_graph, spec, budget=budget, force_share=True))
         except LimitExceeded as error:
             skip = Hint("backing_unchecked=True skips this check", command="use -u to skip this check")
             error.hint = join_hints(error.hint, skip, by=", or ")
             raise
         except LaminaError:
             return  # a backing file that cannot be opened is allowed
-        try:
-            from ...own_files import refuse_own
+        from ...own_files import refuse_own
 
-            refuse_own(node, target, what="backing file")
-        finally:
-            node.close()
+        refuse_own(node, target, what="backing file")
 
 
 def header_of(values: Mapping[str, Any], size: int) -> Header:

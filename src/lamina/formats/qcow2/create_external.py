@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...descriptors import opening
 from ...errors import NotFound, OptionError
 from ...options import stored_name
 from ...own_files import is_same_file
@@ -49,11 +50,8 @@ def prepare(values: dict[str, Any], target: str) -> None:
 def _keep(values: dict[str, Any], path: str) -> None:
     from ...graph import open_graph
 
-    node = open_graph({"driver": "file", "filename": path})
-    try:
+    with opening(open_graph, {"driver": "file", "filename": path}) as node:
         size = node.size
-    finally:
-        node.close()
     if size % q.SECTOR:
         raise OptionError(
             f"the data file has {size} bytes, not a multiple of the sector size {q.SECTOR}",
@@ -77,14 +75,13 @@ def open_data_file(values: Mapping[str, Any], size: int) -> Iterator[Child]:
 
     keep = values["data_file_keep"]
     opener = Opener(read_only=keep, policy=Policy.none())
-    try:
-        data = opener.child("data-file", {"driver": "file", "filename": values["data_file_path"]}, grows=True)
-    except NotFound as error:
-        raise OptionError("the data file does not exist", path=values["data_file_path"]) from error
-    try:
+    with ExitStack() as stack:
+        spec = {"driver": "file", "filename": values["data_file_path"]}
+        try:
+            data = stack.enter_context(opening(opener.child, "data-file", spec, grows=True))
+        except NotFound as error:
+            raise OptionError("the data file does not exist", path=values["data_file_path"]) from error
         if not keep:
             data.truncate(size)
         yield data
         data.flush()
-    finally:
-        data.close()
