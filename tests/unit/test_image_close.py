@@ -239,6 +239,56 @@ def test_a_closed_view_and_a_view_of_a_closed_image(tmp_path: Path) -> None:
     assert path.read_bytes() == b"0123456789" * 100
 
 
+class Reader(threading.Thread):
+    """Reads through a view, at random places, until it is told that the image is closed."""
+
+    def __init__(self, view: io.RawIOBase | io.BufferedReader, content: bytes, seed: str) -> None:
+        super().__init__(daemon=True)
+        self._view, self._content = view, content
+        self._rng = random.Random(seed)
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while True:
+                at = self._rng.randrange(len(self._content) - 5000)
+                self._view.seek(at)
+                found = self._view.read(5000)
+                assert found is not None
+                assert self._content[at : at + len(found)] == found
+        except BaseException as error:  # noqa: BLE001 - told by the thread that waits for this one
+            self.error = error
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_close_beside_readers_of_views(tmp_path: Path, form: str, seed: int) -> None:
+    """Threads read through `as_file`, raw and buffered, while another one closes the image: each reads right bytes until it
+    is told, and no lock stays."""
+    rng = random.Random(f"{seed}/{form}")
+    content = rng.randbytes(4096) * (SIZE // 4096)
+    path = tmp_path / "disk"
+    lamina.create(path, form, SIZE)
+    with lamina.open(path, format=form, read_only=False) as image:
+        image.write(0, content)
+    for number in range(ROUNDS // 3):
+        image = lamina.open(path, format=form, read_only=False)
+        raw = [image.as_file(), image.as_file()]
+        buffered = [io.BufferedReader(image.as_file()), io.BufferedReader(image.as_file())]
+        readers = [Reader(view, content, f"{seed}/{number}/{index}") for index, view in enumerate([*raw, *buffered])]
+        for reader in readers:
+            reader.start()
+        time.sleep(rng.random() * 0.004)
+        image.close()
+        with lamina.open(path, format=form, read_only=False):
+            pass
+        for reader in readers:
+            reader.join(PATIENCE)
+            assert not reader.is_alive(), "a reader waits for ever"
+            assert type(reader.error) is lamina.Closed, reader.error
+        for view in [*raw, *buffered]:
+            view.close()
+
+
 @pytest.mark.parametrize(("offset", "length"), [(0, 2 << 30), (0, -5), (0, 1 << 40), (1 << 62, 1 << 62), (-1, 1 << 40)])
 def test_a_read_outside_the_disk_asks_for_no_memory(offset: int, length: int) -> None:
     import tracemalloc
