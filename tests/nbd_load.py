@@ -207,8 +207,10 @@ def slow(name: str, clock: Any, **milliseconds: int) -> Export:
 
 @contextmanager
 def serving(where: Path, *exports: Export, **options: Any) -> Iterator[tuple[Server, Path]]:
-    """A server on a Unix socket, that gave everything back in the end."""
+    """A server on a Unix socket, that gave everything back in the end. By default a negotiation may take longer than the
+    patience of every client: whoever is made to wait for one that dawdles fails."""
     path = where / "socket"
+    options = {"handshake_time": 10 * PATIENCE, **options}
     with nothing_left(), ExitStack() as stack:
         for export in exports:
             stack.enter_context(export.image)
@@ -223,16 +225,13 @@ def until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-def served_within_a_second(path: Path) -> None:
-    """A good client comes in time, and reads. Its time does not count the reading."""
-    begun = time.monotonic()
+def served_beside_others(path: Path) -> None:
+    """A good client comes in, and reads, while the others do what they do: it does not wait for them."""
     with dial(path) as raw:
         raw.begin("fast", "structured")
-        admitted = time.monotonic() - begun
         assert raw.read(4096, 64 * KIB) == content()[4096 : 68 * KIB]
         raw.disc()
         assert raw.ended()
-    assert admitted < 1.0, f"it took {admitted:.2f} s to be let in"
 
 
 # -- a server in a process of its own

@@ -61,6 +61,19 @@ _handed_over = False
 _late = False  # whether `_flush_all` was registered after the thread pools of the standard library
 
 
+#: The number of numbers that `next_number` has returned. A signal handler may take the lock again, in the same thread.
+_numbers = 0
+_numbering = threading.RLock()
+
+
+def next_number() -> int:
+    """A number, from 1 on, that no other call returns, in whatever thread: the names of nodes are made of it."""
+    global _numbers
+    with _numbering:
+        _numbers = number = _numbers + 1
+    return number
+
+
 def guard(node: Node, opened_at: str | None = None) -> None:
     """Close `node`, the top of a graph, if its users do not. `opened_at`: the line of code that opened it, as "file:line"; by
     default the innermost one outside Lamina. The guards of the nodes beneath it that have no root end, since `node` closes
@@ -315,4 +328,5 @@ def _is_part(value: object) -> bool:
 
 atexit.register(_close_all)
 before_pools()
+after_fork_in_child(_numbering._at_fork_reinit)  # type: ignore[attr-defined]  # a thread of the parent may hold it
 after_fork_in_child(_in_child)

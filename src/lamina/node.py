@@ -22,7 +22,6 @@ filters that only observe pass it on. A request owns its buffer and its range un
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
@@ -53,8 +52,6 @@ NO_FALLBACK = 4  #: `zero` and `copy_from` must be fast, or raise NotSupported b
 #: `write` compresses whole blocks of `limits.compress_alignment` where that makes them smaller. All other bytes, and all
 #: bytes of a node that cannot compress, are stored uncompressed; a reader sees no difference.
 COMPRESS = 8
-
-_serial = itertools.count(1)
 
 _Method = TypeVar("_Method", bound=Callable[..., None])
 _plain: set[Any] = set()
@@ -104,7 +101,7 @@ class Node(Startable, Reopenable):
     writable_hint: ClassVar[str] = Hint("open it for writing (read_only=False)", command="open it for writing (no -r)")
 
     def __init__(self, *, name: str | None = None, read_only: bool = False) -> None:
-        self.name: str = name or f"{self.driver}#{next(_serial)}"
+        self.name: str = name or f"{self.driver}#{lifecycle.next_number()}"
         self.read_only: bool = read_only
         #: role -> edge; frozen while requests run.
         self.children: dict[str, Child] = {}

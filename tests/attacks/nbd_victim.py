@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from lamina.nbd import Export, Server
 from lamina.nbd import wire as w
 
 from ..nbd_memory import MemoryServer
-from ..nbd_raw import CLIENT_FLAGS, Raw, SocketStream, await_server, dial, info, meta, option_bytes
+from ..nbd_raw import CLIENT_FLAGS, PATIENCE, Raw, SocketStream, await_server, dial, info, meta, option_bytes
 
 SIZE = 8 * GIB
 
@@ -25,7 +24,10 @@ def victim(folder: Path) -> Iterator[Path]:
     with (
         lamina.open({"driver": "memory", "size": SIZE}, read_only=False) as image,
         lamina.open({"driver": "memory", "size": MIB}, read_only=False) as other,
-        Server([Export(image, "disk", writable=True), Export(other, "other")], unix=str(path)),
+        # A negotiation may take longer than the patience of the clients: whoever is made to wait for one fails.
+        Server(
+            [Export(image, "disk", writable=True), Export(other, "other")], unix=str(path), handshake_time=10 * PATIENCE
+        ),
     ):
         other.write(0, b"served")
         await_server(path)
@@ -33,14 +35,12 @@ def victim(folder: Path) -> Iterator[Path]:
 
 
 def served(path: Path, mode: str = "structured") -> None:
-    """A client that behaves gets what it wants, in under a second."""
-    begun = time.monotonic()
+    """A client that behaves gets what it wants, and waits for no other one."""
     with dial(path) as raw:
         raw.begin("other", mode)
         assert raw.read(0, 6) == b"served"
         raw.disc()
         assert raw.ended()
-    assert time.monotonic() - begun < 1
 
 
 def rest(raw: Raw) -> bytes:

@@ -23,7 +23,7 @@ from lamina.nbd import Export, Folder, Server
 from lamina.nbd import wire as w
 from lamina.nbd.server.negotiation import MAX_OPTIONS
 
-from ..nbd_raw import CLIENT_FLAGS, Gone, Raw, SocketStream, dial, info, meta, option_bytes, sized
+from ..nbd_raw import CLIENT_FLAGS, PATIENCE, Gone, Raw, SocketStream, dial, info, meta, option_bytes, sized
 from .nbd_victim import conversation, rest, served, victim
 
 
@@ -81,7 +81,7 @@ def test_duplicate_options(path: Path, option: int, data: bytes) -> None:
 
 
 def test_silent_clients(path: Path) -> None:
-    """Row 68, CVE-2024-7409, T10: 200 that say nothing, and a good one connects in under a second."""
+    """Row 68, CVE-2024-7409, T10: 200 that say nothing, and a good one does not wait for them."""
     silent = [SocketStream(str(path)) for _ in range(200)]
     served(path)
     for stream in silent:
@@ -101,7 +101,7 @@ def test_the_handshake_has_an_end(tmp_path: Path, said: int) -> None:
             drip = threading.Thread(target=_drip, args=(raw, message[:said]))
             drip.start()
             rest(raw)
-            assert 0.2 < time.monotonic() - begun < 2
+            assert 0.2 < time.monotonic() - begun < PATIENCE
             drip.join()
             assert good.read(0, 512) == bytes(512)
 
@@ -134,7 +134,7 @@ def test_the_server_ends_in_spite_of_stalled_clients(tmp_path: Path) -> None:
                 stream.send(b"".join(raw.request(w.CMD_READ, 0, 32 * MIB, send=False) for _ in range(10)))
         begun = time.monotonic()
         server.close(grace=1.0)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < PATIENCE  # not the grace for each of the 40
         for stream in stalled:
             stream.close()
         assert not here.exists()

@@ -282,8 +282,8 @@ def test_many_who_are_stuck_hold_up_the_end_no_longer_than_one(tmp_path: Path) -
             raw.request(w.CMD_READ, 0, 4096)
         until(lambda: gate.waiting == 12, "the storage is not asked")
         begun = time.monotonic()
-        server.close(grace=0.3)
-        assert time.monotonic() - begun < 8
+        server.close(grace=3.0)
+        assert time.monotonic() - begun < 30
         gate.open.set()
         for raw in clients:
             raw.stream.close()

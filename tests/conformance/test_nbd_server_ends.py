@@ -19,7 +19,7 @@ from lamina.nbd.tls import server_context
 from lamina.nbd.wire import CMD_READ as READ
 
 from ..certificates import write_certificates
-from ..nbd_load import DISK, Gate, fast, nothing_left, served_within_a_second, serving, slow, until
+from ..nbd_load import DISK, Gate, fast, nothing_left, served_beside_others, serving, slow, until
 from ..nbd_raw import PATIENCE, dial, info
 
 
@@ -134,7 +134,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> Non
     with serving(tmp_path, fast()) as (_, path):
         with nothing_left(), pytest.raises(lamina.BlockIOError, match="cannot listen"):
             Server([fast()], unix=str(path))
-        served_within_a_second(path)
+        served_beside_others(path)
     assert not path.exists()
 
 

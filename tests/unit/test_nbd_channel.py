@@ -407,7 +407,7 @@ def test_a_handshake_has_a_deadline_whatever_trickles_in(pki: Path, server_side:
     with pytest.raises(BlockIOError, match="no TLS handshake within") as caught:
         TlsChannel(ours, context, server_side=server_side, hostname=None if server_side else "localhost", timeout=0.3)
     assert caught.value.errno == errno.ETIMEDOUT
-    assert 0.2 < time.monotonic() - started < 5
+    assert 0.2 < time.monotonic() - started < 15
     stop.set()
     finish()
     theirs.close()

