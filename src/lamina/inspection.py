@@ -422,29 +422,16 @@ def _described(storage: Child, format: str, values: Mapping[str, Any], where: _W
 
 def _seen_from_above(where: _Where) -> tuple[ImageInfo, StorageNode | None]:
     """The description of a filter over an image: its driver and size."""
-<<<<<<< HEAD
     assert where.source is not None
-    node = open_graph(
-=======
     with opening(
         open_graph,
->>>>>>> 6b69032 (Harness: an interrupt anywhere in the public functions, as_file, fsspec, view and map leaves nothing)
         where.source,
         format=where.format or "probe",
         budget=where.budget,
         force_share=where.force_share,
         no_references=True,
-<<<<<<< HEAD
-    )
-    try:
-        return _from_above(node), None
-    finally:
-        node.close()
-=======
     ) as node:
-        found = ImageInfo(node.filename, node.driver, virtual_size=node.size, dirty=False, actual_size=_allocated(node))
-        return found, None
->>>>>>> 6b69032 (Harness: an interrupt anywhere in the public functions, as_file, fsspec, view and map leaves nothing)
+        return _from_above(node), None
 
 
 def _from_above(node: Node) -> ImageInfo:
