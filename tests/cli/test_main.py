@@ -57,6 +57,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["create", "-f", "vmdk", "x", "1M"], 1, "vmdk"),
         (["info", "--object", "secret,id=x", "x"], 1, "the secret x needs one of file, fd, env, data"),
         (["check", "-r", "some", "x"], 1, "invalid choice: 'some'"),
+        (["--trace", "x", "info", "x"], 1, "--trace: not supported"),
+        (["-T", "x", "info", "x"], 1, "-T: not supported"),
         (["serve", "-c", "/dev/nbd0", "x"], 1, "-c: attaching a device needs the kernel's client: use nbd-client"),
         (["info", "--image-opts", "-f", "raw", "driver=raw"], 1, "exclude each other"),
     ],

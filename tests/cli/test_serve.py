@@ -301,6 +301,11 @@ MISTAKES = [
     (["-k", "s", "-x", "a", "disk.raw", "disk.raw", "-f", "raw"], "-x"),
     (["-k", "s", "disk.raw", "disk.raw", "-f", "raw"], "two exports"),
     (["-c", "/dev/nbd0", "disk.raw"], "nbd-client"),
+    (["-n", "disk.raw"], "use --cache none"),
+    (["-T", "x", "disk.raw"], "use -v"),
+    (["--trace=x", "disk.raw"], "use -v"),
+    (["--tls-hostname", "x", "disk.raw"], "lamina info --list"),
+    (["-V", "disk.raw"], "lamina --version"),
     (["-k", "s", "--folder", "disk.raw"], "not a folder"),
     (["-k", "s", "-e", "0", "-f", "raw", "disk.raw"], "clients"),
 ]

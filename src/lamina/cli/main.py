@@ -213,5 +213,9 @@ def _help(*, everything: bool = False) -> str:
 def _unknown(name: str) -> OptionError:
     from difflib import get_close_matches
 
+    if name.split("=")[0] in ("-T", "--trace"):
+        return OptionError(
+            f"{name[:64]}: not supported", hint="--debug after the command, or the filter log, tells what happens"
+        )
     near = get_close_matches(name[:64], COMMANDS, 1)
     return OptionError(f'unknown command "{name[:64]}"', hint=f"did you mean {near[0]}?" if near else _HINT)

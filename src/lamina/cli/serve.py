@@ -198,6 +198,12 @@ def _parser() -> Parser:
     parser.add_later("-c", "--connect", "attaching a device needs the kernel's client: use nbd-client", metavar="DEV")
     parser.add_later("-d", "--disconnect", "attaching a device needs the kernel's client: use nbd-client")
     parser.add_later("-L", "--list", "use lamina info --list URI")
+    parser.add_later("-n", "--nocache", "use --cache none")
+    parser.add_later("-T", "--trace", "use -v, or the filter log", metavar="EVENTS")
+    parser.add_later(
+        "--tls-hostname", "it is for --list: lamina info --list 'nbds://...?tls-hostname=NAME'", metavar="NAME"
+    )
+    parser.add_later("-V", "--version", "use lamina --version")
     parser.add_later("--tls-creds", "use --tls-certificates DIR", metavar="ID")
     parser.add_later("--tls-authz", "use --tls-rules FILE, or --tls-allow NAME", metavar="ID")
     parser.add_argument("filenames", metavar="FILE", nargs="*", help="an image; may be repeated")
