@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from . import detection, registry
@@ -67,7 +68,7 @@ def info_chain(
     errors of `info`, PolicyError, LimitExceeded if the chain is longer than `budget.chain_depth`, CorruptImage if it contains
     itself, and FormatError if an image does not state the format below."""
     return _describe(
-        source, format, budget, force_share, lambda where: tuple(found for found, _ in _chain(where, references))
+        source, format, budget, force_share, lambda where: tuple(map(itemgetter(0), _chain(where, references)))
     )
 
 

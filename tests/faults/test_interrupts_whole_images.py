@@ -123,6 +123,26 @@ def info(folder: Path) -> None:
     lamina.info(folder / "a.qcow2")
 
 
+def info_chain(folder: Path) -> None:
+    lamina.info_chain(folder / "over.qcow2", references=lamina.Policy.beneath())
+
+
+def check(folder: Path) -> None:
+    lamina.check(folder / "a.qcow2")
+
+
+def inspect(folder: Path) -> None:
+    lamina.inspect(folder / "a.qcow2")
+
+
+def resize(folder: Path) -> None:
+    lamina.resize(folder / "over.qcow2", 800 * KIB, format="qcow2")
+
+
+def commit(folder: Path) -> None:
+    lamina.commit(folder / "over.qcow2", format="qcow2")
+
+
 def view(folder: Path) -> None:
     lamina.view(folder / "a.qcow2", first_format="qcow2", output=folder / "page.html")
 
@@ -153,6 +173,11 @@ CASES = [
     diff,
     detect,
     info,
+    info_chain,
+    check,
+    inspect,
+    resize,
+    commit,
     view,
     view_command,
     map_command,

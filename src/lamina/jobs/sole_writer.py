@@ -56,7 +56,7 @@ def _release(root: Root, own: Root, before: list[bool]) -> None:
 
 def writing_beneath(image: Image, edge: Child, work: Callable[[Image], _Result]) -> _Result:
     """work(an image on the backing node of `edge`, an edge below `image`), which writes to that node: see `Root.beneath`."""
-    with opening(Image, image.root.beneath(edge), budget=image.budget) as target:
+    with opening(_beneath, image, edge) as target:
         try:
             result = work(target)
         except Exception as error:
@@ -67,3 +67,12 @@ def writing_beneath(image: Image, edge: Child, work: Callable[[Image], _Result])
             raise
         target.reopen(read_only=True)
         return result
+
+
+def _beneath(image: Image, edge: Child) -> Image:
+    root = image.root.beneath(edge)
+    try:
+        return Image(root, budget=image.budget)
+    except BaseException:  # an interrupt
+        root.give_up()
+        raise

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from errno import EISDIR, ETIMEDOUT
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from ..capabilities import O_CLOEXEC, O_NOCTTY, O_NONBLOCK, pread, preadv, read_into, wait_for, waits
+from ..descriptors import open_into
 from ..errors import BlockIOError, FormatError, NotFound, OptionError
 from ..limits import KIB, MIB
 from ..named_file import PATIENCE
@@ -44,21 +46,24 @@ class Content:
         self._fd = fd
 
     @classmethod
-    def open(cls, path: str, wanted: Wanted) -> Content:
-        """The file, block device or FIFO at `path`. Raises NotFound, BlockIOError, OptionError for anything else."""
+    @contextmanager
+    def open(cls, path: str, wanted: Wanted) -> Iterator[Content]:
+        """A context manager: the file, block device or FIFO at `path`. Raises NotFound, BlockIOError, OptionError for
+        anything else."""
+        fds: list[int] = []
         try:
-            fd = os.open(path, os.O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK)
-        except OSError as error:
-            raise (NotFound if isinstance(error, FileNotFoundError) else BlockIOError).from_os(
-                error, "it cannot be opened", path=path
-            ) from error
-        except ValueError as error:
-            raise OptionError("this is no name of a file", path=path) from error
-        try:
-            return cls.of(path, fd, wanted)
-        except BaseException:
-            os.close(fd)
-            raise
+            try:
+                fd = open_into(fds, path, os.O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK)
+            except OSError as error:
+                raise (NotFound if isinstance(error, FileNotFoundError) else BlockIOError).from_os(
+                    error, "it cannot be opened", path=path
+                ) from error
+            except ValueError as error:
+                raise OptionError("this is no name of a file", path=path) from error
+            yield cls.of(path, fd, wanted)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     @classmethod
     def of(cls, name: str, fd: int, wanted: Wanted) -> Content:
@@ -104,15 +109,6 @@ class Content:
             if not count:
                 raise BlockIOError("the file became shorter", path=self.name, offset=offset + done)
             done += count
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def storage(self) -> Child:
         """The same as the storage of an image, for drivers that read headers. The caller closes it."""
