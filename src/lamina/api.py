@@ -11,10 +11,12 @@ from .graph import Opener, named, open_graph
 from .graph import probe as _probe
 from .image import Image
 from .limits import DEFAULT_BUDGET, Budget
+from .parameters import checked
 from .policy import Policy
 from .root import Graph
 
 
+@checked
 def open(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,

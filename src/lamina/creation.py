@@ -21,6 +21,7 @@ from .graph import Opener
 from .limits import DEFAULT_BUDGET, MIB, Budget
 from .node import NO_FALLBACK, FilterNode
 from .options import path_in
+from .parameters import checked
 from .policy import Policy
 from .request import Child
 
@@ -36,6 +37,7 @@ def create_driver(name: str) -> type[Format]:
     return kind
 
 
+@checked
 def create(
     path: str | os.PathLike[str],
     format: str,

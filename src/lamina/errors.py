@@ -124,9 +124,14 @@ def _rebuild(kind: type[LaminaError], message: str, state: dict[str, Any]) -> La
 
 
 class OptionError(LaminaError, ValueError):
-    """An option that is unknown, of the wrong type, missing, or in conflict with another."""
+    """An option that is unknown, of the wrong type, missing, or in conflict with another. For an argument of a wrong type it
+    is a TypeError as well."""
 
     errno: int | None = _errno.EINVAL
+
+
+class OptionTypeError(OptionError, TypeError):
+    """An argument of a function that is of a wrong type: callers know it as OptionError, or as TypeError."""
 
 
 class UsageError(OptionError):

@@ -21,6 +21,7 @@ from .graph import COMMON, Opener, Spec, named, open_graph, probe, usual
 from .limits import DEFAULT_BUDGET, Budget
 from .node import Node, StorageNode
 from .options import parse_name
+from .parameters import checked
 from .policy import Policy
 from .references import Reference, Trail, believed_name, file_of, not_in_a_file, open_file
 from .request import Child
@@ -38,6 +39,7 @@ Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Image"
 _Result = TypeVar("_Result")
 
 
+@checked
 def info(
     source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
 ) -> ImageInfo:
@@ -55,6 +57,7 @@ def info(
     return _describe(source, format, budget, force_share, lambda where: _info(where)[0])
 
 
+@checked
 def info_chain(
     source: Source,
     *,
@@ -72,6 +75,7 @@ def info_chain(
     )
 
 
+@checked
 def check(
     source: Source,
     *,
@@ -179,6 +183,7 @@ def _chain_below(node: Node, where: _Where, look: _Look | None) -> Iterator[tupl
         yield found, seen
 
 
+@checked
 def explain(
     source: Source,
     *offsets: int,
@@ -200,6 +205,7 @@ def explain(
     return found
 
 
+@checked
 def structures(
     source: Source, *, format: str = "probe", budget: Budget = DEFAULT_BUDGET, force_share: bool = False
 ) -> Overview:
@@ -213,6 +219,7 @@ def structures(
     return found
 
 
+@checked
 def explain_guest(
     source: Source,
     offset: int,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 from .format import Format
 from .image import Image
 from .node import Node, StorageNode
+from .parameters import checked
 
 if TYPE_CHECKING:
     from .json_forms import NodeJson
     from .references import NotOpened, Unopened
 
 
+@checked
 def tree(top: Image | Node) -> NodeJson:
     """The node on top of an image, or this node, and all nodes below it, as dicts of JSON types.
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import detection
 from .errors import OptionError, UnsupportedFeature, printable
+from .options import shown
 from .peer_options import DRIVERS
 
 #: What a driver may be, as a type and as values.
@@ -128,6 +129,8 @@ def entry(name: str, kind: Kind | None = None, *, from_image: bool = False) -> E
     `from_image`: the name comes from an image, so only drivers of Lamina are found: an image cannot choose which installed
     package is imported. Raises UnsupportedFeature for a known format without a driver, OptionError for any other name.
     """
+    if not isinstance(name, str):  # of options that a program gives
+        raise OptionError(f"driver is {shown(name)}, not a name")
     found = _entries.get(_aliases.get(name, name))
     if from_image and found is not None and found not in _TABLE:
         found = None

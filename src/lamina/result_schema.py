@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import (
     Annotated,
     Any,
@@ -24,7 +24,7 @@ from typing import (
 )
 
 from . import json_forms
-from .errors import OptionError
+from .errors import OptionError, OptionTypeError
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SIMPLE: dict[Any, str] = {str: "string", int: "integer", bool: "boolean", float: "number", type(None): "null"}
@@ -37,9 +37,12 @@ def json_schema(of: str | Any) -> dict[str, Any]:
 
     `of`: the class of a result, its public name, or a type made of such classes and of types that JSON has. Descriptions of
     fields need the source of Lamina, and are missing without it. The schema names every key, and admits no other: a later
-    version may have more. Raises OptionError for a name that is not a result, TypeError for a type that JSON does not have.
+    version may have more. Raises OptionError for a name that is not a result, and for a type that JSON
+    does not have one that is a TypeError as well.
     """
     kind = _named(of) if isinstance(of, str) else of
+    if not isinstance(kind, Hashable):  # no class, and no type
+        raise OptionTypeError(f"JSON has nothing for {kind!r}")
     maker = _Maker()
     found = maker.schema(kind)
     name = found.get("$ref", "").removeprefix("#/$defs/")
@@ -102,7 +105,7 @@ class _Maker:
             if is_typeddict(form):
                 return self._reference(kind.__name__, form, form.__doc__ or kind.__doc__)
             return self.schema(form)
-        raise TypeError(f"JSON has nothing for {kind!r}")
+        raise OptionTypeError(f"JSON has nothing for {kind!r}")
 
     def _reference(self, name: str, kind: Any, text: str | None) -> dict[str, Any]:
         if name not in self.definitions:

@@ -42,6 +42,7 @@ LAYERS = [
         "numeric",
         "options",
         "palette",
+        "parameters",
         "peer_options",
         "pending",
         "picture",

@@ -165,7 +165,8 @@ def test_storage_on_top_is_looked_at(tmp_path: Path) -> None:
     with lamina.open(spec) as image:
         assert lamina.info(image) == lamina.info(spec)
         assert lamina.explain(image, 0) == lamina.explain(spec, 0)
-        assert outcome(lamina.check, image) == outcome(lamina.check, spec, format=None)
+        with pytest.raises(UnsupportedFeature, match="file has no check"):
+            lamina.check(image)
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -17,7 +17,7 @@ from ..descriptors import opening
 from ..errors import LimitExceeded, OptionError
 from ..image import Image
 from ..job_results import BenchResult
-from ..limits import MIB
+from ..limits import MAX_SIZE, MIB
 from ..node import FUA
 from .progress import Monitor
 from .requests import Requests
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 #: The most requests in flight, since each may have a thread.
 MOST = 1024
+_LARGEST = (1 << 31) - 1
 #: The most bytes of the buffers of all requests in flight.
 _MAX_BUFFERS = 1024 * MIB
 #: The percentiles that a result contains.
@@ -57,6 +58,8 @@ class Load:
         """Raises OptionError for a load that makes no sense, LimitExceeded for more than 1 GiB of buffers."""
         if not 1 <= self.depth <= MOST:
             raise OptionError(f"{self.depth} requests cannot be in flight at once", hint=f"choose 1 to {MOST}")
+        if max(self.count, self.size, self.flush_interval) > _LARGEST or self.offset > MAX_SIZE:
+            raise OptionError(f"a count, size or interval is above {_LARGEST}, or the offset above {MAX_SIZE}")
         if min(self.count, self.size - 1, self.offset, self.step or 0) < 0 or not 0 <= self.pattern <= 255:
             raise OptionError("a count, size, offset, step or pattern is out of range")
         if self.flush_interval and not self.write:

@@ -235,7 +235,7 @@ def _hardened(context: ssl.SSLContext) -> ssl.SSLContext:
 
 def _folder(path: str | os.PathLike[str] | None) -> Path:
     folder = Path(path or "")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # (that of `Path` raises for a name that is too long)
         hint = "name the folder that holds ca-cert.pem and the keys"
         raise OptionError("the folder of certificates does not exist", path=str(folder), hint=hint)
     return folder
@@ -255,7 +255,7 @@ def _load_authority(context: ssl.SSLContext, folder: Path) -> None:
 
 def _load_identity(context: ssl.SSLContext, folder: Path, role: str, *, required: bool) -> None:
     certificate, key = folder / f"{role}-cert.pem", folder / f"{role}-key.pem"
-    if not required and not certificate.exists() and not key.exists():
+    if not required and not os.path.exists(certificate) and not os.path.exists(key):
         return
     _readable(certificate)
     # A group may read it (servers run in groups made for that); strangers may not.

@@ -9,6 +9,7 @@ from ..jobs import bench as benching
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import size_of
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..jobs.progress import CancelEvent, Progress
 
 
+@checked
 def bench(
     image: Source,
     *,

@@ -20,6 +20,7 @@ from ..jobs.beneath import GIVE_BACKING_FORMAT
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import parse_name, parse_size, shown, size_of
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..jobs.progress import CancelEvent, Progress
 
 
+@checked
 def commit(
     image: Source,
     base: str | os.PathLike[str] | None = None,
@@ -60,6 +62,7 @@ def commit(
         return committing.commit(overlay, base, **how)
 
 
+@checked
 def rebase(
     image: Source,
     backing: str | None,
@@ -129,6 +132,7 @@ def open_without_backing(
     return open_image({**options, "backing": None}, format=given, read_only=False, **how)
 
 
+@checked
 def flatten(
     image: Source,
     *,
@@ -157,6 +161,7 @@ def flatten(
         return flattening.flatten(overlay, max_output=limit, monitor=Monitor(progress, event=cancel))
 
 
+@checked
 def compact(
     image: Source,
     *,
@@ -183,6 +188,7 @@ def compact(
         return compacting.compact(disk, parallel=parallel, monitor=Monitor(progress, event=cancel))
 
 
+@checked
 def resize(
     image: Source,
     size: int | str,

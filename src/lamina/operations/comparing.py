@@ -12,6 +12,7 @@ from ..jobs import diff as differing
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import size_of
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..jobs.progress import CancelEvent, Progress
 
 
+@checked
 def compare(
     first: Source,
     second: Source,
@@ -55,6 +57,7 @@ def compare(
     return CompareResult(*names, *sizes, identical=False, difference=found.kind, offset=found.offset)
 
 
+@checked
 def diff(
     first: Source,
     second: Source,

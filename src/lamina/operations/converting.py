@@ -23,6 +23,7 @@ from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, KIB, Budget
 from ..options import file_path, parse_name, path_in, size_of
 from ..own_files import refuse_shared
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, open_target, opened
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..jobs.progress import CancelEvent, Progress
 
 
+@checked
 def convert(
     source: Source,
     target: str | os.PathLike[str] | Mapping[str, Any] | Image,
@@ -174,6 +176,7 @@ def _converted(done: Result, source: Image, target: str, format: str) -> Convert
     return ConvertResult(source.filename, target, format, source.size, **done._asdict())
 
 
+@checked
 def copy(
     source: Source,
     target: str | os.PathLike[str] | Image,

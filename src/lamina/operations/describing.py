@@ -15,6 +15,7 @@ from ..image import Image
 from ..jobs.windows import windows
 from ..limits import DEFAULT_BUDGET, Budget, align_down, align_up
 from ..options import size_of
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _NEW = "the new image"
 
 
+@checked
 def map(
     source: Source,
     offset: int | str = 0,
@@ -65,6 +67,7 @@ def map(
         return image.extents(begin, end - begin).align(block).coalesce()
 
 
+@checked
 def measure(
     source: Source | None,
     target_format: str,
@@ -109,6 +112,7 @@ def measured(image: Image, kind: type[Format], values: Mapping[str, Any]) -> Mea
     return kind.measure(values.get("size") or image.size, values, stored, image.bitmaps if keeps else None)
 
 
+@checked
 def detect(source: str | os.PathLike[str] | Mapping[str, Any] | Image, *, force_share: bool = True) -> Detection:
     """The formats whose signature a file has: `detect("disk.img").format` is "qcow2", "vmdk", ..., or "raw" if there is none.
 

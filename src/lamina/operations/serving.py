@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import OptionError, printable
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import size_of
+from ..parameters import checked
 from ..policy import Policy
 from .sources import Source, opened
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..nbd.uri import Target
 
 
+@checked
 def serve(
     source: Source,
     *,
@@ -144,6 +146,7 @@ def _tls(
     return mode, server_context(certificates, verify_peer=verify_peer, psk_file=psk_file)
 
 
+@checked
 def connect(
     uri: str | Target,
     *,

@@ -10,6 +10,7 @@ from ..errors import OptionError
 from ..jobs.progress import Monitor
 from ..limits import DEFAULT_BUDGET, Budget
 from ..options import size_of
+from ..parameters import checked
 from ..policy import Policy
 from ..viewer.report import LIMIT, report
 from .sources import Source, opened
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..jobs.progress import CancelEvent, Progress
 
 
+@checked
 def view(
     first: Source,
     second: Source | None = None,

@@ -10,10 +10,14 @@ from typing import Any, Final
 from .. import detection
 from ..errors import FormatError, LimitExceeded, OptionError, printable
 from ..limits import DEFAULT_BUDGET, Budget
+from ..options import shown
+from ..parameters import checked
 from . import raw
 from .content import Content
 from .result import Findings, Verdict
 
+#: The largest number that a descriptor can have in the interface of the system.
+_MOST: Final = (1 << 31) - 1
 #: The source that stands for standard input.
 STANDARD_INPUT: Final = "-"
 #: Other names of formats that users of other inspectors declare.
@@ -30,6 +34,7 @@ _JUDGES: Final = {
 }
 
 
+@checked
 def inspect(
     source: str | os.PathLike[str] | int,
     *,
@@ -55,6 +60,8 @@ def inspect(
     if format is not None:
         format = _declared(format)
     if isinstance(source, int):
+        if not 0 <= source <= _MOST:
+            raise OptionError(f"no file has the descriptor {shown(source)}", hint="give a path, or one that is open")
         return _verdict(Content.of(f"descriptor {source}", source, _wanted), format, budget, max_size)
     with Content.open(os.fspath(source), _wanted) as content:
         return _verdict(content, format, budget, max_size)

@@ -95,7 +95,7 @@ def listen_tcp(host: str | None, port: int | None, *, safe: bool) -> list[socket
     except BaseException as error:
         for listener in listeners:
             listener.close()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | UnicodeError):
             raise _cannot_listen(error, place) from error
         raise
     return listeners
