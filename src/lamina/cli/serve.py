@@ -142,8 +142,8 @@ def _parser() -> Parser:
         "--cache",
         default="writeback",
         metavar="MODE",
-        help="writeback (default); none: bypass the page cache; writethrough, directsync: the same two, and each write is "
-        "on stable storage before its reply",
+        help="writeback (default); unsafe: as writeback, and flushes are done all the same; none: bypass the page cache; "
+        "writethrough, directsync: as writeback and none, and each write is on stable storage before its reply",
     )
     how.add_argument(
         "--discard", default="unmap", metavar="MODE", help="discards of clients: unmap (default) or ignore"

@@ -203,7 +203,8 @@ def copy(
     `source` is a path, a name of storage such as "nbd://server/disk", nested options, or an open image, whose disk is copied
     and which stays open. `target` is a path: a new file gets its name when it is complete, and after an error or a
     cancellation nothing of it is left; or a device, an export, or an open image, which are written in place from their start,
-    and keep what lies behind the end of the source. `force_share` opens a source that another program writes to.
+    and keep what lies behind the end of the source. Pipes ("-") are for the command: in Python `shutil.copyfileobj` reads
+    `Image.as_file`, or writes to it. `force_share` opens a source that another program writes to.
 
     `extents`: skip the holes of the source. `smallest_hole`: shorter runs of zeros are written as data; 0: all are.
     `target_is_zero`: a target that is written in place is known to read as zero; `allocated`: zeros take space in the target.
