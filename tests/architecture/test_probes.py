@@ -35,6 +35,7 @@ SYSTEM |= {"socket.socket"}
 NAMES = {
     "FAILURE": "a module of the command line: its exit status for errors",
     "WRONG_USAGE": "a module of the command line: its exit status for wrong usage, if that is another",
+    "is_set": "an argument of a caller: whether it is an event",
     "__index__": "a value: whether it is an integer",
     "errno": "an exception of any class",
     "reason": "an exception of ssl",

@@ -100,7 +100,8 @@ INTERNAL = """
     __main__ aio api atomic_file buffers capabilities check_result cli clock codecs coding creation crypto descriptors
     detection edge errors filters formats fsspec gate holes image inspection job_results jobs layers lifecycle named_file
     nbd node_tree numeric operations options own_files palette parameters peer_options picture policy ranges
-    references reopening result_schema results rounding side_file storage target_file testing verdict version viewer workers zeros
+    references reopening result_schema results rounding side_file storage target_file testing verdict version viewer
+    workers zeros
     """
 
 
