@@ -29,7 +29,7 @@ _copy_file_range = os.copy_file_range
 def file(path: Path, content: bytes | None = None, *, kind: type[FileStorage] = FileStorage) -> FileStorage:
     if content is not None:
         path.write_bytes(content)
-    return kind(os.open(path, os.O_RDWR | os.O_CREAT), str(path))
+    return kind([os.open(path, os.O_RDWR | os.O_CREAT)], str(path))
 
 
 # What the system may do. Each stands in for os.copy_file_range.

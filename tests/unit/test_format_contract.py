@@ -78,8 +78,8 @@ OPERATIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_bitmap": (("b", True), "bitmaps"),
     "merge_bitmaps": (("b", ()), "bitmaps"),
 }
-#: What is no operation of an image: a helper, and a step that there need not be.
-OTHERS = {"refusal", "prepare_create", "side_files", "options_to_open", "close"}
+#: What is no operation of an image: a helper, and steps that there need not be.
+OTHERS = {"refusal", "pack", "prepare_create", "side_files", "options_to_open", "close"}
 
 
 def declared() -> set[str]:
