@@ -258,7 +258,10 @@ def test_all_is_done_with_as_little_memory_as_there_is(tmp_path: Path) -> None:
 
 
 def test_there_are_as_many_clients_as_have_room(tmp_path: Path) -> None:
-    with serving(tmp_path, fast(), memory_limit=3 * CLIENT_MEMORY) as (server, path), ExitStack() as stack:
+    with (
+        serving(tmp_path, fast(), memory_limit=3 * CLIENT_MEMORY, handshake_time=1.0) as (server, path),
+        ExitStack() as stack,
+    ):
         two = [stack.enter_context(dial(path)).begin("fast") for _ in range(2)]
         with dial(path) as late:
             late.greet()
