@@ -18,7 +18,7 @@ def test_the_code_of_the_page_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
@@ -29,7 +29,7 @@ def test_the_code_of_the_page_runs(
 
 def test_the_table_names_public_functions_and_results() -> None:
     rows = re.findall(r"^\| `lamina\.(\w+)` \|.*\| `([\w.]+)`[^|]*\|$", PAGE.read_text(), re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 15
     for function, result in rows:
         assert function in lamina.__all__
         annotation = getattr(lamina, function).__annotations__["return"]
