@@ -45,7 +45,8 @@ class AccessRules:
         """OptionError for what is no such form."""
         self._path: str | None = None
         self._seen: tuple[int, ...] | None = None
-        self._policy, self._rules = _parsed(given)
+        #: Replaced as a whole, since other threads ask meanwhile.
+        self._decision = _parsed(given)
 
     @classmethod
     def from_text(cls, text: str) -> AccessRules:
@@ -72,10 +73,11 @@ class AccessRules:
         if not names or not _SUBJECT.match(names[0]):
             return False
         subject = ",".join(reversed(_PART.findall(names[0])))
-        for rule in self._rules:
+        policy, rules = self._decision
+        for rule in rules:
             if rule.matches.match(subject):
                 return rule.admits
-        return self._policy
+        return policy
 
     def _refresh(self, path: str) -> None:
         try:
@@ -84,9 +86,9 @@ class AccessRules:
             changed = AccessRules.from_file(path)
         except (OSError, LaminaError) as error:
             log.error("no client is admitted until the rules can be read: %s", error)
-            self._policy, self._rules, self._seen = False, (), None
+            self._decision, self._seen = (False, ()), None
             return
-        self._policy, self._rules, self._seen = changed._policy, changed._rules, changed._seen
+        self._decision, self._seen = changed._decision, changed._seen
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
