@@ -1,8 +1,11 @@
-"""Random changes of a disk, for tests that compare it before and after a job."""
+"""Changes of a disk, for tests of jobs: random ones before the job, and those of another thread meanwhile."""
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lamina.image import Image
 from lamina.limits import KIB
@@ -22,3 +25,24 @@ def change(image: Image, dice: random.Random, times: int) -> None:
             image.discard(at, length)
         else:
             image.write(at, dice.randbytes(1) * length)
+
+
+@contextmanager
+def changed_meanwhile(image: Image) -> Iterator[None]:
+    """Another thread writes to each cluster of `image` and discards it again, over and over."""
+    done = threading.Event()
+
+    def change() -> None:
+        at = 0
+        while not done.is_set():
+            image.write(at, b"x" * 512)
+            image.discard(at, 65536)
+            at = (at + 65536) % image.size
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        changer.join()

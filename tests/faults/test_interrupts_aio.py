@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,9 @@ from .remains import PATIENCE, Remains, require_free
 MIB = 1 << 20
 ALL = os.environ.get("LAMINA_INTERRUPTS") == "all"
 STEP = 1 if ALL else 3
+pytestmark = pytest.mark.usefixtures("no_collection")
+
 CANCELS = int(os.environ.get("LAMINA_AIO_CANCELS", "25"))
-
-
-@pytest.fixture(autouse=True)
-def no_collection() -> Iterator[None]:
-    """What only the garbage collector could close stays open, and is found."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.fixture

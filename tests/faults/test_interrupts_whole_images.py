@@ -7,7 +7,6 @@ writing. With `LAMINA_INTERRUPTS=all` (`make soak`) every point is tried, else a
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import shutil
@@ -182,17 +181,6 @@ CASES = [
     view_command,
     map_command,
 ]
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """What only the garbage collector could close stays open, and is found."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def points(work: Callable[[], object], seed: int) -> Iterator[Interrupt]:

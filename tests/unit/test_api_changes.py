@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 
 import lamina
 from lamina.cli.main import main
+from tests.random_changes import changed_meanwhile
 
 from .api_images import MIB, SIZE, WAYS, content, disk, given, overlay, printed
 
@@ -170,23 +170,9 @@ def test_others_write_while_an_image_is_compacted(tmp_path: Path) -> None:
     """What they do at the same time is no damage."""
     lamina.create(tmp_path / "disk.qcow2", "qcow2", 64 * MIB)
     with lamina.open(tmp_path / "disk.qcow2", format="qcow2", read_only=False) as image:
-        done = threading.Event()
-
-        def write() -> None:
-            at = 0
-            while not done.is_set():
-                image.write(at, b"x" * 512)
-                image.discard(at, 65536)
-                at = (at + 65536) % (64 * MIB)
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
+        with changed_meanwhile(image):
             for _ in range(10):
                 assert lamina.compact(image).leaks == 0
-        finally:
-            done.set()
-            writer.join()
         assert lamina.check(image).clean
 
 

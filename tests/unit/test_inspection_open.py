@@ -3,7 +3,6 @@ file, and the image stays open."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import lamina
 from lamina import OptionError, UnsupportedFeature
 from lamina.filters.stats import Stats
+from tests.random_changes import changed_meanwhile
 
 from .api_images import MIB, disk, overlay
 
@@ -108,24 +108,9 @@ def test_writes_of_an_open_image_are_seen(tmp_path: Path) -> None:
 def test_a_check_is_of_one_moment(tmp_path: Path) -> None:
     """No finding is a mixture of two states of an image that another thread writes to."""
     lamina.create(tmp_path / "disk.qcow2", "qcow2", 64 * MIB)
-    with lamina.open(tmp_path / "disk.qcow2", format="qcow2", read_only=False) as image:
-        done = threading.Event()
-
-        def write() -> None:
-            at = 0
-            while not done.is_set():
-                image.write(at, b"x" * 512)
-                image.discard(at, 65536)
-                at = (at + 65536) % (64 * MIB)
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        try:
-            for _ in range(20):
-                assert lamina.check(image).findings == ()
-        finally:
-            done.set()
-            writer.join()
+    with lamina.open(tmp_path / "disk.qcow2", format="qcow2", read_only=False) as image, changed_meanwhile(image):
+        for _ in range(20):
+            assert lamina.check(image).findings == ()
 
 
 def test_an_open_image_is_repaired(tmp_path: Path) -> None:
